@@ -1,0 +1,19 @@
+"""grpo_core: the loss core of GRPO-style reinforcement learning, in one pass over the logits."""
+
+from grpo_core.advantages import GroupNorm, group_advantages
+from grpo_core.fused_loss import LossOutput, TokenLogp, fused_loss, token_logp
+from grpo_core.objective import RECIPES, Objective, Surrogate, clip
+
+__version__ = "0.1.0"
+__all__ = [
+    "RECIPES",
+    "GroupNorm",
+    "LossOutput",
+    "Objective",
+    "Surrogate",
+    "TokenLogp",
+    "clip",
+    "fused_loss",
+    "group_advantages",
+    "token_logp",
+]

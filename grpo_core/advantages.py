@@ -1,0 +1,92 @@
+"""Rewards of a group of completions -> advantage of each, relative to its group.
+
+    A_i = (R_i − mean R) / (std R + ε)      (GRPO)
+    A_i = R_i − mean R                      (Dr. GRPO)
+
+Source: DeepSeekMath (arXiv 2402.03300, sec. 4.1.2); without the divisor: Dr. GRPO (2503.20783).
+The papers leave the estimator of std open; the defaults here are TRL's: n − 1 and ε = 1e-4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grpo_core.backends import Backend, choose_backend
+
+
+@dataclass(frozen=True)
+class GroupNorm:
+    """How rewards are made relative to their group.
+
+    Args:
+        scale: divide by the group's standard deviation.
+        ddof: degrees of freedom taken off in the standard deviation, 0 or 1.
+        epsilon: added to the standard deviation, in units of reward.
+    """
+
+    scale: bool = True
+    ddof: int = 1
+    epsilon: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if self.ddof not in (0, 1):
+            raise ValueError(f"ddof: expected 0 or 1, got {self.ddof!r}")
+        if not self.epsilon >= 0:
+            raise ValueError(f"epsilon: expected a number >= 0, got {self.epsilon!r}")
+
+
+def group_advantages(
+    rewards: Tensor,
+    group_size: int,
+    *,
+    scale: bool = True,
+    ddof: int = 1,
+    epsilon: float = 1e-4,
+    backend: Backend | None = None,
+    validate: bool | None = None,
+) -> Tensor:
+    """Advantage of every completion relative to the others of its prompt.
+
+    Groups of equal rewards, and groups of one, get exactly 0; a constant added to the rewards
+    changes nothing.
+
+    Args:
+        rewards: [B], the completions of one prompt next to each other.
+        group_size: G, completions per prompt; divides B.
+        scale, ddof, epsilon: see `GroupNorm`.
+        backend: "triton", "torch", or None for triton on a GPU and torch elsewhere.
+        validate: look for NaN and infinity among the rewards; None means on the CPU only, since
+            on a GPU the host would have to wait for the answer.
+
+    Returns:
+        [B] float32.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+
+    Source: DeepSeekMath (arXiv 2402.03300, sec. 4.1.2).
+    """
+    norm = GroupNorm(scale, ddof, epsilon)
+    check_rewards(rewards, group_size, validate)
+    kernels = choose_backend(backend, rewards)
+    return kernels.group_norm(
+        rewards.detach().contiguous(), group_size, scale=scale, ddof=ddof, epsilon=norm.epsilon
+    )
+
+
+def check_rewards(rewards: Tensor, group_size: int | None, validate: bool | None) -> None:
+    """Raises ValueError unless `rewards` is [B] of finite numbers and `group_size` divides B."""
+    if not isinstance(rewards, Tensor) or rewards.ndim != 1 or not rewards.is_floating_point():
+        got = f"{list(rewards.shape)} {rewards.dtype}" if isinstance(rewards, Tensor) else rewards
+        raise ValueError(f"rewards: expected a floating-point tensor [B], got {got!r}")
+    B = rewards.numel()
+    if not isinstance(group_size, int) or group_size < 1 or B % group_size:
+        raise ValueError(f"group_size: expected a divisor of B = {B}, got {group_size!r}")
+    if validate is None:
+        validate = rewards.device.type == "cpu"
+    if validate and not torch.isfinite(rewards).all():
+        bad = int((~torch.isfinite(rewards)).nonzero()[0, 0])
+        raise ValueError(f"rewards: expected finite numbers, got {rewards[bad]} at index {bad}")

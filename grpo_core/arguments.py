@@ -1,0 +1,225 @@
+"""The door: checks what a caller gives and lays it out as rows, before anything is launched.
+
+A padded `[B, T, V]` batch and packed `[N, V]` rows leave here in one form: vectors `[N]` with
+masked tokens marked once, by `valid`, and a weight for every token.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grpo_core.advantages import check_rewards
+from grpo_core.backends import Backend, choose_backend
+from grpo_core.objective import Objective, find_objective
+from grpo_core.weights import token_weights
+
+# the target of a masked token, as everywhere in this ecosystem
+IGNORE = -100
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Everything a loss needs beside the logits, as vectors over N tokens."""
+
+    target: Tensor  # [N] int64, IGNORE where not valid
+    valid: Tensor  # [N] bool
+    bad_target: Tensor  # [N] bool, neither a word nor IGNORE
+    weight: Tensor  # [N]
+    advantage: Tensor  # [N]
+    old_logp: Tensor | None  # [N], nats
+    ref_logp: Tensor | None  # [N], nats
+    sequence: Tensor  # [N] int64 in [0, sequences)
+    sequences: int
+
+
+def check_logits(logits: Tensor, temperature: float, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raises ValueError unless `logits` and `temperature` can be computed with."""
+    if not isinstance(logits, Tensor) or logits.ndim not in (2, 3):
+        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"logits: expected a tensor [B, T, V] or [N, V], got {got}")
+    if logits.dtype not in dtypes:
+        raise ValueError(f"logits: expected one of {dtypes}, got {logits.dtype}")
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits: expected V >= 1, got shape {list(logits.shape)}")
+    if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
+
+
+def check_target(
+    logits: Tensor, target: Tensor, mask: Tensor | None, validate: bool | None
+) -> tuple[Tensor, Tensor]:
+    """(valid, bad_target), both [N] bool: tokens that count, and tokens whose target is no word.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device; with `validate` (None: on the CPU) a target
+            that is neither a word nor -100.
+    """
+    shape, V = logits.shape[:-1], logits.shape[-1]
+    target = _vector("target", target, (shape,), logits, integer=True).reshape(-1)
+    valid = target != IGNORE
+    if mask is not None:
+        valid = valid & (_vector("mask", mask, (shape,), logits).reshape(-1) != 0)
+    bad_target = valid & ((target < 0) | (target >= V))
+    if must_validate(validate, logits) and bad_target.any():
+        _raise_first("target", f"{IGNORE} or a word in [0, V = {V})", target, bad_target)
+    return valid & ~bad_target, bad_target
+
+
+def check_loss_arguments(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    objective: str | Objective,
+    advantage: Tensor | None,
+    rewards: Tensor | None,
+    group_size: int | None,
+    old_logp: Tensor | None,
+    ref_logp: Tensor | None,
+    mask: Tensor | None,
+    sequence_id: Tensor | None,
+    normalizer: Tensor | float | None,
+    backend: Backend | None,
+    validate: bool | None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Objective, Tokens]:
+    """The objective and the token vectors, in `dtype`; arguments as in `fused_loss`.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+    spec = find_objective(objective)
+    shape, packed = logits.shape[:-1], logits.ndim == 2
+    if (advantage is None) == (rewards is None):
+        both = "neither" if advantage is None else "both"
+        raise ValueError(f"advantage: expected exactly one of advantage and rewards, got {both}")
+    if spec.beta and ref_logp is None:
+        raise ValueError(f"ref_logp: expected a tensor for beta = {spec.beta}, got None")
+    old_logp = _floats("old_logp", old_logp, (shape,), logits, dtype)
+    ref_logp = _floats("ref_logp", ref_logp, (shape,), logits, dtype)
+    _check_normalizer(normalizer, spec, packed)
+    valid, bad_target = check_target(logits, target, mask, validate)
+    sequence, sequences, valid = _sequences(logits, sequence_id, valid, validate)
+
+    if rewards is not None:
+        check_rewards(rewards, group_size, validate)
+        _vector("rewards", rewards, None if packed else (shape[:1],), logits)
+        known = sequence < rewards.numel()
+        if must_validate(validate, logits) and (valid & ~known).any():
+            want = f"ids below the {rewards.numel()} rewards"
+            _raise_first("sequence_id", want, sequence, valid & ~known)
+        valid = valid & known
+        advantage = choose_backend(backend, logits).group_norm(
+            rewards.detach().contiguous(), group_size, **vars(spec.advantage)
+        )
+        advantage = advantage[sequence.clamp(max=max(rewards.numel() - 1, 0))].to(dtype)
+    else:
+        shapes = (shape,) if packed else (shape, shape[:1])
+        advantage = _floats("advantage", advantage, shapes, logits, dtype)
+        assert advantage is not None
+        if advantage.numel() != valid.numel():
+            advantage = advantage[sequence]
+
+    weight = token_weights(
+        valid,
+        sequence,
+        spec.aggregation,
+        sequences=sequences,
+        width=None if packed else shape[1],
+        normalizer=normalizer,
+    )
+    return spec, Tokens(
+        target=torch.where(valid, target.reshape(-1).long(), IGNORE),
+        valid=valid,
+        bad_target=bad_target,
+        weight=weight.to(dtype),
+        advantage=advantage,
+        old_logp=old_logp,
+        ref_logp=ref_logp if spec.kl else None,
+        sequence=sequence,
+        sequences=sequences,
+    )
+
+
+def must_validate(validate: bool | None, tensor: Tensor) -> bool:
+    """Whether values may be looked at: on a GPU the host would have to wait for them."""
+    return tensor.device.type == "cpu" if validate is None else validate
+
+
+def _sequences(
+    logits: Tensor, sequence_id: Tensor | None, valid: Tensor, validate: bool | None
+) -> tuple[Tensor, int, Tensor]:
+    """(sequence [N] int64, upper bound on their number, valid [N]) of padded or packed rows."""
+    if logits.ndim == 3:
+        if sequence_id is not None:
+            raise ValueError("sequence_id: expected None for logits [B, T, V], got a tensor")
+        B, T = logits.shape[:2]
+        return torch.arange(B, device=logits.device).repeat_interleave(T), B, valid
+    N = logits.shape[0]
+    if sequence_id is None:
+        raise ValueError("sequence_id: expected [N] for packed logits [N, V], got None")
+    sequence = _vector("sequence_id", sequence_id, ((N,),), logits, integer=True).long()
+    inside = (sequence >= 0) & (sequence < N)
+    if must_validate(validate, logits) and not inside.all():
+        _raise_first("sequence_id", f"integers in [0, N = {N})", sequence, ~inside)
+    return sequence.clamp(0, max(N - 1, 0)), N, valid & inside
+
+
+def _vector(
+    name: str,
+    value: object,
+    shapes: tuple[tuple[int, ...], ...] | None,
+    logits: Tensor,
+    integer: bool = False,
+) -> Tensor:
+    """The tensor itself, once its type, shape and device are what they should be."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if shapes is not None and tuple(value.shape) not in [tuple(shape) for shape in shapes]:
+        expected = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"{name}: expected shape {expected}, got {list(value.shape)}")
+    if value.device != logits.device:
+        raise ValueError(f"{name}: expected device {logits.device}, got {value.device}")
+    if integer and (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool):
+        raise ValueError(f"{name}: expected an integer tensor, got {value.dtype}")
+    return value
+
+
+def _floats(
+    name: str,
+    value: Tensor | None,
+    shapes: tuple[tuple[int, ...], ...],
+    logits: Tensor,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """An optional floating-point argument as a contiguous vector of constants, or None."""
+    if value is None:
+        return None
+    vector = _vector(name, value, shapes, logits)
+    if not vector.is_floating_point():
+        raise ValueError(f"{name}: expected a floating-point tensor, got {vector.dtype}")
+    return vector.detach().to(dtype).reshape(-1).contiguous()
+
+
+def _check_normalizer(normalizer: object, spec: Objective, packed: bool) -> None:
+    """Raises ValueError unless `normalizer` is None, a number > 0 or a 0-dim tensor."""
+    if normalizer is None and packed and spec.aggregation == "constant_length":
+        raise ValueError(
+            "normalizer: expected sequences · length for constant_length over packed rows, got None"
+        )
+    if isinstance(normalizer, Tensor) and normalizer.ndim:
+        raise ValueError(f"normalizer: expected a 0-dim tensor, got {list(normalizer.shape)}")
+    if isinstance(normalizer, (int, float)) and not 0 < normalizer < math.inf:
+        raise ValueError(f"normalizer: expected a finite number > 0, got {normalizer!r}")
+    if normalizer is not None and not isinstance(normalizer, (int, float, Tensor)):
+        raise ValueError(f"normalizer: expected a number or a 0-dim tensor, got {normalizer!r}")
+
+
+def _raise_first(name: str, expected: str, vector: Tensor, bad: Tensor) -> None:
+    """Raises ValueError showing the first bad element."""
+    at = int(bad.nonzero()[0, 0])
+    raise ValueError(f"{name}: expected {expected}, got {vector[at].item()} at row {at}")

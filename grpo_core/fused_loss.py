@@ -1,0 +1,326 @@
+"""The public loss: from logits to a scalar whose gradient is already there.
+
+A token-level objective is one pass: `row_loss` reads every row, evaluates the loss and writes
+dlogits; backward only multiplies by grad_output. A sequence-level ratio takes two phases: row
+statistics, a small step over `[N]` vectors, `row_dlogits`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version
+
+from grpo_core.arguments import (
+    IGNORE,
+    LOGIT_DTYPES,
+    Tokens,
+    check_logits,
+    check_loss_arguments,
+    check_target,
+)
+from grpo_core.backends import Backend, choose_backend
+from grpo_core.kernels.records import RowLoss, Rows
+from grpo_core.metrics import loss_metrics
+from grpo_core.objective import Objective
+from grpo_core.weights import sequence_mean
+
+
+class TokenLogp(NamedTuple):
+    """Log-probability of each target and entropy of its distribution, nats, shaped like target."""
+
+    logp: Tensor
+    entropy: Tensor
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What `fused_loss` returns: the loss, and per token what it was made of.
+
+    Attributes:
+        loss: 0-dim float32, differentiable with respect to the logits.
+        logp: log π(target), nats, shaped like target, float32, detached, 0 where masked; so are:
+        entropy: of the distribution at temperature T, nats.
+        ratio: π / π_old; with a sequence-level objective that of the sequence.
+        kl: the objective's estimate of KL(π ‖ π_ref), nats.
+    """
+
+    loss: Tensor
+    logp: Tensor
+    entropy: Tensor
+    ratio: Tensor
+    kl: Tensor
+    _spec: Objective = field(repr=False)
+    _tokens: Tokens = field(repr=False)
+    _dropped: Tensor = field(repr=False)
+
+    @cached_property
+    def metrics(self) -> dict[str, Tensor]:
+        """Figures of this call, see `metrics.loss_metrics`; computed when first asked for."""
+        return loss_metrics(
+            self._spec,
+            self._tokens,
+            loss=self.loss.detach(),
+            logp=self.logp.reshape(-1),
+            entropy=self.entropy.reshape(-1),
+            ratio=self.ratio.reshape(-1),
+            kl=self.kl.reshape(-1),
+            dropped=self._dropped,
+        )
+
+
+def fused_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    objective: str | Objective = "grpo",
+    advantage: Tensor | None = None,
+    rewards: Tensor | None = None,
+    group_size: int | None = None,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    mask: Tensor | None = None,
+    sequence_id: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    temperature: float = 1.0,
+    inplace: bool = False,
+    backend: Backend | None = None,
+    validate: bool | None = None,
+) -> LossOutput:
+    """Policy-gradient loss of a language model, forward and backward in one pass over the logits.
+
+    L = Σ_n weight_n · (ℓ(logp_n, logp_n − old_logp_n, A_n) + beta · kl(logp_n, ref_logp_n)) with
+    ℓ, kl, beta and the weights from `objective`; differentiated with respect to the logits only.
+
+    A row whose loss or gradient is not finite (NaN or +inf among its logits, a ratio beyond
+    float32) is left out: its loss and its gradient are exactly 0, `metrics["nonfinite_rows"]`
+    counts it, and its entries of logp, entropy, ratio and kl stay as they came out.
+
+    Args:
+        logits: [B, T, V], or packed [N, V]; float32, bfloat16 or float16. Views such as
+            `logits[:, :-1]` are read where they lie; only a last axis that is not contiguous,
+            or rows that overlap, cost a copy.
+        target: [B, T] or [N] integers, already shifted; -100 means masked.
+        objective: an `Objective`, or the name of one in `RECIPES`.
+        advantage: [B], [B, T] or [N]. Or instead:
+        rewards: [B], one per sequence, finite; normalised within groups as `objective` says.
+        group_size: completions per prompt, neighbours in `rewards`.
+        old_logp: shaped like target, nats; None means on policy: the ratio is exactly 1 and the
+            gradient is that of REINFORCE.
+        ref_logp: shaped like target, nats; needed when the objective's beta is not 0.
+        mask: shaped like target, 0 means masked; together with target -100.
+        sequence_id: [N] integers in [0, N), for packed logits: the sequence of each row; it also
+            indexes `rewards`.
+        normalizer: what the sum is divided by, a number or 0-dim tensor; None means this call's
+            own count, see `weights`. Give the global count under gradient accumulation.
+        temperature: T > 0, the logits are divided by it.
+        inplace: write the gradient, if one is wanted, over the logits. Needs the least memory;
+            the logits are gone after the call, and backward runs once.
+        backend: "triton", "torch", or None for triton on a GPU and torch elsewhere.
+        validate: look at values for bad targets, sequence ids and rewards. None means on the CPU
+            only: on a GPU the host would wait, so there a bad row gets weight 0 and is counted.
+
+    Returns:
+        `LossOutput`: loss, logp, entropy, ratio, kl, metrics.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came; nothing was overwritten.
+        NotImplementedError: a backend asked for by name that cannot run here.
+
+    Source: GRPO: DeepSeekMath (arXiv 2402.03300, eq. 3); the recipes name their own.
+    """
+    check_logits(logits, temperature, LOGIT_DTYPES)
+    if inplace and not _rows_lie_apart(logits):
+        raise ValueError(
+            "inplace: expected logits with a contiguous last axis and separate rows, "
+            f"got strides {logits.stride()}"
+        )
+    spec, tokens = check_loss_arguments(
+        logits,
+        target,
+        objective=objective,
+        advantage=advantage,
+        rewards=rewards,
+        group_size=group_size,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        mask=mask,
+        sequence_id=sequence_id,
+        normalizer=normalizer,
+        backend=backend,
+        validate=validate,
+    )
+    call = _Call(
+        spec,
+        tokens,
+        temperature=float(temperature),
+        inplace=inplace,
+        wants_gradient=logits.requires_grad and torch.is_grad_enabled(),
+        kernels=choose_backend(backend, logits),
+    )
+    if not _rows_lie_apart(logits):
+        logits = logits.contiguous()
+    loss, *vectors, dropped = _FusedLoss.apply(logits, call)
+    logp, entropy, ratio, kl = (vector.view(target.shape) for vector in vectors)
+    return LossOutput(loss, logp, entropy, ratio, kl, spec, tokens, dropped)
+
+
+@torch.no_grad()
+def token_logp(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    backend: Backend | None = None,
+    validate: bool | None = None,
+) -> TokenLogp:
+    """Log-probability and entropy of every target in one read: old, reference, evaluation passes.
+
+    Bit for bit the `logp` that `fused_loss` finds for the same row. Not differentiable.
+
+    Args:
+        logits, target, temperature, mask, backend, validate: as in `fused_loss`.
+
+    Returns:
+        `TokenLogp`: logp and entropy, nats, shaped like target, float32, 0 where masked.
+
+    Raises:
+        ValueError, NotImplementedError: as `fused_loss`.
+    """
+    check_logits(logits, temperature, LOGIT_DTYPES)
+    valid, _ = check_target(logits, target, mask, validate)
+    kernels = choose_backend(backend, logits)
+    if not _rows_lie_apart(logits):
+        logits = logits.contiguous()
+    rows = torch.where(valid, target.reshape(-1).long(), IGNORE)
+    logp, entropy, _, _ = kernels.row_stats(Rows.of(logits), rows, float(temperature))
+    return TokenLogp(logp.view(target.shape), entropy.view(target.shape))
+
+
+def _rows_lie_apart(logits: Tensor) -> bool:
+    """Whether the last axis is contiguous and no row overlaps another."""
+    V = logits.shape[-1]
+    if V > 1 and logits.stride(-1) != 1:
+        return False
+    extent = V
+    axes = zip(logits.stride()[:-1], logits.shape[:-1], strict=True)
+    for stride, size in sorted(axis for axis in axes if axis[1] > 1):
+        if stride < extent:
+            return False
+        extent += stride * (size - 1)
+    return True
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Everything of a call that is not the logits; the one non-tensor argument of autograd."""
+
+    spec: Objective
+    tokens: Tokens
+    temperature: float
+    inplace: bool
+    wants_gradient: bool
+    kernels: ModuleType
+
+    @property
+    def terms(self) -> dict[str, Any]:
+        """Surrogate and KL as the kernels take them."""
+        return {
+            "surrogate": self.spec.surrogate.function,
+            "surrogate_args": self.spec.surrogate.args,
+            "kl": self.spec.kl_function if self.tokens.ref_logp is not None else None,
+            "beta": float(self.spec.beta),
+        }
+
+
+def _one_pass(rows: Rows, call: _Call, dlogits: Tensor | None) -> RowLoss:
+    """Token-level objectives: everything in one kernel."""
+    tokens = call.tokens
+    return call.kernels.row_loss(
+        rows,
+        tokens.target,
+        call.temperature,
+        tokens.weight,
+        tokens.advantage,
+        tokens.old_logp,
+        tokens.ref_logp,
+        **call.terms,
+        dlogits=dlogits,
+    )
+
+
+def _two_phases(rows: Rows, call: _Call, dlogits: Tensor | None) -> RowLoss:
+    """Sequence-level ratios: statistics of all rows, the loss on vectors, then the gradient."""
+    tokens, kernels = call.tokens, call.kernels
+    logp, entropy, peak, rest = kernels.row_stats(rows, tokens.target, call.temperature)
+    log_ratio = logp - (logp if tokens.old_logp is None else tokens.old_logp)
+    layout = (tokens.valid, tokens.sequence, tokens.sequences)
+    log_ratio = sequence_mean(log_ratio, *layout)
+    terms = kernels.token_loss(
+        logp, log_ratio, tokens.advantage, tokens.weight, tokens.ref_logp, **call.terms
+    )
+    dlogp = sequence_mean(terms.dpolicy, *layout) + terms.dkl
+    if dlogits is not None:
+        kernels.row_dlogits(rows, tokens.target, call.temperature, dlogp, peak, rest, dlogits)
+    ratio = log_ratio.exp() * tokens.valid
+    return RowLoss(logp, entropy, ratio, terms.kl, terms.loss, dlogp, peak, rest, terms.dropped)
+
+
+class _FusedLoss(torch.autograd.Function):
+    """Loss and dlogits in the forward; grad_output in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, call: _Call) -> tuple[Tensor, ...]:
+        rows = Rows.of(logits.detach())
+        dlogits = None
+        if call.wants_gradient:
+            dlogits = rows.logits if call.inplace else _like(rows.logits)
+        plan = _one_pass if call.spec.ratio_level == "token" else _two_phases
+        result = plan(rows, call, dlogits)
+        if dlogits is rows.logits:
+            # an operation upstream that saved these logits must notice that they are gone
+            increment_version(logits)
+        ctx.call, ctx.dlogits, ctx.result = call, dlogits, result
+        ctx.save_for_backward(*(() if call.inplace else (logits,)))
+        outputs = (result.logp, result.entropy, result.ratio, result.kl, result.dropped)
+        ctx.mark_non_differentiable(*outputs)
+        return result.loss.sum(), *outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, None]:
+        dlogits, ctx.dlogits = ctx.dlogits, None
+        kernels = ctx.call.kernels
+        if dlogits is not None:
+            return kernels.row_scale(Rows.of(dlogits), grad_output), None
+        if ctx.call.inplace:
+            raise RuntimeError(
+                "fused_loss: a second backward needs the logits, which inplace=True has "
+                "overwritten; call fused_loss with inplace=False"
+            )
+        (logits,) = ctx.saved_tensors
+        rows, result = Rows.of(logits), ctx.result
+        kernels.row_dlogits(
+            rows,
+            ctx.call.tokens.target,
+            ctx.call.temperature,
+            result.dlogp * grad_output,
+            result.peak,
+            result.rest,
+            gradient := _like(logits),
+        )
+        return gradient, None
+
+
+def _like(logits: Tensor) -> Tensor:
+    """Room for a gradient, row by row where the logits' rows are, gaps included."""
+    return torch.empty_strided(
+        logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device
+    )

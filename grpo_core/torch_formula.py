@@ -1,0 +1,51 @@
+"""Reads a scalar formula written for Triton as plain PyTorch.
+
+A surrogate or KL estimator is one function body. Here its code object is bound to a namespace in
+which `tl` stands for a few functions of torch, so that the torch backend and the float64 reference
+compute exactly what the kernels compute, and autograd can differentiate its value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from types import FunctionType, SimpleNamespace
+
+import torch
+from torch import Tensor
+
+Operand = Tensor | float
+
+
+def _exp_excess(d: Tensor) -> Tensor:
+    """eᵈ − 1 − d, by a Taylor series long enough for float64 where the difference cancels."""
+    series = torch.zeros_like(d)
+    for k in range(18, 1, -1):
+        series = (series * d + 1) / k
+    return torch.where(d.abs() < 0.5, series * d * d, torch.expm1(d) - d)
+
+
+def _lift(a: Operand, b: Operand) -> tuple[Tensor, Tensor]:
+    """Two operands as tensors of the type of whichever is one."""
+    like = a if isinstance(a, Tensor) else b
+    assert isinstance(like, Tensor)
+    return torch.as_tensor(a).to(like), torch.as_tensor(b).to(like)
+
+
+_TL = SimpleNamespace(
+    abs=torch.abs,
+    exp=torch.exp,
+    minimum=lambda a, b: torch.minimum(*_lift(a, b)),
+    maximum=lambda a, b: torch.maximum(*_lift(a, b)),
+    where=torch.where,
+)
+_SCALAR_MATH = {"exp_excess": _exp_excess, "expm1": torch.expm1}
+
+
+@cache
+def as_torch(formula: Callable) -> Callable:
+    """The same formula over tensors: value and derivative, elementwise, any floating dtype."""
+    function = getattr(formula, "fn", formula)
+    return FunctionType(
+        function.__code__, {**function.__globals__, **_SCALAR_MATH, "tl": _TL}, function.__name__
+    )

@@ -1,0 +1,75 @@
+"""Aggregation as a vector: the loss is Σ_n weight_n · ℓ_n, and no kernel knows of any other sum.
+
+| aggregation     | weight of a token of sequence i | divisor when `normalizer` is None    |
+|-----------------|---------------------------------|--------------------------------------|
+| sequence_mean   | 1 / (|o_i| · divisor)           | sequences with a token               |
+| token_mean      | 1 / divisor                     | tokens                               |
+| constant_length | 1 / divisor                     | sequences with a token · padded width|
+| sequence_sum    | 1 / divisor                     | sequences with a token               |
+| token_sum       | 1 / divisor                     | 1                                    |
+
+A masked token has weight 0. With the global count as `normalizer`, the sum over micro-batches and
+over data-parallel ranks is the loss of the whole batch.
+
+Source: sequence_mean: GRPO (arXiv 2402.03300); token_mean: DAPO (2503.14476); constant_length:
+Dr. GRPO (2503.20783).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Aggregation = Literal["sequence_mean", "token_mean", "constant_length", "sequence_sum", "token_sum"]
+
+
+def token_weights(
+    valid: Tensor,
+    sequence: Tensor,
+    aggregation: Aggregation,
+    *,
+    sequences: int,
+    width: int | None = None,
+    normalizer: Tensor | float | None = None,
+) -> Tensor:
+    """Weight of every token; nothing waits for the device.
+
+    Args:
+        valid: [N] bool, False for masked tokens.
+        sequence: [N] int64 in [0, sequences), which sequence a token belongs to.
+        aggregation: a row of the table above.
+        sequences: upper bound on the number of sequences.
+        width: padded length of a sequence, tokens; the default length of constant_length.
+        normalizer: the divisor; None means the table's.
+
+    Returns:
+        [N] float32.
+    """
+    weight = valid.float()
+    lengths = torch.zeros(sequences, device=valid.device).scatter_add_(0, sequence, weight)
+    if normalizer is None:
+        present = (lengths > 0).sum()
+        normalizer = {
+            "sequence_mean": present,
+            "token_mean": weight.sum(),
+            "constant_length": present * (width or 0),
+            "sequence_sum": present,
+            "token_sum": torch.ones_like(present),
+        }[aggregation].clamp(min=1)
+    if aggregation == "sequence_mean":
+        weight = weight / lengths.clamp(min=1)[sequence]
+    return weight / normalizer
+
+
+def sequence_mean(vector: Tensor, valid: Tensor, sequence: Tensor, sequences: int) -> Tensor:
+    """Mean of `vector` over the valid tokens of each sequence, given back to every token: [N].
+
+    The operation is its own transpose: applied to a gradient it is the backward of itself.
+    """
+    zeros = torch.zeros(sequences, dtype=vector.dtype, device=vector.device)
+    present = torch.where(valid, vector, torch.zeros_like(vector))
+    total = zeros.scatter_add(0, sequence, present)
+    length = zeros.scatter_add(0, sequence, valid.to(vector.dtype)).clamp(min=1)
+    return (total / length)[sequence] * valid

@@ -1,0 +1,60 @@
+"""Group-normalised advantages on the device: one program per prompt, rewards stay where they are.
+
+    A_i = (R_i − mean R) / (std R + ε) over the G completions of a prompt, or without the divisor.
+
+Rewards are counted from the largest of their group, so that a group of equal rewards gives exactly
+0 and adding a constant to the rewards changes nothing.
+"""
+
+import torch
+
+from .language import tl, triton
+
+
+@triton.jit(do_not_specialize=["G", "freedom"])
+def _group_norm_kernel(
+    rewards_ptr,
+    advantage_ptr,
+    G,
+    freedom,
+    epsilon,
+    SCALE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+):
+    group = tl.program_id(0).to(tl.int64)
+    member = tl.arange(0, BLOCK_G)
+    inside = member < G
+    rewards = tl.load(rewards_ptr + group * G + member, mask=inside, other=float("-inf"))
+    rewards = rewards.to(tl.float32)
+    centred = tl.where(inside, rewards - tl.max(rewards, 0), 0.0)
+    centred = tl.where(inside, centred - tl.sum(centred, 0) / G, 0.0)
+    if SCALE:
+        variance = tl.sum(centred * centred, 0) / freedom
+        centred = centred / (tl.sqrt(variance) + epsilon)
+    tl.store(advantage_ptr + group * G + member, centred, mask=inside)
+
+
+def group_norm(
+    rewards: torch.Tensor, group_size: int, *, scale: bool, ddof: int, epsilon: float
+) -> torch.Tensor:
+    """Advantage of every completion within its group of `group_size` neighbours.
+
+    Args:
+        rewards: [B] floating point, contiguous, B a multiple of `group_size`.
+        scale: divide by the standard deviation (`ddof` degrees of freedom taken off) + `epsilon`.
+
+    Returns:
+        [B] float32; 0 for groups of equal rewards and for groups of one.
+    """
+    advantage = torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device)
+    if rewards.numel():
+        _group_norm_kernel[(rewards.numel() // group_size,)](
+            rewards_ptr=rewards,
+            advantage_ptr=advantage,
+            G=group_size,
+            freedom=max(group_size - ddof, 1),
+            epsilon=epsilon,
+            SCALE=scale,
+            BLOCK_G=triton.next_power_of_2(group_size),
+        )
+    return advantage

@@ -1,0 +1,22 @@
+"""The Triton names the scalar formulas are written in, present even where Triton is missing.
+
+Surrogates and KL estimators are read by Triton kernels and, through `grpo_core.torch_formula`, by
+plain PyTorch. Only the first reading needs Triton, so its absence must not stop the import.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+triton: Any
+tl: Any
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = SimpleNamespace(jit=lambda function: function)
+    tl = SimpleNamespace()
+
+__all__ = ["tl", "triton"]

@@ -1,0 +1,155 @@
+"""Reading a row of logits once for its softmax, and writing the row of its gradient.
+
+Both row kernels and the stats kernel call these functions and nothing else touches the vocabulary,
+so a row's log-probability is bit for bit the same in every plan and in every batch.
+
+A row is read in tiles `[THREADS, WIDTH]` whose second axis is one 16-byte load of one thread. The
+state of the online softmax (running maximum, sum, entropy sum) is a vector `[THREADS]`: no thread
+waits for another until the row is finished. Logits are scaled by log₂(e)/T inside one
+multiply-add, and all powers are powers of two.
+
+The target is left out of the sum. With S = Σ_{j≠y} 2^(x_j − M) over the *other* logits and
+z = log₂ S − (x_y − M), everything follows without cancellation, however confident the token:
+logp = −softplus(z), 1 − p_y = sigmoid(z), and H = h(p_y) + (1 − p_y)·H_others with the binary
+entropy h (all in base 2).
+"""
+
+from .language import tl, triton
+from .scalar_math import log1p
+
+# a running maximum below every real logit, finite so that a row of −inf gives no NaN
+LOWEST = tl.constexpr(-1e30)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def row_start(row, rows_per_batch, batch_stride, row_stride, WIDTH: tl.constexpr):
+    """Element offset of a row, split into a part aligned to 16 bytes and the rest.
+
+    Rows of an odd vocabulary begin anywhere; counting columns from the aligned part keeps every
+    load 16 bytes wide, at the price of a few masked lanes in the first tile.
+    """
+    start = (row // rows_per_batch) * batch_stride + (row % rows_per_batch) * row_stride
+    aligned = tl.multiple_of(start // WIDTH * WIDTH, WIDTH)
+    return aligned, (start - aligned).to(tl.int32)
+
+
+@triton.jit
+def absorb(peak, rest, moment, logits, scale):
+    """Takes a tile `[THREADS, WIDTH]` into the running (M, Σ 2^c, Σ 2^c·c), with c = x − M."""
+    new_peak = tl.maximum(peak, tl.max(logits, 1) * scale)
+    shift = peak - new_peak
+    decay = tl.exp2(shift)
+    centred = tl.fma(logits, scale, -new_peak[:, None])
+    power = tl.exp2(centred)
+    moment = decay * (moment + shift * rest) + tl.sum(power * tl.maximum(centred, LOWEST), 1)
+    rest = decay * rest + tl.sum(power, 1)
+    return new_peak, rest, moment
+
+
+@triton.jit
+def row_softmax(row_ptr, lead, V, target, scale, THREADS: tl.constexpr, WIDTH: tl.constexpr):
+    """(M, S, Σ 2^c·c) of a row without its target; `row_ptr` is aligned, columns start at `lead`."""
+    tile: tl.constexpr = THREADS * WIDTH
+    column = tl.arange(0, THREADS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    peak = tl.full([THREADS], LOWEST, tl.float32)
+    rest = tl.zeros([THREADS], tl.float32)
+    moment = tl.zeros([THREADS], tl.float32)
+    end = lead + V
+    hole = lead + target
+    for first in range(0, end, tile):
+        at = first + column
+        if (first >= lead) & (first + tile <= end) & ((hole < first) | (hole >= first + tile)):
+            logits = tl.load(row_ptr + at).to(tl.float32)
+        else:
+            inside = (at >= lead) & (at < end) & (at != hole)
+            logits = tl.load(row_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
+        peak, rest, moment = absorb(peak, rest, moment, logits, scale)
+
+    row_peak = tl.max(peak, 0)
+    shift = peak - row_peak
+    decay = tl.exp2(shift)
+    moment = tl.sum(decay * (moment + shift * rest), 0)
+    return row_peak, tl.sum(decay * rest, 0), moment
+
+
+@triton.jit
+def target_gap(row_ptr, lead, target, scale, peak, rest):
+    """z = log₂ S − (x_y − M): how far the other logits, together, stand above the target."""
+    target_logit = tl.load(row_ptr + lead + target).to(tl.float32)
+    return tl.log2(rest) - tl.fma(target_logit, scale, -peak)
+
+
+@triton.jit
+def sigmoid2(z):
+    """2ᶻ / (1 + 2ᶻ), each tail with full relative precision."""
+    y = tl.exp2(-tl.abs(z))
+    return tl.where(z > 0, 1.0, y) / (1 + y)
+
+
+@triton.jit
+def token_statistics(z, rest, moment):
+    """logp and entropy of a token, in nats, from z, S and Σ 2^c·c."""
+    softplus = log1p(tl.exp2(-tl.abs(z)))
+    logp = -(tl.maximum(z, 0.0) * LN2 + softplus)
+    log_others = -(tl.maximum(-z, 0.0) * LN2 + softplus)
+    entropy_others = (tl.log2(rest) - moment / rest) * LN2
+    others = sigmoid2(z)
+    # 0·log 0 = 0: a target or a remainder of probability 0 has no entropy
+    entropy = tl.where(others > 0, others * (entropy_others - log_others), 0.0)
+    entropy -= tl.where(others < 1, (1 - others) * logp, 0.0)
+    return logp, entropy
+
+
+@triton.jit
+def write_row_gradient(
+    row_ptr,
+    dlogits_ptr,
+    lead,
+    V,
+    target,
+    scale,
+    dlogp,
+    peak,
+    rest,
+    z,
+    THREADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """dL/dx_j = dlogp·(δ_{j,target} − p_j)/T for a whole row; may write over the row it reads."""
+    tile: tl.constexpr = THREADS * WIDTH
+    column = tl.arange(0, THREADS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    end = lead + V
+    hole = lead + target
+    at_target = dlogp * (scale * LN2) * sigmoid2(z)
+    factor = tl.where(rest > 0, -at_target / rest, 0.0)
+    # in place, no thread may overwrite the target's logit before all have read it
+    tl.debug_barrier()
+    for first in range(0, end, tile):
+        at = first + column
+        if (first >= lead) & (first + tile <= end) & ((hole < first) | (hole >= first + tile)):
+            logits = tl.load(row_ptr + at).to(tl.float32)
+            dlogits = factor * tl.exp2(tl.fma(logits, scale, -peak))
+            tl.store(dlogits_ptr + at, dlogits.to(dlogits_ptr.dtype.element_ty))
+        else:
+            inside = (at >= lead) & (at < end)
+            logits = tl.load(row_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
+            dlogits = factor * tl.exp2(tl.fma(logits, scale, -peak))
+            dlogits = tl.where(at == hole, at_target, dlogits)
+            tl.store(dlogits_ptr + at, dlogits.to(dlogits_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def write_row_zeros(dlogits_ptr, lead, V, THREADS: tl.constexpr, WIDTH: tl.constexpr):
+    """A row of zeros: the gradient of a token that is masked, clipped or dropped."""
+    tile: tl.constexpr = THREADS * WIDTH
+    column = tl.arange(0, THREADS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    end = lead + V
+    zeros = tl.zeros([THREADS, WIDTH], dlogits_ptr.dtype.element_ty)
+    for first in range(0, end, tile):
+        at = first + column
+        if (first >= lead) & (first + tile <= end):
+            tl.store(dlogits_ptr + at, zeros)
+        else:
+            tl.store(dlogits_ptr + at, zeros, mask=(at >= lead) & (at < end))

@@ -1,0 +1,84 @@
+"""What goes into the row functions of a backend and what comes out: the same for both backends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Logits of N tokens where they lie: row n is at `(n // T)·batch_stride + (n % T)·row_stride`.
+
+    Strides count elements; the last axis is contiguous. A padded `[B, T, V]` batch, a view of one
+    such as `logits[:, :-1]`, and packed `[N, V]` rows (T = N) are all of this form.
+    """
+
+    logits: Tensor
+    N: int
+    V: int
+    rows_per_batch: int
+    batch_stride: int
+    row_stride: int
+
+    @classmethod
+    def of(cls, logits: Tensor) -> Rows:
+        """Reads the strides of `[N, V]` or `[B, T, V]`; evenly spaced rows count as packed."""
+        T, V = logits.shape[-2:]
+        N = logits.numel() // V
+        if logits.ndim == 2:
+            return cls(logits, N, V, max(N, 1), 0, logits.stride(0))
+        batch_stride, row_stride = logits.stride()[:2]
+        if T == 1:
+            return cls(logits, N, V, max(N, 1), 0, batch_stride)
+        if batch_stride == T * row_stride or logits.shape[0] == 1:
+            return cls(logits, N, V, max(N, 1), 0, row_stride)
+        return cls(logits, N, V, max(T, 1), batch_stride, row_stride)
+
+
+class TokenLoss(NamedTuple):
+    """Surrogate and KL of every token, `[N]` each; float32 but for `dropped`."""
+
+    loss: Tensor  # times weight
+    dpolicy: Tensor  # dloss/dlog_ratio of the surrogate, times weight
+    dkl: Tensor  # dloss/dlogp of beta·kl, times weight
+    kl: Tensor  # nats, 0 where weight is 0
+    dropped: Tensor  # bool, left out because a term is not finite
+
+    @classmethod
+    def empty(cls, N: int, device: torch.device) -> TokenLoss:
+        """Room for N tokens."""
+        return cls._make(_empty_vectors(len(cls._fields) - 1, N, device))
+
+
+class RowLoss(NamedTuple):
+    """What one pass over the logits leaves behind, `[N]` each; float32 but for `dropped`."""
+
+    logp: Tensor  # nats
+    entropy: Tensor  # nats
+    ratio: Tensor
+    kl: Tensor  # nats
+    loss: Tensor  # times weight
+    dlogp: Tensor  # dL/dlogp, times weight
+    peak: Tensor  # largest logit other than the target, scaled to base 2
+    rest: Tensor  # Σ 2^(x − peak) over the logits other than the target
+    dropped: Tensor  # bool, left out because a term is not finite
+
+    @classmethod
+    def empty(cls, N: int, device: torch.device) -> RowLoss:
+        """Room for N tokens."""
+        return cls._make(_empty_vectors(len(cls._fields) - 1, N, device))
+
+    @classmethod
+    def zeros(cls, N: int, device: torch.device) -> RowLoss:
+        """N tokens that were all masked."""
+        return cls._make(vector.zero_() for vector in cls.empty(N, device))
+
+
+def _empty_vectors(floats: int, N: int, device: torch.device) -> list[Tensor]:
+    """`floats` float32 vectors in one allocation, and a bool vector."""
+    vectors = torch.empty(floats, N, dtype=torch.float32, device=device)
+    return [*vectors.unbind(), torch.empty(N, dtype=torch.bool, device=device)]

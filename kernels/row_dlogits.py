@@ -1,0 +1,97 @@
+"""The gradient of every logit, from saved row statistics and a coefficient per row.
+
+The second phase where a row's coefficient was not known while the row was read: sequence-level
+ratios, and a second backward. Reads a row once and writes it once, 4 bytes per bfloat16 logit, in
+place when both pointers are the same.
+
+    dL/dx_j = dlogp · (δ_{j,target} − p_j) / T
+"""
+
+import torch
+
+from .language import tl, triton
+from .launch import row_layout
+from .online_softmax import LOG2E, row_start, target_gap, write_row_gradient, write_row_zeros
+from .records import Rows
+
+
+@triton.jit(do_not_specialize=["V", "rows_per_batch", "batch_stride", "row_stride"])
+def _row_dlogits_kernel(
+    logits_ptr,
+    target_ptr,
+    dlogp_ptr,
+    peak_ptr,
+    rest_ptr,
+    dlogits_ptr,
+    V,
+    rows_per_batch,
+    batch_stride: tl.int64,
+    row_stride: tl.int64,
+    scale,
+    THREADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    start, lead = row_start(row, rows_per_batch, batch_stride, row_stride, WIDTH)
+    row_ptr = logits_ptr + start
+    target = tl.load(target_ptr + row).to(tl.int32)
+    dlogp = tl.load(dlogp_ptr + row)
+    if (dlogp != 0) & (target >= 0) & (target < V):
+        peak = tl.load(peak_ptr + row)
+        rest = tl.load(rest_ptr + row)
+        z = target_gap(row_ptr, lead, target, scale, peak, rest)
+        write_row_gradient(
+            row_ptr,
+            dlogits_ptr + start,
+            lead,
+            V,
+            target,
+            scale,
+            dlogp,
+            peak,
+            rest,
+            z,
+            THREADS,
+            WIDTH,
+        )
+    else:
+        write_row_zeros(dlogits_ptr + start, lead, V, THREADS, WIDTH)
+
+
+def row_dlogits(
+    rows: Rows,
+    target: torch.Tensor,
+    temperature: float,
+    dlogp: torch.Tensor,
+    peak: torch.Tensor,
+    rest: torch.Tensor,
+    dlogits: torch.Tensor,
+) -> torch.Tensor:
+    """Writes dL/dlogits into `dlogits` (same strides as the logits; may be the logits).
+
+    Args:
+        rows: logits of N tokens over V words, float32, bfloat16 or float16.
+        target: [N] int64; outside [0, V) means a row of zeros.
+        temperature: T, the logits are divided by it.
+        dlogp: [N] float32, dL/dlogp of each row; 0 means a row of zeros.
+        peak, rest: [N] float32 from `row_stats` or `row_loss`.
+    """
+    if rows.N:
+        layout = row_layout(rows.V, rows.logits.dtype)
+        _row_dlogits_kernel[(rows.N,)](
+            logits_ptr=rows.logits,
+            target_ptr=target,
+            dlogp_ptr=dlogp,
+            peak_ptr=peak,
+            rest_ptr=rest,
+            dlogits_ptr=dlogits,
+            V=rows.V,
+            rows_per_batch=rows.rows_per_batch,
+            batch_stride=rows.batch_stride,
+            row_stride=rows.row_stride,
+            scale=LOG2E.value / temperature,
+            THREADS=layout.THREADS,
+            WIDTH=layout.WIDTH,
+            num_warps=layout.num_warps,
+        )
+    return dlogits

@@ -1,0 +1,187 @@
+"""The one pass: from a row of logits to the loss of its token and the gradient of the whole row.
+
+One program reads a row, finishes its softmax, evaluates surrogate and KL on scalars, and writes
+dlogits, over the logits themselves when both pointers are the same. The second reading of the row
+comes from the caches as far as they reach. Memory traffic in the ideal: one read and one write, 4
+bytes per bfloat16 logit for forward and backward together; without `dlogits`, one read.
+
+    L = Σ_n weight_n · (ℓ(logp_n, logp_n − old_logp_n, A_n) + beta · kl_n)
+    dL/dx_j = weight · dℓ/dlogp · (δ_{j,target} − p_j) / T
+
+Rows of weight 0 are not read; rows without a gradient are not read twice. A row with a term that
+is not finite (NaN or +inf among its logits, an overflowing ratio) is dropped: no loss, no gradient.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from .language import tl, triton
+from .launch import row_layout
+from .online_softmax import (
+    LOG2E,
+    row_softmax,
+    row_start,
+    target_gap,
+    token_statistics,
+    write_row_gradient,
+    write_row_zeros,
+)
+from .records import RowLoss, Rows
+from .scalar_math import is_finite
+from .token_loss import token_terms
+
+
+@triton.jit(do_not_specialize=["V", "rows_per_batch", "batch_stride", "row_stride"])
+def _row_loss_kernel(
+    logits_ptr,
+    target_ptr,
+    weight_ptr,
+    advantage_ptr,
+    old_logp_ptr,
+    ref_logp_ptr,
+    logp_ptr,
+    entropy_ptr,
+    ratio_ptr,
+    kl_ptr,
+    loss_ptr,
+    dlogp_ptr,
+    peak_ptr,
+    rest_ptr,
+    dropped_ptr,
+    dlogits_ptr,
+    V,
+    rows_per_batch,
+    batch_stride: tl.int64,
+    row_stride: tl.int64,
+    scale,
+    beta,
+    surrogate_args,
+    SURROGATE: tl.constexpr,
+    KL: tl.constexpr,
+    THREADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    start, lead = row_start(row, rows_per_batch, batch_stride, row_stride, WIDTH)
+    target = tl.load(target_ptr + row).to(tl.int32)
+    weight = tl.load(weight_ptr + row)
+    logp = 0.0
+    entropy = 0.0
+    ratio = 0.0
+    kl = 0.0
+    loss = 0.0
+    dlogp = 0.0
+    peak = 0.0
+    rest = 1.0
+    z = 0.0
+    dropped = False
+    if (weight != 0) & (target >= 0) & (target < V):
+        row_ptr = logits_ptr + start
+        peak, rest, moment = row_softmax(row_ptr, lead, V, target, scale, THREADS, WIDTH)
+        z = target_gap(row_ptr, lead, target, scale, peak, rest)
+        logp, entropy = token_statistics(z, rest, moment)
+        # without an old policy the ratio is exactly 1, yet NaN where logp is not finite
+        old_logp = logp
+        if old_logp_ptr is not None:
+            old_logp = tl.load(old_logp_ptr + row)
+        log_ratio = logp - old_logp
+        ratio = tl.exp(log_ratio)
+        advantage = tl.load(advantage_ptr + row)
+        loss, dpolicy, dkl, kl = token_terms(
+            logp, log_ratio, advantage, ref_logp_ptr, row, None, beta, surrogate_args, SURROGATE, KL
+        )
+        dlogp = weight * (dpolicy + dkl)
+        loss = weight * loss
+        dropped = (is_finite(logp) & is_finite(log_ratio) & is_finite(loss) & is_finite(dlogp)) == 0
+        loss = tl.where(dropped, 0.0, loss)
+        dlogp = tl.where(dropped, 0.0, dlogp)
+    tl.store(logp_ptr + row, logp)
+    tl.store(entropy_ptr + row, entropy)
+    tl.store(ratio_ptr + row, ratio)
+    tl.store(kl_ptr + row, kl)
+    tl.store(loss_ptr + row, loss)
+    tl.store(dlogp_ptr + row, dlogp)
+    tl.store(peak_ptr + row, peak)
+    tl.store(rest_ptr + row, rest)
+    tl.store(dropped_ptr + row, dropped)
+    if dlogits_ptr is not None:
+        if dlogp != 0:
+            write_row_gradient(
+                logits_ptr + start,
+                dlogits_ptr + start,
+                lead,
+                V,
+                target,
+                scale,
+                dlogp,
+                peak,
+                rest,
+                z,
+                THREADS,
+                WIDTH,
+            )
+        else:
+            write_row_zeros(dlogits_ptr + start, lead, V, THREADS, WIDTH)
+
+
+def row_loss(
+    rows: Rows,
+    target: torch.Tensor,
+    temperature: float,
+    weight: torch.Tensor,
+    advantage: torch.Tensor,
+    old_logp: torch.Tensor | None,
+    ref_logp: torch.Tensor | None,
+    *,
+    surrogate: Callable,
+    surrogate_args: tuple[float, ...],
+    kl: Callable | None,
+    beta: float,
+    dlogits: torch.Tensor | None,
+) -> RowLoss:
+    """Loss of every row, and the gradient of every logit into `dlogits`.
+
+    Args:
+        rows: logits of N tokens over V words, float32, bfloat16 or float16.
+        target: [N] int64; outside [0, V) means masked.
+        temperature: T, the logits are divided by it.
+        weight, advantage: [N] float32; weight 0 means masked.
+        old_logp, ref_logp: [N] float32 or None, nats. No `old_logp` means on policy: ratio 1.
+        surrogate, surrogate_args, kl, beta: the objective, see `surrogates` and `kl`.
+        dlogits: written if given, same strides as the logits; may be the logits.
+    """
+    result = RowLoss.empty(rows.N, weight.device)
+    if rows.N:
+        layout = row_layout(rows.V, rows.logits.dtype)
+        _row_loss_kernel[(rows.N,)](
+            logits_ptr=rows.logits,
+            target_ptr=target,
+            weight_ptr=weight,
+            advantage_ptr=advantage,
+            old_logp_ptr=old_logp,
+            ref_logp_ptr=ref_logp,
+            logp_ptr=result.logp,
+            entropy_ptr=result.entropy,
+            ratio_ptr=result.ratio,
+            kl_ptr=result.kl,
+            loss_ptr=result.loss,
+            dlogp_ptr=result.dlogp,
+            peak_ptr=result.peak,
+            rest_ptr=result.rest,
+            dropped_ptr=result.dropped,
+            dlogits_ptr=dlogits,
+            V=rows.V,
+            rows_per_batch=rows.rows_per_batch,
+            batch_stride=rows.batch_stride,
+            row_stride=rows.row_stride,
+            scale=LOG2E.value / temperature,
+            beta=beta,
+            surrogate_args=surrogate_args,
+            SURROGATE=surrogate,
+            KL=kl,
+            THREADS=layout.THREADS,
+            WIDTH=layout.WIDTH,
+            num_warps=layout.num_warps,
+        )
+    return result

@@ -1,0 +1,43 @@
+"""Packaging: `grpo_core`, and its kernels through the link grpo_core/kernels -> ../kernels."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+root = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (root / "grpo_core/__init__.py").read_text())
+assert version is not None
+
+setup(
+    name="grpo_core",
+    version=version.group(1),
+    description="The loss core of GRPO-style reinforcement learning, in one pass over the logits",
+    long_description=(root / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["grpo_core", "grpo_core.kernels"],
+    install_requires=[
+        "torch>=2.9",
+        "triton>=3.6; platform_system == 'Linux'",
+        "transformers>=5",
+    ],
+    extras_require={
+        "train": ["matplotlib", "rich"],
+        "bench": ["pytest", "pytest-benchmark"],
+        "test": [
+            "build",
+            "hypothesis",
+            "matplotlib",
+            "mypy",
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "rich",
+            "ruff",
+            "setuptools",
+            "wheel",
+        ],
+    },
+)
