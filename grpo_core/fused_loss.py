@@ -2,20 +2,17 @@
 
 A token-level objective is one pass: `row_loss` reads every row, evaluates the loss and writes
 dlogits; backward only multiplies by grad_output. A sequence-level ratio takes two phases: row
-statistics, a small step over `[N]` vectors, `row_dlogits`.
+statistics, a small step over `[N]` vectors, `row_dlogits`. Both plans are in `autograd`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.autograd.graph import increment_version
 
 from grpo_core.arguments import (
     IGNORE,
@@ -25,11 +22,11 @@ from grpo_core.arguments import (
     check_loss_arguments,
     check_target,
 )
+from grpo_core.autograd import Call, FusedLoss
 from grpo_core.backends import Backend, choose_backend
-from grpo_core.kernels.records import RowLoss, Rows
+from grpo_core.kernels.records import Rows
 from grpo_core.metrics import loss_metrics
 from grpo_core.objective import Objective
-from grpo_core.weights import sequence_mean
 
 
 class TokenLogp(NamedTuple):
@@ -156,7 +153,7 @@ def fused_loss(
         backend=backend,
         validate=validate,
     )
-    call = _Call(
+    call = Call(
         spec,
         tokens,
         temperature=float(temperature),
@@ -166,7 +163,7 @@ def fused_loss(
     )
     if not _rows_lie_apart(logits):
         logits = logits.contiguous()
-    loss, *vectors, dropped = _FusedLoss.apply(logits, call)
+    loss, *vectors, dropped = FusedLoss.apply(logits, call)
     logp, entropy, ratio, kl = (vector.view(target.shape) for vector in vectors)
     return LossOutput(loss, logp, entropy, ratio, kl, spec, tokens, dropped)
 
@@ -200,7 +197,7 @@ def token_logp(
     if not _rows_lie_apart(logits):
         logits = logits.contiguous()
     rows = torch.where(valid, target.reshape(-1).long(), IGNORE)
-    logp, entropy, _, _ = kernels.row_stats(Rows.of(logits), rows, float(temperature))
+    logp, entropy, _ = kernels.row_stats(Rows.of(logits), rows, float(temperature))
     return TokenLogp(logp.view(target.shape), entropy.view(target.shape))
 
 
@@ -216,111 +213,3 @@ def _rows_lie_apart(logits: Tensor) -> bool:
             return False
         extent += stride * (size - 1)
     return True
-
-
-@dataclass(frozen=True)
-class _Call:
-    """Everything of a call that is not the logits; the one non-tensor argument of autograd."""
-
-    spec: Objective
-    tokens: Tokens
-    temperature: float
-    inplace: bool
-    wants_gradient: bool
-    kernels: ModuleType
-
-    @property
-    def terms(self) -> dict[str, Any]:
-        """Surrogate and KL as the kernels take them."""
-        return {
-            "surrogate": self.spec.surrogate.function,
-            "surrogate_args": self.spec.surrogate.args,
-            "kl": self.spec.kl_function if self.tokens.ref_logp is not None else None,
-            "beta": float(self.spec.beta),
-        }
-
-
-def _one_pass(rows: Rows, call: _Call, dlogits: Tensor | None) -> RowLoss:
-    """Token-level objectives: everything in one kernel."""
-    tokens = call.tokens
-    return call.kernels.row_loss(
-        rows,
-        tokens.target,
-        call.temperature,
-        tokens.weight,
-        tokens.advantage,
-        tokens.old_logp,
-        tokens.ref_logp,
-        **call.terms,
-        dlogits=dlogits,
-    )
-
-
-def _two_phases(rows: Rows, call: _Call, dlogits: Tensor | None) -> RowLoss:
-    """Sequence-level ratios: statistics of all rows, the loss on vectors, then the gradient."""
-    tokens, kernels = call.tokens, call.kernels
-    logp, entropy, peak, rest = kernels.row_stats(rows, tokens.target, call.temperature)
-    log_ratio = logp - (logp if tokens.old_logp is None else tokens.old_logp)
-    layout = (tokens.valid, tokens.sequence, tokens.sequences)
-    log_ratio = sequence_mean(log_ratio, *layout)
-    terms = kernels.token_loss(
-        logp, log_ratio, tokens.advantage, tokens.weight, tokens.ref_logp, **call.terms
-    )
-    dlogp = sequence_mean(terms.dpolicy, *layout) + terms.dkl
-    if dlogits is not None:
-        kernels.row_dlogits(rows, tokens.target, call.temperature, dlogp, peak, rest, dlogits)
-    ratio = log_ratio.exp() * tokens.valid
-    return RowLoss(logp, entropy, ratio, terms.kl, terms.loss, dlogp, peak, rest, terms.dropped)
-
-
-class _FusedLoss(torch.autograd.Function):
-    """Loss and dlogits in the forward; grad_output in the backward."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, call: _Call) -> tuple[Tensor, ...]:
-        rows = Rows.of(logits.detach())
-        dlogits = None
-        if call.wants_gradient:
-            dlogits = rows.logits if call.inplace else _like(rows.logits)
-        plan = _one_pass if call.spec.ratio_level == "token" else _two_phases
-        result = plan(rows, call, dlogits)
-        if dlogits is rows.logits:
-            # an operation upstream that saved these logits must notice that they are gone
-            increment_version(logits)
-        ctx.call, ctx.dlogits, ctx.result = call, dlogits, result
-        ctx.save_for_backward(*(() if call.inplace else (logits,)))
-        outputs = (result.logp, result.entropy, result.ratio, result.kl, result.dropped)
-        ctx.mark_non_differentiable(*outputs)
-        return result.loss.sum(), *outputs
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, None]:
-        dlogits, ctx.dlogits = ctx.dlogits, None
-        kernels = ctx.call.kernels
-        if dlogits is not None:
-            return kernels.row_scale(Rows.of(dlogits), grad_output), None
-        if ctx.call.inplace:
-            raise RuntimeError(
-                "fused_loss: a second backward needs the logits, which inplace=True has "
-                "overwritten; call fused_loss with inplace=False"
-            )
-        (logits,) = ctx.saved_tensors
-        rows, result = Rows.of(logits), ctx.result
-        kernels.row_dlogits(
-            rows,
-            ctx.call.tokens.target,
-            ctx.call.temperature,
-            result.dlogp * grad_output,
-            result.peak,
-            result.rest,
-            gradient := _like(logits),
-        )
-        return gradient, None
-
-
-def _like(logits: Tensor) -> Tensor:
-    """Room for a gradient, row by row where the logits' rows are, gaps included."""
-    return torch.empty_strided(
-        logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device
-    )

@@ -29,9 +29,9 @@ def loss_metrics(
 
     Returns:
         loss; tokens (count that enter the loss); ratio_mean, ratio_max; clip_fraction (share of
-        tokens with an advantage whose policy gradient is 0); kl, entropy (mean, nats); approx_kl_old
-        (mean of ratio − 1 − log ratio, nats: how far the policy has moved since the rollout);
-        nonfinite_rows (rows left out because a term of theirs is NaN or infinite);
+        tokens with an advantage whose policy gradient is 0); kl, entropy (mean, nats);
+        approx_kl_old (mean of ratio − 1 − log ratio, nats: how far the policy has moved since
+        the rollout); nonfinite_rows (rows left out because a term of theirs is NaN or infinite);
         bad_target_rows (rows left out because their target is no word).
     """
     counts = tokens.valid & ~dropped

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from grpo_core.advantages import GroupNorm
@@ -71,7 +71,7 @@ class Objective:
     kl: KL | None = None
     beta: float = 0.0
     ratio_level: RatioLevel = "token"
-    advantage: GroupNorm = GroupNorm()
+    advantage: GroupNorm = field(default_factory=GroupNorm)
     aggregation: Aggregation = "token_mean"
 
     def __post_init__(self) -> None:

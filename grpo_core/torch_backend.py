@@ -15,25 +15,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from grpo_core.kernels.records import RowLoss, Rows, TokenLoss
+from grpo_core.kernels.records import RowLoss, Rows, RowStats, TokenLoss
 from grpo_core.torch_formula import as_torch
 
-# float32 scratch of one chunk, twice: small enough for the caches of two cores
-CHUNK_BYTES = 2**21
-LN2 = math.log(2)
+# float32 scratch of one chunk, twice: larger leaves the caches, smaller pays per operation
+CHUNK_BYTES = 2**22
 
 
-def row_stats(
-    rows: Rows, target: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp, entropy, peak, rest of every row."""
-    logp, entropy, peak, rest = target.new_zeros(4, rows.N, dtype=torch.float32).unbind()
+def row_stats(rows: Rows, target: Tensor, temperature: float) -> RowStats:
+    """Softmax statistics of every row at its target; without `state`."""
+    logp, entropy = target.new_zeros(2, rows.N, dtype=torch.float32).unbind()
     softmax = _Softmax(temperature)
     for chunk in _chunks(rows, _readable(target, rows.V)):
-        at = chunk.at
-        peak[at], rest[at], moment, z = softmax.read(chunk.logits, target[at])
-        logp[at], entropy[at] = _token_statistics(z, rest[at], moment)
-    return logp, entropy, peak, rest
+        z, entropy_others = softmax.read(chunk.logits, target[chunk.at])
+        logp[chunk.at], entropy[chunk.at] = _token_statistics(z, entropy_others)
+    return RowStats(logp, entropy, state=logp.new_empty(0, rows.N))
 
 
 def row_loss(
@@ -52,12 +48,14 @@ def row_loss(
     dlogits: Tensor | None,
 ) -> RowLoss:
     """Loss of every row, and the gradient of every logit into `dlogits`, in one pass."""
-    result = RowLoss.zeros(rows.N, weight.device)
+    result = RowLoss.empty(rows.N, weight.device, state=weight.new_empty(0, rows.N))
+    for vector in result:
+        vector.zero_()
     softmax = _Softmax(temperature)
     for chunk in _chunks(rows, (weight != 0) & _readable(target, rows.V), dlogits):
         at = chunk.at
-        peak, rest, moment, z = softmax.read(chunk.logits, target[at])
-        logp, entropy = _token_statistics(z, rest, moment)
+        z, entropy_others = softmax.read(chunk.logits, target[at])
+        logp, entropy = _token_statistics(z, entropy_others)
         log_ratio = logp - (logp if old_logp is None else old_logp[at])
         terms = token_loss(
             logp,
@@ -71,11 +69,12 @@ def row_loss(
             beta=beta,
         )
         dlogp = terms.dpolicy + terms.dkl
-        values = (logp, entropy, log_ratio.exp(), terms.kl, terms.loss, dlogp, peak, rest)
-        for vector, value in zip(result, (*values, terms.dropped), strict=True):
+        ratio = log_ratio.double().exp().float()
+        values = (logp, entropy, ratio, terms.kl, terms.loss, dlogp, terms.dropped)
+        for vector, value in zip(result[:-1], values, strict=True):
             vector[at] = value
         if dlogits is not None:
-            softmax.write_gradient(chunk, target[at], dlogp, rest, z)
+            softmax.write_gradient(chunk, target[at], dlogp, z)
     return result
 
 
@@ -84,15 +83,14 @@ def row_dlogits(
     target: Tensor,
     temperature: float,
     dlogp: Tensor,
-    peak: Tensor,
-    rest: Tensor,
+    state: Tensor,
     dlogits: Tensor,
 ) -> Tensor:
-    """Writes dL/dlogits into `dlogits`; `peak` and `rest` are found again, as cheaply as read."""
+    """Writes dL/dlogits into `dlogits`; the softmax is found again from the logits alone."""
     softmax = _Softmax(temperature)
     for chunk in _chunks(rows, (dlogp != 0) & _readable(target, rows.V), dlogits):
-        _, rest_again, _, z = softmax.read(chunk.logits, target[chunk.at])
-        softmax.write_gradient(chunk, target[chunk.at], dlogp[chunk.at], rest_again, z)
+        z, _ = softmax.read(chunk.logits, target[chunk.at])
+        softmax.write_gradient(chunk, target[chunk.at], dlogp[chunk.at], z)
     return dlogits
 
 
@@ -113,23 +111,22 @@ def token_loss(
     kl: Callable | None,
     beta: float,
 ) -> TokenLoss:
-    """Weighted loss of every token and its two derivatives."""
+    """Weighted loss of every token and its two derivatives; computed in float64."""
+    given = (logp, log_ratio, advantage, weight)
+    logp, log_ratio, advantage, weight = (vector.double() for vector in given)
     loss, dpolicy = as_torch(surrogate)(logp, log_ratio, advantage, *surrogate_args)
     kl_value = dkl = torch.zeros_like(logp)
     if ref_logp is not None and kl is not None:
-        kl_value, dkl = as_torch(kl)(logp, ref_logp, log_ratio)
+        kl_value, dkl = as_torch(kl)(logp, ref_logp.double(), log_ratio)
         loss, dkl = loss + beta * kl_value, beta * dkl
+    terms = [(weight * term).float() for term in (loss, dpolicy, dkl)]
     alive = weight != 0
-    usable = logp.isfinite() & log_ratio.isfinite() & loss.isfinite() & (dpolicy + dkl).isfinite()
-    kept = alive & usable
-    zero = torch.zeros_like(logp)
-    return TokenLoss(
-        loss=torch.where(kept, weight * loss, zero),
-        dpolicy=torch.where(kept, weight * dpolicy, zero),
-        dkl=torch.where(kept, weight * dkl, zero),
-        kl=torch.where(alive, kl_value, zero),
-        dropped=alive & ~usable,
-    )
+    usable = logp.isfinite() & log_ratio.isfinite()
+    for term in terms:
+        usable &= term.isfinite()
+    loss, dpolicy, dkl = (torch.where(alive & usable, term, 0.0) for term in terms)
+    kl_value = torch.where(alive, kl_value.float(), 0.0)
+    return TokenLoss(loss, dpolicy, dkl, kl_value, dropped=alive & ~usable)
 
 
 def group_norm(
@@ -193,61 +190,71 @@ def _readable(target: Tensor, V: int) -> Tensor:
 
 
 class _Softmax:
-    """Softmax of chunks without their target, in base 2 as in the kernels, over reused scratch."""
+    """Softmax of chunks without their target, over reused scratch.
+
+    Torch's softmax treats every row alike wherever it stands in a chunk; its exp does not (the last
+    elements of an array take another instruction). So powers come from softmax, and scalars of a
+    row are computed in float64: a row's log-probability has the same bits in every batch.
+    """
 
     def __init__(self, temperature: float) -> None:
         self.temperature = temperature
         self.centred = torch.empty(0)
-        self.power = torch.empty(0)
+        self.others = torch.empty(0)
 
-    def read(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(peak, rest, Σ 2^c·c, z) of rows `[n, V]`; leaves 2^c, 0 at the target, in `power`."""
-        if self.power.shape != logits.shape:
+    def read(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """(z, entropy of the softmax over the other words) of rows `[n, V]`, float64 `[n]`.
+
+        z = log Σ_{j≠y} exp(x_j − x_y). Leaves that softmax, 0 at the target, in `others`.
+        """
+        if self.others.shape != logits.shape:
             self.centred = logits.new_empty(logits.shape, dtype=torch.float32)
-            self.power = torch.empty_like(self.centred)
-        centred, power, hole = self.centred, self.power, target[:, None]
+            self.others = torch.empty_like(self.centred)
+        centred, others, hole = self.centred, self.others, target[:, None]
         if logits.dtype == torch.float32:
-            peak = logits.amax(1)
-            torch.sub(logits, peak[:, None], out=centred)
+            torch.sub(logits, logits.amax(1, keepdim=True), out=centred)
         else:
             centred.copy_(logits)
-            peak = centred.amax(1)
-            centred.sub_(peak[:, None])
-        centred.mul_(1 / (LN2 * self.temperature))
-        gap = centred.gather(1, hole).squeeze(1)
-        torch.exp2(centred, out=power)
-        power.scatter_(1, hole, 0.0)
-        rest = power.sum(1)
-        moment = centred.mul_(power).sum(1)
-        # 0·(−inf): a forbidden word has no entropy; a NaN among the logits shows in `rest`
+            centred.sub_(centred.amax(1, keepdim=True))
+        if self.temperature != 1:
+            centred.mul_(1 / self.temperature)
+        gap = centred.gather(1, hole).squeeze(1).double()
+        centred.scatter_(1, hole, -math.inf)
+        peak = centred.amax(1).double()
+        alone = peak == -math.inf
+        torch.softmax(centred, 1, out=others)
+        others[alone] = 0.0
+        # the likeliest of the others has probability 1/S
+        log_rest = -others.amax(1).double().log()
+        moment = centred.scatter_(1, hole, 0.0).mul_(others).sum(1)
+        # 0·(−inf): a forbidden word has no entropy; a NaN among the logits shows in z
         if moment.isnan().any():
             moment = centred.nan_to_num_(nan=0.0).sum(1)
-        return peak, rest, moment, rest.log2() - gap
+        z = torch.where(alone & ~gap.isnan(), -math.inf, peak + log_rest - gap)
+        return z, log_rest - (moment.double() - peak)
 
-    def write_gradient(
-        self, chunk: _Chunk, target: Tensor, dlogp: Tensor, rest: Tensor, z: Tensor
-    ) -> None:
-        """dlogp·(δ − p)/T of the rows just read; uses up `power`."""
+    def write_gradient(self, chunk: _Chunk, target: Tensor, dlogp: Tensor, z: Tensor) -> None:
+        """dlogp·(δ − p)/T of the rows just read; uses up `others`."""
         assert chunk.dlogits is not None
-        at_target = dlogp / self.temperature * torch.sigmoid(z * LN2)
-        factor = torch.where(rest > 0, -at_target / rest, 0.0)
-        power, moving, home = self.power, dlogp != 0, chunk.dlogits
-        if isinstance(chunk.inside, slice) and moving.all() and home.dtype == torch.float32:
-            torch.mul(power, factor[:, None], out=home)
-            home.scatter_(1, target[:, None], at_target[:, None])
-            return
-        power.mul_(factor[:, None]).scatter_(1, target[:, None], at_target[:, None])
+        others, home, hole = self.others, chunk.dlogits, target[:, None]
+        still = dlogp == 0
         # a dropped row may hold NaN, which no factor removes
-        power[~moving] = 0.0
+        others.index_fill_(0, still.nonzero().squeeze(1), 0.0)
+        at_target = (dlogp.double() / self.temperature * torch.sigmoid(z)).float()
+        at_target = at_target.masked_fill(still, 0.0)[:, None]
+        if isinstance(chunk.inside, slice) and home.dtype == torch.float32:
+            torch.mul(others, -at_target, out=home).scatter_(1, hole, at_target)
+            return
+        others.mul_(-at_target).scatter_(1, hole, at_target)
         if isinstance(chunk.inside, slice):
-            home.copy_(power)
+            home.copy_(others)
         else:
-            home.index_copy_(0, chunk.inside, power.to(home.dtype))
+            home.index_copy_(0, chunk.inside, others.to(home.dtype))
 
 
-def _token_statistics(z: Tensor, rest: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
-    """logp and entropy of each token, in nats, from z, S and Σ 2^c·c."""
-    logp, log_others, others = logsigmoid(-z * LN2), logsigmoid(z * LN2), torch.sigmoid(z * LN2)
-    entropy_others = (rest.log2() - moment / rest) * LN2
-    entropy = torch.where(others > 0, others * (entropy_others - log_others), 0.0)
-    return logp, entropy - torch.where(others < 1, torch.sigmoid(-z * LN2) * logp, 0.0)
+def _token_statistics(z: Tensor, entropy_others: Tensor) -> tuple[Tensor, Tensor]:
+    """(logp, entropy) of each token, nats, float32 `[n]`, from what `_Softmax.read` found."""
+    logp, log_others = logsigmoid(-z), logsigmoid(z)
+    inner = torch.where(z > -math.inf, log_others.exp() * (entropy_others - log_others), 0.0)
+    outer = torch.where(z < math.inf, logp.exp() * logp, 0.0)
+    return logp.float(), (inner - outer).float()

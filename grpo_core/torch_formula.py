@@ -29,7 +29,9 @@ def _lift(a: Operand, b: Operand) -> tuple[Tensor, Tensor]:
     """Two operands as tensors of the type of whichever is one."""
     like = a if isinstance(a, Tensor) else b
     assert isinstance(like, Tensor)
-    return torch.as_tensor(a).to(like), torch.as_tensor(b).to(like)
+    # a number must not pass through the default float32 on its way into float64
+    first, second = (torch.as_tensor(x, dtype=like.dtype, device=like.device) for x in (a, b))
+    return first, second
 
 
 _TL = SimpleNamespace(

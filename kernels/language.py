@@ -7,16 +7,12 @@ plain PyTorch. Only the first reading needs Triton, so its absence must not stop
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
-
-triton: Any
-tl: Any
 
 try:
     import triton
     import triton.language as tl
 except ImportError:
-    triton = SimpleNamespace(jit=lambda function: function)
-    tl = SimpleNamespace()
+    triton = SimpleNamespace(jit=lambda function: function)  # type: ignore[assignment]
+    tl = SimpleNamespace()  # type: ignore[assignment]
 
 __all__ = ["tl", "triton"]

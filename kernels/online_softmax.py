@@ -3,10 +3,12 @@
 Both row kernels and the stats kernel call these functions and nothing else touches the vocabulary,
 so a row's log-probability is bit for bit the same in every plan and in every batch.
 
-A row is read in tiles `[THREADS, WIDTH]` whose second axis is one 16-byte load of one thread. The
-state of the online softmax (running maximum, sum, entropy sum) is a vector `[THREADS]`: no thread
-waits for another until the row is finished. Logits are scaled by log₂(e)/T inside one
-multiply-add, and all powers are powers of two.
+A row is read in tiles `[THREADS, WIDTH]`, WIDTH logits to a thread. The state of the online softmax
+(running maximum, sum, entropy sum) is a vector `[THREADS]`: no thread waits for another until the
+row is finished. Logits are scaled by log₂(e)/T inside one multiply-add, and all powers are powers
+of two. Which thread takes which column depends on V alone, never on where the row happens to lie
+in memory: neighbours of 16 bytes where V allows it (VECTOR), else every THREADS-th column, which
+costs more and narrower loads but the same bytes.
 
 The target is left out of the sum. With S = Σ_{j≠y} 2^(x_j − M) over the *other* logits and
 z = log₂ S − (x_y − M), everything follows without cancellation, however confident the token:
@@ -24,15 +26,21 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def row_start(row, rows_per_batch, batch_stride, row_stride, WIDTH: tl.constexpr):
-    """Element offset of a row, split into a part aligned to 16 bytes and the rest.
-
-    Rows of an odd vocabulary begin anywhere; counting columns from the aligned part keeps every
-    load 16 bytes wide, at the price of a few masked lanes in the first tile.
-    """
+def row_start(row, rows_per_batch, batch_stride, row_stride, ALIGNMENT: tl.constexpr):
+    """Element offset of a row, known to the compiler as a multiple of ALIGNMENT."""
     start = (row // rows_per_batch) * batch_stride + (row % rows_per_batch) * row_stride
-    aligned = tl.multiple_of(start // WIDTH * WIDTH, WIDTH)
-    return aligned, (start - aligned).to(tl.int32)
+    return tl.multiple_of(start, ALIGNMENT)
+
+
+@triton.jit
+def tile_columns(THREADS: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr):
+    """Columns of the first tile `[THREADS, WIDTH]`: a thread's are neighbours, or THREADS apart."""
+    thread = tl.arange(0, THREADS)[:, None]
+    place = tl.arange(0, WIDTH)[None, :]
+    if VECTOR:
+        return thread * WIDTH + place
+    else:
+        return place * THREADS + thread
 
 
 @triton.jit
@@ -49,21 +57,27 @@ def absorb(peak, rest, moment, logits, scale):
 
 
 @triton.jit
-def row_softmax(row_ptr, lead, V, target, scale, THREADS: tl.constexpr, WIDTH: tl.constexpr):
-    """(M, S, Σ 2^c·c) of a row without its target; `row_ptr` is aligned, columns start at `lead`."""
+def row_softmax(
+    row_ptr,
+    V,
+    target,
+    scale,
+    THREADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """(M, S, Σ 2^c·c) of a row without its target."""
     tile: tl.constexpr = THREADS * WIDTH
-    column = tl.arange(0, THREADS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    columns = tile_columns(THREADS, WIDTH, VECTOR)
     peak = tl.full([THREADS], LOWEST, tl.float32)
     rest = tl.zeros([THREADS], tl.float32)
     moment = tl.zeros([THREADS], tl.float32)
-    end = lead + V
-    hole = lead + target
-    for first in range(0, end, tile):
-        at = first + column
-        if (first >= lead) & (first + tile <= end) & ((hole < first) | (hole >= first + tile)):
+    for first in range(0, V, tile):
+        at = first + columns
+        if (first + tile <= V) & ((target < first) | (target >= first + tile)):
             logits = tl.load(row_ptr + at).to(tl.float32)
         else:
-            inside = (at >= lead) & (at < end) & (at != hole)
+            inside = (at < V) & (at != target)
             logits = tl.load(row_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
         peak, rest, moment = absorb(peak, rest, moment, logits, scale)
 
@@ -75,10 +89,12 @@ def row_softmax(row_ptr, lead, V, target, scale, THREADS: tl.constexpr, WIDTH: t
 
 
 @triton.jit
-def target_gap(row_ptr, lead, target, scale, peak, rest):
+def target_gap(row_ptr, target, scale, peak, rest):
     """z = log₂ S − (x_y − M): how far the other logits, together, stand above the target."""
-    target_logit = tl.load(row_ptr + lead + target).to(tl.float32)
-    return tl.log2(rest) - tl.fma(target_logit, scale, -peak)
+    target_logit = tl.load(row_ptr + target).to(tl.float32)
+    z = tl.log2(rest) - tl.fma(target_logit, scale, -peak)
+    # an infinite target would pass for a certain one
+    return tl.where(target_logit == float("inf"), float("nan"), z)
 
 
 @triton.jit
@@ -106,7 +122,6 @@ def token_statistics(z, rest, moment):
 def write_row_gradient(
     row_ptr,
     dlogits_ptr,
-    lead,
     V,
     target,
     scale,
@@ -116,40 +131,40 @@ def write_row_gradient(
     z,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """dL/dx_j = dlogp·(δ_{j,target} − p_j)/T for a whole row; may write over the row it reads."""
     tile: tl.constexpr = THREADS * WIDTH
-    column = tl.arange(0, THREADS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    end = lead + V
-    hole = lead + target
+    columns = tile_columns(THREADS, WIDTH, VECTOR)
     at_target = dlogp * (scale * LN2) * sigmoid2(z)
     factor = tl.where(rest > 0, -at_target / rest, 0.0)
     # in place, no thread may overwrite the target's logit before all have read it
     tl.debug_barrier()
-    for first in range(0, end, tile):
-        at = first + column
-        if (first >= lead) & (first + tile <= end) & ((hole < first) | (hole >= first + tile)):
+    for first in range(0, V, tile):
+        at = first + columns
+        if (first + tile <= V) & ((target < first) | (target >= first + tile)):
             logits = tl.load(row_ptr + at).to(tl.float32)
             dlogits = factor * tl.exp2(tl.fma(logits, scale, -peak))
             tl.store(dlogits_ptr + at, dlogits.to(dlogits_ptr.dtype.element_ty))
         else:
-            inside = (at >= lead) & (at < end)
+            inside = at < V
             logits = tl.load(row_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
             dlogits = factor * tl.exp2(tl.fma(logits, scale, -peak))
-            dlogits = tl.where(at == hole, at_target, dlogits)
+            dlogits = tl.where(at == target, at_target, dlogits)
             tl.store(dlogits_ptr + at, dlogits.to(dlogits_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def write_row_zeros(dlogits_ptr, lead, V, THREADS: tl.constexpr, WIDTH: tl.constexpr):
+def write_row_zeros(
+    dlogits_ptr, V, THREADS: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr
+):
     """A row of zeros: the gradient of a token that is masked, clipped or dropped."""
     tile: tl.constexpr = THREADS * WIDTH
-    column = tl.arange(0, THREADS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    end = lead + V
+    columns = tile_columns(THREADS, WIDTH, VECTOR)
     zeros = tl.zeros([THREADS, WIDTH], dlogits_ptr.dtype.element_ty)
-    for first in range(0, end, tile):
-        at = first + column
-        if (first >= lead) & (first + tile <= end):
+    for first in range(0, V, tile):
+        at = first + columns
+        if first + tile <= V:
             tl.store(dlogits_ptr + at, zeros)
         else:
-            tl.store(dlogits_ptr + at, zeros, mask=(at >= lead) & (at < end))
+            tl.store(dlogits_ptr + at, zeros, mask=at < V)

@@ -54,6 +54,14 @@ class TokenLoss(NamedTuple):
         return cls._make(_empty_vectors(len(cls._fields) - 1, N, device))
 
 
+class RowStats(NamedTuple):
+    """What a read of the logits leaves behind, float32."""
+
+    logp: Tensor  # [N] nats
+    entropy: Tensor  # [N] nats
+    state: Tensor  # [k, N], from which the backend finds the softmax again
+
+
 class RowLoss(NamedTuple):
     """What one pass over the logits leaves behind, `[N]` each; float32 but for `dropped`."""
 
@@ -63,19 +71,13 @@ class RowLoss(NamedTuple):
     kl: Tensor  # nats
     loss: Tensor  # times weight
     dlogp: Tensor  # dL/dlogp, times weight
-    peak: Tensor  # largest logit other than the target, scaled to base 2
-    rest: Tensor  # Σ 2^(x − peak) over the logits other than the target
     dropped: Tensor  # bool, left out because a term is not finite
+    state: Tensor  # [k, N], as in RowStats
 
     @classmethod
-    def empty(cls, N: int, device: torch.device) -> RowLoss:
+    def empty(cls, N: int, device: torch.device, state: Tensor) -> RowLoss:
         """Room for N tokens."""
-        return cls._make(_empty_vectors(len(cls._fields) - 1, N, device))
-
-    @classmethod
-    def zeros(cls, N: int, device: torch.device) -> RowLoss:
-        """N tokens that were all masked."""
-        return cls._make(vector.zero_() for vector in cls.empty(N, device))
+        return cls._make((*_empty_vectors(len(cls._fields) - 2, N, device), state))
 
 
 def _empty_vectors(floats: int, N: int, device: torch.device) -> list[Tensor]:

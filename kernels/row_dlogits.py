@@ -15,14 +15,14 @@ from .online_softmax import LOG2E, row_start, target_gap, write_row_gradient, wr
 from .records import Rows
 
 
-@triton.jit(do_not_specialize=["V", "rows_per_batch", "batch_stride", "row_stride"])
+@triton.jit(do_not_specialize=["N", "V", "rows_per_batch", "batch_stride", "row_stride"])
 def _row_dlogits_kernel(
     logits_ptr,
     target_ptr,
     dlogp_ptr,
-    peak_ptr,
-    rest_ptr,
+    state_ptr,
     dlogits_ptr,
+    N,
     V,
     rows_per_batch,
     batch_stride: tl.int64,
@@ -30,20 +30,21 @@ def _row_dlogits_kernel(
     scale,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
+    VECTOR: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    start, lead = row_start(row, rows_per_batch, batch_stride, row_stride, WIDTH)
+    start = row_start(row, rows_per_batch, batch_stride, row_stride, ALIGNMENT)
     row_ptr = logits_ptr + start
     target = tl.load(target_ptr + row).to(tl.int32)
     dlogp = tl.load(dlogp_ptr + row)
     if (dlogp != 0) & (target >= 0) & (target < V):
-        peak = tl.load(peak_ptr + row)
-        rest = tl.load(rest_ptr + row)
-        z = target_gap(row_ptr, lead, target, scale, peak, rest)
+        peak = tl.load(state_ptr + row)
+        rest = tl.load(state_ptr + N + row)
+        z = target_gap(row_ptr, target, scale, peak, rest)
         write_row_gradient(
             row_ptr,
             dlogits_ptr + start,
-            lead,
             V,
             target,
             scale,
@@ -53,9 +54,10 @@ def _row_dlogits_kernel(
             z,
             THREADS,
             WIDTH,
+            VECTOR,
         )
     else:
-        write_row_zeros(dlogits_ptr + start, lead, V, THREADS, WIDTH)
+        write_row_zeros(dlogits_ptr + start, V, THREADS, WIDTH, VECTOR)
 
 
 def row_dlogits(
@@ -63,8 +65,7 @@ def row_dlogits(
     target: torch.Tensor,
     temperature: float,
     dlogp: torch.Tensor,
-    peak: torch.Tensor,
-    rest: torch.Tensor,
+    state: torch.Tensor,
     dlogits: torch.Tensor,
 ) -> torch.Tensor:
     """Writes dL/dlogits into `dlogits` (same strides as the logits; may be the logits).
@@ -74,24 +75,21 @@ def row_dlogits(
         target: [N] int64; outside [0, V) means a row of zeros.
         temperature: T, the logits are divided by it.
         dlogp: [N] float32, dL/dlogp of each row; 0 means a row of zeros.
-        peak, rest: [N] float32 from `row_stats` or `row_loss`.
+        state: [2, N] float32 from `row_stats` or `row_loss`.
     """
     if rows.N:
-        layout = row_layout(rows.V, rows.logits.dtype)
         _row_dlogits_kernel[(rows.N,)](
             logits_ptr=rows.logits,
             target_ptr=target,
             dlogp_ptr=dlogp,
-            peak_ptr=peak,
-            rest_ptr=rest,
+            state_ptr=state,
             dlogits_ptr=dlogits,
+            N=rows.N,
             V=rows.V,
             rows_per_batch=rows.rows_per_batch,
             batch_stride=rows.batch_stride,
             row_stride=rows.row_stride,
             scale=LOG2E.value / temperature,
-            THREADS=layout.THREADS,
-            WIDTH=layout.WIDTH,
-            num_warps=layout.num_warps,
+            **row_layout(rows).keywords,
         )
     return dlogits

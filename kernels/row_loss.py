@@ -32,7 +32,7 @@ from .scalar_math import is_finite
 from .token_loss import token_terms
 
 
-@triton.jit(do_not_specialize=["V", "rows_per_batch", "batch_stride", "row_stride"])
+@triton.jit(do_not_specialize=["N", "V", "rows_per_batch", "batch_stride", "row_stride"])
 def _row_loss_kernel(
     logits_ptr,
     target_ptr,
@@ -46,10 +46,10 @@ def _row_loss_kernel(
     kl_ptr,
     loss_ptr,
     dlogp_ptr,
-    peak_ptr,
-    rest_ptr,
     dropped_ptr,
+    state_ptr,
     dlogits_ptr,
+    N,
     V,
     rows_per_batch,
     batch_stride: tl.int64,
@@ -61,9 +61,11 @@ def _row_loss_kernel(
     KL: tl.constexpr,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
+    VECTOR: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    start, lead = row_start(row, rows_per_batch, batch_stride, row_stride, WIDTH)
+    start = row_start(row, rows_per_batch, batch_stride, row_stride, ALIGNMENT)
     target = tl.load(target_ptr + row).to(tl.int32)
     weight = tl.load(weight_ptr + row)
     logp = 0.0
@@ -78,8 +80,8 @@ def _row_loss_kernel(
     dropped = False
     if (weight != 0) & (target >= 0) & (target < V):
         row_ptr = logits_ptr + start
-        peak, rest, moment = row_softmax(row_ptr, lead, V, target, scale, THREADS, WIDTH)
-        z = target_gap(row_ptr, lead, target, scale, peak, rest)
+        peak, rest, moment = row_softmax(row_ptr, V, target, scale, THREADS, WIDTH, VECTOR)
+        z = target_gap(row_ptr, target, scale, peak, rest)
         logp, entropy = token_statistics(z, rest, moment)
         # without an old policy the ratio is exactly 1, yet NaN where logp is not finite
         old_logp = logp
@@ -102,15 +104,14 @@ def _row_loss_kernel(
     tl.store(kl_ptr + row, kl)
     tl.store(loss_ptr + row, loss)
     tl.store(dlogp_ptr + row, dlogp)
-    tl.store(peak_ptr + row, peak)
-    tl.store(rest_ptr + row, rest)
     tl.store(dropped_ptr + row, dropped)
+    tl.store(state_ptr + row, peak)
+    tl.store(state_ptr + N + row, rest)
     if dlogits_ptr is not None:
         if dlogp != 0:
             write_row_gradient(
                 logits_ptr + start,
                 dlogits_ptr + start,
-                lead,
                 V,
                 target,
                 scale,
@@ -120,9 +121,10 @@ def _row_loss_kernel(
                 z,
                 THREADS,
                 WIDTH,
+                VECTOR,
             )
         else:
-            write_row_zeros(dlogits_ptr + start, lead, V, THREADS, WIDTH)
+            write_row_zeros(dlogits_ptr + start, V, THREADS, WIDTH, VECTOR)
 
 
 def row_loss(
@@ -151,9 +153,9 @@ def row_loss(
         surrogate, surrogate_args, kl, beta: the objective, see `surrogates` and `kl`.
         dlogits: written if given, same strides as the logits; may be the logits.
     """
-    result = RowLoss.empty(rows.N, weight.device)
+    state = torch.empty(2, rows.N, dtype=torch.float32, device=weight.device)
+    result = RowLoss.empty(rows.N, weight.device, state)
     if rows.N:
-        layout = row_layout(rows.V, rows.logits.dtype)
         _row_loss_kernel[(rows.N,)](
             logits_ptr=rows.logits,
             target_ptr=target,
@@ -167,10 +169,10 @@ def row_loss(
             kl_ptr=result.kl,
             loss_ptr=result.loss,
             dlogp_ptr=result.dlogp,
-            peak_ptr=result.peak,
-            rest_ptr=result.rest,
             dropped_ptr=result.dropped,
+            state_ptr=result.state,
             dlogits_ptr=dlogits,
+            N=rows.N,
             V=rows.V,
             rows_per_batch=rows.rows_per_batch,
             batch_stride=rows.batch_stride,
@@ -180,8 +182,6 @@ def row_loss(
             surrogate_args=surrogate_args,
             SURROGATE=surrogate,
             KL=kl,
-            THREADS=layout.THREADS,
-            WIDTH=layout.WIDTH,
-            num_warps=layout.num_warps,
+            **row_layout(rows).keywords,
         )
     return result

@@ -8,7 +8,7 @@ import torch
 
 from .language import tl, triton
 from .launch import row_layout
-from .online_softmax import row_start
+from .online_softmax import row_start, tile_columns
 from .records import Rows
 
 
@@ -22,17 +22,18 @@ def _row_scale_kernel(
     row_stride: tl.int64,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
+    VECTOR: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor != 1:
-        start, lead = row_start(row, rows_per_batch, batch_stride, row_stride, WIDTH)
+        start = row_start(row, rows_per_batch, batch_stride, row_stride, ALIGNMENT)
         tile: tl.constexpr = THREADS * WIDTH
-        column = tl.arange(0, THREADS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-        end = lead + V
-        for first in range(0, end, tile):
-            at = first + column
-            inside = (at >= lead) & (at < end)
+        columns = tile_columns(THREADS, WIDTH, VECTOR)
+        for first in range(0, V, tile):
+            at = first + columns
+            inside = at < V
             dlogits = tl.load(dlogits_ptr + start + at, mask=inside, other=0.0).to(tl.float32)
             scaled = (factor * dlogits).to(dlogits_ptr.dtype.element_ty)
             tl.store(dlogits_ptr + start + at, scaled, mask=inside)
@@ -41,7 +42,6 @@ def _row_scale_kernel(
 def row_scale(rows: Rows, factor: torch.Tensor) -> torch.Tensor:
     """Scales `rows` in place by the 0-dim tensor `factor`; moves nothing when it is 1."""
     if rows.N:
-        layout = row_layout(rows.V, rows.logits.dtype)
         _row_scale_kernel[(rows.N,)](
             dlogits_ptr=rows.logits,
             factor_ptr=factor,
@@ -49,8 +49,6 @@ def row_scale(rows: Rows, factor: torch.Tensor) -> torch.Tensor:
             rows_per_batch=rows.rows_per_batch,
             batch_stride=rows.batch_stride,
             row_stride=rows.row_stride,
-            THREADS=layout.THREADS,
-            WIDTH=layout.WIDTH,
-            num_warps=layout.num_warps,
+            **row_layout(rows).keywords,
         )
     return rows.logits

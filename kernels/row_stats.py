@@ -1,8 +1,8 @@
 """Log-probability and entropy of the targets: the plan for old, reference, evaluation passes.
 
-Reads each row of logits once and writes four floats: logp and entropy, and the two statistics
-(`peak`, `rest`) from which `row_dlogits` finds the softmax again. Memory traffic: 2 bytes per
-bfloat16 logit. A row whose target lies outside [0, V) is not read; its outputs are 0.
+Reads each row of logits once and writes four floats: logp and entropy, and as `state` the largest
+logit M and the sum S of `online_softmax`, from which `row_dlogits` finds the softmax again. Memory
+traffic: 2 bytes per bfloat16 logit. A row whose target lies outside [0, V) is not read; its outputs are 0.
 """
 
 import torch
@@ -10,17 +10,17 @@ import torch
 from .language import tl, triton
 from .launch import row_layout
 from .online_softmax import LOG2E, row_softmax, row_start, target_gap, token_statistics
-from .records import Rows
+from .records import Rows, RowStats
 
 
-@triton.jit(do_not_specialize=["V", "rows_per_batch", "batch_stride", "row_stride"])
+@triton.jit(do_not_specialize=["N", "V", "rows_per_batch", "batch_stride", "row_stride"])
 def _row_stats_kernel(
     logits_ptr,
     target_ptr,
     logp_ptr,
     entropy_ptr,
-    peak_ptr,
-    rest_ptr,
+    state_ptr,
+    N,
     V,
     rows_per_batch,
     batch_stride: tl.int64,
@@ -28,6 +28,8 @@ def _row_stats_kernel(
     scale,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
+    VECTOR: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row).to(tl.int32)
@@ -36,49 +38,40 @@ def _row_stats_kernel(
     peak = 0.0
     rest = 1.0
     if (target >= 0) & (target < V):
-        start, lead = row_start(row, rows_per_batch, batch_stride, row_stride, WIDTH)
+        start = row_start(row, rows_per_batch, batch_stride, row_stride, ALIGNMENT)
         row_ptr = logits_ptr + start
-        peak, rest, moment = row_softmax(row_ptr, lead, V, target, scale, THREADS, WIDTH)
-        z = target_gap(row_ptr, lead, target, scale, peak, rest)
+        peak, rest, moment = row_softmax(row_ptr, V, target, scale, THREADS, WIDTH, VECTOR)
+        z = target_gap(row_ptr, target, scale, peak, rest)
         logp, entropy = token_statistics(z, rest, moment)
     tl.store(logp_ptr + row, logp)
     tl.store(entropy_ptr + row, entropy)
-    tl.store(peak_ptr + row, peak)
-    tl.store(rest_ptr + row, rest)
+    tl.store(state_ptr + row, peak)
+    tl.store(state_ptr + N + row, rest)
 
 
-def row_stats(
-    rows: Rows, target: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def row_stats(rows: Rows, target: torch.Tensor, temperature: float) -> RowStats:
     """Softmax statistics of every row at its target.
 
     Args:
         rows: logits of N tokens over V words, float32, bfloat16 or float16.
         target: [N] int64; outside [0, V) means masked.
         temperature: T, the logits are divided by it.
-
-    Returns:
-        logp, entropy (nats), peak, rest (base 2, see `online_softmax`): [N] float32 each.
     """
-    logp, entropy, peak, rest = torch.empty(
-        4, rows.N, dtype=torch.float32, device=rows.logits.device
-    ).unbind()
+    buffer = torch.empty(4, rows.N, dtype=torch.float32, device=rows.logits.device)
+    stats = RowStats(buffer[0], buffer[1], buffer[2:])
     if rows.N:
-        layout = row_layout(rows.V, rows.logits.dtype)
         _row_stats_kernel[(rows.N,)](
             logits_ptr=rows.logits,
             target_ptr=target,
-            logp_ptr=logp,
-            entropy_ptr=entropy,
-            peak_ptr=peak,
-            rest_ptr=rest,
+            logp_ptr=stats.logp,
+            entropy_ptr=stats.entropy,
+            state_ptr=stats.state,
+            N=rows.N,
             V=rows.V,
             rows_per_batch=rows.rows_per_batch,
             batch_stride=rows.batch_stride,
             row_stride=rows.row_stride,
             scale=LOG2E.value / temperature,
-            THREADS=layout.THREADS,
-            WIDTH=layout.WIDTH,
-            num_warps=layout.num_warps,
+            **row_layout(rows).keywords,
         )
-    return logp, entropy, peak, rest
+    return stats

@@ -1,0 +1,161 @@
+"""Compiles every kernel for cards that are not here and prints what came out, as JSON lines.
+
+Run as a script, without the interpreter: `python -m tests.aot ARCHITECTURE...`. Registers, spills,
+load widths and the instructions of the hot loop are read from the machine code by the tools that
+come with Triton.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from grpo_core.kernels import kl, surrogates
+from grpo_core.kernels.group_norm import _group_norm_kernel
+from grpo_core.kernels.row_dlogits import _row_dlogits_kernel
+from grpo_core.kernels.row_loss import _row_loss_kernel
+from grpo_core.kernels.row_scale import _row_scale_kernel
+from grpo_core.kernels.row_stats import _row_stats_kernel
+from grpo_core.kernels.token_loss import _token_loss_kernel
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+POINTERS = {"target_ptr": "*i64", "dropped_ptr": "*i1"}
+INTEGERS = {"N", "V", "G", "rows_per_batch", "freedom"}
+WIDE = {"batch_stride", "row_stride"}
+
+
+def signature(kernel: Any, logits: str, constants: dict[str, Any]) -> dict[str, Any]:
+    """The type of every argument, as a launch on a GPU would find it."""
+    types: dict[str, Any] = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            types[name] = "constexpr"
+        elif name == "surrogate_args":
+            types[name] = ("fp32",) * 3
+        elif name.endswith("logits_ptr"):
+            types[name] = f"*{logits}"
+        elif name.endswith("_ptr"):
+            types[name] = POINTERS.get(name, "*fp32")
+        elif name in INTEGERS:
+            types[name] = "i32"
+        else:
+            types[name] = "i64" if name in WIDE else "fp32"
+    return types
+
+
+def cases(lanes: int) -> Iterator[tuple[str, Any, str, dict[str, Any], int]]:
+    """(name, kernel, dtype, constants, warps) of every kernel in its variants."""
+    for logits, width in (("bf16", 8), ("fp32", 4)):
+        for vector in (True, False):
+            for warps in (4, 16):
+                shape = {
+                    "THREADS": 32 * warps,
+                    "WIDTH": width,
+                    "VECTOR": vector,
+                    "ALIGNMENT": width if vector else 1,
+                }
+                tag = f"{logits}-{'vector' if vector else 'odd'}-{warps}"
+                warps = 32 * warps // lanes
+                yield f"row_stats-{tag}", _row_stats_kernel, logits, shape, warps
+                yield f"row_dlogits-{tag}", _row_dlogits_kernel, logits, shape, warps
+                yield f"row_scale-{tag}", _row_scale_kernel, logits, shape, warps
+                terms = {"SURROGATE": surrogates.clip, "KL": kl.k3}
+                yield f"row_loss-{tag}", _row_loss_kernel, logits, shape | terms, warps
+    for estimator in (None, kl.k1, kl.k2, kl.k3):
+        terms = {"SURROGATE": surrogates.clip, "KL": estimator, "BLOCK": 256}
+        if estimator is None:
+            terms["ref_logp_ptr"] = None
+        yield f"token_loss-{estimator and estimator.fn.__name__}", _token_loss_kernel, "", terms, 4
+    yield "group_norm", _group_norm_kernel, "", {"SCALE": True, "BLOCK_G": 16}, 4
+
+
+def hot_loops(sass: str) -> list[list[str]]:
+    """Instructions of every loop, jumps back to a label delimiting it; the innermost only."""
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    loops: list[tuple[int, int]] = []
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line.strip()):
+            labels[label.group(1)] = len(instructions)
+        elif code := re.search(r"/\*[0-9a-f]+\*/\s+(.*?);", line):
+            instructions.append(code.group(1).strip())
+            jump = re.search(r"BRA.*?(\.L_x_\d+)", instructions[-1])
+            if jump and jump.group(1) in labels:
+                loops.append((labels[jump.group(1)], len(instructions)))
+    proper = [loop for loop in loops if loop[1] - loop[0] > 4]
+    return [instructions[a:b] for a, b in proper]
+
+
+def nvidia_report(cubin: bytes) -> dict[str, Any]:
+    """Registers, spills and what the loops are made of."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, sass = (
+            subprocess.run(
+                [TOOLS / tool, flag, file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    loops = hot_loops(sass)
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage).group(1)),  # type: ignore[union-attr]
+        "spills": int(re.search(r"STACK:(\d+)", usage).group(1))  # type: ignore[union-attr]
+        + len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        "loads": [sorted({m for i in loop for m in re.findall(r"LDG\S*", i)}) for loop in loops],
+        "barriers": sum(len(re.findall(r"BAR\.|SHFL", i)) for loop in loops for i in loop),
+        "loop_lengths": [len(loop) for loop in loops],
+    }
+
+
+def amd_report(assembly: str) -> dict[str, Any]:
+    """Registers and spills from the metadata of the code object."""
+
+    def number(key: str) -> int:
+        return int(re.search(rf"\.{key}:\s+(\d+)", assembly).group(1))  # type: ignore[union-attr]
+
+    return {"registers": number("vgpr_count"), "spills": number("vgpr_spill_count")}
+
+
+def compile_for(architecture: str) -> Iterator[dict[str, Any]]:
+    """One report per kernel variant."""
+    target = TARGETS[architecture]
+    for name, kernel, logits, constants, warps in cases(target.warp_size):
+        types = signature(kernel, logits, constants)
+        positions = {name: (index,) for index, name in enumerate(kernel.arg_names)}
+        aligned = {positions[n]: [["tt.divisibility", 16]] for n in types if n.endswith("_ptr")}
+        source = ASTSource(
+            fn=kernel,
+            signature=types,
+            constexprs={positions[n]: value for n, value in constants.items()},
+            attrs={p: a for p, a in aligned.items() if kernel.arg_names[p[0]] not in constants},
+        )
+        compiled = triton.compile(source, target=target, options={"num_warps": warps})
+        report = (
+            amd_report(compiled.asm["amdgcn"])
+            if target.backend == "hip"
+            else nvidia_report(compiled.asm["cubin"])
+        )
+        yield {"architecture": architecture, "kernel": name, **report}
+
+
+if __name__ == "__main__":
+    for wanted in sys.argv[1:] or TARGETS:
+        for line in compile_for(wanted):
+            print(json.dumps(line), flush=True)

@@ -1,0 +1,70 @@
+"""Set-up of the whole suite: which device the kernels run on, seeds, poisoned memory."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    # before the first import of a kernel
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+
+try:
+    import triton  # noqa: F401
+
+    HAS_TRITON = True
+except ImportError:
+    HAS_TRITON = False
+
+if HAS_TRITON and not HAS_GPU:
+    from tests.hardware_rounding import round_as_hardware_does
+
+    round_as_hardware_does()
+
+# the suite may share its two cores; a deadline would measure the neighbours
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("suite")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips `gpu` tests where there is no GPU."""
+    for item in items:
+        if "gpu" in item.keywords and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """The same random numbers whatever ran before."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poison():
+    """Fills `torch.empty` with NaN, so that an element nobody writes is noticed."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(
+    params=[
+        "torch",
+        pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="needs triton")),
+    ]
+)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend in turn; without a GPU, Triton is interpreted."""
+    return request.param
+
+
+@pytest.fixture
+def device(backend: str) -> str:
+    """Where the backend's tensors live."""
+    return "cuda" if HAS_GPU and backend == "triton" else "cpu"

@@ -1,0 +1,40 @@
+"""Makes the Triton interpreter round as a GPU does, where it does not.
+
+Two operations differ: a fused multiply-add rounds once on every GPU and twice in the interpreter,
+and a cast from float32 to bfloat16 rounds to nearest on a GPU and truncates in the interpreter.
+Products of float32 are exact in float64, so one float64 addition and one cast are a fused one up to
+a double rounding of probability 2⁻²⁹.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def round_as_hardware_does() -> None:
+    """Replaces both operations in the interpreter's builder, for this process."""
+    builder = interpreter.InterpreterBuilder
+    cast = builder.cast_impl
+
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        if z.dtype.scalar != tl.float32:
+            return interpreter.TensorHandle(x.data * y.data + z.data, z.dtype.scalar)
+        exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data
+        return interpreter.TensorHandle(exact.astype(np.float32), tl.float32)
+
+    def cast_impl(self: Any, source: Any, target: Any) -> Any:
+        if source.dtype.scalar == tl.float32 and target.scalar == tl.bfloat16:
+            bits = source.data.view(np.uint32)
+            nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            quiet_nan = np.where(np.isnan(source.data), np.uint32(0x7FC0), nearest)
+            return interpreter.TensorHandle(quiet_nan.astype(np.uint16), tl.bfloat16)
+        return cast(self, source, target)
+
+    builder.create_fma = create_fma
+    builder.cast_impl = cast_impl
+    for name in ("create_fp_trunc", "create_fp_ext"):
+        setattr(builder, name, lambda self, source, target: self.cast_impl(source, target))

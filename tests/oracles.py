@@ -1,0 +1,93 @@
+"""Each objective once more, transcribed from its paper and from nothing else.
+
+Dense float64 PyTorch over `[B, T]` with a 0/1 mask, one loop over sequences, autograd for the
+gradient. Nothing of grpo_core is imported here. Papers maximise J; a loss is −J.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def logp_and_entropy(logits: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """log π(target) and the entropy, summed without the target: exact for confident tokens too.
+
+    log π(y) = −log(1 + Σ_{j≠y} exp(x_j − x_y)); H = −Σ_j π_j log π_j.
+    """
+    x = logits.double() / temperature
+    gap = x - x.gather(-1, target[..., None])
+    others = torch.ones_like(gap, dtype=torch.bool).scatter(-1, target[..., None], False)
+    top = gap.masked_fill(~others, -math.inf).amax(-1)
+    # Σ exp(gap) may overflow float64 for hopeless tokens: log-sum-exp, then log(1 + e^s)
+    top = torch.where(top.isinf(), torch.zeros_like(top), top)
+    powers = torch.where(others, (gap - top[..., None]).exp(), 0.0)
+    log_others = top + powers.sum(-1).log()
+    logp = -torch.logaddexp(log_others, torch.zeros_like(log_others))
+    logp = torch.where(log_others < -1, -torch.log1p(log_others.exp()), logp)
+    log_pi = gap + logp[..., None]
+    pi = log_pi.exp()
+    entropy = -torch.where(pi > 0, pi * log_pi, 0.0).sum(-1)
+    return logp, entropy
+
+
+def group_advantage(rewards: list[float], G: int, *, scale: bool, ddof: int, eps: float) -> Tensor:
+    """DeepSeekMath (arXiv 2402.03300), sec. 4.1.2: Â_i = (r_i − mean(r)) / std(r)."""
+    advantages = []
+    for start in range(0, len(rewards), G):
+        group = rewards[start : start + G]
+        mean = math.fsum(group) / G
+        std = math.sqrt(math.fsum((r - mean) ** 2 for r in group) / max(G - ddof, 1))
+        advantages += [(r - mean) / (std + eps) if scale else r - mean for r in group]
+    return torch.tensor(advantages, dtype=torch.float64)
+
+
+def ppo_clip(ratio: Tensor, A: Tensor, low: float, high: float) -> Tensor:
+    """PPO (arXiv 1707.06347), eq. 7; with two bounds DAPO (2503.14476), eq. 8."""
+    return torch.minimum(ratio * A, ratio.clamp(1 - low, 1 + high) * A)
+
+
+def dual_clip(ratio: Tensor, A: Tensor, low: float, high: float, c: float) -> Tensor:
+    """Dual-clip PPO (arXiv 1912.09729), eq. 5: for A < 0 the objective is at least c·A."""
+    clipped = ppo_clip(ratio, A, low, high)
+    return torch.where(A < 0, torch.maximum(clipped, c * A), clipped)
+
+
+def kl_estimate(name: str, logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """Schulman (2020), with r = π_ref/π: k1 = −log r, k2 = ½ log² r, k3 = r − 1 − log r."""
+    r = (ref_logp - logp).exp()
+    return {"k1": -r.log(), "k2": r.log() ** 2 / 2, "k3": r - 1 - r.log()}[name]
+
+
+def grpo(policy: Tensor, kl: Tensor, beta: float, mask: Tensor) -> Tensor:
+    """DeepSeekMath (arXiv 2402.03300), eq. 3: mean over outputs of the mean over their tokens."""
+    outputs = [
+        (policy - beta * kl)[i][mask[i]].sum() / mask[i].sum()
+        for i in range(len(mask))
+        if mask[i].any()
+    ]
+    return -torch.stack(outputs).mean()
+
+
+def dr_grpo(policy: Tensor, kl: Tensor, beta: float, mask: Tensor, length: int) -> Tensor:
+    """Dr. GRPO (arXiv 2503.20783), sec. 3.2: token sums over a constant length."""
+    outputs = [
+        (policy - beta * kl)[i][mask[i]].sum() / length for i in range(len(mask)) if mask[i].any()
+    ]
+    return -torch.stack(outputs).mean()
+
+
+def dapo(policy: Tensor, kl: Tensor, beta: float, mask: Tensor) -> Tensor:
+    """DAPO (arXiv 2503.14476), eq. 8: one sum over all tokens over the number of tokens."""
+    return -(policy - beta * kl)[mask].sum() / mask.sum()
+
+
+def sequence_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
+    """GSPO (arXiv 2507.18071), eq. 7: s_i = exp(1/|y_i| Σ_t log ratio), for every token of i."""
+    rows = [
+        (logp - old_logp)[i][mask[i]].mean().exp() if mask[i].any() else logp[i, 0] * 0 + 1
+        for i in range(len(mask))
+    ]
+    return torch.stack(rows)[:, None].expand_as(logp)

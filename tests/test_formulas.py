@@ -1,0 +1,175 @@
+"""Surrogates and KL estimators: values by oracle, derivatives against autograd."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from grpo_core import clip
+from grpo_core.kernels import kl as kl_estimators
+from grpo_core.kernels import surrogates
+from grpo_core.torch_formula import as_torch
+from tests import oracles
+
+CLIPS = [(0.2, 0.2, math.inf), (0.2, 0.28, math.inf), (0.1, 0.3, 3.0), (0.0, 0.0, 1.0)]
+KLS = ["k1", "k2", "k3"]
+
+
+def grid() -> tuple[Tensor, Tensor, Tensor]:
+    """(logp, log_ratio, advantage) in float64 over both signs, the kinks and far beyond them."""
+    bounds = [math.log(b) for b in (0.7, 0.8, 0.9, 1.0, 1.2, 1.28, 1.3, 3.0)]
+    around = [b + step for b in bounds for step in (-1e-6, 1e-6)]
+    log_ratio = torch.tensor([-15.0, -1.0, *around, 0.0, 1e-4, 0.5, 5.0], dtype=torch.float64)
+    advantage = torch.tensor([-2.5, -1.0, 0.0, 0.3, 1.0], dtype=torch.float64)
+    ratios, advantages = torch.meshgrid(log_ratio, advantage, indexing="ij")
+    logp = -0.1 - torch.rand(ratios.shape, dtype=torch.float64) * 5
+    return logp.flatten(), ratios.flatten(), advantages.flatten()
+
+
+@pytest.mark.parametrize("args", CLIPS)
+def test_clip_is_dual_clip_ppo(args: tuple[float, float, float]) -> None:
+    """clip(ε_low, ε_high, δ) is the negative of dual-clip PPO with c = δ, and its derivative."""
+    logp, log_ratio, advantage = grid()
+    low, high, delta = args
+    logp.requires_grad_()
+    old_logp = logp.detach() - log_ratio
+    ratio = (logp - old_logp).exp()
+    oracle = (
+        oracles.ppo_clip(ratio, advantage, low, high)
+        if math.isinf(delta)
+        else oracles.dual_clip(ratio, advantage, low, high, delta)
+    )
+    oracle.sum().backward()
+    loss, dlogp = as_torch(surrogates.clip)(logp.detach(), log_ratio, advantage, *args)
+    assert torch.allclose(loss, -oracle.detach(), rtol=1e-12, atol=1e-12)
+    # at ratio 1 with bounds of 0 every point is a kink: any subgradient is right there
+    smooth = log_ratio.abs() > 0 if low == 0 else torch.ones_like(log_ratio, dtype=torch.bool)
+    assert torch.allclose(dlogp[smooth], -logp.grad[smooth], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("advantage", [-1.5, 0.5])
+def test_ties_at_the_bounds_keep_the_gradient(advantage: float) -> None:
+    """At ratio exactly 1 ± ε both branches are equal and the gradient is the full −A·r."""
+    one = torch.ones(1, dtype=torch.float64)
+    for eps_low, eps_high, ratio in ((0.5, 0.25, 0.5), (0.5, 0.25, 1.25)):
+        _, dlogp = as_torch(surrogates.clip)(
+            -one, (one * ratio).log(), one * advantage, eps_low, eps_high, math.inf
+        )
+        kept = torch.isclose(dlogp, -advantage * ratio * one)
+        assert kept or (one * ratio).log().exp() != ratio
+
+
+def test_on_policy_gradient_is_that_of_reinforce() -> None:
+    """At ratio 1 dℓ/dlogp = −A, exactly, in float32."""
+    advantage = torch.tensor([-2.0, -0.3, 0.0, 0.7, 5.0])
+    zero = torch.zeros(5)
+    for args in CLIPS[:3]:
+        loss, dlogp = as_torch(surrogates.clip)(zero - 1, zero, advantage, *args)
+        assert torch.equal(dlogp, -advantage)
+        assert torch.equal(loss, -advantage)
+
+
+@given(
+    scale=st.floats(0.01, 100),
+    log_ratio=st.floats(-10, 10),
+    advantage=st.floats(-10, 10),
+    delta=st.sampled_from([math.inf, 4.0]),
+)
+def test_clip_is_homogeneous_in_the_advantage(
+    scale: float, log_ratio: float, advantage: float, delta: float
+) -> None:
+    """ℓ(c·A) = c·ℓ(A) for c > 0, so a detached correction may multiply the advantage."""
+    one = torch.ones(1, dtype=torch.float64)
+    values = [
+        as_torch(surrogates.clip)(-one, one * log_ratio, one * a, 0.2, 0.28, delta)
+        for a in (advantage, scale * advantage)
+    ]
+    for plain, scaled in zip(*values, strict=True):
+        assert torch.allclose(scaled, scale * plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", KLS)
+def test_kl_value_and_derivative(name: str) -> None:
+    """Values are Schulman's, derivatives those of autograd, and both 0 at logp = ref_logp."""
+    logp = torch.linspace(-12, -0.01, 101, dtype=torch.float64, requires_grad=True)
+    ref_logp = logp.detach() + torch.linspace(-3, 3, 101, dtype=torch.float64).roll(17)
+    oracle = oracles.kl_estimate(name, logp, ref_logp)
+    oracle.sum().backward()
+    estimator = as_torch(getattr(kl_estimators, name))
+    value, derivative = estimator(logp.detach(), ref_logp, logp.detach() * 0)
+    assert torch.allclose(value, oracle.detach(), rtol=1e-9, atol=1e-13)
+    assert torch.allclose(derivative, logp.grad, rtol=1e-9, atol=1e-12)
+    same = torch.tensor([-3.0, -1e-3])
+    at_reference, slope = estimator(same, same, same * 0)
+    assert torch.equal(at_reference, torch.zeros(2))
+    assert torch.equal(slope, torch.ones(2) if name == "k1" else torch.zeros(2))
+
+
+def series(d: float) -> float:
+    """eᵈ − 1 − d in float64, term by term: nothing cancels for small d."""
+    return math.fsum(d**k / math.factorial(k) for k in range(2, 60))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_k3_does_not_cancel(dtype: torch.dtype) -> None:
+    """Relative error stays at rounding where eᵈ − 1 − d in float32 has lost every digit."""
+    steps = [s * 10.0**-k for k in range(7) for s in (1, 0.6, 0.4, -1, -0.3)]
+    d = torch.tensor(steps, dtype=dtype)
+    value, derivative = as_torch(kl_estimators.k3)(torch.zeros_like(d), d, d)
+    exact = torch.tensor([series(float(x)) for x in d], dtype=torch.float64)
+    slope = torch.tensor([-math.expm1(float(x)) for x in d], dtype=torch.float64)
+    limit = 8 * torch.finfo(dtype).eps
+    assert ((value.double() - exact).abs() / exact).max() < limit
+    assert ((derivative.double() - slope).abs() / slope.abs()).max() < limit
+    naive = d.exp() - d - 1
+    if dtype == torch.float32:
+        assert ((naive.double() - exact).abs() / exact).max() > 0.1
+
+
+def test_kernels_and_torch_read_the_same_formula(backend: str, device: str) -> None:
+    """`token_loss` of either backend is the float64 formula times weight, over the whole grid."""
+    from grpo_core.backends import choose_backend
+
+    logp, log_ratio, advantage = (v.to(device) for v in grid())
+    ref_logp = logp + 0.5 * log_ratio.clamp(-2, 2)
+    weight = torch.rand(logp.shape, dtype=torch.float64, device=device)
+    weight[::7] = 0
+    kernels = choose_backend(backend, logp.float())  # type: ignore[arg-type]
+    for args in CLIPS[:3]:
+        for name in (None, *KLS):
+            kl: Callable | None = getattr(kl_estimators, name) if name else None
+            terms = kernels.token_loss(
+                *(v.float() for v in (logp, log_ratio, advantage, weight)),
+                ref_logp.float() if name else None,
+                surrogate=surrogates.clip,
+                surrogate_args=args,
+                kl=kl,
+                beta=0.3,
+            )
+            loss, dpolicy = as_torch(surrogates.clip)(logp, log_ratio, advantage, *args)
+            value = dkl = torch.zeros_like(logp)
+            if kl is not None:
+                value, dkl = as_torch(kl)(logp, ref_logp, log_ratio)
+            expected = (weight * (loss + 0.3 * value), weight * dpolicy, 0.3 * weight * dkl)
+            for ours, truth in zip(terms[:3], expected, strict=True):
+                assert torch.allclose(ours.double(), truth, rtol=3e-6, atol=1e-6)
+            assert not terms.dropped.any()
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ({"eps_low": -0.1}, "eps_low: expected a finite number >= 0, got -0.1"),
+        ({"eps_low": 0.2, "eps_high": math.nan}, "eps_high: expected a finite number >= 0"),
+        ({"eps_low": 0.2, "delta": 1.1}, "delta: expected >= 1 [+] eps_high = 1.2, got 1.1"),
+    ],
+)
+def test_clip_refuses_bounds_without_meaning(bounds: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        clip(**bounds)

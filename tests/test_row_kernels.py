@@ -1,0 +1,220 @@
+"""The row functions of both backends: accuracy over margins and offsets, bits, hard rows."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from grpo_core.backends import choose_backend
+from grpo_core.kernels import kl, surrogates
+from grpo_core.kernels.records import RowLoss, Rows
+from tests import oracles
+from tests.accuracy import FLOOR, assert_no_worse
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# one word, below, at and around one tile of loads, a multiple, an odd size of several tiles
+VOCABULARIES = [1, 2, 7, 257, 512, 1024, 4096, 5003]
+
+
+@pytest.fixture
+def kernels(backend: str, device: str) -> ModuleType:
+    return choose_backend(backend, torch.empty(0, device=device))  # type: ignore[arg-type]
+
+
+def one_pass(kernels: ModuleType, logits: Tensor, target: Tensor, **changes: object) -> RowLoss:
+    """`row_loss` of packed rows with unremarkable arguments, on the logits' device."""
+    N = target.numel()
+    ones = torch.ones(N, device=logits.device)
+    arguments: dict[str, object] = {
+        "temperature": 1.0,
+        "weight": ones,
+        "advantage": ones,
+        "old_logp": None,
+        "ref_logp": None,
+        "surrogate": surrogates.clip,
+        "surrogate_args": (0.2, 0.2, math.inf),
+        "kl": None,
+        "beta": 0.0,
+        "dlogits": None,
+    }
+    return kernels.row_loss(Rows.of(logits), target, **(arguments | changes))
+
+
+@pytest.mark.parametrize("V", VOCABULARIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_statistics_of_ordinary_rows(
+    kernels: ModuleType, device: str, V: int, dtype: torch.dtype, temperature: float
+) -> None:
+    """logp and entropy are no worse than float32 log_softmax, for targets at both ends too."""
+    logits = (3 * torch.randn(5, V)).to(dtype)
+    target = torch.tensor([0, V - 1, V // 2, V // 3, -100])
+    logp, entropy, _ = kernels.row_stats(Rows.of(logits.to(device)), target.to(device), temperature)
+    assert logp[4] == entropy[4] == 0
+    readable = target[:4], logits[:4]
+    truth = oracles.logp_and_entropy(readable[1], readable[0], temperature)
+    log_softmax = torch.log_softmax(readable[1].float() / temperature, -1)
+    baseline = (
+        log_softmax.gather(1, readable[0][:, None]).squeeze(1),
+        -(log_softmax.exp() * log_softmax).sum(1),
+    )
+    for ours, honest, exact in zip((logp, entropy), baseline, truth, strict=True):
+        assert_no_worse(ours[:4].cpu(), honest, exact)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0, -1000.0])
+@pytest.mark.parametrize("V", [70, 5003])
+def test_confident_tokens_keep_their_digits(
+    kernels: ModuleType, device: str, V: int, offset: float
+) -> None:
+    """Margins of 0 to 30 nats: logp, entropy and gradient to rounding, *relative* to their size.
+
+    float32 log_softmax returns logp = 0 and no gradient from 17 nats on.
+    """
+    margins = torch.tensor([0.0, 1, 5, 10, 14, 17, 20, 25, 30, -5, -30])
+    logits = torch.randn(len(margins), V)
+    target = torch.randint(0, V, (len(margins),))
+    others = logits.scatter(1, target[:, None], -math.inf).logsumexp(1)
+    logits = logits.scatter(1, target[:, None], (others + margins)[:, None]) + offset
+    logp_true, entropy_true = oracles.logp_and_entropy(logits, target, 1.0)
+    logits, target = logits.to(device), target.to(device)
+    dlogits = torch.empty_like(logits)
+    result = one_pass(kernels, logits, target, dlogits=dlogits)
+    for ours, truth in ((result.logp, logp_true), (result.entropy, entropy_true)):
+        assert ((ours.cpu().double() - truth) / truth).abs().max() < 64 * FLOOR
+    exact = torch.softmax(logits.cpu().double(), 1)
+    exact = exact.scatter(1, target.cpu()[:, None], torch.expm1(logp_true)[:, None])
+    error = (dlogits.cpu().double() - exact).abs() / exact.abs()
+    assert error.max() < 64 * FLOOR
+
+
+@pytest.mark.parametrize("V", VOCABULARIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_has_the_same_bits_in_every_plan(
+    kernels: ModuleType, device: str, V: int, dtype: torch.dtype
+) -> None:
+    """stats, one pass, two phases, in place, alone or in a batch, packed or as a view: one row."""
+    logits = (2 * torch.randn(3, 5, V)).to(dtype).to(device)
+    view = logits[:, :-1]
+    target = torch.randint(0, V, (12,), device=device)
+    target[3] = -100
+    logp, entropy, state = kernels.row_stats(Rows.of(view), target, 1.0)
+    weight = (target >= 0).float()
+
+    dlogits = torch.full_like(logits, 7)
+    result = one_pass(kernels, view, target, weight=weight, dlogits=dlogits[:, :-1])
+    assert torch.equal(result.logp, logp)
+    assert torch.equal(result.entropy, entropy)
+    assert (dlogits[:, -1] == 7).all(), "wrote outside the view"
+
+    packed = view.reshape(12, V).clone()
+    alone = [
+        one_pass(kernels, packed[n : n + 1], target[n : n + 1], weight=weight[n : n + 1]).logp
+        for n in range(12)
+    ]
+    assert torch.equal(torch.cat(alone), logp)
+
+    second = torch.empty_like(packed)
+    kernels.row_dlogits(Rows.of(packed), target, 1.0, result.dlogp, state, second)
+    assert torch.equal(second.view(3, 4, V), dlogits[:, :-1])
+    one_pass(kernels, packed, target, weight=weight, dlogits=packed)
+    assert torch.equal(packed, second)
+
+
+@pytest.mark.parametrize("V", [7, 5003])
+def test_hard_rows(kernels: ModuleType, device: str, V: int) -> None:
+    """−inf words are harmless; NaN, +inf, or no word possible at all drop the row."""
+    hard = {
+        "some words forbidden": (lambda row: row[1:4].fill_(-math.inf), False),
+        "all others forbidden": (lambda row: row[1:].fill_(-math.inf), False),
+        "a NaN": (lambda row: row[2:3].fill_(math.nan), True),
+        "a NaN at the target": (lambda row: row[0:1].fill_(math.nan), True),
+        "an infinite word": (lambda row: row[5:6].fill_(math.inf), True),
+        "an infinite target": (lambda row: row[0:1].fill_(math.inf), True),
+        "a forbidden target": (lambda row: row[0:1].fill_(-math.inf), True),
+        "nothing possible": (lambda row: row.fill_(-math.inf), True),
+    }
+    logits = torch.randn(len(hard), V)
+    for row, (spoil, _) in zip(logits, hard.values(), strict=True):
+        spoil(row)
+    dropped = torch.tensor([drop for _, drop in hard.values()])
+    target = torch.zeros(len(hard), dtype=torch.int64)
+    dlogits = torch.empty(logits.shape, device=device)
+    result = one_pass(kernels, logits.to(device), target.to(device), dlogits=dlogits)
+    assert torch.equal(result.dropped.cpu(), dropped), dict(zip(hard, result.dropped, strict=True))
+    assert torch.isfinite(result.loss).all()
+    assert torch.isfinite(dlogits).all()
+    assert (dlogits.cpu()[dropped] == 0).all()
+    logp, entropy = oracles.logp_and_entropy(logits[:2], target[:2], 1.0)
+    assert torch.allclose(result.logp[:2].cpu().double(), logp, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(result.entropy[:2].cpu().double(), entropy, rtol=1e-5, atol=1e-6)
+    gradient = torch.softmax(logits[:1].double(), 1)
+    gradient[0, 0] -= 1
+    assert torch.allclose(dlogits[:1].cpu().double(), gradient, atol=1e-6)
+    assert (dlogits[1] == 0).all()
+
+
+def test_an_overflowing_ratio_drops_the_row(kernels: ModuleType, device: str) -> None:
+    """exp(200) is no float32: such a token has no part in loss and gradient, and is counted."""
+    logits = torch.randn(3, 11, device=device)
+    target = torch.arange(3, device=device)
+    old_logp = torch.tensor([-200.0, -1.0, -200.0], device=device)
+    advantage = torch.tensor([-1.0, 1.0, 1.0], device=device)
+    dlogits = torch.empty_like(logits)
+    result = one_pass(
+        kernels, logits, target, old_logp=old_logp, advantage=advantage, dlogits=dlogits
+    )
+    assert result.dropped.tolist() == [True, False, False]
+    assert result.loss.tolist()[0] == 0
+    assert result.loss.tolist()[2] == pytest.approx(-1.2)
+    assert (dlogits[0] == 0).all()
+    assert dlogits[1].abs().sum() > 0
+    assert (dlogits[2] == 0).all()
+
+
+@pytest.mark.parametrize("factor", [1.0, -0.25, 3.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_row_scale(kernels: ModuleType, device: str, factor: float, dtype: torch.dtype) -> None:
+    """Every logit of a strided view, and nothing between its rows."""
+    gradient = torch.randn(2, 4, 1001).to(dtype).to(device)
+    before = gradient.clone()
+    kernels.row_scale(Rows.of(gradient[:, 1:]), torch.tensor(factor, device=device))
+    assert torch.equal(gradient[:, 1:], (before[:, 1:].float() * factor).to(dtype))
+    assert torch.equal(gradient[:, :1], before[:, :1])
+
+
+def test_one_pass_takes_every_term(kernels: ModuleType, device: str) -> None:
+    """Weights, advantages, an old and a reference policy, a temperature: against autograd."""
+    N, V = 6, 333
+    logits = torch.randn(N, V, dtype=torch.float64)
+    target = torch.randint(0, V, (N,))
+    x = logits.clone().requires_grad_()
+    logp, _ = oracles.logp_and_entropy(x, target, 0.8)
+    old_logp, ref_logp = (logp.detach() + 0.2 * torch.randn(N) for _ in range(2))
+    weight, advantage = torch.rand(N), torch.randn(N)
+    policy = oracles.ppo_clip((logp - old_logp).exp(), advantage, 0.1, 0.3)
+    loss = weight * (0.05 * oracles.kl_estimate("k3", logp, ref_logp) - policy)
+    loss.sum().backward()
+    dlogits = torch.empty(N, V, device=device)
+    result = one_pass(
+        kernels,
+        logits.float().to(device),
+        target.to(device),
+        temperature=0.8,
+        weight=weight.to(device),
+        advantage=advantage.to(device),
+        old_logp=old_logp.float().to(device),
+        ref_logp=ref_logp.float().to(device),
+        surrogate_args=(0.1, 0.3, math.inf),
+        kl=kl.k3,
+        beta=0.05,
+        dlogits=dlogits,
+    )
+    assert torch.allclose(result.loss.cpu().double(), loss.detach(), atol=2e-6)
+    assert torch.allclose(dlogits.cpu().double(), x.grad, atol=2e-6)
