@@ -10,10 +10,10 @@ demo: $(VENV)/.train          ## train base, R1-Zero, SFT and R1 on the embedded
 	$(BIN)/python -m grpo_core.train
 
 test: $(VENV)/.test           ## the whole test-suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 
 quick: $(VENV)/.test          ## the suite without its slow part
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow"
 
 bench: $(VENV)/.bench         ## what the kernels save, on this machine
 	$(BIN)/python -m pytest bench/ --benchmark-only

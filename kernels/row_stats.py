@@ -2,7 +2,8 @@
 
 Reads each row of logits once and writes four floats: logp and entropy, and as `state` the largest
 logit M and the sum S of `online_softmax`, from which `row_dlogits` finds the softmax again. Memory
-traffic: 2 bytes per bfloat16 logit. A row whose target lies outside [0, V) is not read; its outputs are 0.
+traffic: 2 bytes per bfloat16 logit. A row whose target lies outside [0, V) is not read; its
+outputs are 0.
 """
 
 import torch

@@ -61,27 +61,32 @@ def signature(kernel: Any, logits: str, constants: dict[str, Any]) -> dict[str, 
 
 def cases(lanes: int) -> Iterator[tuple[str, Any, str, dict[str, Any], int]]:
     """(name, kernel, dtype, constants, warps) of every kernel in its variants."""
-    for logits, width in (("bf16", 8), ("fp32", 4)):
-        for vector in (True, False):
-            for warps in (4, 16):
-                shape = {
-                    "THREADS": 32 * warps,
-                    "WIDTH": width,
-                    "VECTOR": vector,
-                    "ALIGNMENT": width if vector else 1,
-                }
-                tag = f"{logits}-{'vector' if vector else 'odd'}-{warps}"
-                warps = 32 * warps // lanes
-                yield f"row_stats-{tag}", _row_stats_kernel, logits, shape, warps
-                yield f"row_dlogits-{tag}", _row_dlogits_kernel, logits, shape, warps
-                yield f"row_scale-{tag}", _row_scale_kernel, logits, shape, warps
-                terms = {"SURROGATE": surrogates.clip, "KL": kl.k3}
-                yield f"row_loss-{tag}", _row_loss_kernel, logits, shape | terms, warps
-    for estimator in (None, kl.k1, kl.k2, kl.k3):
-        terms = {"SURROGATE": surrogates.clip, "KL": estimator, "BLOCK": 256}
-        if estimator is None:
-            terms["ref_logp_ptr"] = None
-        yield f"token_loss-{estimator and estimator.fn.__name__}", _token_loss_kernel, "", terms, 4
+    layouts = [
+        ("bf16", 8, True, 4),
+        ("bf16", 8, True, 16),
+        ("bf16", 8, False, 16),
+        ("fp32", 4, True, 16),
+        ("fp32", 4, False, 16),
+    ]
+    terms = {"SURROGATE": surrogates.clip, "KL": kl.k3}
+    without = {"old_logp_ptr": None, "ref_logp_ptr": None, "dlogits_ptr": None}
+    for logits, width, vector, warps in layouts:
+        shape = {
+            "THREADS": 32 * warps,
+            "WIDTH": width,
+            "VECTOR": vector,
+            "ALIGNMENT": width if vector else 1,
+        }
+        tag = f"{logits}-{'vector' if vector else 'odd'}-{warps}"
+        warps = 32 * warps // lanes
+        yield f"row_stats-{tag}", _row_stats_kernel, logits, shape, warps
+        yield f"row_dlogits-{tag}", _row_dlogits_kernel, logits, shape, warps
+        yield f"row_scale-{tag}", _row_scale_kernel, logits, shape, warps
+        yield f"row_loss-{tag}", _row_loss_kernel, logits, shape | terms, warps
+        yield f"row_loss_only-{tag}", _row_loss_kernel, logits, shape | terms | without, warps
+    yield "token_loss", _token_loss_kernel, "", terms | {"BLOCK": 256}, 4
+    bare = {**terms, "BLOCK": 256, "KL": None, "ref_logp_ptr": None}
+    yield "token_loss-without-kl", _token_loss_kernel, "", bare, 4
     yield "group_norm", _group_norm_kernel, "", {"SCALE": True, "BLOCK_G": 16}, 4
 
 
