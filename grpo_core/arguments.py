@@ -108,6 +108,8 @@ def check_loss_arguments(
     if rewards is not None:
         check_rewards(rewards, group_size, validate)
         _vector("rewards", rewards, None if packed else (shape[:1],), logits)
+        if valid.numel() and not rewards.numel():
+            raise ValueError("rewards: expected one for every sequence, got [0]")
         known = sequence < rewards.numel()
         if must_validate(validate, logits) and (valid & ~known).any():
             want = f"ids below the {rewards.numel()} rewards"

@@ -97,7 +97,8 @@ def fused_loss(
 
     A row whose loss or gradient is not finite (NaN or +inf among its logits, a ratio beyond
     float32) is left out: its loss and its gradient are exactly 0, `metrics["nonfinite_rows"]`
-    counts it, and its entries of logp, entropy, ratio and kl stay as they came out.
+    counts it, and its entries of logp, entropy, ratio and kl stay as they came out. It still counts
+    in the divisor of a mean.
 
     Args:
         logits: [B, T, V], or packed [N, V]; float32, bfloat16 or float16. Views such as

@@ -20,6 +20,8 @@ from grpo_core.torch_formula import as_torch
 
 # float32 scratch of one chunk, twice: larger leaves the caches, smaller pays per operation
 CHUNK_BYTES = 2**22
+# more than there are threads to share a row among
+ROW_PARTS = 256
 
 
 def row_stats(rows: Rows, target: Tensor, temperature: float) -> RowStats:
@@ -226,10 +228,10 @@ class _Softmax:
         others[alone] = 0.0
         # the likeliest of the others has probability 1/S
         log_rest = -others.amax(1).double().log()
-        moment = centred.scatter_(1, hole, 0.0).mul_(others).sum(1)
+        moment = _row_sums(centred.scatter_(1, hole, 0.0).mul_(others))
         # 0·(−inf): a forbidden word has no entropy; a NaN among the logits shows in z
         if moment.isnan().any():
-            moment = centred.nan_to_num_(nan=0.0).sum(1)
+            moment = _row_sums(centred.nan_to_num_(nan=0.0))
         z = torch.where(alone & ~gap.isnan(), -math.inf, peak + log_rest - gap)
         return z, log_rest - (moment.double() - peak)
 
@@ -250,6 +252,14 @@ class _Softmax:
             home.copy_(others)
         else:
             home.index_copy_(0, chunk.inside, others.to(home.dtype))
+
+
+def _row_sums(matrix: Tensor) -> Tensor:
+    """Σ over each row `[n, V]`, in parts: a single long row would be shared out among threads."""
+    n, V = matrix.shape
+    even = V // ROW_PARTS * ROW_PARTS
+    parts = matrix[:, :even].unflatten(1, (ROW_PARTS, -1)).sum(2)
+    return parts.sum(1) + matrix[:, even:].sum(1)
 
 
 def _token_statistics(z: Tensor, entropy_others: Tensor) -> tuple[Tensor, Tensor]:

@@ -85,6 +85,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
         "sequence_id: expected ids below the 2 rewards, got 2 at row 6",
     ),
     (
+        PACKED | {"advantage": None, "rewards": (0,), "group_size": 2},
+        "rewards: expected one for every sequence, got [0]",
+    ),
+    (
         PACKED | {"objective": "dr_grpo"},
         "normalizer: expected sequences · length for constant_length over packed rows, got None",
     ),

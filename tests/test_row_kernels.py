@@ -114,17 +114,40 @@ def test_a_row_has_the_same_bits_in_every_plan(
     assert (dlogits[:, -1] == 7).all(), "wrote outside the view"
 
     packed = view.reshape(12, V).clone()
-    alone = [
-        one_pass(kernels, packed[n : n + 1], target[n : n + 1], weight=weight[n : n + 1]).logp
-        for n in range(12)
-    ]
-    assert torch.equal(torch.cat(alone), logp)
+    for n in range(12):
+        row = slice(n, n + 1)
+        alone = one_pass(kernels, packed[row], target[row], weight=weight[row])
+        assert torch.equal(alone.logp, logp[row])
+        assert torch.equal(alone.entropy, entropy[row])
 
     second = torch.empty_like(packed)
     kernels.row_dlogits(Rows.of(packed), target, 1.0, result.dlogp, state, second)
     assert torch.equal(second.view(3, 4, V), dlogits[:, :-1])
     one_pass(kernels, packed, target, weight=weight, dlogits=packed)
     assert torch.equal(packed, second)
+
+
+def test_threads_do_not_change_a_bit_of_the_torch_backend() -> None:
+    """One row or many, one thread or more: the same logp and entropy, at a real vocabulary."""
+    kernels = choose_backend("torch", torch.empty(0))
+    logits = 3 * torch.randn(5, 151_669)
+    target = torch.randint(0, 151_669, (5,))
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(kernels.row_stats(Rows.of(logits), target, 1.0)[:2])
+            rows = [
+                kernels.row_stats(Rows.of(logits[n : n + 1]), target[n : n + 1], 1.0)[:2]
+                for n in range(5)
+            ]
+            results.append(tuple(torch.cat(vectors) for vectors in zip(*rows, strict=True)))
+    finally:
+        torch.set_num_threads(threads)
+    for logp, entropy in results[1:]:
+        assert torch.equal(logp, results[0][0])
+        assert torch.equal(entropy, results[0][1])
 
 
 @pytest.mark.parametrize("V", [7, 5003])
