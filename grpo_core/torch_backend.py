@@ -256,8 +256,7 @@ class _Softmax:
 
 def _row_sums(matrix: Tensor) -> Tensor:
     """Σ over each row `[n, V]`, in parts: a single long row would be shared out among threads."""
-    n, V = matrix.shape
-    even = V // ROW_PARTS * ROW_PARTS
+    even = matrix.shape[1] // ROW_PARTS * ROW_PARTS
     parts = matrix[:, :even].unflatten(1, (ROW_PARTS, -1)).sum(2)
     return parts.sum(1) + matrix[:, even:].sum(1)
 
