@@ -1,0 +1,1 @@
+"""Benchmarks: what one pass over the logits saves, on the machine at hand."""

@@ -1,0 +1,121 @@
+"""The loss from logits: forward, and forward + backward, every contender side by side."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import get_args
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from bench.conftest import DEVICE, clock, device_name
+from bench.kernel_meter import kernel_bytes_per_logit
+from bench.meter import CompiledMeter, OperandMeter, peak_extra_bytes
+from bench.paths import Batch, Contender, Direction, Outcome, contenders, dtype_name
+from bench.truth import Truth, refuse_wrong
+
+# a call takes milliseconds on a GPU and up to seconds on a CPU
+ROUNDS = {"cuda": 30, "cpu": 5}
+CASES = [
+    pytest.param(contender, direction, id=f"{direction.replace(' ', '')}-{contender.name}")
+    for direction in get_args(Direction)
+    for contender in contenders(DEVICE, direction)
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+@pytest.mark.benchmark(timer=clock, disable_gc=True)
+@pytest.mark.parametrize(("contender", "direction"), CASES)
+def test_loss(
+    contender: Contender,
+    direction: Direction,
+    batch: Batch,
+    truth: Truth,
+    benchmark: BenchmarkFixture,
+) -> None:
+    """Refuses what is wrong, counts bytes, then times."""
+    N, V = batch.logits.shape
+    dtype = dtype_name(batch.logits.dtype)
+    call = contender.call(batch, direction)
+    issued, large = check_and_count(contender, call, batch, truth, f"{dtype}, {direction}")
+    batch.logits.copy_(batch.pristine)
+    peak = peak_extra_bytes(call, DEVICE)
+
+    def timed() -> None:
+        # the result is freed within the round, as the clone is within its own
+        call()
+
+    yardsticks = Yardsticks(batch)
+    benchmark.group = f"{direction}, {dtype}, {N:,} x {V:,}"
+    benchmark.pedantic(timed, setup=yardsticks.measure, rounds=ROUNDS[DEVICE], warmup_rounds=1)
+    clone, copy = yardsticks.medians()
+    benchmark.extra_info.update(
+        contender=contender.name,
+        direction=direction,
+        device=device_name(),
+        threads=torch.get_num_threads(),
+        N=N,
+        V=V,
+        dtype=dtype,
+        logits_bytes=batch.logits.nbytes,
+        clone_seconds=clone,
+        copy_seconds=copy,
+        peak_extra_bytes=peak,
+        peak_extra_rows=peak / (V * batch.logits.itemsize),
+        bytes_per_logit_issued=issued,
+        bytes_per_logit=large,
+    )
+    if benchmark.stats is not None:
+        median = benchmark.stats.stats.median
+        benchmark.extra_info.update(ratio_to_clone=median / clone, ratio_to_copy=median / copy)
+
+
+def check_and_count(
+    contender: Contender, call: Callable[[], Outcome], batch: Batch, truth: Truth, case: str
+) -> tuple[float | None, float | None]:
+    """(issued, large) bytes per logit of one call, once its outcome was found right."""
+    operands = OperandMeter(threshold=batch.logits.nbytes // 2)
+    compiled = CompiledMeter()
+    batch.logits.copy_(batch.pristine)
+    with compiled if contender.compiled else nullcontext() if contender.kernels else operands:
+        try:
+            outcome = call()
+        except RuntimeError as failure:
+            if not contender.compiled:
+                raise
+            pytest.skip(f"torch.compile: {str(failure).splitlines()[0]}")
+    refuse_wrong(contender.name, outcome, truth)
+    if contender.kernels:
+        return kernel_bytes_per_logit()[case]
+    if contender.compiled:
+        return compiled.accessed and compiled.accessed / batch.logits.numel(), None
+    return operands.issued / batch.logits.numel(), operands.large / batch.logits.numel()
+
+
+class Yardsticks:
+    """A clone and a copy of the logits before every round: what bandwidth is worth just then.
+
+    A clone asks for fresh memory, which on a CPU costs more in page faults than in copying.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self.clone: list[float] = []
+        self.copy: list[float] = []
+
+    def measure(self) -> None:
+        """Times both; the copy restores the logits for the round to come."""
+        start = clock()
+        self.batch.logits.clone()
+        cloned = clock()
+        self.batch.logits.copy_(self.batch.pristine)
+        copied = clock()
+        self.clone.append(cloned - start)
+        self.copy.append(copied - cloned)
+
+    def medians(self) -> tuple[float, float]:
+        """Seconds of a clone and of a copy."""
+        return statistics.median(self.clone), statistics.median(self.copy)

@@ -1,0 +1,155 @@
+"""What a call costs in bytes: memory it holds at its peak, and bytes its operations move.
+
+Counts, not samples: the same call gives the same numbers on a busy machine and on an idle one.
+Calls that launch our Triton kernels move bytes unseen from here: see `kernel_meter`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from itertools import accumulate
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch._inductor.metrics as inductor_metrics
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# reserve memory and leave it untouched
+ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+# overwrite their first argument without reading it
+OVERWRITES = {"copy_", "fill_", "zero_"}
+
+
+def peak_extra_bytes(call: Callable[[], object], device: str) -> int:
+    """Largest number of bytes held at one time that were not held before the call.
+
+    The result counts, as the caller has to hold it. On the CPU every allocation passes PyTorch's
+    allocator, the scratch inside an operator and that of compiled code included, and the profiler
+    writes each down; a dispatch mode would see neither.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in events), initial=0))
+
+
+class OperandMeter(TorchDispatchMode):
+    """Adds up the bytes that PyTorch operations read from and write to tensors.
+
+    A view is free and so is reserving memory; an in-place operation reads and writes; an indexed
+    one touches as many elements as its index names (`scatter_add` too, which autograd uses in the
+    place of `scatter_add_` whenever a mode looks on). An operator that goes over its input several
+    times inside (log_softmax does) counts once, so this is what the operation *must* move.
+
+    Attributes:
+        issued: bytes of all operands.
+        large: bytes of operands in storages of at least `threshold` bytes; what is smaller
+            may stay in a cache between one operation and the next.
+    """
+
+    def __init__(self, threshold: int) -> None:
+        super().__init__()
+        self.threshold = threshold
+        self.issued = 0
+        self.large = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor, nbytes in _traffic(func, args, kwargs or {}, result):
+            self.issued += nbytes
+            if tensor.untyped_storage().nbytes() >= self.threshold:
+                self.large += nbytes
+        return result
+
+
+class CompiledMeter:
+    """What inductor says that the code it compiles while this is entered reads and writes.
+
+    Attributes:
+        accessed: bytes of all operands of its kernels, each counted once per kernel; None when
+            nothing was compiled or the code came from a cache without that number.
+    """
+
+    accessed: int | None = None
+
+    def __enter__(self) -> CompiledMeter:
+        # inductor counts only for this log
+        self._log = logging.getLogger("torch._inductor.compile_fx.__inductor_metrics")
+        self._level = self._log.level
+        self._log.setLevel(logging.INFO)
+        inductor_metrics.reset()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self._log.setLevel(self._level)
+        self.accessed = inductor_metrics.num_bytes_accessed or None
+
+
+def _traffic(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+) -> Iterator[tuple[Tensor, int]]:
+    """(tensor, bytes) for every reading and every writing of one operation."""
+    name, schema = func._schema.name.removeprefix("aten::"), func._schema
+    is_view = any(out.alias_info and not out.alias_info.is_write for out in schema.returns)
+    if is_view or name in ALLOCATES:
+        return
+    touched = _touched(name, args, result)
+    for position, argument in enumerate(schema.arguments):
+        given = args[position] if position < len(args) else kwargs.get(argument.name)
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        only_written = written and (argument.kwarg_only or name in OVERWRITES)
+        only_shape = position == 0 and (name.startswith("new_") or name.endswith("_like"))
+        for tensor in filter(torch.is_tensor, tree_leaves(given)):
+            nbytes = tensor_bytes(tensor)
+            if position == 0 and touched is not None:
+                nbytes = touched * tensor.itemsize
+            if not only_written and not only_shape:
+                yield tensor, nbytes
+            if written:
+                yield tensor, nbytes
+    fresh = [out.alias_info is None for out in schema.returns]
+    outputs = result if len(fresh) > 1 else (result,)
+    for tensor in tree_leaves([out for out, new in zip(outputs, fresh, strict=False) if new]):
+        if torch.is_tensor(tensor):
+            partly = touched if name == "scatter_add" else None
+            yield tensor, tensor_bytes(tensor) if partly is None else partly * tensor.itemsize
+
+
+def _touched(name: str, args: tuple[Any, ...], result: Any) -> int | None:
+    """Elements of its first argument that an indexed operation reads or writes; None means all."""
+    if name in {"gather", "scatter_", "scatter_add_", "scatter_add"}:
+        return args[2].numel()
+    if name in {"index_select", "index_fill_", "index_copy_", "index_add_"}:
+        return args[2].numel() * (args[0].numel() // max(1, args[0].shape[args[1]]))
+    return result.numel() if name in {"index", "embedding"} else None
+
+
+def tensor_bytes(tensor: Tensor) -> int:
+    """Bytes of the distinct elements behind a tensor: an expanded axis counts once."""
+    axes = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.itemsize * math.prod(size for size, stride in axes if stride or not size)
