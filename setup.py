@@ -32,6 +32,7 @@ setup(
             "matplotlib",
             "mypy",
             "pytest",
+            "pytest-benchmark",
             "pytest-timeout",
             "pytest-xdist",
             "rich",

@@ -2,7 +2,8 @@
 
 from grpo_core.advantages import GroupNorm, group_advantages
 from grpo_core.fused_loss import LossOutput, TokenLogp, fused_loss, token_logp
-from grpo_core.objective import RECIPES, Objective, Surrogate, clip
+from grpo_core.objective import Objective, Surrogate
+from grpo_core.recipes import RECIPES, clip
 
 __version__ = "0.1.0"
 __all__ = [

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from grpo_core.advantages import check_rewards
 from grpo_core.backends import Backend, choose_backend
-from grpo_core.objective import Objective, find_objective
+from grpo_core.objective import Objective
+from grpo_core.recipes import find_objective
+from grpo_core.sequence_ratio import SequenceRatio
 from grpo_core.weights import token_weights
 
 # the target of a masked token, as everywhere in this ecosystem
@@ -35,6 +37,17 @@ class Tokens:
     ref_logp: Tensor | None  # [N], nats
     sequence: Tensor  # [N] int64 in [0, sequences)
     sequences: int
+
+    def sequence_ratio(self, spec: Objective) -> SequenceRatio:
+        """The objective's map from tokens' log-ratios to those of its level."""
+        return SequenceRatio(
+            spec.ratio_level,
+            spec.token_clip,
+            self.valid,
+            self.sequence,
+            self.sequences,
+            self.advantage,
+        )
 
 
 def check_logits(logits: Tensor, temperature: float, dtypes: tuple[torch.dtype, ...]) -> None:

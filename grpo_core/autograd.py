@@ -16,9 +16,8 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
 from grpo_core.arguments import Tokens
-from grpo_core.kernels.records import RowLoss, Rows
+from grpo_core.kernels.records import RowLoss, Rows, Terms
 from grpo_core.objective import Objective
-from grpo_core.weights import sequence_mean
 
 
 @dataclass(frozen=True)
@@ -33,14 +32,15 @@ class Call:
     kernels: ModuleType
 
     @property
-    def terms(self) -> dict[str, Any]:
+    def terms(self) -> Terms:
         """Surrogate and KL as the kernels take them."""
-        return {
-            "surrogate": self.spec.surrogate.function,
-            "surrogate_args": self.spec.surrogate.args,
-            "kl": self.spec.kl_function if self.tokens.ref_logp is not None else None,
-            "beta": float(self.spec.beta),
-        }
+        return Terms(
+            surrogate=self.spec.surrogate.function,
+            surrogate_args=self.spec.surrogate.args,
+            kl=self.spec.kl_function if self.tokens.ref_logp is not None else None,
+            kl_times_ratio=self.spec.kl_times_ratio,
+            beta=float(self.spec.beta),
+        )
 
 
 def _one_pass(rows: Rows, call: Call, dlogits: Tensor | None) -> RowLoss:
@@ -54,8 +54,8 @@ def _one_pass(rows: Rows, call: Call, dlogits: Tensor | None) -> RowLoss:
         tokens.advantage,
         tokens.old_logp,
         tokens.ref_logp,
-        **call.terms,
-        dlogits=dlogits,
+        call.terms,
+        dlogits,
     )
 
 
@@ -63,13 +63,13 @@ def _two_phases(rows: Rows, call: Call, dlogits: Tensor | None) -> RowLoss:
     """Sequence-level ratios: statistics of all rows, the loss on vectors, then the gradient."""
     tokens, kernels = call.tokens, call.kernels
     logp, entropy, state = kernels.row_stats(rows, tokens.target, call.temperature)
-    log_ratio = logp - (logp if tokens.old_logp is None else tokens.old_logp)
-    layout = (tokens.valid, tokens.sequence, tokens.sequences)
-    log_ratio = sequence_mean(log_ratio, *layout)
+    token_ratio = logp - (logp if tokens.old_logp is None else tokens.old_logp)
+    level = tokens.sequence_ratio(call.spec)
+    log_ratio = level.forward(token_ratio)
     terms = kernels.token_loss(
-        logp, log_ratio, tokens.advantage, tokens.weight, tokens.ref_logp, **call.terms
+        logp, log_ratio, tokens.advantage, tokens.weight, tokens.ref_logp, call.terms
     )
-    dlogp = sequence_mean(terms.dpolicy, *layout) + terms.dkl
+    dlogp = terms.dlogp + level.backward(token_ratio, terms.dlog_ratio)
     if dlogits is not None:
         kernels.row_dlogits(rows, tokens.target, call.temperature, dlogp, state, dlogits)
     ratio = log_ratio.exp() * tokens.valid
@@ -85,7 +85,7 @@ class FusedLoss(torch.autograd.Function):
         dlogits = None
         if call.wants_gradient:
             dlogits = rows.logits if call.inplace else _like(rows.logits)
-        plan = _one_pass if call.spec.ratio_level == "token" else _two_phases
+        plan = _one_pass if call.spec.is_token_level else _two_phases
         result = plan(rows, call, dlogits)
         if dlogits is rows.logits:
             # an operation upstream that saved these logits must notice that they are gone

@@ -41,7 +41,7 @@ def loss_metrics(
         return torch.where(counts, vector, 0.0).sum() / count.clamp(min=1)
 
     log_ratio = torch.log(ratio)
-    _, dpolicy = as_torch(spec.surrogate.function)(
+    _, dlogp, dlog_ratio = as_torch(spec.surrogate.function)(
         logp, log_ratio, tokens.advantage, *spec.surrogate.args
     )
     moved = counts & (tokens.advantage != 0)
@@ -50,7 +50,8 @@ def loss_metrics(
         "tokens": count,
         "ratio_mean": mean(ratio),
         "ratio_max": torch.where(counts, ratio, 0.0).amax() if ratio.numel() else loss * 0,
-        "clip_fraction": (moved & (dpolicy == 0)).sum() / moved.sum().clamp(min=1),
+        "clip_fraction": (moved & (dlogp == 0) & (dlog_ratio == 0)).sum()
+        / moved.sum().clamp(min=1),
         "kl": mean(kl),
         "entropy": mean(entropy),
         "approx_kl_old": mean(ratio - 1 - log_ratio),

@@ -1,14 +1,14 @@
-"""A method is a value: five independent axes, and a table of the published choices.
+"""A method is a value: five independent axes, and checks that they make sense together.
 
     L = Σ_n weight_n · (surrogate(logp_n, log_ratio_n, A_n) + beta · kl(logp_n, ref_logp_n))
 
-| axis         | field         | where it is computed                  |
-|--------------|---------------|---------------------------------------|
-| advantage    | `advantage`   | advantages.py, kernels/group_norm.py  |
-| ratio level  | `ratio_level` | fused_loss.py (mean over a sequence)  |
-| surrogate    | `surrogate`   | kernels/surrogates.py                 |
-| KL estimator | `kl`, `beta`  | kernels/kl.py                         |
-| aggregation  | `aggregation` | weights.py                            |
+| axis         | field                      | where it is computed                  |
+|--------------|----------------------------|---------------------------------------|
+| advantage    | `advantage`                | advantages.py, kernels/group_norm.py  |
+| ratio level  | `ratio_level, token_clip`  | sequence_ratio.py                     |
+| surrogate    | `surrogate`                | kernels/surrogates.py                 |
+| KL estimator | `kl, kl_times_ratio, beta` | kernels/kl.py                         |
+| aggregation  | `aggregation`              | weights.py                            |
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from typing import Any, Literal, get_args
 
 from grpo_core.advantages import GroupNorm
 from grpo_core.kernels import kl as kl_estimators
-from grpo_core.kernels import surrogates
+from grpo_core.sequence_ratio import RatioLevel
 from grpo_core.weights import Aggregation
 
-RatioLevel = Literal["token", "sequence"]
-KL = Literal["k1", "k2", "k3"]
+KL = Literal["k1", "absolute", "k2", "k3", "k1_plus", "k3_plus"]
 
 
 @dataclass(frozen=True)
@@ -33,22 +32,7 @@ class Surrogate:
     """A function of kernels/surrogates.py and its parameters, floats all."""
 
     function: Callable
-    args: tuple[float, ...]
-
-
-def clip(eps_low: float, eps_high: float | None = None, delta: float = math.inf) -> Surrogate:
-    """PPO's clipped ratio: bounds 1 − eps_low and 1 + eps_high (eps_low if None), outer bound δ.
-
-    Raises:
-        ValueError: a negative bound, or δ < 1 + eps_high (there δ and dual clip would differ).
-    """
-    eps_high = eps_low if eps_high is None else eps_high
-    for name, bound in (("eps_low", eps_low), ("eps_high", eps_high)):
-        if not 0 <= bound < math.inf:
-            raise ValueError(f"{name}: expected a finite number >= 0, got {bound!r}")
-    if not delta >= 1 + eps_high:
-        raise ValueError(f"delta: expected >= 1 + eps_high = {1 + eps_high}, got {delta!r}")
-    return Surrogate(surrogates.clip, (float(eps_low), float(eps_high), float(delta)))
+    args: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,9 +43,12 @@ class Objective:
         surrogate: the policy term, for example `clip(0.2, 0.28)`.
         kl: estimator of the KL to the reference policy, or None.
         beta: weight of the KL term; with 0 a given `ref_logp` is only measured.
-        ratio_level: "token", or "sequence" for one ratio a sequence (GSPO, arXiv 2507.18071).
+        ratio_level: whose ratio the surrogate sees, see `sequence_ratio`.
         advantage: how `rewards` become advantages when the loss is given rewards.
         aggregation: how tokens are averaged, see `weights.token_weights`.
+        kl_times_ratio: weight the KL by the ratio, and differentiate that too: unbiased off policy
+            (DeepSeek-V3.2, arXiv 2512.02556; TRL's default).
+        token_clip: (low, high), bounds of a token's log-ratio before its sequence's mean (GMPO).
 
     Raises:
         ValueError: an unknown name, a negative or infinite beta, beta without a KL estimator.
@@ -73,6 +60,8 @@ class Objective:
     ratio_level: RatioLevel = "token"
     advantage: GroupNorm = field(default_factory=GroupNorm)
     aggregation: Aggregation = "token_mean"
+    kl_times_ratio: bool = False
+    token_clip: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         _one_of("kl", self.kl, (*get_args(KL), None))
@@ -82,6 +71,14 @@ class Objective:
             raise ValueError(f"beta: expected a finite number >= 0, got {self.beta!r}")
         if self.beta and self.kl is None:
             raise ValueError(f"kl: expected an estimator for beta = {self.beta}, got None")
+
+        if self.token_clip is not None and not all(0 <= b < math.inf for b in self.token_clip):
+            raise ValueError(f"token_clip: expected two numbers >= 0, got {self.token_clip!r}")
+
+    @property
+    def is_token_level(self) -> bool:
+        """Whether a token's loss needs nothing of the other tokens of its sequence."""
+        return self.ratio_level == "token" and self.token_clip is None
 
     @property
     def kl_function(self) -> Callable | None:
@@ -97,32 +94,3 @@ def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Raises ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
-
-
-RECIPES: dict[str, Objective] = {
-    # DeepSeekMath, arXiv 2402.03300, eq. 3; beta: sec. 4.2
-    "grpo": Objective(clip(0.2), kl="k3", beta=0.04, aggregation="sequence_mean"),
-    # Understanding R1-Zero-like training, arXiv 2503.20783, sec. 3.2
-    "dr_grpo": Objective(
-        clip(0.2), advantage=GroupNorm(scale=False), aggregation="constant_length"
-    ),
-    # DAPO, arXiv 2503.14476, eq. 8; pass the global token count as `normalizer`
-    "dapo": Objective(clip(0.2, 0.28), aggregation="token_mean"),
-    # TRL's name for the token mean of the local batch
-    "bnpo": Objective(clip(0.2), aggregation="token_mean"),
-}
-
-
-def find_objective(objective: str | Objective) -> Objective:
-    """The objective itself, or the recipe of that name.
-
-    Raises:
-        ValueError: neither an `Objective` nor a name in `RECIPES`.
-    """
-    if isinstance(objective, Objective):
-        return objective
-    if objective not in RECIPES:
-        raise ValueError(
-            f"objective: expected an Objective or one of {sorted(RECIPES)}, got {objective!r}"
-        )
-    return RECIPES[objective]

@@ -17,7 +17,6 @@ from grpo_core.backends import Backend
 from grpo_core.fused_loss import LossOutput
 from grpo_core.objective import Objective
 from grpo_core.torch_formula import as_torch
-from grpo_core.weights import sequence_mean
 
 
 def reference_loss(
@@ -89,13 +88,14 @@ def _evaluate(
         # 0·log 0 = 0
         entropy = -(log_softmax.exp() * log_softmax.clamp(min=-1e30)).sum(1)
     log_ratio = logp - (logp.detach() if tokens.old_logp is None else tokens.old_logp)
-    if spec.ratio_level == "sequence":
-        log_ratio = sequence_mean(log_ratio, tokens.valid, tokens.sequence, tokens.sequences)
+    log_ratio = tokens.sequence_ratio(spec).forward(log_ratio)
     surrogate = as_torch(spec.surrogate.function)
-    loss, _ = surrogate(logp, log_ratio, tokens.advantage, *spec.surrogate.args)
+    loss, *_ = surrogate(logp, log_ratio, tokens.advantage, *spec.surrogate.args)
     kl = torch.zeros_like(logp)
     if spec.kl_function is not None and tokens.ref_logp is not None:
-        kl, _ = as_torch(spec.kl_function)(logp, tokens.ref_logp, log_ratio)
+        kl, _ = as_torch(spec.kl_function)(logp, tokens.ref_logp)
+        if spec.kl_times_ratio:
+            kl = kl * log_ratio.exp()
         loss = loss + spec.beta * kl
     kept = tokens.valid & logp.isfinite() & log_ratio.isfinite() & loss.isfinite()
     total = (tokens.weight * torch.where(tokens.weight != 0, loss, 0.0)).sum()

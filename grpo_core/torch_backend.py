@@ -8,18 +8,17 @@ and units are those of the host functions in kernels/; see there for what the ar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from grpo_core.kernels.records import RowLoss, Rows, RowStats, TokenLoss
+from grpo_core.kernels.kl import times_ratio
+from grpo_core.kernels.records import RowLoss, Rows, RowStats, Terms, TokenLoss
+from grpo_core.row_chunks import Chunk, for_each_chunk
 from grpo_core.torch_formula import as_torch
 
-# float32 scratch of one chunk, twice: larger leaves the caches, smaller pays per operation
-CHUNK_BYTES = 2**22
 # more than there are threads to share a row among
 ROW_PARTS = 256
 
@@ -27,10 +26,12 @@ ROW_PARTS = 256
 def row_stats(rows: Rows, target: Tensor, temperature: float) -> RowStats:
     """Softmax statistics of every row at its target; without `state`."""
     logp, entropy = target.new_zeros(2, rows.N, dtype=torch.float32).unbind()
-    softmax = _Softmax(temperature)
-    for chunk in _chunks(rows, _readable(target, rows.V)):
+
+    def read(chunk: Chunk, softmax: _Softmax) -> None:
         z, entropy_others = softmax.read(chunk.logits, target[chunk.at])
         logp[chunk.at], entropy[chunk.at] = _token_statistics(z, entropy_others)
+
+    for_each_chunk(read, partial(_Softmax, temperature), rows, _readable(target, rows.V))
     return RowStats(logp, entropy, state=logp.new_empty(0, rows.N))
 
 
@@ -42,41 +43,31 @@ def row_loss(
     advantage: Tensor,
     old_logp: Tensor | None,
     ref_logp: Tensor | None,
-    *,
-    surrogate: Callable,
-    surrogate_args: tuple[float, ...],
-    kl: Callable | None,
-    beta: float,
+    terms: Terms,
     dlogits: Tensor | None,
 ) -> RowLoss:
     """Loss of every row, and the gradient of every logit into `dlogits`, in one pass."""
     result = RowLoss.empty(rows.N, weight.device, state=weight.new_empty(0, rows.N))
     for vector in result:
         vector.zero_()
-    softmax = _Softmax(temperature)
-    for chunk in _chunks(rows, (weight != 0) & _readable(target, rows.V), dlogits):
+
+    def pass_over(chunk: Chunk, softmax: _Softmax) -> None:
         at = chunk.at
         z, entropy_others = softmax.read(chunk.logits, target[at])
         logp, entropy = _token_statistics(z, entropy_others)
         log_ratio = logp - (logp if old_logp is None else old_logp[at])
-        terms = token_loss(
-            logp,
-            log_ratio,
-            advantage[at],
-            weight[at],
-            None if ref_logp is None else ref_logp[at],
-            surrogate=surrogate,
-            surrogate_args=surrogate_args,
-            kl=kl,
-            beta=beta,
-        )
-        dlogp = terms.dpolicy + terms.dkl
+        given_ref = None if ref_logp is None else ref_logp[at]
+        token = token_loss(logp, log_ratio, advantage[at], weight[at], given_ref, terms)
+        dlogp = token.dlogp + token.dlog_ratio
         ratio = log_ratio.double().exp().float()
-        values = (logp, entropy, ratio, terms.kl, terms.loss, dlogp, terms.dropped)
+        values = (logp, entropy, ratio, token.kl, token.loss, dlogp, token.dropped)
         for vector, value in zip(result[:-1], values, strict=True):
             vector[at] = value
         if dlogits is not None:
             softmax.write_gradient(chunk, target[at], dlogp, z)
+
+    wanted = (weight != 0) & _readable(target, rows.V)
+    for_each_chunk(pass_over, partial(_Softmax, temperature), rows, wanted, dlogits)
     return result
 
 
@@ -89,10 +80,13 @@ def row_dlogits(
     dlogits: Tensor,
 ) -> Tensor:
     """Writes dL/dlogits into `dlogits`; the softmax is found again from the logits alone."""
-    softmax = _Softmax(temperature)
-    for chunk in _chunks(rows, (dlogp != 0) & _readable(target, rows.V), dlogits):
+
+    def write(chunk: Chunk, softmax: _Softmax) -> None:
         z, _ = softmax.read(chunk.logits, target[chunk.at])
         softmax.write_gradient(chunk, target[chunk.at], dlogp[chunk.at], z)
+
+    wanted = (dlogp != 0) & _readable(target, rows.V)
+    for_each_chunk(write, partial(_Softmax, temperature), rows, wanted, dlogits)
     return dlogits
 
 
@@ -107,28 +101,29 @@ def token_loss(
     advantage: Tensor,
     weight: Tensor,
     ref_logp: Tensor | None,
-    *,
-    surrogate: Callable,
-    surrogate_args: tuple[float, ...],
-    kl: Callable | None,
-    beta: float,
+    terms: Terms,
 ) -> TokenLoss:
     """Weighted loss of every token and its two derivatives; computed in float64."""
     given = (logp, log_ratio, advantage, weight)
     logp, log_ratio, advantage, weight = (vector.double() for vector in given)
-    loss, dpolicy = as_torch(surrogate)(logp, log_ratio, advantage, *surrogate_args)
-    kl_value = dkl = torch.zeros_like(logp)
-    if ref_logp is not None and kl is not None:
-        kl_value, dkl = as_torch(kl)(logp, ref_logp.double(), log_ratio)
-        loss, dkl = loss + beta * kl_value, beta * dkl
-    terms = [(weight * term).float() for term in (loss, dpolicy, dkl)]
+    loss, dlogp, dlog_ratio = as_torch(terms.surrogate)(
+        logp, log_ratio, advantage, *terms.surrogate_args
+    )
+    kl_value = torch.zeros_like(logp)
+    if ref_logp is not None and terms.kl is not None:
+        kl_value, dkl = as_torch(terms.kl)(logp, ref_logp.double())
+        if terms.kl_times_ratio:
+            kl_value, dkl, dkl_ratio = as_torch(times_ratio)(kl_value, dkl, log_ratio)
+            dlog_ratio = dlog_ratio + terms.beta * dkl_ratio
+        loss, dlogp = loss + terms.beta * kl_value, dlogp + terms.beta * dkl
+    weighted = [(weight * part).float() for part in (loss, dlogp, dlog_ratio)]
     alive = weight != 0
     usable = logp.isfinite() & log_ratio.isfinite()
-    for term in terms:
-        usable &= term.isfinite()
-    loss, dpolicy, dkl = (torch.where(alive & usable, term, 0.0) for term in terms)
+    for part in weighted:
+        usable &= part.isfinite()
+    loss, dlogp, dlog_ratio = (torch.where(alive & usable, part, 0.0) for part in weighted)
     kl_value = torch.where(alive, kl_value.float(), 0.0)
-    return TokenLoss(loss, dpolicy, dkl, kl_value, dropped=alive & ~usable)
+    return TokenLoss(loss, dlogp, dlog_ratio, kl_value, dropped=alive & ~usable)
 
 
 def group_norm(
@@ -143,47 +138,6 @@ def group_norm(
         variance = centred.square().sum(1, keepdim=True) / max(group_size - ddof, 1)
         centred = centred / (variance.sqrt() + epsilon)
     return centred.flatten()
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """A few rows that are wanted: their logits `[n, V]`, places, and home of their gradient."""
-
-    logits: Tensor
-    at: slice | Tensor  # place of each row among all N
-    dlogits: Tensor | None  # [m, V], m >= n: every row of the stretch the chunk was taken from
-    inside: slice | Tensor  # place of each row in `dlogits`
-
-
-def _chunks(rows: Rows, wanted: Tensor, dlogits: Tensor | None = None) -> Iterator[_Chunk]:
-    """Takes the wanted rows a few at a time; unwanted rows of `dlogits` become 0."""
-    step = max(1, CHUNK_BYTES // (4 * rows.V))
-    stretches = _stretches(rows.logits, rows)
-    outputs = stretches if dlogits is None else _stretches(dlogits, rows)
-    first = 0
-    for stretch, output in zip(stretches, outputs, strict=True):
-        for start in range(0, stretch.shape[0], step):
-            logits, gradient = stretch[start : start + step], output[start : start + step]
-            place = slice(first + start, first + start + logits.shape[0])
-            inside = wanted[place].nonzero().squeeze(1)
-            home = None if dlogits is None else gradient
-            if inside.numel() == logits.shape[0]:
-                yield _Chunk(logits, place, home, slice(None))
-                continue
-            # a copy, so that zeroing the home leaves it readable when both are one
-            some = logits[inside]
-            if home is not None:
-                home.zero_()
-            if inside.numel():
-                yield _Chunk(some, place.start + inside, home, inside)
-        first += stretch.shape[0]
-
-
-def _stretches(tensor: Tensor, rows: Rows) -> list[Tensor]:
-    """`[B, T, V]` or `[N, V]` as views `[n, V]` of evenly spaced rows, as few as possible."""
-    if rows.rows_per_batch >= rows.N:
-        return [tensor.as_strided((rows.N, rows.V), (rows.row_stride, 1))]
-    return list(tensor.unbind())
 
 
 def _readable(target: Tensor, V: int) -> Tensor:
@@ -225,7 +179,7 @@ class _Softmax:
         peak = centred.amax(1).double()
         alone = peak == -math.inf
         torch.softmax(centred, 1, out=others)
-        others[alone] = 0.0
+        others.index_fill_(0, alone.nonzero().squeeze(1), 0.0)
         # the likeliest of the others has probability 1/S
         log_rest = -others.amax(1).double().log()
         moment = _row_sums(centred.scatter_(1, hole, 0.0).mul_(others))
@@ -235,7 +189,7 @@ class _Softmax:
         z = torch.where(alone & ~gap.isnan(), -math.inf, peak + log_rest - gap)
         return z, log_rest - (moment.double() - peak)
 
-    def write_gradient(self, chunk: _Chunk, target: Tensor, dlogp: Tensor, z: Tensor) -> None:
+    def write_gradient(self, chunk: Chunk, target: Tensor, dlogp: Tensor, z: Tensor) -> None:
         """dlogp·(δ − p)/T of the rows just read; uses up `others`."""
         assert chunk.dlogits is not None
         others, home, hole = self.others, chunk.dlogits, target[:, None]

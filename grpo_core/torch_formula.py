@@ -41,7 +41,12 @@ _TL = SimpleNamespace(
     maximum=lambda a, b: torch.maximum(*_lift(a, b)),
     where=torch.where,
 )
-_SCALAR_MATH = {"exp_excess": _exp_excess, "expm1": torch.expm1}
+_SCALAR_MATH = {
+    "exp_excess": _exp_excess,
+    "expm1": torch.expm1,
+    "sigmoid": torch.sigmoid,
+    "stop_grad": torch.detach,
+}
 
 
 @cache

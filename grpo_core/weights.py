@@ -61,15 +61,3 @@ def token_weights(
     if aggregation == "sequence_mean":
         weight = weight / lengths.clamp(min=1)[sequence]
     return weight / normalizer
-
-
-def sequence_mean(vector: Tensor, valid: Tensor, sequence: Tensor, sequences: int) -> Tensor:
-    """Mean of `vector` over the valid tokens of each sequence, given back to every token: [N].
-
-    The operation is its own transpose: applied to a gradient it is the backward of itself.
-    """
-    zeros = torch.zeros(sequences, dtype=vector.dtype, device=vector.device)
-    present = torch.where(valid, vector, torch.zeros_like(vector))
-    total = zeros.scatter_add(0, sequence, present)
-    length = zeros.scatter_add(0, sequence, valid.to(vector.dtype)).clamp(min=1)
-    return (total / length)[sequence] * valid

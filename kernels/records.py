@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -39,12 +40,23 @@ class Rows:
         return cls(logits, N, V, max(T, 1), batch_stride, row_stride)
 
 
+@dataclass(frozen=True)
+class Terms:
+    """The formulas of an objective, as the kernels take them."""
+
+    surrogate: Callable  # of `surrogates`
+    surrogate_args: tuple[float, ...]
+    kl: Callable | None  # of `kl`; None without a reference policy
+    kl_times_ratio: bool
+    beta: float
+
+
 class TokenLoss(NamedTuple):
     """Surrogate and KL of every token, `[N]` each; float32 but for `dropped`."""
 
     loss: Tensor  # times weight
-    dpolicy: Tensor  # dloss/dlog_ratio of the surrogate, times weight
-    dkl: Tensor  # dloss/dlogp of beta·kl, times weight
+    dlogp: Tensor  # dloss/dlogp, times weight
+    dlog_ratio: Tensor  # dloss/dlog_ratio, times weight
     kl: Tensor  # nats, 0 where weight is 0
     dropped: Tensor  # bool, left out because a term is not finite
 

@@ -12,8 +12,6 @@ Rows of weight 0 are not read; rows without a gradient are not read twice. A row
 is not finite (NaN or +inf among its logits, an overflowing ratio) is dropped: no loss, no gradient.
 """
 
-from collections.abc import Callable
-
 import torch
 
 from .language import tl, triton
@@ -27,7 +25,7 @@ from .online_softmax import (
     write_row_gradient,
     write_row_zeros,
 )
-from .records import RowLoss, Rows
+from .records import RowLoss, Rows, Terms
 from .scalar_math import is_finite
 from .token_loss import token_terms
 
@@ -59,6 +57,7 @@ def _row_loss_kernel(
     surrogate_args,
     SURROGATE: tl.constexpr,
     KL: tl.constexpr,
+    KL_TIMES_RATIO: tl.constexpr,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -90,10 +89,20 @@ def _row_loss_kernel(
         log_ratio = logp - old_logp
         ratio = tl.exp(log_ratio)
         advantage = tl.load(advantage_ptr + row)
-        loss, dpolicy, dkl, kl = token_terms(
-            logp, log_ratio, advantage, ref_logp_ptr, row, None, beta, surrogate_args, SURROGATE, KL
+        loss, dlogp, dlog_ratio, kl = token_terms(
+            logp,
+            log_ratio,
+            advantage,
+            ref_logp_ptr,
+            row,
+            None,
+            beta,
+            surrogate_args,
+            SURROGATE,
+            KL,
+            KL_TIMES_RATIO,
         )
-        dlogp = weight * (dpolicy + dkl)
+        dlogp = weight * (dlogp + dlog_ratio)
         loss = weight * loss
         dropped = (is_finite(logp) & is_finite(log_ratio) & is_finite(loss) & is_finite(dlogp)) == 0
         loss = tl.where(dropped, 0.0, loss)
@@ -135,11 +144,7 @@ def row_loss(
     advantage: torch.Tensor,
     old_logp: torch.Tensor | None,
     ref_logp: torch.Tensor | None,
-    *,
-    surrogate: Callable,
-    surrogate_args: tuple[float, ...],
-    kl: Callable | None,
-    beta: float,
+    terms: Terms,
     dlogits: torch.Tensor | None,
 ) -> RowLoss:
     """Loss of every row, and the gradient of every logit into `dlogits`.
@@ -150,7 +155,7 @@ def row_loss(
         temperature: T, the logits are divided by it.
         weight, advantage: [N] float32; weight 0 means masked.
         old_logp, ref_logp: [N] float32 or None, nats. No `old_logp` means on policy: ratio 1.
-        surrogate, surrogate_args, kl, beta: the objective, see `surrogates` and `kl`.
+        terms: the objective's formulas.
         dlogits: written if given, same strides as the logits; may be the logits.
     """
     state = torch.empty(2, rows.N, dtype=torch.float32, device=weight.device)
@@ -178,10 +183,11 @@ def row_loss(
             batch_stride=rows.batch_stride,
             row_stride=rows.row_stride,
             scale=LOG2E.value / temperature,
-            beta=beta,
-            surrogate_args=surrogate_args,
-            SURROGATE=surrogate,
-            KL=kl,
+            beta=terms.beta,
+            surrogate_args=terms.surrogate_args,
+            SURROGATE=terms.surrogate,
+            KL=terms.kl,
+            KL_TIMES_RATIO=terms.kl_times_ratio,
             **row_layout(rows).keywords,
         )
     return result

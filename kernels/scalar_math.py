@@ -44,6 +44,19 @@ def log1p(y):
 
 
 @triton.jit
+def sigmoid(x):
+    """1 / (1 + e⁻ˣ), each tail with full relative precision."""
+    y = tl.exp(-tl.abs(x))
+    return tl.where(x > 0, 1.0, y) / (1 + y)
+
+
+@triton.jit
+def stop_grad(number):
+    """The number itself; in the reference autograd does not look through it."""
+    return number
+
+
+@triton.jit
 def is_finite(number):
     """Whether `number` is neither NaN nor infinite."""
     return tl.abs(number) < float("inf")

@@ -5,13 +5,12 @@ applies it to whole `[N]` vectors, for objectives whose ratio is known only afte
 sequence has been read. Reads and writes a few floats per token, nothing of vocabulary size.
 """
 
-from collections.abc import Callable
-
 import torch
 
+from .kl import times_ratio
 from .language import tl, triton
 from .launch import VECTOR_BLOCK, vector_grid
-from .records import TokenLoss
+from .records import Terms, TokenLoss
 from .scalar_math import is_finite
 
 
@@ -27,16 +26,20 @@ def token_terms(
     surrogate_args,
     SURROGATE: tl.constexpr,
     KL: tl.constexpr,
+    KL_TIMES_RATIO: tl.constexpr,
 ):
-    """(loss, its surrogate's dlog_ratio, beta·dkl, kl) of a token, before its weight."""
-    loss, dpolicy = SURROGATE(logp, log_ratio, advantage, *surrogate_args)
+    """(loss, dloss/dlogp, dloss/dlog_ratio, kl) of a token, before its weight."""
+    loss, dlogp, dlog_ratio = SURROGATE(logp, log_ratio, advantage, *surrogate_args)
     kl = logp * 0
-    dkl = logp * 0
     if ref_logp_ptr is not None:
         ref_logp = tl.load(ref_logp_ptr + at, mask=mask)
-        kl, dkl = KL(logp, ref_logp, log_ratio)
+        kl, dkl = KL(logp, ref_logp)
+        if KL_TIMES_RATIO:
+            kl, dkl, dkl_ratio = times_ratio(kl, dkl, log_ratio)
+            dlog_ratio += beta * dkl_ratio
         loss += beta * kl
-    return loss, dpolicy, beta * dkl, kl
+        dlogp += beta * dkl
+    return loss, dlogp, dlog_ratio, kl
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -47,8 +50,8 @@ def _token_loss_kernel(
     weight_ptr,
     ref_logp_ptr,
     loss_ptr,
-    dpolicy_ptr,
-    dkl_ptr,
+    dlogp_ptr,
+    dlog_ratio_ptr,
     kl_ptr,
     dropped_ptr,
     N,
@@ -56,6 +59,7 @@ def _token_loss_kernel(
     surrogate_args,
     SURROGATE: tl.constexpr,
     KL: tl.constexpr,
+    KL_TIMES_RATIO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -64,15 +68,26 @@ def _token_loss_kernel(
     log_ratio = tl.load(log_ratio_ptr + at, mask=inside, other=0.0)
     advantage = tl.load(advantage_ptr + at, mask=inside, other=0.0)
     weight = tl.load(weight_ptr + at, mask=inside, other=0.0)
-    loss, dpolicy, dkl, kl = token_terms(
-        logp, log_ratio, advantage, ref_logp_ptr, at, inside, beta, surrogate_args, SURROGATE, KL
+    loss, dlogp, dlog_ratio, kl = token_terms(
+        logp,
+        log_ratio,
+        advantage,
+        ref_logp_ptr,
+        at,
+        inside,
+        beta,
+        surrogate_args,
+        SURROGATE,
+        KL,
+        KL_TIMES_RATIO,
     )
     alive = weight != 0
-    usable = is_finite(logp) & is_finite(log_ratio) & is_finite(loss) & is_finite(dpolicy + dkl)
+    usable = is_finite(logp) & is_finite(log_ratio) & is_finite(loss)
+    usable = usable & is_finite(dlogp) & is_finite(dlog_ratio)
     kept = alive & usable
     tl.store(loss_ptr + at, tl.where(kept, weight * loss, 0.0), mask=inside)
-    tl.store(dpolicy_ptr + at, tl.where(kept, weight * dpolicy, 0.0), mask=inside)
-    tl.store(dkl_ptr + at, tl.where(kept, weight * dkl, 0.0), mask=inside)
+    tl.store(dlogp_ptr + at, tl.where(kept, weight * dlogp, 0.0), mask=inside)
+    tl.store(dlog_ratio_ptr + at, tl.where(kept, weight * dlog_ratio, 0.0), mask=inside)
     tl.store(kl_ptr + at, tl.where(alive, kl, 0.0), mask=inside)
     tl.store(dropped_ptr + at, alive & (usable == 0), mask=inside)
 
@@ -83,11 +98,7 @@ def token_loss(
     advantage: torch.Tensor,
     weight: torch.Tensor,
     ref_logp: torch.Tensor | None,
-    *,
-    surrogate: Callable,
-    surrogate_args: tuple[float, ...],
-    kl: Callable | None,
-    beta: float,
+    terms: Terms,
 ) -> TokenLoss:
     """Weighted loss of every token and its two derivatives.
 
@@ -95,7 +106,7 @@ def token_loss(
         logp, log_ratio: [N] float32, nats; `log_ratio` may be a sequence's mean.
         advantage, weight: [N] float32; weight 0 means masked.
         ref_logp: [N] float32 or None.
-        surrogate, surrogate_args, kl, beta: the objective, see `surrogates` and `kl`.
+        terms: the objective's formulas.
     """
     result = TokenLoss.empty(logp.numel(), logp.device)
     if logp.numel():
@@ -106,15 +117,16 @@ def token_loss(
             weight_ptr=weight,
             ref_logp_ptr=ref_logp,
             loss_ptr=result.loss,
-            dpolicy_ptr=result.dpolicy,
-            dkl_ptr=result.dkl,
+            dlogp_ptr=result.dlogp,
+            dlog_ratio_ptr=result.dlog_ratio,
             kl_ptr=result.kl,
             dropped_ptr=result.dropped,
             N=logp.numel(),
-            beta=beta,
-            surrogate_args=surrogate_args,
-            SURROGATE=surrogate,
-            KL=kl,
+            beta=terms.beta,
+            surrogate_args=terms.surrogate_args,
+            SURROGATE=terms.surrogate,
+            KL=terms.kl,
+            KL_TIMES_RATIO=terms.kl_times_ratio,
             BLOCK=VECTOR_BLOCK,
         )
     return result

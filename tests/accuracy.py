@@ -17,14 +17,16 @@ def worst(value: Tensor, truth: Tensor) -> float:
 
 
 def assert_no_worse(
-    ours: Tensor, baseline: Tensor, truth: Tensor, *, floor: float = FLOOR, what: str = ""
+    ours: Tensor, baseline: Tensor, truth: Tensor, *, size: float = 1.0, what: str = ""
 ) -> None:
-    """Our error against float64 is at most that of the same-dtype baseline plus `floor`·size.
+    """Our error against float64 is at most that of the same-dtype baseline plus FLOOR·size.
 
-    Size is the largest number of the truth, at least 1.
+    Size is the largest number of the truth, at least the given one.
     """
     assert ours.shape == truth.shape, f"{what}: shape {list(ours.shape)}, not {list(truth.shape)}"
-    size = max(1.0, float(truth.double().abs().nan_to_num(posinf=0).amax()) if truth.numel() else 0)
-    allowed = worst(baseline, truth) + floor * size
+    size = max(
+        size, float(truth.double().abs().nan_to_num(posinf=0).amax()) if truth.numel() else 0
+    )
+    allowed = worst(baseline, truth) + FLOOR * size
     error = worst(ours, truth)
     assert error <= allowed, f"{what}: error {error:.3e}, allowed {allowed:.3e}"

@@ -68,7 +68,7 @@ def cases(lanes: int) -> Iterator[tuple[str, Any, str, dict[str, Any], int]]:
         ("fp32", 4, True, 16),
         ("fp32", 4, False, 16),
     ]
-    terms = {"SURROGATE": surrogates.clip, "KL": kl.k3}
+    terms = {"SURROGATE": surrogates.clip, "KL": kl.k3, "KL_TIMES_RATIO": True}
     without = {"old_logp_ptr": None, "ref_logp_ptr": None, "dlogits_ptr": None}
     for logits, width, vector, warps in layouts:
         shape = {

@@ -50,15 +50,22 @@ def ppo_clip(ratio: Tensor, A: Tensor, low: float, high: float) -> Tensor:
 
 
 def dual_clip(ratio: Tensor, A: Tensor, low: float, high: float, c: float) -> Tensor:
-    """Dual-clip PPO (arXiv 1912.09729), eq. 5: for A < 0 the objective is at least c·A."""
+    """Dual-clip PPO (arXiv 1912.09729): for A < 0 the objective is at least c·A."""
     clipped = ppo_clip(ratio, A, low, high)
     return torch.where(A < 0, torch.maximum(clipped, c * A), clipped)
 
 
 def kl_estimate(name: str, logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """Schulman (2020), with r = π_ref/π: k1 = −log r, k2 = ½ log² r, k3 = r − 1 − log r."""
+    """Schulman (2020), with r = π_ref/π: k1 = −log r, k2 = ½ log² r, k3 = r − 1 − log r.
+
+    `+` (verl): the value without the sign, its gradient replaced by that of k2.
+    """
     r = (ref_logp - logp).exp()
-    return {"k1": -r.log(), "k2": r.log() ** 2 / 2, "k3": r - 1 - r.log()}[name]
+    k2 = r.log() ** 2 / 2
+    if name.endswith("_plus"):
+        value = kl_estimate(name.removesuffix("_plus"), logp, ref_logp)
+        return value.detach() + k2 - k2.detach()
+    return {"k1": -r.log(), "absolute": r.log().abs(), "k2": k2, "k3": r - 1 - r.log()}[name]
 
 
 def grpo(policy: Tensor, kl: Tensor, beta: float, mask: Tensor) -> Tensor:
@@ -91,3 +98,67 @@ def sequence_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
         for i in range(len(mask))
     ]
     return torch.stack(rows)[:, None].expand_as(logp)
+
+
+def cispo(logp: Tensor, ratio: Tensor, A: Tensor, high: float) -> Tensor:
+    """MiniMax-M1 (arXiv 2506.13585): sg(min(r, ε_high))·A·log π, no lower bound."""
+    return ratio.clamp(max=high).detach() * A * logp
+
+
+def sapo(ratio: Tensor, A: Tensor, tau_pos: float, tau_neg: float) -> Tensor:
+    """SAPO (arXiv 2511.20347): f(r)·A with f(r) = σ(τ(r − 1))·4/τ and τ by the sign of A."""
+    choice = [tau_pos if a > 0 else tau_neg for a in A.flatten().tolist()]
+    tau = torch.tensor(choice, dtype=torch.float64).view_as(A)
+    return torch.sigmoid(tau * (ratio - 1)) * 4 / tau * A
+
+
+def gmpo(logp: Tensor, old_logp: Tensor, A: Tensor, mask: Tensor, bound: float) -> Tensor:
+    """GMPO (arXiv 2507.20673): A·(Π_t min-or-clip(r_t)^sgn A)^(1/|o|), for every token of o.
+
+    Per token, in log space and on the pessimistic side: min(d, ε) for A > 0, max(d, −ε) else.
+    """
+    rows = []
+    for i in range(len(mask)):
+        d = (logp - old_logp)[i][mask[i]]
+        if not len(d):
+            rows.append(logp[i, 0] * 0)
+            continue
+        a = A[i, 0]
+        bounded = torch.stack(
+            [min(x, x * 0 + bound) if a > 0 else max(x, x * 0 - bound) for x in d]
+        )
+        rows.append(a * bounded.mean().exp())
+    return torch.stack(rows)[:, None].expand_as(logp)
+
+
+def dro(logp: Tensor, old_logp: Tensor, A: Tensor, beta: float) -> Tensor:
+    """Kimi k1.5 (arXiv 2501.12599): A·log π − β/2·(log π − log π_old)²."""
+    return A * logp - beta / 2 * (logp - old_logp) ** 2
+
+
+def dppo_tv(logp: Tensor, old_logp: Tensor, A: Tensor, delta: float, cap: float) -> Tensor:
+    """DPPO (arXiv 2602.04879), total variation: moves away beyond δ in probability are masked."""
+    p, q = logp.exp().detach(), old_logp.exp()
+    away = torch.where(A > 0, p - q > delta, q - p > delta)
+    return torch.where(away, 0.0, (p / q).clamp(max=cap)) * A * logp
+
+
+def topr(logp: Tensor, ratio: Tensor, A: Tensor) -> Tensor:
+    """TOPR (arXiv 2503.14286): REINFORCE on gains, the ratio truncated to [0, 1] on losses."""
+    return torch.where(A > 0, 1.0, ratio.clamp(0, 1).detach()) * A * logp
+
+
+def vespo(logp: Tensor, old_logp: Tensor, A: Tensor, mask: Tensor) -> Tensor:
+    """VESPO (arXiv 2602.10693): sg(φ(W_i))·A·log π, φ(W) = W^k·exp(λ(1 − W)), W_i = Π_t r_t.
+
+    (k, λ) = (2, 3) for A ≥ 0 and (3, 2) else, TRL's defaults.
+    """
+    W = torch.stack([(logp - old_logp)[i][mask[i]].sum().exp() for i in range(len(mask))])[:, None]
+    k, decay = torch.where(A >= 0, 2.0, 3.0), torch.where(A >= 0, 3.0, 2.0)
+    return (W**k * (decay * (1 - W)).exp()).detach() * A * logp
+
+
+def sequence_sum_mean(policy: Tensor, mask: Tensor) -> Tensor:
+    """LUSPO (arXiv 2602.05261): mean over sequences of the sum over their tokens."""
+    outputs = [policy[i][mask[i]].sum() for i in range(len(mask)) if mask[i].any()]
+    return -torch.stack(outputs).mean()

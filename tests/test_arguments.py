@@ -65,7 +65,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"old_logp": (B,)}, "old_logp: expected shape [4, 3], got [4]"),
     ({"ref_logp": (B, T, V)}, "ref_logp: expected shape [4, 3], got [4, 3, 11]"),
     ({"objective": "grpo"}, "ref_logp: expected a tensor for beta = 0.04, got None"),
-    ({"objective": "gropo"}, "objective: expected an Objective or one of ['bnpo', 'dapo', "),
+    ({"objective": "gropo"}, "objective: expected an Objective or one of ['bnpo', 'cispo', "),
     ({"objective": Objective}, "objective: expected an Objective or one of"),
     ({"temperature": 0.0}, "temperature: expected a finite number > 0, got 0.0"),
     ({"temperature": float("nan")}, "temperature: expected a finite number > 0, got nan"),

@@ -1,9 +1,10 @@
-"""Surrogates and KL estimators: values by oracle, derivatives against autograd."""
+"""Surrogates and KL estimators: derivatives against autograd, values at the hard places."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
@@ -14,11 +15,25 @@ from torch import Tensor
 from grpo_core import clip
 from grpo_core.kernels import kl as kl_estimators
 from grpo_core.kernels import surrogates
+from grpo_core.kernels.records import Terms
+from grpo_core.sequence_ratio import RatioLevel, SequenceRatio
 from grpo_core.torch_formula import as_torch
 from tests import oracles
 
 CLIPS = [(0.2, 0.2, math.inf), (0.2, 0.28, math.inf), (0.1, 0.3, 3.0), (0.0, 0.0, 1.0)]
-KLS = ["k1", "k2", "k3"]
+SURROGATES: list[tuple[str, tuple[float, ...]]] = [
+    *(("clip", args) for args in CLIPS[:3]),
+    ("importance", ()),
+    ("reinforce", ()),
+    ("cispo", (0.0, 5.0)),
+    ("cispo", (0.8, 1.28)),
+    ("sapo", (1.0, 1.05)),
+    ("dro", (0.3,)),
+    ("dppo_tv", (0.1, 0.15, 2.0)),
+    ("topr", ()),
+    ("vespo", (2.0, 3.0, 3.0, 2.0)),
+]
+KLS = ["k1", "absolute", "k2", "k3", "k1_plus", "k3_plus"]
 
 
 def grid() -> tuple[Tensor, Tensor, Tensor]:
@@ -46,7 +61,7 @@ def test_clip_is_dual_clip_ppo(args: tuple[float, float, float]) -> None:
         else oracles.dual_clip(ratio, advantage, low, high, delta)
     )
     oracle.sum().backward()
-    loss, dlogp = as_torch(surrogates.clip)(logp.detach(), log_ratio, advantage, *args)
+    loss, _, dlogp = as_torch(surrogates.clip)(logp.detach(), log_ratio, advantage, *args)
     assert torch.allclose(loss, -oracle.detach(), rtol=1e-12, atol=1e-12)
     # at ratio 1 with bounds of 0 every point is a kink: any subgradient is right there
     smooth = log_ratio.abs() > 0 if low == 0 else torch.ones_like(log_ratio, dtype=torch.bool)
@@ -58,7 +73,7 @@ def test_ties_at_the_bounds_keep_the_gradient(advantage: float) -> None:
     """At ratio exactly 1 ± ε both branches are equal and the gradient is the full −A·r."""
     one = torch.ones(1, dtype=torch.float64)
     for eps_low, eps_high, ratio in ((0.5, 0.25, 0.5), (0.5, 0.25, 1.25)):
-        _, dlogp = as_torch(surrogates.clip)(
+        *_, dlogp = as_torch(surrogates.clip)(
             -one, (one * ratio).log(), one * advantage, eps_low, eps_high, math.inf
         )
         kept = torch.isclose(dlogp, -advantage * ratio * one)
@@ -70,24 +85,43 @@ def test_on_policy_gradient_is_that_of_reinforce() -> None:
     advantage = torch.tensor([-2.0, -0.3, 0.0, 0.7, 5.0])
     zero = torch.zeros(5)
     for args in CLIPS[:3]:
-        loss, dlogp = as_torch(surrogates.clip)(zero - 1, zero, advantage, *args)
+        loss, _, dlogp = as_torch(surrogates.clip)(zero - 1, zero, advantage, *args)
         assert torch.equal(dlogp, -advantage)
         assert torch.equal(loss, -advantage)
 
 
-@given(
-    scale=st.floats(0.01, 100),
-    log_ratio=st.floats(-10, 10),
-    advantage=st.floats(-10, 10),
-    delta=st.sampled_from([math.inf, 4.0]),
-)
-def test_clip_is_homogeneous_in_the_advantage(
-    scale: float, log_ratio: float, advantage: float, delta: float
+@pytest.mark.parametrize(("name", "args"), SURROGATES)
+def test_derivatives_are_those_of_autograd(name: str, args: tuple[float, ...]) -> None:
+    """Both of them, over the whole grid, for every surrogate of the table."""
+    logp, log_ratio, advantage = grid()
+    logp.requires_grad_()
+    log_ratio.requires_grad_()
+    surrogate = as_torch(getattr(surrogates, name))
+    loss, dlogp, dlog_ratio = surrogate(logp, log_ratio, advantage, *args)
+    slopes = torch.autograd.grad(loss.sum(), (logp, log_ratio), allow_unused=True)
+    for ours, theirs in zip((dlogp, dlog_ratio), slopes, strict=True):
+        theirs = torch.zeros_like(ours) if theirs is None else theirs
+        assert torch.allclose(ours.detach(), theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "args"), SURROGATES)
+def test_on_policy_every_surrogate_is_reinforce(name: str, args: tuple[float, ...]) -> None:
+    """At ratio 1 the total derivative is −A (VESPO's φ(1) is 1, too)."""
+    advantage = torch.tensor([-2.0, -0.3, 0.0, 0.7, 5.0])
+    zero = torch.zeros(5)
+    _, dlogp, dlog_ratio = as_torch(getattr(surrogates, name))(zero - 1, zero, advantage, *args)
+    assert torch.allclose(dlogp + dlog_ratio, -advantage, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "args"), [case for case in SURROGATES if case[0] != "dro"])
+@given(scale=st.floats(0.01, 100), log_ratio=st.floats(-10, 10), advantage=st.floats(-10, 10))
+def test_surrogates_are_homogeneous_in_the_advantage(
+    name: str, args: tuple[float, ...], scale: float, log_ratio: float, advantage: float
 ) -> None:
     """ℓ(c·A) = c·ℓ(A) for c > 0, so a detached correction may multiply the advantage."""
     one = torch.ones(1, dtype=torch.float64)
     values = [
-        as_torch(surrogates.clip)(-one, one * log_ratio, one * a, 0.2, 0.28, delta)
+        as_torch(getattr(surrogates, name))(-one, one * log_ratio, one * a, *args)
         for a in (advantage, scale * advantage)
     ]
     for plain, scaled in zip(*values, strict=True):
@@ -102,11 +136,11 @@ def test_kl_value_and_derivative(name: str) -> None:
     oracle = oracles.kl_estimate(name, logp, ref_logp)
     oracle.sum().backward()
     estimator = as_torch(getattr(kl_estimators, name))
-    value, derivative = estimator(logp.detach(), ref_logp, logp.detach() * 0)
+    value, derivative = estimator(logp.detach(), ref_logp)
     assert torch.allclose(value, oracle.detach(), rtol=1e-9, atol=1e-13)
     assert torch.allclose(derivative, logp.grad, rtol=1e-9, atol=1e-12)
     same = torch.tensor([-3.0, -1e-3])
-    at_reference, slope = estimator(same, same, same * 0)
+    at_reference, slope = estimator(same, same)
     assert torch.equal(at_reference, torch.zeros(2))
     assert torch.equal(slope, torch.ones(2) if name == "k1" else torch.zeros(2))
 
@@ -121,7 +155,7 @@ def test_k3_does_not_cancel(dtype: torch.dtype) -> None:
     """Relative error stays at rounding where eᵈ − 1 − d in float32 has lost every digit."""
     steps = [s * 10.0**-k for k in range(7) for s in (1, 0.6, 0.4, -1, -0.3)]
     d = torch.tensor(steps, dtype=dtype)
-    value, derivative = as_torch(kl_estimators.k3)(torch.zeros_like(d), d, d)
+    value, derivative = as_torch(kl_estimators.k3)(torch.zeros_like(d), d)
     exact = torch.tensor([series(float(x)) for x in d], dtype=torch.float64)
     slope = torch.tensor([-math.expm1(float(x)) for x in d], dtype=torch.float64)
     limit = 8 * torch.finfo(dtype).eps
@@ -141,25 +175,47 @@ def test_kernels_and_torch_read_the_same_formula(backend: str, device: str) -> N
     weight = torch.rand(logp.shape, dtype=torch.float64, device=device)
     weight[::7] = 0
     kernels = choose_backend(backend, logp.float())  # type: ignore[arg-type]
-    for args in CLIPS[:3]:
-        for name in (None, *KLS):
-            kl: Callable | None = getattr(kl_estimators, name) if name else None
-            terms = kernels.token_loss(
-                *(v.float() for v in (logp, log_ratio, advantage, weight)),
-                ref_logp.float() if name else None,
-                surrogate=surrogates.clip,
-                surrogate_args=args,
-                kl=kl,
-                beta=0.3,
-            )
-            loss, dpolicy = as_torch(surrogates.clip)(logp, log_ratio, advantage, *args)
-            value = dkl = torch.zeros_like(logp)
-            if kl is not None:
-                value, dkl = as_torch(kl)(logp, ref_logp, log_ratio)
-            expected = (weight * (loss + 0.3 * value), weight * dpolicy, 0.3 * weight * dkl)
-            for ours, truth in zip(terms[:3], expected, strict=True):
-                assert torch.allclose(ours.double(), truth, rtol=3e-6, atol=1e-6)
-            assert not terms.dropped.any()
+    for name, args in SURROGATES:
+        surrogate = getattr(surrogates, name)
+        for kl_name in (None, *KLS):
+            kl: Callable | None = getattr(kl_estimators, kl_name) if kl_name else None
+            for times_ratio in (False, True):
+                terms = Terms(surrogate, args, kl, times_ratio, 0.3)
+                ours = kernels.token_loss(
+                    *(v.float() for v in (logp, log_ratio, advantage, weight)),
+                    ref_logp.float() if kl else None,
+                    terms,
+                )
+                loss, dlogp, slope = as_torch(surrogate)(logp, log_ratio, advantage, *args)
+                if kl is not None:
+                    value, dkl = as_torch(kl)(logp, ref_logp)
+                    factor = log_ratio.exp() if times_ratio else 1.0
+                    loss, dlogp = loss + 0.3 * factor * value, dlogp + 0.3 * factor * dkl
+                    slope = slope + (0.3 * factor * value if times_ratio else 0.0)
+                for mine, truth in zip(ours[:3], (loss, dlogp, slope), strict=True):
+                    # terms of the size of the ratio cancel
+                    allowed = 4e-6 * (1 + log_ratio.exp()) * (1 + truth.abs())
+                    assert ((mine.double() - weight * truth).abs() <= allowed).all(), terms
+                assert not ours.dropped.any()
+
+
+def test_sequence_ratio_is_transposed_right() -> None:
+    """⟨u, J v⟩ by autograd of `forward` is ⟨`backward` u, v⟩, for every level and clip."""
+    valid = torch.rand(40) < 0.8
+    sequence = torch.randint(0, 7, (40,))
+    advantage = torch.randn(40, dtype=torch.float64)
+    log_ratio = torch.randn(40, dtype=torch.float64, requires_grad=True)
+    for level in get_args(RatioLevel):
+        for token_clip in (None, (0.4, 0.3)):
+            ratio = SequenceRatio(level, token_clip, valid, sequence, 9, advantage)
+            u = torch.randn(40, dtype=torch.float64) * valid
+            (theirs,) = torch.autograd.grad((u * ratio.forward(log_ratio)).sum(), log_ratio)
+            assert torch.allclose(ratio.backward(log_ratio.detach(), u) * valid, theirs * valid)
+    spoilt = torch.where(valid, log_ratio.detach(), torch.nan)
+    mean = SequenceRatio("sequence", None, valid, sequence, 9, advantage).forward(spoilt)
+    assert torch.isfinite(mean[valid]).all()
+    first = sequence == sequence[0]
+    assert torch.isclose(mean[first & valid], spoilt[first & valid].mean()).all()
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 from grpo_core import RECIPES, Objective, clip
+from grpo_core.objective import KL
 from grpo_core.reference import reference_loss
+from grpo_core.sequence_ratio import RatioLevel
 from tests import oracles
 
 B, T, V = 6, 7, 23
@@ -17,7 +20,7 @@ REWARDS = [1.0, 0.0, 0.25, 1.0, 1.0, 1.0]
 LENGTHS = [7, 3, 1, 5, 0, 2]
 
 
-def batch(temperature: float) -> dict[str, Tensor]:
+def batch(temperature: float, spread: float = 0.4) -> dict[str, Tensor]:
     """Logits [B, T, V] in float64 and what goes with them; sequence 4 is fully masked."""
     logits = torch.randn(B, T, V, dtype=torch.float64) * 2
     target = torch.randint(0, V, (B, T))
@@ -27,30 +30,54 @@ def batch(temperature: float) -> dict[str, Tensor]:
         "logits": logits,
         "target": target,
         "mask": mask,
-        "old_logp": logp + 0.4 * torch.randn(B, T),
+        "old_logp": logp + spread * torch.randn(B, T),
         "ref_logp": logp + 0.4 * torch.randn(B, T),
     }
 
 
 def objective_of_paper(name: str, given: dict[str, Tensor], logits: Tensor, T_: float) -> Tensor:
-    """The recipe's loss by the oracles, with beta 0.04 for grpo and none for the others."""
+    """The recipe's loss by the oracles and by nothing else."""
     logp, _ = oracles.logp_and_entropy(logits, given["target"], T_)
-    ratio = (logp - given["old_logp"]).exp()
-    scale = name != "dr_grpo"
+    old_logp, mask = given["old_logp"], given["mask"]
+    ratio = (logp - old_logp).exp()
+    scale = name not in ("dr_grpo", "gpg", "dro", "topr")
     A = oracles.group_advantage(REWARDS, 3, scale=scale, ddof=1, eps=1e-4)[:, None]
-    policy = oracles.ppo_clip(ratio, A, 0.2, 0.28 if name == "dapo" else 0.2)
+    A = A.expand_as(logp)
+    of_sequence = oracles.sequence_ratio(logp, old_logp, mask)
+    none = torch.zeros_like(logp)
     kl = oracles.kl_estimate("k3", logp, given["ref_logp"])
-    if name == "grpo":
-        return oracles.grpo(policy, kl, 0.04, given["mask"])
-    if name == "dr_grpo":
-        return oracles.dr_grpo(policy, kl, 0.0, given["mask"], length=T)
-    return oracles.dapo(policy, kl, 0.0, given["mask"])
+    token_mean, sequences = oracles.dapo, oracles.grpo
+    clip = oracles.ppo_clip
+    losses = {
+        "ppo": lambda: token_mean(clip(ratio, A, 0.2, 0.2), none, 0, mask),
+        "dual_clip": lambda: token_mean(oracles.dual_clip(ratio, A, 0.2, 0.2, 3.0), none, 0, mask),
+        "grpo": lambda: sequences(clip(ratio, A, 0.2, 0.2), kl, 0.04, mask),
+        "dr_grpo": lambda: oracles.dr_grpo(clip(ratio, A, 0.2, 0.2), none, 0, mask, length=T),
+        "dapo": lambda: token_mean(clip(ratio, A, 0.2, 0.28), none, 0, mask),
+        "bnpo": lambda: token_mean(clip(ratio, A, 0.2, 0.2), none, 0, mask),
+        "intellect2": lambda: token_mean(
+            oracles.dual_clip(ratio, A, 0.2, 0.2, 4.0), kl, 0.001, mask
+        ),
+        "gspo": lambda: sequences(clip(of_sequence, A, 3e-4, 4e-4), none, 0, mask),
+        "gmpo": lambda: sequences(oracles.gmpo(logp, old_logp, A, mask, 0.4), none, 0, mask),
+        "luspo": lambda: oracles.sequence_sum_mean(clip(of_sequence, A, 3e-4, 4e-4), mask),
+        "cispo": lambda: token_mean(oracles.cispo(logp, ratio, A, 5.0), none, 0, mask),
+        "sapo": lambda: sequences(oracles.sapo(ratio, A, 1.0, 1.05), none, 0, mask),
+        "vespo": lambda: token_mean(oracles.vespo(logp, old_logp, A, mask), none, 0, mask),
+        "gpg": lambda: token_mean(A * logp, none, 0, mask),
+        "dro": lambda: sequences(oracles.dro(logp, old_logp, A, 0.1), none, 0, mask),
+        "dppo": lambda: token_mean(oracles.dppo_tv(logp, old_logp, A, 0.15, 20.0), none, 0, mask),
+        "topr": lambda: token_mean(oracles.topr(logp, ratio, A), none, 0, mask),
+    }
+    return losses[name]()
 
 
+@pytest.mark.parametrize("spread", [0.4, 2.0])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("name", sorted(RECIPES))
-def test_recipe_is_the_papers(name: str, temperature: float) -> None:
-    given = batch(temperature)
+def test_recipe_is_the_papers(name: str, temperature: float, spread: float) -> None:
+    """Loss and gradient, near the old policy and far beyond every bound."""
+    given = batch(temperature, spread)
     logits = given.pop("logits")
     ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
     out = reference_loss(
@@ -64,9 +91,10 @@ def test_recipe_is_the_papers(name: str, temperature: float) -> None:
     out.loss.backward()
     oracle = objective_of_paper(name, given, theirs, temperature)
     oracle.backward()
-    assert math.isclose(out.loss, oracle, rel_tol=1e-6), "weights are float32"
+    assert math.isclose(out.loss, oracle, rel_tol=1e-6, abs_tol=1e-7), "weights are float32"
     assert torch.allclose(ours.grad, theirs.grad, rtol=1e-5, atol=1e-8)
     assert (ours.grad[~given["mask"]] == 0).all()
+    assert theirs.grad.abs().sum() > 0
 
 
 def test_sequence_level_ratio_is_gspos() -> None:
@@ -87,7 +115,7 @@ def test_sequence_level_ratio_is_gspos() -> None:
     assert torch.allclose(ours.grad, theirs.grad, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("kl", get_args(KL))
 def test_kl_is_apart_from_the_surrogate(kl: str) -> None:
     """beta · KL has the token's weight and nothing else: no advantage, no ratio."""
     given = batch(1.0)
@@ -101,6 +129,49 @@ def test_kl_is_apart_from_the_surrogate(kl: str) -> None:
     oracle.backward()
     assert math.isclose(out.loss, oracle, rel_tol=1e-9)
     assert torch.allclose(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kl", get_args(KL))
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_kl_times_ratio_is_differentiated_through_both(kl: str, level: RatioLevel) -> None:
+    """r·kl with r not detached: DeepSeek-V3.2's unbiased estimate, TRL's default."""
+    given = batch(1.0)
+    logits = given.pop("logits")
+    ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
+    objective = Objective(
+        clip(0.2),
+        kl=kl,  # type: ignore[arg-type]
+        beta=0.7,
+        ratio_level=level,
+        aggregation="token_sum",
+        kl_times_ratio=True,
+    )
+    out = reference_loss(ours, objective=objective, advantage=torch.zeros(B), **given)
+    out.loss.backward()
+    logp, _ = oracles.logp_and_entropy(theirs, given["target"], 1.0)
+    ratio = (logp - given["old_logp"]).exp()
+    if level == "sequence":
+        ratio = oracles.sequence_ratio(logp, given["old_logp"], given["mask"])
+    estimate = ratio * oracles.kl_estimate(kl, logp, given["ref_logp"])
+    (0.7 * estimate[given["mask"]].sum()).backward()
+    assert torch.allclose(ours.grad, theirs.grad, rtol=1e-8, atol=1e-11)
+
+
+def test_gspo_token_has_the_value_of_the_sequence_and_the_gradient_of_the_token() -> None:
+    """GSPO-token: s_i·π/sg(π); other than GSPO where advantages differ within a sequence."""
+    given = batch(1.0)
+    logits = given.pop("logits")
+    ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
+    A = torch.randn(B, T, dtype=torch.float64)
+    objective = Objective(clip(0.1, 0.2), ratio_level="sequence_token")
+    out = reference_loss(ours, objective=objective, advantage=A, **given)
+    out.loss.backward()
+    logp, _ = oracles.logp_and_entropy(theirs, given["target"], 1.0)
+    ratio = oracles.sequence_ratio(logp, given["old_logp"], given["mask"]).detach()
+    ratio = ratio * (logp - logp.detach()).exp()
+    policy = oracles.ppo_clip(ratio, A, 0.1, 0.2)
+    oracles.dapo(policy, policy * 0, 0.0, given["mask"]).backward()
+    assert torch.allclose(ours.grad, theirs.grad, rtol=1e-5, atol=1e-8)
 
 
 def test_objectives_are_values() -> None:

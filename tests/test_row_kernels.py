@@ -11,7 +11,7 @@ from torch import Tensor
 
 from grpo_core.backends import choose_backend
 from grpo_core.kernels import kl, surrogates
-from grpo_core.kernels.records import RowLoss, Rows
+from grpo_core.kernels.records import RowLoss, Rows, Terms
 from tests import oracles
 from tests.accuracy import FLOOR, assert_no_worse
 
@@ -37,10 +37,7 @@ def one_pass(kernels: ModuleType, logits: Tensor, target: Tensor, **changes: obj
         "advantage": ones,
         "old_logp": None,
         "ref_logp": None,
-        "surrogate": surrogates.clip,
-        "surrogate_args": (0.2, 0.2, math.inf),
-        "kl": None,
-        "beta": 0.0,
+        "terms": Terms(surrogates.clip, (0.2, 0.2, math.inf), None, False, 0.0),
         "dlogits": None,
     }
     return kernels.row_loss(Rows.of(logits), target, **(arguments | changes))
@@ -234,9 +231,7 @@ def test_one_pass_takes_every_term(kernels: ModuleType, device: str) -> None:
         advantage=advantage.to(device),
         old_logp=old_logp.float().to(device),
         ref_logp=ref_logp.float().to(device),
-        surrogate_args=(0.1, 0.3, math.inf),
-        kl=kl.k3,
-        beta=0.05,
+        terms=Terms(surrogates.clip, (0.1, 0.3, math.inf), kl.k3, False, 0.05),
         dlogits=dlogits,
     )
     assert torch.allclose(result.loss.cpu().double(), loss.detach(), atol=2e-6)
