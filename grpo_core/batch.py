@@ -1,0 +1,114 @@
+"""From padded sequences to packed rows: the only room that knows of the shift by one.
+
+A language model predicts token t + 1 from the hidden state at t. `Rows` lists the N places where
+that prediction counts; prompt and padding tokens never become rows. The output matrix is applied to
+those rows alone, so logits are [N, V] and not [S, T, V].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grpo_core.rollout import Rollout
+
+
+@dataclass(frozen=True)
+class Rows:
+    """S padded sequences of length T and the N positions whose next token is a target."""
+
+    ids: Tensor  # [S, T] int64
+    attention: Tensor  # [S, T] bool
+    sequence: Tensor  # [N] int64, ascending
+    column: Tensor  # [N] int64: the target's column less one
+
+    @property
+    def target(self) -> Tensor:
+        """The token to be predicted, [N] int64."""
+        return self.ids[self.sequence, self.column + 1]
+
+    def logits(self, model: PreTrainedModel) -> Tensor:
+        """Predictions [N, V]: the backbone over all tokens, the output matrix over the rows."""
+        # Left padding must not shift positions; padded places get 0 and are never attended to.
+        position_ids = (self.attention.long().cumsum(1) - 1).clamp(min=0)
+        hidden = model.base_model(
+            input_ids=self.ids,
+            attention_mask=self.attention.long(),
+            position_ids=position_ids,
+            use_cache=False,
+        ).last_hidden_state  # [S, T, D]
+        return model.get_output_embeddings()(hidden[self.sequence, self.column])
+
+
+def rows_of(ids: Tensor, attention: Tensor, is_target: Tensor) -> Rows:
+    """The rows that predict the tokens marked in `is_target` [S, T]; a first token has none."""
+    sequence, column = is_target[:, 1:].nonzero(as_tuple=True)
+    return Rows(ids=ids, attention=attention, sequence=sequence, column=column)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Completions ready for the loss: their rows, and what the objective wants to know of each."""
+
+    rows: Rows
+    advantage: Tensor  # [N] float32
+    sampler_logp: Tensor  # [N] float32, nats
+    old_logp: Tensor | None = None  # [N] float32, nats
+    ref_logp: Tensor | None = None  # [N] float32, nats
+
+    def select(self, sequences: Tensor) -> Batch:
+        """The part that belongs to the given sequences (int64), renumbered in ascending order."""
+        rows = self.rows
+        chosen = torch.zeros(len(rows.ids), dtype=torch.bool, device=rows.ids.device)
+        chosen[sequences] = True
+        kept = chosen[rows.sequence]
+        renumbered = chosen.long().cumsum(0) - 1
+        return Batch(
+            rows=Rows(
+                ids=rows.ids[chosen],
+                attention=rows.attention[chosen],
+                sequence=renumbered[rows.sequence[kept]],
+                column=rows.column[kept],
+            ),
+            advantage=self.advantage[kept],
+            sampler_logp=self.sampler_logp[kept],
+            old_logp=None if self.old_logp is None else self.old_logp[kept],
+            ref_logp=None if self.ref_logp is None else self.ref_logp[kept],
+        )
+
+    def split(self, count: int, order: Tensor) -> list[Batch]:
+        """`count` minibatches of whole sequences, dealt out in the given order [S] int64."""
+        return [self.select(part) for part in order.chunk(count)]
+
+
+def pack(rollout: Rollout, advantage: Tensor) -> Batch:
+    """Completions and their advantages [S] float32, as rows."""
+    no_prompt = torch.zeros_like(rollout.prompt_mask)
+    rows = rows_of(
+        ids=torch.cat([rollout.prompt, rollout.completion], dim=1),
+        attention=torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1),
+        is_target=torch.cat([no_prompt, rollout.completion_mask], dim=1),
+    )
+    return Batch(
+        rows=rows,
+        advantage=advantage[rows.sequence],
+        # A boolean mask and `nonzero` walk the completions in the same order.
+        sampler_logp=rollout.sampler_logp[rollout.completion_mask],
+    )
+
+
+@torch.no_grad()
+def check_output_matrix(model: PreTrainedModel) -> None:
+    """Raises ValueError unless logits are a plain product (Gemma 2 caps them, Granite scales)."""
+    ids = torch.arange(4, device=model.device)[None] % model.config.vocab_size
+    everything = torch.ones_like(ids, dtype=torch.bool)
+    ours = rows_of(ids, everything, everything).logits(model)
+    theirs = model(input_ids=ids).logits[0, :-1]
+    if not torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=1e-2):
+        raise ValueError(
+            "model: expected logits = get_output_embeddings()(hidden states), got logits that are "
+            f"scaled or capped afterwards ({type(model).__name__})"
+        )

@@ -1,0 +1,239 @@
+"""The embedded run: base, R1-Zero and R1 on "3.11 and 3.8, which is larger?", in minutes.
+
+    base     a model of a corpus in which most writers fall for the trap
+    R1-Zero  reinforcement learning straight on the base; nobody shows it a right trace
+    SFT      the base after a few steps on long chains of thought
+    R1       reinforcement learning on top of those
+
+Everything a run leaves behind lies in its own directory: config.json, metrics.jsonl, results.json,
+report.md, curves.png and one folder per model in the `transformers` format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from grpo_core import RECIPES, Objective, decimals
+from grpo_core.evaluate import evaluate
+from grpo_core.monitor import append_json
+from grpo_core.rewards import TextReward
+from grpo_core.rollout import Problem, Sampling
+from grpo_core.supervised import Example, SupervisedConfig, train_supervised
+from grpo_core.trainer import Trainer, TrainerConfig
+
+# The longest style takes 34 tokens; the rest is room for slips.
+MAX_NEW_TOKENS = 40
+GREEDY = Sampling(MAX_NEW_TOKENS, temperature=0.0)
+SAMPLED = Sampling(MAX_NEW_TOKENS)
+COLD_START_EXAMPLES = 256
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with a help text for the command line."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Options of the embedded run; the defaults are the run the README reports."""
+
+    output: str = option("runs/demo", "Run directory; a base model found there is used again.")
+    seed: int = option(0, "Seed of everything random: weights, corpus, prompts, sampling.")
+    stages: Literal["zero", "r1", "both"] = option("both", "Which way from the base to go.")
+    loss: Literal["fused", "naive"] = option("fused", "One pass over the logits, or plain PyTorch.")
+    objective: str = option("dapo", f"Recipe of the loss: {', '.join(RECIPES)}.")
+    beta: float = option(0.01, "Weight of the KL to the model that learning starts from; 0: none.")
+    steps: int = option(40, "Steps of reinforcement learning, of one rollout and 4 updates each.")
+    prompts: int = option(16, "Prompts per step, each answered 8 times.")
+    learning_rate: float = option(2e-4, "Peak learning rate of reinforcement learning.")
+    old_logp: Literal["trainer", "sampler"] = option(
+        "trainer", "Whose log-probabilities the ratio starts from; the trainer's cost a forward."
+    )
+    shuffle_rewards: bool = option(False, "The control: permute the rewards before each update.")
+    base_steps: int = option(700, "Steps of 32 texts that build the base model.")
+    sft_steps: int = option(10, "Steps of 32 long chains of thought before R1's learning.")
+    held_out: int = option(512, "Questions that are never trained on and measure every stage.")
+    gate: float = option(0.9, "Greedy accuracy off the traps that the base must reach to go on.")
+    threads: int = option(0, "CPU threads; 0: as torch likes. Take 1 on a busy machine.")
+    plot: bool = option(True, "Draw curves.png (needs matplotlib).")
+
+    def __post_init__(self) -> None:
+        if self.objective not in RECIPES:
+            raise ValueError(f"objective: expected one of {list(RECIPES)}, got {self.objective!r}")
+
+    def build_objective(self) -> Objective:
+        """The recipe with this run's KL term."""
+        recipe = RECIPES[self.objective]
+        kl = (recipe.kl or "k3") if self.beta > 0 else None
+        return recipe.replace(beta=self.beta, kl=kl)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A model's held-out figures and its answers to the showcase."""
+
+    name: str
+    greedy: dict[str, float]
+    sampled: dict[str, float]
+    answers: list[str]
+
+
+class Demo:
+    """Task, tokenizer and run directory shared by the stages."""
+
+    def __init__(self, config: DemoConfig) -> None:
+        self.config = config
+        self.directory = Path(config.output)
+        self.metrics_path = self.directory / "metrics.jsonl"
+        self.tokenizer = decimals.build_tokenizer()
+        self.reward = TextReward(self.tokenizer)
+        pairs = decimals.held_out_pairs(config.held_out)
+        self.excluded = decimals.with_swapped(pairs)
+        self.held_out = [decimals.to_problem(pair, self.tokenizer) for pair in pairs]
+        self.traps = [problem for problem in self.held_out if problem.tag == "trap"]
+        self.stages: list[Stage] = []
+
+    def run(self) -> list[Stage]:
+        """Every stage asked for, in order; measured, saved and recorded as it is done."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.metrics_path.unlink(missing_ok=True)
+        stages = self.config.stages
+        self.measure("base", self.base_model())
+        self.check_base()
+        if stages in ("zero", "both"):
+            self.measure("R1-Zero", self.reinforce(self.base_model(), "R1-Zero"))
+        if stages in ("r1", "both"):
+            self.measure("SFT", model := self.cold_start(self.base_model()))
+            self.measure("R1", self.reinforce(model, "R1"))
+        results = [asdict(stage) for stage in self.stages]
+        (self.directory / "results.json").write_text(json.dumps(results, indent=2), "utf-8")
+        return self.stages
+
+    def base_model(self) -> PreTrainedModel:
+        """A model of the whole corpus: built once, then read from the run directory."""
+        config, folder = self.config, self.directory / "base"
+        training = SupervisedConfig(
+            steps=config.base_steps,
+            batch_size=32,
+            learning_rate=3e-3,
+            warmup_steps=min(20, config.base_steps - 1),
+            prompt_loss=True,
+        )
+        recipe = f"{config.seed} {config.held_out} {training} {inspect.getsource(decimals)}"
+        fingerprint = hashlib.sha256(recipe.encode()).hexdigest()
+        marker = folder / "fingerprint.txt"
+        if marker.exists() and marker.read_text("utf-8") == fingerprint:
+            return LlamaForCausalLM.from_pretrained(folder)
+
+        rng = random.Random(f"{config.seed}/corpus")
+        texts = decimals.corpus(training.steps * training.batch_size, rng, self.excluded)
+        model = decimals.build_model(self.tokenizer, config.seed)
+        train_supervised(model, self.encode(texts), training, seed=config.seed, label="base")
+        self.save(model, "base")
+        marker.write_text(fingerprint, "utf-8")
+        return model
+
+    def cold_start(self, model: PreTrainedModel) -> PreTrainedModel:
+        """A few steps on correct long chains of thought."""
+        config = self.config
+        training = SupervisedConfig(
+            steps=config.sft_steps,
+            batch_size=32,
+            learning_rate=2e-4,
+            warmup_steps=min(2, config.sft_steps - 1),
+            prompt_loss=False,
+        )
+        rng = random.Random(f"{config.seed}/cold start")
+        examples = self.encode(decimals.cold_start(COLD_START_EXAMPLES, rng, self.excluded))
+        train_supervised(model, examples, training, seed=config.seed, label="SFT")
+        return model
+
+    def reinforce(self, model: PreTrainedModel, name: str) -> PreTrainedModel:
+        """GRPO from the given model."""
+        config = self.config
+        trainer = Trainer(
+            model,
+            self.draw_problems,
+            self.reward,
+            TrainerConfig(
+                objective=config.build_objective(),
+                steps=config.steps,
+                prompts_per_step=config.prompts,
+                learning_rate=config.learning_rate,
+                warmup_steps=min(5, config.steps - 1),
+                sampling=SAMPLED,
+                loss=config.loss,
+                old_logp=config.old_logp,
+                shuffle_rewards=config.shuffle_rewards,
+                seed=config.seed,
+            ),
+            metrics_path=self.metrics_path,
+            label=name,
+        )
+        trainer.train(lambda: self.progress(model))
+        return model
+
+    def progress(self, model: PreTrainedModel) -> dict[str, float]:
+        """Held-out figures on the way: sampled ones are smooth, greedy ones on the traps jump."""
+        sampled = evaluate(model, self.held_out, self.reward, SAMPLED).metrics
+        greedy = evaluate(model, self.traps, self.reward, GREEDY).metrics
+        return {**sampled, "greedy_accuracy/trap": greedy["accuracy"]}
+
+    def measure(self, name: str, model: PreTrainedModel) -> None:
+        """Full held-out figures and the showcase's answers; the model is saved under its name."""
+        greedy = evaluate(model, self.held_out, self.reward, GREEDY)
+        sampled = evaluate(model, self.held_out, self.reward, SAMPLED)
+        shown = greedy.completions[: len(decimals.SHOWCASE)]
+        answers = self.tokenizer.batch_decode(shown, skip_special_tokens=True)
+        self.stages.append(Stage(name, greedy.metrics, sampled.metrics, answers))
+        figures = {"greedy": greedy.metrics, "sampled": sampled.metrics}
+        append_json(self.metrics_path, {"stage": name, "result": figures})
+        if name != "base":
+            self.save(model, name)
+
+    def check_base(self) -> None:
+        """Raises ValueError if the base has not learnt the easy pairs.
+
+        Reinforcement learning sharpens what a model can already do; on one that cannot copy digits
+        it only makes noise.
+        """
+        reached = self.stages[0].greedy["accuracy/easy"]
+        if reached < self.config.gate:
+            raise ValueError(
+                f"base model: expected a greedy accuracy of at least {self.config.gate} on pairs "
+                f"that are no trap, got {reached:.3f}; train it longer with --base_steps (now "
+                f"{self.config.base_steps}) or lower --gate"
+            )
+
+    def draw_problems(self, count: int, rng: random.Random) -> list[Problem]:
+        """Training problems: any pair but the held-out ones."""
+        pairs = decimals.draw_training_pairs(count, rng, self.excluded)
+        return [decimals.to_problem(pair, self.tokenizer) for pair in pairs]
+
+    def encode(self, texts: Sequence[tuple[str, str]]) -> list[Example]:
+        """Token ids of (question, completion) texts, with the end token."""
+        questions, completions = zip(*texts, strict=True)
+        end = [self.tokenizer.eos_token_id]
+        return [
+            Example(question, completion + end)
+            for question, completion in zip(
+                self.tokenizer(list(questions))["input_ids"],
+                self.tokenizer(list(completions))["input_ids"],
+                strict=True,
+            )
+        ]
+
+    def save(self, model: PreTrainedModel, name: str) -> None:
+        """Model and tokenizer, ready for `AutoModelForCausalLM.from_pretrained`."""
+        folder = self.directory / name.lower()
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)

@@ -1,0 +1,117 @@
+"""What is written down about a training step, and what it gives warning of."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_core.batch import Batch
+from grpo_core.rollout import Rollout
+
+Metrics = dict[str, Any]
+
+# Above this share of cut-off completions the reward mostly measures the length limit.
+TRUNCATED_LIMIT = 0.2
+# Groups whose rewards are all equal teach nothing; warn when nearly all are, this many steps in a
+# row.
+ZERO_STD_LIMIT = 0.9
+ZERO_STD_PATIENCE = 5
+
+
+class Clock:
+    """Wall-clock seconds per phase of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to `name`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+
+class Watch:
+    """Warns of what otherwise fails in silence; each kind of trouble once per run."""
+
+    def __init__(self) -> None:
+        self.warned: set[str] = set()
+        self.zero_std_streak = 0
+
+    def __call__(self, metrics: Metrics) -> None:
+        """Looks at one step's metrics."""
+        if metrics["truncated"] > TRUNCATED_LIMIT:
+            self.warn(
+                "truncated",
+                f"{metrics['truncated']:.0%} of the completions ran into max_new_tokens; with a "
+                "higher limit the reward would measure answers and not length",
+            )
+        streak = self.zero_std_streak + 1 if metrics["zero_std"] > ZERO_STD_LIMIT else 0
+        self.zero_std_streak = streak
+        if streak == ZERO_STD_PATIENCE:
+            self.warn(
+                "zero_std",
+                f"for {streak} steps more than {ZERO_STD_LIMIT:.0%} of the groups had equal rewards"
+                f" ({metrics['reward']:.3f} on average); solved or hopeless, they teach nothing",
+            )
+        if metrics["skipped_updates"]:
+            self.warn("skipped", "an update was skipped: its loss or gradient was not finite")
+
+    def warn(self, kind: str, message: str) -> None:
+        if kind not in self.warned:
+            warnings.warn(message, stacklevel=4)
+            self.warned.add(kind)
+
+
+def rollout_metrics(drawn: Rollout, rewards: Tensor, group_size: int) -> Metrics:
+    """Means over a step's completions; `zero_std` is the share of groups with equal rewards."""
+    spread = rewards.view(-1, group_size).amax(1) - rewards.view(-1, group_size).amin(1)
+    return {
+        "reward": rewards.mean().item(),
+        "length": drawn.completion_mask.sum(1).float().mean().item(),
+        "truncated": drawn.truncated.float().mean().item(),
+        "zero_std": (spread == 0).float().mean().item(),
+    }
+
+
+def sampler_mismatch(minibatches: Sequence[Batch]) -> Metrics:
+    """Distance of the sampler's log-probabilities from the trainer's, nats: mean and largest."""
+    gaps = [
+        (batch.sampler_logp - batch.old_logp).abs()
+        for batch in minibatches
+        if batch.old_logp is not None
+    ]
+    gap = torch.cat(gaps)
+    return {"sampler_mismatch": gap.mean().item(), "sampler_mismatch_max": gap.max().item()}
+
+
+def update_metrics(updates: Sequence[Metrics]) -> Metrics:
+    """All updates of a step in one: sums of counts, the largest maximum, means of the rest."""
+    combined = {}
+    for name in updates[0]:
+        values = [update[name] for update in updates]
+        if name.endswith("_max"):
+            combined[name] = max(values)
+        elif name.endswith("_rows") or name == "tokens":
+            combined[name] = sum(values)
+        else:
+            combined[name] = sum(values) / len(values)
+    return combined
+
+
+def append_json(path: Path, record: Metrics) -> None:
+    """One more line of a JSON-lines file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")

@@ -1,0 +1,185 @@
+"""Rollout: prompts in, sampled completions and their log-probabilities out, by `model.generate`.
+
+`generate` brings the key-value cache, left padding and stopping; on the CPU it is as fast as a
+hand-written loop. What it does not give cheaply is the sampler's own log-probability of each token,
+which `SampledLogp` picks up on the way: one [S, V] table of scores is alive at a time,
+never [S, T, V].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A prompt, what a right completion says, and a tag by which evaluation groups its figures."""
+
+    prompt: tuple[int, ...]
+    answer: Any = None
+    tag: str = ""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn; no top-k, top-p or penalty, so the policy itself is sampled."""
+
+    max_new_tokens: int
+    temperature: float = 1.0  # 0 takes the most likely token
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: expected at least 1, got {self.max_new_tokens}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature: expected at least 0, got {self.temperature}")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """S completions, each with its end token; prompts padded left, completions right."""
+
+    prompt: Tensor  # [S, T_prompt] int64
+    prompt_mask: Tensor  # [S, T_prompt] bool
+    completion: Tensor  # [S, T_completion] int64
+    completion_mask: Tensor  # [S, T_completion] bool
+    sampler_logp: Tensor  # [S, T_completion] float32, nats; 0 where masked
+    truncated: Tensor  # [S] bool: the length limit came before an end token
+
+    def completions(self) -> list[list[int]]:
+        """Token ids without padding, one list per completion."""
+        lengths = self.completion_mask.sum(1).tolist()
+        return [ids[:length] for ids, length in zip(self.completion.tolist(), lengths, strict=True)]
+
+
+class SampledLogp(LogitsProcessor):
+    """Leaves the scores alone and notes the log-probability of each token once it is drawn.
+
+    The token drawn from one call's scores is the last input of the next call, so every call settles
+    the one before it.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+        self.scores: Tensor | None = None
+        self.columns: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.settle(input_ids[:, -1])
+        self.scores = scores
+        return scores
+
+    def settle(self, drawn: Tensor) -> None:
+        """Appends the log-probability [S] of the `drawn` tokens [S] under the scores last seen."""
+        if self.scores is not None:
+            logp = torch.log_softmax(self.scores.float() / self.temperature, dim=-1)
+            self.columns.append(logp.gather(1, drawn[:, None]).squeeze(1))
+
+
+@torch.no_grad()
+def rollout(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling
+) -> Rollout:
+    """Draws one completion per prompt, from the global generator; for a group, repeat its prompt.
+
+    Args:
+        model: a causal language model whose generation config names the padding and end tokens.
+        prompts: S lists of token ids, of any lengths but 0.
+        sampling: length limit and temperature.
+
+    Returns:
+        The completions with the sampler's log-probabilities.
+
+    Raises:
+        ValueError: a prompt is empty, or the model names no padding or end token.
+    """
+    pad, ends = special_tokens(model)
+    prompt, prompt_mask = left_pad(prompts, pad, model.device)
+    # The tokens are drawn at `temperature`, so that is where their log-probability belongs; greedy
+    # reports it at 1.
+    sampled_logp = SampledLogp(sampling.temperature or 1.0)
+    with evaluation_mode(model):
+        ids = model.generate(  # type: ignore[operator]
+            input_ids=prompt,
+            attention_mask=prompt_mask.long(),
+            generation_config=plain_generation(sampling, pad, ends),
+            logits_processor=LogitsProcessorList([sampled_logp]),
+        )
+    completion = ids[:, prompt.shape[1] :]
+    sampled_logp.settle(completion[:, -1])
+    sampler_logp = torch.stack(sampled_logp.columns[: completion.shape[1]], dim=1)
+
+    is_end = torch.isin(completion, torch.tensor(ends, device=completion.device))
+    ended_before = is_end.cumsum(1) - is_end.long() > 0
+    return Rollout(
+        prompt=prompt,
+        prompt_mask=prompt_mask,
+        completion=completion,
+        completion_mask=~ended_before,
+        sampler_logp=sampler_logp.masked_fill(ended_before, 0.0),
+        truncated=~is_end.any(1),
+    )
+
+
+def plain_generation(sampling: Sampling, pad: int, ends: list[int]) -> GenerationConfig:
+    """Spells out every field that bends the distribution; the model's defaults would fill a gap."""
+    if sampling.temperature == 0:
+        drawing: dict[str, Any] = {"do_sample": False}
+    else:
+        drawing = {"do_sample": True, "temperature": sampling.temperature}
+        drawing |= {"top_k": 0, "top_p": 1.0, "typical_p": 1.0}
+    return GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        num_beams=1,
+        pad_token_id=pad,
+        eos_token_id=ends,
+        **drawing,
+    )
+
+
+def special_tokens(model: PreTrainedModel) -> tuple[int, list[int]]:
+    """The padding token and the end tokens; without a padding token, the first end token pads."""
+    config = model.generation_config
+    end = config.eos_token_id
+    if end is None:
+        raise ValueError("model.generation_config.eos_token_id: expected a token id, got None")
+    ends = [end] if isinstance(end, int) else list(end)
+    pad = config.pad_token_id
+    return (ends[0] if pad is None else pad), ends
+
+
+def left_pad(
+    prompts: Sequence[Sequence[int]], pad: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Ids [S, T] and mask [S, T], T the longest prompt."""
+    if not prompts or not all(prompts):
+        raise ValueError("prompts: expected at least one, none of them empty")
+    longest = max(map(len, prompts))
+    gaps = [longest - len(prompt) for prompt in prompts]
+    ids = [[pad] * gap + list(prompt) for prompt, gap in zip(prompts, gaps, strict=True)]
+    mask = [[False] * gap + [True] * (longest - gap) for gap in gaps]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+@contextmanager
+def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Dropout off, and back to what it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

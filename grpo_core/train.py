@@ -1,0 +1,70 @@
+"""`python -m grpo_core.train`: the embedded run, from a base model to R1-Zero and R1."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import HfArgumentParser
+
+from grpo_core.demo import Demo, DemoConfig
+from grpo_core.plot import plot
+from grpo_core.report import markdown, show
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the demo; returns the exit status."""
+    parser = HfArgumentParser(DemoConfig, prog="python -m grpo_core.train")  # type: ignore[arg-type]
+    try:
+        config = parser.parse_args_into_dataclasses(arguments)[0]
+    except ValueError as error:
+        parser.error(str(error))
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    transformers.utils.logging.disable_progress_bar()
+
+    start = time.perf_counter()
+    demo = Demo(config)
+    save_config(config, demo.directory)
+    try:
+        stages = demo.run()
+    except ValueError as error:
+        print(f"\nstopped: {error}", file=sys.stderr)
+        return 1
+    (demo.directory / "report.md").write_text(markdown(stages), "utf-8")
+    show(stages)
+    if config.plot:
+        draw(demo.directory)
+    seconds = time.perf_counter() - start
+    print(f"\n{seconds:.0f} s on {torch.get_num_threads()} threads; all of it in {demo.directory}/")
+    return 0
+
+
+def save_config(config: DemoConfig, directory: Path) -> None:
+    """config.json: the options as resolved, and what they ran on."""
+    directory.mkdir(parents=True, exist_ok=True)
+    environment = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    record = {"options": asdict(config), "environment": environment}
+    (directory / "config.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+
+
+def draw(directory: Path) -> None:
+    """curves.png, unless matplotlib is missing: then a line that says how to get it."""
+    try:
+        plot(directory)
+    except ModuleNotFoundError as error:
+        print(f"no curves.png, since {error.name} is missing: pip install grpo_core[train]")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

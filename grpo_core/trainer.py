@@ -1,0 +1,279 @@
+"""The trainer: rollout -> score -> advantage -> pack -> loss -> backward -> optimizer.
+
+GRPO needs no value model. Each prompt is answered G times, and an answer is as good as it is better
+than its group's mean. Several updates are made of every rollout, so that from the second on the
+ratio leaves 1 and the clip has something to do.
+
+Randomness has no state: what step k draws depends on the seed, on k and on the weights alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from grpo_core import (
+    RECIPES,
+    LossOutput,
+    Objective,
+    fused_loss,
+    group_advantages,
+    token_logp,
+)
+from grpo_core.batch import Batch, Rows, check_output_matrix, pack
+from grpo_core.monitor import (
+    Clock,
+    Metrics,
+    Watch,
+    append_json,
+    rollout_metrics,
+    sampler_mismatch,
+    update_metrics,
+)
+from grpo_core.reference import reference_loss
+from grpo_core.rewards import Reward
+from grpo_core.rollout import Problem, Sampling, rollout
+from grpo_core.supervised import learning_rate_share
+
+DrawProblems = Callable[[int, random.Random], Sequence[Problem]]
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """A run. A step is one rollout, and each rollout feeds `minibatches * epochs` updates."""
+
+    objective: Objective = field(
+        default_factory=lambda: RECIPES["dapo"].replace(beta=0.04, kl="k3")
+    )
+    steps: int = 40
+    prompts_per_step: int = 16
+    group_size: int = 8
+    minibatches: int = 2
+    epochs: int = 2
+    learning_rate: float = 1e-4
+    warmup_steps: int = 5
+    max_grad_norm: float = 1.0
+    sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=40))
+    loss: Literal["fused", "naive"] = "fused"
+    # Where the ratio's denominator comes from: one more forward pass, or what the sampler noted.
+    old_logp: Literal["trainer", "sampler"] = "trainer"
+    shuffle_rewards: bool = False  # the control: every completion gets another one's reward
+    evaluate_every: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "prompts_per_step", "minibatches", "epochs", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.group_size < 2:
+            raise ValueError(f"group_size: expected at least 2, got {self.group_size}")
+        if self.minibatches > self.prompts_per_step * self.group_size:
+            raise ValueError(
+                f"minibatches: expected at most {self.prompts_per_step * self.group_size}, the "
+                f"completions of a step, got {self.minibatches}"
+            )
+        if not 0 <= self.warmup_steps < self.steps:
+            raise ValueError(
+                f"warmup_steps: expected 0 to {self.steps - 1}, got {self.warmup_steps}"
+            )
+        if self.sampling.temperature == 0:
+            raise ValueError("sampling.temperature: expected more than 0 to train on, got 0")
+
+
+class Trainer:
+    """Trains a causal language model in place.
+
+    Args:
+        model: the policy; any `transformers` model whose logits are its output matrix times its
+            hidden states.
+        draw_problems: `draw_problems(count, rng)` -> training problems.
+        reward: scores completions; see `grpo_core.rewards.Reward`.
+        config: the run.
+        metrics_path: JSON-lines file to append each step's record to.
+        label: the run's name in records and on the progress bar.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        draw_problems: DrawProblems,
+        reward: Reward,
+        config: TrainerConfig,
+        *,
+        metrics_path: Path | None = None,
+        label: str = "grpo",
+    ) -> None:
+        check_output_matrix(model)
+        self.model = model
+        self.draw_problems = draw_problems
+        self.reward = reward
+        self.config = config
+        self.metrics_path = metrics_path
+        self.label = label
+        self.reference = frozen_copy(model) if config.objective.beta > 0 else None
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+        )
+        self.steps_done = 0
+        self.skipped_updates = 0
+        self.watch = Watch()
+
+    def train(self, evaluation: Callable[[], Metrics] | None = None) -> list[Metrics]:
+        """All steps, with a progress bar; `evaluation()` before, now and then, and at the end."""
+        history = [self.record({"step": 0}, evaluation)]
+        progress = tqdm(range(self.config.steps), desc=self.label, unit="step")
+        for _ in progress:
+            metrics = self.step()
+            due = self.steps_done % self.config.evaluate_every == 0
+            last = self.steps_done == self.config.steps
+            history.append(self.record(metrics, evaluation if due or last else None))
+            shown = {name: metrics[name] for name in ("reward", "length", "kl")}
+            progress.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
+        return history
+
+    def step(self) -> Metrics:
+        """One rollout and the updates made of it."""
+        config, clock = self.config, Clock()
+        with (
+            clock.phase("rollout"),
+            randomness(config.seed, self.steps_done, self.model.device) as rng,
+        ):
+            problems = self.draw_problems(config.prompts_per_step, rng)
+            asked = [problem for problem in problems for _ in range(config.group_size)]
+            drawn = rollout(self.model, [problem.prompt for problem in asked], config.sampling)
+            order = torch.randperm(len(asked)).to(self.model.device)
+
+        scores = self.reward(asked, drawn.completions())
+        rewards = shuffled(scores.total, rng) if config.shuffle_rewards else scores.total
+        advantage = group_advantages(
+            rewards.to(self.model.device), config.group_size, **asdict(config.objective.advantage)
+        )
+
+        with clock.phase("reference"):
+            minibatches = pack(drawn, advantage).split(config.minibatches, order)
+            minibatches = [self.with_logp(minibatch) for minibatch in minibatches]
+
+        rate = self.set_learning_rate()
+        updates = [
+            self.update(minibatch, clock) for _ in range(config.epochs) for minibatch in minibatches
+        ]
+        self.steps_done += 1
+        metrics = {
+            "step": self.steps_done,
+            **rollout_metrics(drawn, rewards, config.group_size),
+            **{name: part.mean().item() for name, part in scores.parts.items()},
+            **sampler_mismatch(minibatches),
+            **update_metrics(updates),
+            "learning_rate": rate,
+            "skipped_updates": self.skipped_updates,
+            "seconds": dict(clock.seconds),
+        }
+        self.watch(metrics)
+        return metrics
+
+    def with_logp(self, minibatch: Batch) -> Batch:
+        """The minibatch with the log-probabilities its ratio and KL are measured against."""
+        config, rows = self.config, minibatch.rows
+        if config.old_logp == "trainer":
+            old_logp = frozen_logp(self.model, rows, config.sampling.temperature)
+        else:
+            old_logp = minibatch.sampler_logp
+        ref_logp = None
+        if self.reference is not None:
+            ref_logp = frozen_logp(self.reference, rows, config.sampling.temperature)
+        return replace(minibatch, old_logp=old_logp, ref_logp=ref_logp)
+
+    def update(self, minibatch: Batch, clock: Clock) -> Metrics:
+        """One optimizer step; skipped and counted if the loss or its gradient is not finite."""
+        with clock.phase("loss"):
+            out = self.loss(minibatch)
+            out.loss.backward()
+        with clock.phase("optimizer"):
+            grad_norm = torch.nn.utils.clip_grad_norm_(
+                self.model.parameters(), self.config.max_grad_norm
+            )
+            figures = {**out.metrics, "grad_norm": grad_norm}
+            # The one place where the host waits for the device.
+            values = torch.stack([figure.float() for figure in figures.values()]).tolist()
+            metrics = dict(zip(figures, values, strict=True))
+            if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+                self.optimizer.step()
+            else:
+                self.skipped_updates += 1
+            self.optimizer.zero_grad()
+        return metrics
+
+    def loss(self, minibatch: Batch) -> LossOutput:
+        """The objective on packed rows, in one pass over the logits or as plain PyTorch."""
+        config, rows = self.config, minibatch.rows
+        normalizer = None
+        if config.objective.aggregation == "constant_length":
+            # The longest a completion may be, which packed rows no longer show.
+            normalizer = float(len(rows.ids) * config.sampling.max_new_tokens)
+        terms: dict[str, Any] = {
+            "objective": config.objective,
+            "advantage": minibatch.advantage,
+            "old_logp": minibatch.old_logp,
+            "ref_logp": minibatch.ref_logp,
+            "sequence_id": rows.sequence,
+            "normalizer": normalizer,
+            "temperature": config.sampling.temperature,
+        }
+        logits = rows.logits(self.model)
+        if config.loss == "naive":
+            return reference_loss(logits, rows.target, **terms)
+        # Nobody else reads these logits, so their gradient may take their place.
+        return fused_loss(logits, rows.target, inplace=True, **terms)
+
+    def set_learning_rate(self) -> float:
+        """Warm-up, then linear decay to 0 after the last step; returns the rate in force."""
+        config = self.config
+        share = learning_rate_share(self.steps_done, config.steps, config.warmup_steps, final=0.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * share
+        return config.learning_rate * share
+
+    def record(self, metrics: Metrics, evaluation: Callable[[], Metrics] | None) -> Metrics:
+        """The step's record, with held-out figures if any, appended to the metrics file."""
+        entry = {"stage": self.label, **metrics}
+        if evaluation is not None:
+            entry["held_out"] = evaluation()
+        if self.metrics_path is not None:
+            append_json(self.metrics_path, entry)
+        return entry
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """The reference model: the policy as it is now."""
+    return copy.deepcopy(model).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def frozen_logp(model: PreTrainedModel, rows: Rows, temperature: float) -> Tensor:
+    """The target's log-probability at each row, [N] float32, without gradient."""
+    return token_logp(rows.logits(model), rows.target, temperature=temperature).logp
+
+
+@contextmanager
+def randomness(seed: int, step: int, device: torch.device) -> Iterator[random.Random]:
+    """Generators that depend on seed and step alone; torch's global one is put back afterwards."""
+    rng = random.Random(f"{seed}/{step}")
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(rng.getrandbits(63))
+        yield rng
+
+
+def shuffled(rewards: Tensor, rng: random.Random) -> Tensor:
+    """The same rewards in another order: as good a signal as none."""
+    return rewards[rng.sample(range(len(rewards)), len(rewards))]

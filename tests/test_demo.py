@@ -1,0 +1,125 @@
+"""The command line, on a run short enough to learn nothing, and (slow) one that learns."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from grpo_core.demo import Demo, DemoConfig
+from grpo_core.train import main
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*ran into max_new_tokens")
+
+SHORT = ["--base_steps", "3", "--sft_steps", "2", "--steps", "2", "--gate", "0"]
+SHORT += ["--prompts", "2", "--held_out", "24"]
+
+
+def records(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_behind_what_it_promises(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SHORT, "--output", str(tmp_path), "--objective", "grpo", "--seed", "3"]) == 0
+
+    options = json.loads((tmp_path / "config.json").read_text())["options"]
+    assert (options["objective"], options["seed"], options["steps"]) == ("grpo", 3, 2)
+    assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    stages = ["base", "R1-Zero", "SFT", "R1"]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [result["name"] for result in results] == stages
+    for name in ("base", "r1-zero", "sft", "r1"):
+        assert (tmp_path / name / "model.safetensors").exists()
+
+    logged = records(tmp_path)
+    assert [r["stage"] for r in logged if "result" in r] == stages
+    steps = [(r["stage"], r["step"]) for r in logged if "step" in r]
+    assert steps == [(name, step) for name in ("R1-Zero", "R1") for step in (0, 1, 2)]
+    # Untrained, so nothing is right, and the report says it with the same numbers.
+    report = (tmp_path / "report.md").read_text()
+    for result in results:
+        row = next(line for line in report.splitlines() if line.startswith(f"| {result['name']} "))
+        cells = [float(cell) for cell in row.strip("|").split("|")[1:]]
+        assert cells[0] == round(result["greedy"]["accuracy"], 3)
+        assert cells[5] == round(result["sampled"]["accuracy/trap"], 3)
+        assert cells[7] == round(result["sampled"]["length"], 1)
+    assert report.count("**3.11 and 3.8, which is larger?**") == 1
+    assert "R1-Zero" in capsys.readouterr().out
+
+
+def test_fused_and_naive_runs_get_the_same_rewards(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One step: nothing is right yet, and rewards that are all 0 leave only rounding to learn from.
+    arguments = [*SHORT, "--output", str(tmp_path), "--stages", "zero", "--steps", "1"]
+    assert main([*arguments, "--no_plot"]) == 0
+    fused, built = records(tmp_path), (tmp_path / "base/model.safetensors").stat().st_mtime_ns
+
+    # By the way: without matplotlib the run goes on and says how to get it.
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main([*arguments, "--loss", "naive"]) == 0
+    naive = records(tmp_path)
+
+    assert [r.get("reward") for r in fused] == [r.get("reward") for r in naive]
+    assert [r.get("length") for r in fused] == [r.get("length") for r in naive]
+    assert fused[0] == naive[0] and fused[1]["held_out"] == naive[1]["held_out"]
+    assert "pip install grpo_core[train]" in capsys.readouterr().out
+    assert not (tmp_path / "curves.png").exists()
+    assert (tmp_path / "base/model.safetensors").stat().st_mtime_ns == built
+
+
+def test_a_base_is_read_again_unless_it_is_another(tmp_path: Path) -> None:
+    def weights(**changes: int) -> torch.Tensor:
+        config = DemoConfig(output=str(tmp_path), **{"base_steps": 3, **changes})
+        return Demo(config).base_model().get_input_embeddings().weight
+
+    first = weights()
+    built = (tmp_path / "base/model.safetensors").stat().st_mtime_ns
+    assert torch.equal(weights(), first)
+    assert (tmp_path / "base/model.safetensors").stat().st_mtime_ns == built
+    assert not torch.equal(weights(seed=1), first)
+    assert not torch.equal(weights(base_steps=4), first)
+
+
+def test_a_base_that_cannot_copy_digits_is_sent_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--base_steps", "3", "--held_out", "24", "--output", str(tmp_path)]) == 1
+    message = capsys.readouterr().err
+    assert "stopped: base model: expected a greedy accuracy of at least 0.9 on pairs" in message
+    assert "train it longer with --base_steps (now 3)" in message
+
+
+def test_the_objective_of_the_command_line() -> None:
+    dapo = DemoConfig(objective="dapo", beta=0.25).build_objective()
+    assert (dapo.beta, dapo.kl, dapo.surrogate.args[:2]) == (0.25, "k3", (0.2, 0.28))
+    without = DemoConfig(objective="grpo", beta=0.0).build_objective()
+    assert (without.beta, without.kl, without.aggregation) == (0.0, None, "sequence_mean")
+    with pytest.raises(ValueError, match=r"objective: expected one of .*, got 'nonsense'"):
+        DemoConfig(objective="nonsense")
+
+
+def test_help_documents_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, field in DemoConfig.__dataclass_fields__.items():
+        assert f"--{name}" in shown
+        assert field.metadata["help"].split(":")[0] in shown
+
+
+@pytest.mark.slow
+def test_the_embedded_run_learns(tmp_path: Path) -> None:
+    """R1-Zero from a base that always falls for the trap; minutes on one core."""
+    base, zero = Demo(DemoConfig(output=str(tmp_path), stages="zero")).run()
+    assert base.greedy["accuracy/trap"] <= 0.10
+    assert zero.greedy["accuracy/trap"] >= 0.90
+    assert zero.sampled["accuracy"] >= 0.92 > base.sampled["accuracy"] + 0.1
+    assert "<answer>3.11</answer>" in base.answers[0]
+    assert "<answer>3.8</answer>" in zero.answers[0]
