@@ -9,6 +9,7 @@ The papers leave the estimator of std open; the defaults here are TRL's: n − 1
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -32,10 +33,12 @@ class GroupNorm:
     epsilon: float = 1e-4
 
     def __post_init__(self) -> None:
+        if not isinstance(self.scale, bool):
+            raise ValueError(f"scale: expected True or False, got {self.scale!r}")
         if self.ddof not in (0, 1):
             raise ValueError(f"ddof: expected 0 or 1, got {self.ddof!r}")
-        if not self.epsilon >= 0:
-            raise ValueError(f"epsilon: expected a number >= 0, got {self.epsilon!r}")
+        if not 0 <= self.epsilon < math.inf:
+            raise ValueError(f"epsilon: expected a finite number >= 0, got {self.epsilon!r}")
 
 
 def group_advantages(
@@ -72,9 +75,8 @@ def group_advantages(
     norm = GroupNorm(scale, ddof, epsilon)
     check_rewards(rewards, group_size, validate)
     kernels = choose_backend(backend, rewards)
-    return kernels.group_norm(
-        rewards.detach().contiguous(), group_size, scale=scale, ddof=ddof, epsilon=norm.epsilon
-    )
+    advantage = kernels.group_norm(rewards.detach().contiguous(), group_size, **vars(norm))
+    return advantage.float()
 
 
 def check_rewards(rewards: Tensor, group_size: int | None, validate: bool | None) -> None:

@@ -21,6 +21,8 @@ from grpo_core.weights import token_weights
 
 # the target of a masked token, as everywhere in this ecosystem
 IGNORE = -100
+# below it a float32 of logit / temperature no longer tells neighbours apart
+COLDEST = 1e-4
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -59,8 +61,8 @@ def check_logits(logits: Tensor, temperature: float, dtypes: tuple[torch.dtype, 
         raise ValueError(f"logits: expected one of {dtypes}, got {logits.dtype}")
     if logits.shape[-1] == 0:
         raise ValueError(f"logits: expected V >= 1, got shape {list(logits.shape)}")
-    if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
-        raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
+    if not isinstance(temperature, (int, float)) or not COLDEST <= temperature < math.inf:
+        raise ValueError(f"temperature: expected a finite number >= {COLDEST}, got {temperature!r}")
 
 
 def check_target(
@@ -73,7 +75,7 @@ def check_target(
             that is neither a word nor -100.
     """
     shape, V = logits.shape[:-1], logits.shape[-1]
-    target = _vector("target", target, (shape,), logits, integer=True).reshape(-1)
+    target = _vector("target", target, (shape,), logits, integer=True).reshape(-1).long()
     valid = target != IGNORE
     if mask is not None:
         valid = valid & (_vector("mask", mask, (shape,), logits).reshape(-1) != 0)
@@ -110,11 +112,13 @@ def check_loss_arguments(
     if (advantage is None) == (rewards is None):
         both = "neither" if advantage is None else "both"
         raise ValueError(f"advantage: expected exactly one of advantage and rewards, got {both}")
+    if group_size is not None and rewards is None:
+        raise ValueError(f"group_size: expected None without rewards, got {group_size!r}")
     if spec.beta and ref_logp is None:
         raise ValueError(f"ref_logp: expected a tensor for beta = {spec.beta}, got None")
     old_logp = _floats("old_logp", old_logp, (shape,), logits, dtype)
     ref_logp = _floats("ref_logp", ref_logp, (shape,), logits, dtype)
-    _check_normalizer(normalizer, spec, packed)
+    normalizer = _check_normalizer(normalizer, spec, logits, validate)
     valid, bad_target = check_target(logits, target, mask, validate)
     sequence, sequences, valid = _sequences(logits, sequence_id, valid, validate)
 
@@ -146,12 +150,13 @@ def check_loss_arguments(
         sequences=sequences,
         width=None if packed else shape[1],
         normalizer=normalizer,
+        dtype=dtype,
     )
     return spec, Tokens(
         target=torch.where(valid, target.reshape(-1).long(), IGNORE),
         valid=valid,
         bad_target=bad_target,
-        weight=weight.to(dtype),
+        weight=weight,
         advantage=advantage,
         old_logp=old_logp,
         ref_logp=ref_logp if spec.kl else None,
@@ -220,18 +225,33 @@ def _floats(
     return vector.detach().to(dtype).reshape(-1).contiguous()
 
 
-def _check_normalizer(normalizer: object, spec: Objective, packed: bool) -> None:
-    """Raises ValueError unless `normalizer` is None, a number > 0 or a 0-dim tensor."""
-    if normalizer is None and packed and spec.aggregation == "constant_length":
-        raise ValueError(
-            "normalizer: expected sequences · length for constant_length over packed rows, got None"
-        )
-    if isinstance(normalizer, Tensor) and normalizer.ndim:
-        raise ValueError(f"normalizer: expected a 0-dim tensor, got {list(normalizer.shape)}")
-    if isinstance(normalizer, (int, float)) and not 0 < normalizer < math.inf:
-        raise ValueError(f"normalizer: expected a finite number > 0, got {normalizer!r}")
-    if normalizer is not None and not isinstance(normalizer, (int, float, Tensor)):
+def _check_normalizer(
+    normalizer: Tensor | float | None, spec: Objective, logits: Tensor, validate: bool | None
+) -> Tensor | float | None:
+    """The divisor as a constant, once it is None, a number > 0 or a real 0-dim tensor."""
+    if normalizer is None:
+        if logits.ndim == 2 and spec.aggregation == "constant_length":
+            raise ValueError(
+                "normalizer: expected sequences · length for constant_length over packed rows, "
+                "got None"
+            )
+        return None
+    if isinstance(normalizer, Tensor):
+        if normalizer.ndim or normalizer.is_complex() or normalizer.dtype == torch.bool:
+            got = f"{list(normalizer.shape)} {normalizer.dtype}"
+            raise ValueError(f"normalizer: expected a real 0-dim tensor, got {got}")
+        if normalizer.device.type != "cpu" and normalizer.device != logits.device:
+            raise ValueError(
+                f"normalizer: expected device {logits.device} or cpu, got {normalizer.device}"
+            )
+        if not must_validate(validate, normalizer):
+            return normalizer.detach()
+        normalizer = normalizer.item()
+    if isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
         raise ValueError(f"normalizer: expected a number or a 0-dim tensor, got {normalizer!r}")
+    if not 0 < normalizer < math.inf:
+        raise ValueError(f"normalizer: expected a finite number > 0, got {normalizer!r}")
+    return normalizer
 
 
 def _raise_first(name: str, expected: str, vector: Tensor, bad: Tensor) -> None:

@@ -1,7 +1,9 @@
 """The autograd function of the loss, and the two plans it can follow.
 
 Gradients are made in the forward, while the logits are at hand; the backward multiplies them by
-grad_output and hands them on. A second backward computes them again from the saved logits.
+grad_output and hands them on. A second backward computes them again from the saved logits. In
+float16 the backward makes them in the first place: there grad_output is a loss scale, without which
+they would underflow before it came.
 """
 
 from __future__ import annotations
@@ -12,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
 from grpo_core.arguments import Tokens
 from grpo_core.kernels.records import RowLoss, Rows, Terms
 from grpo_core.objective import Objective
+
+CONTIGUOUS = torch.contiguous_format
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ def _two_phases(rows: Rows, call: Call, dlogits: Tensor | None) -> RowLoss:
         logp, log_ratio, tokens.advantage, tokens.weight, tokens.ref_logp, call.terms
     )
     dlogp = terms.dlogp + level.backward(token_ratio, terms.dlog_ratio)
+    dlogp = torch.where(terms.dropped, 0.0, dlogp)
     if dlogits is not None:
         kernels.row_dlogits(rows, tokens.target, call.temperature, dlogp, state, dlogits)
     ratio = log_ratio.exp() * tokens.valid
@@ -82,47 +86,47 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, call: Call) -> tuple[Tensor, ...]:
         rows = Rows.of(logits.detach())
-        dlogits = None
-        if call.wants_gradient:
-            dlogits = rows.logits if call.inplace else _like(rows.logits)
+        now = call.wants_gradient and logits.dtype != torch.float16
+        dlogits = _room_for_gradient(rows.logits, call) if now else None
         plan = _one_pass if call.spec.is_token_level else _two_phases
         result = plan(rows, call, dlogits)
         if dlogits is rows.logits:
             # an operation upstream that saved these logits must notice that they are gone
             increment_version(logits)
-        ctx.call, ctx.dlogits, ctx.result = call, dlogits, result
-        ctx.save_for_backward(*(() if call.inplace else (logits,)))
+        ctx.call, ctx.result, ctx.dlogits, ctx.spent = call, result, dlogits, False
+        ctx.save_for_backward(*(() if dlogits is rows.logits else (logits,)))
         outputs = (result.logp, result.entropy, result.ratio, result.kl, result.dropped)
         ctx.mark_non_differentiable(*outputs)
+        ctx.set_materialize_grads(False)
         return result.loss.sum(), *outputs
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor, *_: Tensor) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, grad_output: Tensor, *_: None) -> tuple[Tensor, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("fused_loss: its gradient cannot be differentiated (create_graph)")
+        call, result = ctx.call, ctx.result
         dlogits, ctx.dlogits = ctx.dlogits, None
-        kernels = ctx.call.kernels
         if dlogits is not None:
-            return kernels.row_scale(Rows.of(dlogits), grad_output), None
-        if ctx.call.inplace:
+            ctx.spent = call.inplace
+            return call.kernels.row_scale(Rows.of(dlogits), grad_output), None
+        if ctx.spent:
             raise RuntimeError(
                 "fused_loss: a second backward needs the logits, which inplace=True has "
                 "overwritten; call fused_loss with inplace=False"
             )
         (logits,) = ctx.saved_tensors
-        rows, result = Rows.of(logits), ctx.result
-        kernels.row_dlogits(
-            rows,
-            ctx.call.tokens.target,
-            ctx.call.temperature,
-            result.dlogp * grad_output,
-            result.state,
-            gradient := _like(logits),
+        rows = Rows.of(logits.detach())
+        dlogits = _room_for_gradient(rows.logits, call)
+        dlogp = result.dlogp * grad_output
+        call.kernels.row_dlogits(
+            rows, call.tokens.target, call.temperature, dlogp, result.state, dlogits
         )
-        return gradient, None
+        if dlogits is rows.logits:
+            increment_version(logits)
+            ctx.spent = True
+        return dlogits, None
 
 
-def _like(logits: Tensor) -> Tensor:
-    """Room for a gradient, row by row where the logits' rows are, gaps included."""
-    return torch.empty_strided(
-        logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device
-    )
+def _room_for_gradient(logits: Tensor, call: Call) -> Tensor:
+    """The logits themselves, or a contiguous buffer of their shape."""
+    return logits if call.inplace else torch.empty_like(logits, memory_format=CONTIGUOUS)

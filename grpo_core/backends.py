@@ -1,6 +1,6 @@
 """Which code computes: the Triton kernels, or PyTorch operations over the same plans.
 
-A backend is a module with the six functions of `triton_backend`. None means triton for tensors
+A backend is a module with the functions of `triton_backend`. None means triton for tensors
 on a GPU and torch for all others; a backend asked for by name is never replaced by another.
 """
 

@@ -103,7 +103,9 @@ def fused_loss(
     Args:
         logits: [B, T, V], or packed [N, V]; float32, bfloat16 or float16. Views such as
             `logits[:, :-1]` are read where they lie; only a last axis that is not contiguous,
-            or rows that overlap, cost a copy.
+            rows that overlap, or, on a GPU, a slice of the vocabulary whose rows are no longer
+            aligned to 16 bytes, cost a copy. In float16 the gradient is made in the backward,
+            after the loss scale.
         target: [B, T] or [N] integers, already shifted; -100 means masked.
         objective: an `Objective`, or the name of one in `RECIPES`.
         advantage: [B], [B, T] or [N]. Or instead:
@@ -119,7 +121,8 @@ def fused_loss(
             own count, see `weights`. Give the global count under gradient accumulation.
         temperature: T > 0, the logits are divided by it.
         inplace: write the gradient, if one is wanted, over the logits. Needs the least memory;
-            the logits are gone after the call, and backward runs once.
+            the logits are gone after the call, and backward runs once. The `.grad` of logits
+            that are a leaf is then the same memory.
         backend: "triton", "torch", or None for triton on a GPU and torch elsewhere.
         validate: look at values for bad targets, sequence ids and rewards. None means on the CPU
             only: on a GPU the host would wait, so there a bad row gets weight 0 and is counted.
@@ -134,10 +137,12 @@ def fused_loss(
     Source: GRPO: DeepSeekMath (arXiv 2402.03300, eq. 3); the recipes name their own.
     """
     check_logits(logits, temperature, LOGIT_DTYPES)
-    if inplace and not _rows_lie_apart(logits):
+    kernels = choose_backend(backend, logits)
+    readable = _rows_lie_apart(logits) and kernels.lies_aligned(logits)
+    if inplace and not readable:
         raise ValueError(
-            "inplace: expected logits with a contiguous last axis and separate rows, "
-            f"got strides {logits.stride()}"
+            "inplace: expected logits with a contiguous last axis, separate rows and, on a GPU, "
+            f"rows aligned to 16 bytes; got strides {logits.stride()}"
         )
     spec, tokens = check_loss_arguments(
         logits,
@@ -160,10 +165,10 @@ def fused_loss(
         temperature=float(temperature),
         inplace=inplace,
         wants_gradient=logits.requires_grad and torch.is_grad_enabled(),
-        kernels=choose_backend(backend, logits),
+        kernels=kernels,
     )
-    if not _rows_lie_apart(logits):
-        logits = logits.contiguous()
+    if not readable:
+        logits = logits.clone(memory_format=torch.contiguous_format)
     loss, *vectors, dropped = FusedLoss.apply(logits, call)
     logp, entropy, ratio, kl = (vector.view(target.shape) for vector in vectors)
     return LossOutput(loss, logp, entropy, ratio, kl, spec, tokens, dropped)
@@ -195,8 +200,8 @@ def token_logp(
     check_logits(logits, temperature, LOGIT_DTYPES)
     valid, _ = check_target(logits, target, mask, validate)
     kernels = choose_backend(backend, logits)
-    if not _rows_lie_apart(logits):
-        logits = logits.contiguous()
+    if not (_rows_lie_apart(logits) and kernels.lies_aligned(logits)):
+        logits = logits.clone(memory_format=torch.contiguous_format)
     rows = torch.where(valid, target.reshape(-1).long(), IGNORE)
     logp, entropy, _ = kernels.row_stats(Rows.of(logits), rows, float(temperature))
     return TokenLogp(logp.view(target.shape), entropy.view(target.shape))

@@ -40,7 +40,8 @@ def loss_metrics(
     def mean(vector: Tensor) -> Tensor:
         return torch.where(counts, vector, 0.0).sum() / count.clamp(min=1)
 
-    log_ratio = torch.log(ratio)
+    # a ratio of 0 is one too small for float32, not one of log −∞
+    log_ratio = torch.log(ratio.clamp(min=torch.finfo(ratio.dtype).tiny))
     _, dlogp, dlog_ratio = as_torch(spec.surrogate.function)(
         logp, log_ratio, tokens.advantage, *spec.surrogate.args
     )

@@ -34,6 +34,10 @@ class Surrogate:
     function: Callable
     args: tuple[float, ...] = ()
 
+    def __post_init__(self) -> None:
+        # an int would become a constant of the kernel, and every new one a compilation
+        object.__setattr__(self, "args", tuple(float(number) for number in self.args))
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -64,6 +68,9 @@ class Objective:
     token_clip: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
+        for name, kind in (("surrogate", Surrogate), ("advantage", GroupNorm)):
+            if not isinstance(value := getattr(self, name), kind):
+                raise ValueError(f"{name}: expected a {kind.__name__}, got {value!r}")
         _one_of("kl", self.kl, (*get_args(KL), None))
         _one_of("ratio_level", self.ratio_level, get_args(RatioLevel))
         _one_of("aggregation", self.aggregation, get_args(Aggregation))

@@ -135,7 +135,7 @@ def find_objective(objective: str | Objective) -> Objective:
     """
     if isinstance(objective, Objective):
         return objective
-    if objective not in RECIPES:
+    if not isinstance(objective, str) or objective not in RECIPES:
         raise ValueError(
             f"objective: expected an Objective or one of {sorted(RECIPES)}, got {objective!r}"
         )

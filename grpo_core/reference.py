@@ -7,8 +7,6 @@ reduction are PyTorch's own.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -65,38 +63,55 @@ def reference_loss(
         dtype=dtype,
     )
     rows = logits.reshape(-1, logits.shape[-1]).to(dtype) / temperature
-    loss, vectors, kept = _evaluate(rows, spec, tokens)
+    loss, (logp, entropy, ratio, kl), kept = _evaluate(rows, spec, tokens)
     if not (kept | ~tokens.valid).all():
-        # once more without the dropped rows, or their NaN would reach the gradient through 0·NaN
-        vector = ("weight", "advantage", "old_logp", "ref_logp")
-        given = {name: v for name in vector if (v := getattr(tokens, name)) is not None}
-        alive = replace(tokens, **{name: v.masked_fill(~kept, 0.0) for name, v in given.items()})
-        loss, *_ = _evaluate(rows.masked_fill(~kept[:, None], 0.0), spec, alive)
+        # once more with the dropped rows as constants, or 0·NaN would reach the gradient
+        rows = rows.masked_fill(~kept[:, None], 0.0)
+        loss, *_ = _evaluate(rows, spec, tokens, constant=(kept, logp.detach()))
+    shape, valid = target.shape, tokens.valid
     logp, entropy, ratio, kl = (
-        torch.where(tokens.valid, vector.detach(), 0.0).view(target.shape) for vector in vectors
+        torch.where(valid, vector.detach(), 0.0).view(shape)
+        for vector in (logp, entropy, ratio, kl)
     )
-    return LossOutput(loss, logp, entropy, ratio, kl, spec, tokens, tokens.valid & ~kept)
+    return LossOutput(loss, logp, entropy, ratio, kl, spec, tokens, valid & ~kept)
 
 
 def _evaluate(
-    rows: Tensor, spec: Objective, tokens: Tokens
+    rows: Tensor, spec: Objective, tokens: Tokens, constant: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """(loss, (logp, entropy, ratio, kl), kept) with a graph back to `rows` [N, V]."""
+    """(loss, (logp, entropy, ratio, kl), kept) with a graph back to `rows` [N, V].
+
+    `constant` = (kept, logp): only the rows in `kept` are part of the loss, the others keep `logp`.
+    """
     log_softmax = torch.log_softmax(rows, dim=-1)
     logp = log_softmax.gather(1, tokens.target.clamp(min=0)[:, None]).squeeze(1)
     with torch.no_grad():
         # 0·log 0 = 0
         entropy = -(log_softmax.exp() * log_softmax.clamp(min=-1e30)).sum(1)
+    if constant is not None:
+        logp = torch.where(constant[0], logp, constant[1])
     log_ratio = logp - (logp.detach() if tokens.old_logp is None else tokens.old_logp)
     log_ratio = tokens.sequence_ratio(spec).forward(log_ratio)
+    at = torch.ones_like(tokens.valid) if constant is None else constant[0]
+    loss, kl = _token_loss(logp[at], log_ratio[at], spec, tokens, at)
+    ratio = log_ratio.exp()
+    kept = tokens.valid[at] & logp[at].isfinite() & ratio[at].float().isfinite() & loss.isfinite()
+    weight = torch.where(kept, tokens.weight[at], 0.0)
+    total = (weight * torch.where(kept, loss, 0.0)).sum()
+    return total, (logp, entropy, ratio, kl), kept
+
+
+def _token_loss(
+    logp: Tensor, log_ratio: Tensor, spec: Objective, tokens: Tokens, at: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(loss, kl) of the tokens marked in `at` [N] bool, before their weights."""
     surrogate = as_torch(spec.surrogate.function)
-    loss, *_ = surrogate(logp, log_ratio, tokens.advantage, *spec.surrogate.args)
+    loss, *_ = surrogate(logp, log_ratio, tokens.advantage[at], *spec.surrogate.args)
     kl = torch.zeros_like(logp)
     if spec.kl_function is not None and tokens.ref_logp is not None:
-        kl, _ = as_torch(spec.kl_function)(logp, tokens.ref_logp)
+        kl, _ = as_torch(spec.kl_function)(logp, tokens.ref_logp[at])
         if spec.kl_times_ratio:
             kl = kl * log_ratio.exp()
-        loss = loss + spec.beta * kl
-    kept = tokens.valid & logp.isfinite() & log_ratio.isfinite() & loss.isfinite()
-    total = (tokens.weight * torch.where(tokens.weight != 0, loss, 0.0)).sum()
-    return total, (logp, entropy, log_ratio.exp(), kl), kept
+        if spec.beta:
+            loss = loss + spec.beta * kl
+    return loss, kl

@@ -97,14 +97,18 @@ class _Piece:
 def _pieces(rows: Rows, dlogits: Tensor | None) -> Iterator[_Piece]:
     """All rows, a few at a time."""
     step = max(1, CHUNK_BYTES // (4 * rows.V))
+    # the gradient either lies as the logits do, being them, or is contiguous
+    apart = dlogits is not None and dlogits.stride() != rows.logits.stride()
+    flat = dlogits.view(rows.N, rows.V) if apart and dlogits is not None else None
+    outputs = _stretches(dlogits, rows) if dlogits is not None and not apart else None
     first = 0
-    stretches = _stretches(rows.logits, rows)
-    outputs = [None] * len(stretches) if dlogits is None else _stretches(dlogits, rows)
-    for stretch, output in zip(stretches, outputs, strict=True):
+    for k, stretch in enumerate(_stretches(rows.logits, rows)):
         for start in range(0, stretch.shape[0], step):
             logits = stretch[start : start + step]
-            gradient = None if output is None else output[start : start + step]
             place = slice(first + start, first + start + logits.shape[0])
+            gradient = flat[place] if flat is not None else None
+            if outputs is not None:
+                gradient = outputs[k][start : start + step]
             yield _Piece(logits, gradient, place)
         first += stretch.shape[0]
 

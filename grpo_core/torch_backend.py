@@ -90,6 +90,11 @@ def row_dlogits(
     return dlogits
 
 
+def lies_aligned(logits: Tensor) -> bool:
+    """Always: here the order of summation does not follow from the alignment of a row."""
+    return True
+
+
 def row_scale(rows: Rows, factor: Tensor) -> Tensor:
     """Scales `rows` in place by the 0-dim tensor `factor`; moves nothing when it is 1."""
     return rows.logits if factor == 1 else rows.logits.mul_(factor)
@@ -112,13 +117,16 @@ def token_loss(
     kl_value = torch.zeros_like(logp)
     if ref_logp is not None and terms.kl is not None:
         kl_value, dkl = as_torch(terms.kl)(logp, ref_logp.double())
+        dkl_ratio = torch.zeros_like(logp)
         if terms.kl_times_ratio:
             kl_value, dkl, dkl_ratio = as_torch(times_ratio)(kl_value, dkl, log_ratio)
-            dlog_ratio = dlog_ratio + terms.beta * dkl_ratio
-        loss, dlogp = loss + terms.beta * kl_value, dlogp + terms.beta * dkl
+        # with beta 0 the KL is only looked at: an infinite one must not spoil the loss
+        if terms.beta:
+            loss = loss + terms.beta * kl_value
+            dlogp, dlog_ratio = dlogp + terms.beta * dkl, dlog_ratio + terms.beta * dkl_ratio
     weighted = [(weight * part).float() for part in (loss, dlogp, dlog_ratio)]
     alive = weight != 0
-    usable = logp.isfinite() & log_ratio.isfinite()
+    usable = logp.isfinite() & log_ratio.isfinite() & log_ratio.exp().float().isfinite()
     for part in weighted:
         usable &= part.isfinite()
     loss, dlogp, dlog_ratio = (torch.where(alive & usable, part, 0.0) for part in weighted)
@@ -129,7 +137,7 @@ def token_loss(
 def group_norm(
     rewards: Tensor, group_size: int, *, scale: bool, ddof: int, epsilon: float
 ) -> Tensor:
-    """Advantage of every completion within its group; float32, or float64 for float64 rewards."""
+    """Advantage of every completion within its group; float64 for float64 rewards, else float32."""
     rewards = rewards if rewards.dtype == torch.float64 else rewards.float()
     groups = rewards.view(-1, group_size)
     centred = groups - groups.amax(1, keepdim=True)

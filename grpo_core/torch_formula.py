@@ -25,20 +25,25 @@ def _exp_excess(d: Tensor) -> Tensor:
     return torch.where(d.abs() < 0.5, series * d * d, torch.expm1(d) - d)
 
 
-def _lift(a: Operand, b: Operand) -> tuple[Tensor, Tensor]:
-    """Two operands as tensors of the type of whichever is one."""
-    like = a if isinstance(a, Tensor) else b
-    assert isinstance(like, Tensor)
-    # a number must not pass through the default float32 on its way into float64
-    first, second = (torch.as_tensor(x, dtype=like.dtype, device=like.device) for x in (a, b))
-    return first, second
+def _minimum(a: Operand, b: Operand) -> Tensor:
+    """The smaller of two; a number is never made a tensor, which would stall a GPU."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.minimum(a, b)
+    return a.clamp(max=b) if isinstance(a, Tensor) else _minimum(b, a)
+
+
+def _maximum(a: Operand, b: Operand) -> Tensor:
+    """The larger of two."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.maximum(a, b)
+    return a.clamp(min=b) if isinstance(a, Tensor) else _maximum(b, a)
 
 
 _TL = SimpleNamespace(
     abs=torch.abs,
     exp=torch.exp,
-    minimum=lambda a, b: torch.minimum(*_lift(a, b)),
-    maximum=lambda a, b: torch.maximum(*_lift(a, b)),
+    minimum=_minimum,
+    maximum=_maximum,
     where=torch.where,
 )
 _SCALAR_MATH = {

@@ -33,6 +33,7 @@ def token_weights(
     sequences: int,
     width: int | None = None,
     normalizer: Tensor | float | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Weight of every token; nothing waits for the device.
 
@@ -43,12 +44,13 @@ def token_weights(
         sequences: upper bound on the number of sequences.
         width: padded length of a sequence, tokens; the default length of constant_length.
         normalizer: the divisor; None means the table's.
+        dtype: of the result.
 
     Returns:
-        [N] float32.
+        [N] of `dtype`.
     """
-    weight = valid.float()
-    lengths = torch.zeros(sequences, device=valid.device).scatter_add_(0, sequence, weight)
+    weight = valid.to(dtype)
+    lengths = weight.new_zeros(sequences).scatter_add_(0, sequence, weight)
     if normalizer is None:
         present = (lengths > 0).sum()
         normalizer = {

@@ -9,6 +9,7 @@ Rewards are counted from the largest of their group, so that a group of equal re
 import torch
 
 from .language import tl, triton
+from .launch import launch
 
 
 @triton.jit(do_not_specialize=["G", "freedom"])
@@ -25,8 +26,10 @@ def _group_norm_kernel(
     member = tl.arange(0, BLOCK_G)
     inside = member < G
     rewards = tl.load(rewards_ptr + group * G + member, mask=inside, other=float("-inf"))
-    rewards = rewards.to(tl.float32)
-    centred = tl.where(inside, rewards - tl.max(rewards, 0), 0.0)
+    # counted from the largest before float64 is given up, after bfloat16 is
+    if rewards_ptr.dtype.element_ty != tl.float64:
+        rewards = rewards.to(tl.float32)
+    centred = tl.where(inside, rewards - tl.max(rewards, 0), 0.0).to(tl.float32)
     centred = tl.where(inside, centred - tl.sum(centred, 0) / G, 0.0)
     if SCALE:
         variance = tl.sum(centred * centred, 0) / freedom
@@ -47,14 +50,16 @@ def group_norm(
         [B] float32; 0 for groups of equal rewards and for groups of one.
     """
     advantage = torch.empty(rewards.shape, dtype=torch.float32, device=rewards.device)
-    if rewards.numel():
-        _group_norm_kernel[(rewards.numel() // group_size,)](
-            rewards_ptr=rewards,
-            advantage_ptr=advantage,
-            G=group_size,
-            freedom=max(group_size - ddof, 1),
-            epsilon=epsilon,
-            SCALE=scale,
-            BLOCK_G=triton.next_power_of_2(group_size),
-        )
+    launch(
+        _group_norm_kernel,
+        rewards.numel() // group_size,
+        on=rewards,
+        rewards_ptr=rewards,
+        advantage_ptr=advantage,
+        G=group_size,
+        freedom=max(group_size - ddof, 1),
+        epsilon=epsilon,
+        SCALE=scale,
+        BLOCK_G=triton.next_power_of_2(group_size),
+    )
     return advantage

@@ -6,8 +6,8 @@ a row must give the same bits in every batch.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -22,7 +22,11 @@ VECTOR_BLOCK = 256
 
 @dataclass(frozen=True)
 class RowLayout:
-    """How one program covers a row, see `online_softmax`; and what the compiler may assume."""
+    """How one program covers a row, see `online_softmax`; and what the compiler may assume.
+
+    What it may assume decides the order in which it sums, so it must follow from V and dtype, too:
+    rows of an odd vocabulary are never taken for aligned, and others must be (`lies_aligned`).
+    """
 
     THREADS: int
     WIDTH: int
@@ -36,21 +40,40 @@ class RowLayout:
         return vars(self)
 
 
+def lies_aligned(logits: torch.Tensor) -> bool:
+    """Whether the kernels can read these rows where they lie, in the order that V prescribes."""
+    width = LOAD_BYTES // logits.element_size()
+    if logits.shape[-1] % width:
+        return True
+    *steps, _ = logits.stride()
+    axes = zip(steps, logits.shape, strict=False)
+    apart = all(step % width == 0 for step, size in axes if size > 1)
+    return apart and logits.data_ptr() % LOAD_BYTES == 0
+
+
 def row_layout(rows: Rows) -> RowLayout:
-    """Layout of the row kernels; all but ALIGNMENT follows from vocabulary and dtype alone."""
+    """Layout of the row kernels, from vocabulary and dtype alone."""
     width = LOAD_BYTES // rows.logits.element_size()
+    vector = rows.V % width == 0
     warps = 4 if rows.V <= 8192 else 16
     # AMD's wavefronts have 64 lanes; tiles, and so results, stay those of 32
     lanes = 64 if torch.version.hip else 32
     return RowLayout(
         THREADS=32 * warps,
         WIDTH=width,
-        VECTOR=rows.V % width == 0,
-        ALIGNMENT=math.gcd(width, rows.batch_stride, rows.row_stride),
+        VECTOR=vector,
+        ALIGNMENT=width if vector else 1,
         num_warps=max(1, 32 * warps // lanes),
     )
 
 
-def vector_grid(N: int) -> tuple[int]:
+def launch(kernel: Any, programs: int, on: torch.Tensor, **arguments: Any) -> None:
+    """Starts `programs` programs on the device of `on`, which need not be the current one."""
+    if programs:
+        with torch.cuda.device_of(on):
+            kernel[(programs,)](**arguments)
+
+
+def vector_programs(N: int) -> int:
     """Programs that cover an `[N]` vector."""
-    return (triton.cdiv(N, VECTOR_BLOCK),)
+    return triton.cdiv(N, VECTOR_BLOCK)

@@ -111,10 +111,10 @@ def token_statistics(z, rest, moment):
     logp = -(tl.maximum(z, 0.0) * LN2 + softplus)
     log_others = -(tl.maximum(-z, 0.0) * LN2 + softplus)
     entropy_others = (tl.log2(rest) - moment / rest) * LN2
-    others = sigmoid2(z)
+    others, mine = sigmoid2(z), sigmoid2(-z)
     # 0·log 0 = 0: a target or a remainder of probability 0 has no entropy
     entropy = tl.where(others > 0, others * (entropy_others - log_others), 0.0)
-    entropy -= tl.where(others < 1, (1 - others) * logp, 0.0)
+    entropy -= tl.where(mine > 0, mine * logp, 0.0)
     return logp, entropy
 
 

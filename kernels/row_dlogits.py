@@ -10,12 +10,25 @@ place when both pointers are the same.
 import torch
 
 from .language import tl, triton
-from .launch import row_layout
+from .launch import launch, row_layout
 from .online_softmax import LOG2E, row_start, target_gap, write_row_gradient, write_row_zeros
 from .records import Rows
 
 
-@triton.jit(do_not_specialize=["N", "V", "rows_per_batch", "batch_stride", "row_stride"])
+@triton.jit(
+    do_not_specialize=[
+        "N",
+        "V",
+        "rows_per_batch",
+        "batch_stride",
+        "row_stride",
+        "out_rows_per_batch",
+        "out_batch_stride",
+        "out_row_stride",
+    ],
+    # scalars of a row: their alignment, which changes with N, must not recompile
+    do_not_specialize_on_alignment=["target_ptr", "dlogp_ptr", "state_ptr"],
+)
 def _row_dlogits_kernel(
     logits_ptr,
     target_ptr,
@@ -27,6 +40,9 @@ def _row_dlogits_kernel(
     rows_per_batch,
     batch_stride: tl.int64,
     row_stride: tl.int64,
+    out_rows_per_batch,
+    out_batch_stride: tl.int64,
+    out_row_stride: tl.int64,
     scale,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -35,16 +51,18 @@ def _row_dlogits_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     start = row_start(row, rows_per_batch, batch_stride, row_stride, ALIGNMENT)
+    out = row_start(row, out_rows_per_batch, out_batch_stride, out_row_stride, ALIGNMENT)
     row_ptr = logits_ptr + start
-    target = tl.load(target_ptr + row).to(tl.int32)
+    target = tl.load(target_ptr + row)
     dlogp = tl.load(dlogp_ptr + row)
     if (dlogp != 0) & (target >= 0) & (target < V):
+        target = target.to(tl.int32)
         peak = tl.load(state_ptr + row)
         rest = tl.load(state_ptr + N + row)
         z = target_gap(row_ptr, target, scale, peak, rest)
         write_row_gradient(
             row_ptr,
-            dlogits_ptr + start,
+            dlogits_ptr + out,
             V,
             target,
             scale,
@@ -57,7 +75,7 @@ def _row_dlogits_kernel(
             VECTOR,
         )
     else:
-        write_row_zeros(dlogits_ptr + start, V, THREADS, WIDTH, VECTOR)
+        write_row_zeros(dlogits_ptr + out, V, THREADS, WIDTH, VECTOR)
 
 
 def row_dlogits(
@@ -68,7 +86,7 @@ def row_dlogits(
     state: torch.Tensor,
     dlogits: torch.Tensor,
 ) -> torch.Tensor:
-    """Writes dL/dlogits into `dlogits` (same strides as the logits; may be the logits).
+    """Writes dL/dlogits into `dlogits` (of the logits' shape; may be the logits).
 
     Args:
         rows: logits of N tokens over V words, float32, bfloat16 or float16.
@@ -77,19 +95,25 @@ def row_dlogits(
         dlogp: [N] float32, dL/dlogp of each row; 0 means a row of zeros.
         state: [2, N] float32 from `row_stats` or `row_loss`.
     """
-    if rows.N:
-        _row_dlogits_kernel[(rows.N,)](
-            logits_ptr=rows.logits,
-            target_ptr=target,
-            dlogp_ptr=dlogp,
-            state_ptr=state,
-            dlogits_ptr=dlogits,
-            N=rows.N,
-            V=rows.V,
-            rows_per_batch=rows.rows_per_batch,
-            batch_stride=rows.batch_stride,
-            row_stride=rows.row_stride,
-            scale=LOG2E.value / temperature,
-            **row_layout(rows).keywords,
-        )
+    out = Rows.of(dlogits)
+    launch(
+        _row_dlogits_kernel,
+        rows.N,
+        on=rows.logits,
+        logits_ptr=rows.logits,
+        target_ptr=target,
+        dlogp_ptr=dlogp,
+        state_ptr=state,
+        dlogits_ptr=dlogits,
+        N=rows.N,
+        V=rows.V,
+        rows_per_batch=rows.rows_per_batch,
+        batch_stride=rows.batch_stride,
+        row_stride=rows.row_stride,
+        out_rows_per_batch=out.rows_per_batch,
+        out_batch_stride=out.batch_stride,
+        out_row_stride=out.row_stride,
+        scale=LOG2E.value / temperature,
+        **row_layout(rows).keywords,
+    )
     return dlogits

@@ -15,7 +15,7 @@ is not finite (NaN or +inf among its logits, an overflowing ratio) is dropped: n
 import torch
 
 from .language import tl, triton
-from .launch import row_layout
+from .launch import launch, row_layout
 from .online_softmax import (
     LOG2E,
     row_softmax,
@@ -30,7 +30,34 @@ from .scalar_math import is_finite
 from .token_loss import token_terms
 
 
-@triton.jit(do_not_specialize=["N", "V", "rows_per_batch", "batch_stride", "row_stride"])
+@triton.jit(
+    do_not_specialize=[
+        "N",
+        "V",
+        "rows_per_batch",
+        "batch_stride",
+        "row_stride",
+        "out_rows_per_batch",
+        "out_batch_stride",
+        "out_row_stride",
+    ],
+    # scalars of a row: their alignment, which changes with N, must not recompile
+    do_not_specialize_on_alignment=[
+        "target_ptr",
+        "weight_ptr",
+        "advantage_ptr",
+        "old_logp_ptr",
+        "ref_logp_ptr",
+        "logp_ptr",
+        "entropy_ptr",
+        "ratio_ptr",
+        "kl_ptr",
+        "loss_ptr",
+        "dlogp_ptr",
+        "dropped_ptr",
+        "state_ptr",
+    ],
+)
 def _row_loss_kernel(
     logits_ptr,
     target_ptr,
@@ -52,6 +79,9 @@ def _row_loss_kernel(
     rows_per_batch,
     batch_stride: tl.int64,
     row_stride: tl.int64,
+    out_rows_per_batch,
+    out_batch_stride: tl.int64,
+    out_row_stride: tl.int64,
     scale,
     beta,
     surrogate_args,
@@ -65,7 +95,9 @@ def _row_loss_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     start = row_start(row, rows_per_batch, batch_stride, row_stride, ALIGNMENT)
-    target = tl.load(target_ptr + row).to(tl.int32)
+    target = tl.load(target_ptr + row)
+    readable = (target >= 0) & (target < V)
+    target = target.to(tl.int32)
     weight = tl.load(weight_ptr + row)
     logp = 0.0
     entropy = 0.0
@@ -77,7 +109,7 @@ def _row_loss_kernel(
     rest = 1.0
     z = 0.0
     dropped = False
-    if (weight != 0) & (target >= 0) & (target < V):
+    if (weight != 0) & readable:
         row_ptr = logits_ptr + start
         peak, rest, moment = row_softmax(row_ptr, V, target, scale, THREADS, WIDTH, VECTOR)
         z = target_gap(row_ptr, target, scale, peak, rest)
@@ -104,7 +136,8 @@ def _row_loss_kernel(
         )
         dlogp = weight * (dlogp + dlog_ratio)
         loss = weight * loss
-        dropped = (is_finite(logp) & is_finite(log_ratio) & is_finite(loss) & is_finite(dlogp)) == 0
+        usable = is_finite(logp) & is_finite(log_ratio) & is_finite(ratio)
+        dropped = (usable & is_finite(loss) & is_finite(dlogp)) == 0
         loss = tl.where(dropped, 0.0, loss)
         dlogp = tl.where(dropped, 0.0, dlogp)
     tl.store(logp_ptr + row, logp)
@@ -117,10 +150,11 @@ def _row_loss_kernel(
     tl.store(state_ptr + row, peak)
     tl.store(state_ptr + N + row, rest)
     if dlogits_ptr is not None:
+        out = row_start(row, out_rows_per_batch, out_batch_stride, out_row_stride, ALIGNMENT)
         if dlogp != 0:
             write_row_gradient(
                 logits_ptr + start,
-                dlogits_ptr + start,
+                dlogits_ptr + out,
                 V,
                 target,
                 scale,
@@ -133,7 +167,7 @@ def _row_loss_kernel(
                 VECTOR,
             )
         else:
-            write_row_zeros(dlogits_ptr + start, V, THREADS, WIDTH, VECTOR)
+            write_row_zeros(dlogits_ptr + out, V, THREADS, WIDTH, VECTOR)
 
 
 def row_loss(
@@ -156,38 +190,44 @@ def row_loss(
         weight, advantage: [N] float32; weight 0 means masked.
         old_logp, ref_logp: [N] float32 or None, nats. No `old_logp` means on policy: ratio 1.
         terms: the objective's formulas.
-        dlogits: written if given, same strides as the logits; may be the logits.
+        dlogits: written if given, of the logits' shape; may be the logits.
     """
+    out = rows if dlogits is None else Rows.of(dlogits)
     state = torch.empty(2, rows.N, dtype=torch.float32, device=weight.device)
     result = RowLoss.empty(rows.N, weight.device, state)
-    if rows.N:
-        _row_loss_kernel[(rows.N,)](
-            logits_ptr=rows.logits,
-            target_ptr=target,
-            weight_ptr=weight,
-            advantage_ptr=advantage,
-            old_logp_ptr=old_logp,
-            ref_logp_ptr=ref_logp,
-            logp_ptr=result.logp,
-            entropy_ptr=result.entropy,
-            ratio_ptr=result.ratio,
-            kl_ptr=result.kl,
-            loss_ptr=result.loss,
-            dlogp_ptr=result.dlogp,
-            dropped_ptr=result.dropped,
-            state_ptr=result.state,
-            dlogits_ptr=dlogits,
-            N=rows.N,
-            V=rows.V,
-            rows_per_batch=rows.rows_per_batch,
-            batch_stride=rows.batch_stride,
-            row_stride=rows.row_stride,
-            scale=LOG2E.value / temperature,
-            beta=terms.beta,
-            surrogate_args=terms.surrogate_args,
-            SURROGATE=terms.surrogate,
-            KL=terms.kl,
-            KL_TIMES_RATIO=terms.kl_times_ratio,
-            **row_layout(rows).keywords,
-        )
+    launch(
+        _row_loss_kernel,
+        rows.N,
+        on=rows.logits,
+        logits_ptr=rows.logits,
+        target_ptr=target,
+        weight_ptr=weight,
+        advantage_ptr=advantage,
+        old_logp_ptr=old_logp,
+        ref_logp_ptr=ref_logp,
+        logp_ptr=result.logp,
+        entropy_ptr=result.entropy,
+        ratio_ptr=result.ratio,
+        kl_ptr=result.kl,
+        loss_ptr=result.loss,
+        dlogp_ptr=result.dlogp,
+        dropped_ptr=result.dropped,
+        state_ptr=result.state,
+        dlogits_ptr=dlogits,
+        N=rows.N,
+        V=rows.V,
+        rows_per_batch=rows.rows_per_batch,
+        batch_stride=rows.batch_stride,
+        row_stride=rows.row_stride,
+        out_rows_per_batch=out.rows_per_batch,
+        out_batch_stride=out.batch_stride,
+        out_row_stride=out.row_stride,
+        scale=LOG2E.value / temperature,
+        beta=terms.beta,
+        surrogate_args=terms.surrogate_args,
+        SURROGATE=terms.surrogate,
+        KL=terms.kl,
+        KL_TIMES_RATIO=terms.kl_times_ratio,
+        **row_layout(rows).keywords,
+    )
     return result

@@ -7,12 +7,16 @@ reading that one number; neither the host waits nor memory moves.
 import torch
 
 from .language import tl, triton
-from .launch import row_layout
+from .launch import launch, row_layout
 from .online_softmax import row_start, tile_columns
 from .records import Rows
 
 
-@triton.jit(do_not_specialize=["V", "rows_per_batch", "batch_stride", "row_stride"])
+@triton.jit(
+    do_not_specialize=["V", "rows_per_batch", "batch_stride", "row_stride"],
+    # scalars of a row: their alignment, which changes with N, must not recompile
+    do_not_specialize_on_alignment=["factor_ptr"],
+)
 def _row_scale_kernel(
     dlogits_ptr,
     factor_ptr,
@@ -41,14 +45,16 @@ def _row_scale_kernel(
 
 def row_scale(rows: Rows, factor: torch.Tensor) -> torch.Tensor:
     """Scales `rows` in place by the 0-dim tensor `factor`; moves nothing when it is 1."""
-    if rows.N:
-        _row_scale_kernel[(rows.N,)](
-            dlogits_ptr=rows.logits,
-            factor_ptr=factor,
-            V=rows.V,
-            rows_per_batch=rows.rows_per_batch,
-            batch_stride=rows.batch_stride,
-            row_stride=rows.row_stride,
-            **row_layout(rows).keywords,
-        )
+    launch(
+        _row_scale_kernel,
+        rows.N,
+        on=rows.logits,
+        dlogits_ptr=rows.logits,
+        factor_ptr=factor,
+        V=rows.V,
+        rows_per_batch=rows.rows_per_batch,
+        batch_stride=rows.batch_stride,
+        row_stride=rows.row_stride,
+        **row_layout(rows).keywords,
+    )
     return rows.logits

@@ -9,12 +9,16 @@ outputs are 0.
 import torch
 
 from .language import tl, triton
-from .launch import row_layout
+from .launch import launch, row_layout
 from .online_softmax import LOG2E, row_softmax, row_start, target_gap, token_statistics
 from .records import Rows, RowStats
 
 
-@triton.jit(do_not_specialize=["N", "V", "rows_per_batch", "batch_stride", "row_stride"])
+@triton.jit(
+    do_not_specialize=["N", "V", "rows_per_batch", "batch_stride", "row_stride"],
+    # scalars of a row: their alignment, which changes with N, must not recompile
+    do_not_specialize_on_alignment=["target_ptr", "logp_ptr", "entropy_ptr", "state_ptr"],
+)
 def _row_stats_kernel(
     logits_ptr,
     target_ptr,
@@ -33,12 +37,13 @@ def _row_stats_kernel(
     ALIGNMENT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    target = tl.load(target_ptr + row).to(tl.int32)
+    target = tl.load(target_ptr + row)
     logp = 0.0
     entropy = 0.0
     peak = 0.0
     rest = 1.0
     if (target >= 0) & (target < V):
+        target = target.to(tl.int32)
         start = row_start(row, rows_per_batch, batch_stride, row_stride, ALIGNMENT)
         row_ptr = logits_ptr + start
         peak, rest, moment = row_softmax(row_ptr, V, target, scale, THREADS, WIDTH, VECTOR)
@@ -60,19 +65,21 @@ def row_stats(rows: Rows, target: torch.Tensor, temperature: float) -> RowStats:
     """
     buffer = torch.empty(4, rows.N, dtype=torch.float32, device=rows.logits.device)
     stats = RowStats(buffer[0], buffer[1], buffer[2:])
-    if rows.N:
-        _row_stats_kernel[(rows.N,)](
-            logits_ptr=rows.logits,
-            target_ptr=target,
-            logp_ptr=stats.logp,
-            entropy_ptr=stats.entropy,
-            state_ptr=stats.state,
-            N=rows.N,
-            V=rows.V,
-            rows_per_batch=rows.rows_per_batch,
-            batch_stride=rows.batch_stride,
-            row_stride=rows.row_stride,
-            scale=LOG2E.value / temperature,
-            **row_layout(rows).keywords,
-        )
+    launch(
+        _row_stats_kernel,
+        rows.N,
+        on=rows.logits,
+        logits_ptr=rows.logits,
+        target_ptr=target,
+        logp_ptr=stats.logp,
+        entropy_ptr=stats.entropy,
+        state_ptr=stats.state,
+        N=rows.N,
+        V=rows.V,
+        rows_per_batch=rows.rows_per_batch,
+        batch_stride=rows.batch_stride,
+        row_stride=rows.row_stride,
+        scale=LOG2E.value / temperature,
+        **row_layout(rows).keywords,
+    )
     return stats

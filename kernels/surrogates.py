@@ -119,11 +119,11 @@ def topr(logp, log_ratio, advantage):
 def vespo(logp, log_ratio, advantage, k_pos, lambda_pos, k_neg, lambda_neg):
     """ℓ = −sg(φ(W))·A·logp, φ(W) = W^k·e^{λ(1 − W)}, W = e^{log_ratio} of the whole sequence.
 
-    k and λ by the sign of A; log W is kept in [log 1e-8, 20].
+    k and λ by the sign of A.
 
     Source: VESPO (arXiv 2602.10693).
     """
-    log_weight = stop_grad(tl.minimum(tl.maximum(log_ratio, -18.420680743952367), 20.0))
+    log_weight = stop_grad(log_ratio)
     gains = advantage >= 0
     k = tl.where(gains, k_pos + log_weight * 0, k_neg + log_weight * 0)
     decay = tl.where(gains, lambda_pos + log_weight * 0, lambda_neg + log_weight * 0)

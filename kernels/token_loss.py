@@ -9,7 +9,7 @@ import torch
 
 from .kl import times_ratio
 from .language import tl, triton
-from .launch import VECTOR_BLOCK, vector_grid
+from .launch import VECTOR_BLOCK, launch, vector_programs
 from .records import Terms, TokenLoss
 from .scalar_math import is_finite
 
@@ -36,13 +36,31 @@ def token_terms(
         kl, dkl = KL(logp, ref_logp)
         if KL_TIMES_RATIO:
             kl, dkl, dkl_ratio = times_ratio(kl, dkl, log_ratio)
-            dlog_ratio += beta * dkl_ratio
-        loss += beta * kl
-        dlogp += beta * dkl
+            if beta != 0:
+                dlog_ratio += beta * dkl_ratio
+        # with beta 0 the KL is only looked at: an infinite one must not spoil the loss
+        if beta != 0:
+            loss += beta * kl
+            dlogp += beta * dkl
     return loss, dlogp, dlog_ratio, kl
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(
+    do_not_specialize=["N"],
+    # scalars of a row: their alignment, which changes with N, must not recompile
+    do_not_specialize_on_alignment=[
+        "logp_ptr",
+        "log_ratio_ptr",
+        "advantage_ptr",
+        "weight_ptr",
+        "ref_logp_ptr",
+        "loss_ptr",
+        "dlogp_ptr",
+        "dlog_ratio_ptr",
+        "kl_ptr",
+        "dropped_ptr",
+    ],
+)
 def _token_loss_kernel(
     logp_ptr,
     log_ratio_ptr,
@@ -82,7 +100,8 @@ def _token_loss_kernel(
         KL_TIMES_RATIO,
     )
     alive = weight != 0
-    usable = is_finite(logp) & is_finite(log_ratio) & is_finite(loss)
+    usable = is_finite(logp) & is_finite(log_ratio) & is_finite(tl.exp(log_ratio))
+    usable = usable & is_finite(loss)
     usable = usable & is_finite(dlogp) & is_finite(dlog_ratio)
     kept = alive & usable
     tl.store(loss_ptr + at, tl.where(kept, weight * loss, 0.0), mask=inside)
@@ -109,24 +128,26 @@ def token_loss(
         terms: the objective's formulas.
     """
     result = TokenLoss.empty(logp.numel(), logp.device)
-    if logp.numel():
-        _token_loss_kernel[vector_grid(logp.numel())](
-            logp_ptr=logp,
-            log_ratio_ptr=log_ratio,
-            advantage_ptr=advantage,
-            weight_ptr=weight,
-            ref_logp_ptr=ref_logp,
-            loss_ptr=result.loss,
-            dlogp_ptr=result.dlogp,
-            dlog_ratio_ptr=result.dlog_ratio,
-            kl_ptr=result.kl,
-            dropped_ptr=result.dropped,
-            N=logp.numel(),
-            beta=terms.beta,
-            surrogate_args=terms.surrogate_args,
-            SURROGATE=terms.surrogate,
-            KL=terms.kl,
-            KL_TIMES_RATIO=terms.kl_times_ratio,
-            BLOCK=VECTOR_BLOCK,
-        )
+    launch(
+        _token_loss_kernel,
+        vector_programs(logp.numel()),
+        on=logp,
+        logp_ptr=logp,
+        log_ratio_ptr=log_ratio,
+        advantage_ptr=advantage,
+        weight_ptr=weight,
+        ref_logp_ptr=ref_logp,
+        loss_ptr=result.loss,
+        dlogp_ptr=result.dlogp,
+        dlog_ratio_ptr=result.dlog_ratio,
+        kl_ptr=result.kl,
+        dropped_ptr=result.dropped,
+        N=logp.numel(),
+        beta=terms.beta,
+        surrogate_args=terms.surrogate_args,
+        SURROGATE=terms.surrogate,
+        KL=terms.kl,
+        KL_TIMES_RATIO=terms.kl_times_ratio,
+        BLOCK=VECTOR_BLOCK,
+    )
     return result

@@ -36,8 +36,8 @@ TARGETS = {
 }
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 POINTERS = {"target_ptr": "*i64", "dropped_ptr": "*i1"}
-INTEGERS = {"N", "V", "G", "rows_per_batch", "freedom"}
-WIDE = {"batch_stride", "row_stride"}
+INTEGERS = {"N", "V", "G", "rows_per_batch", "out_rows_per_batch", "freedom"}
+WIDE = {"batch_stride", "row_stride", "out_batch_stride", "out_row_stride"}
 
 
 def signature(kernel: Any, logits: str, constants: dict[str, Any]) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def cases(lanes: int) -> Iterator[tuple[str, Any, str, dict[str, Any], int]]:
 
 
 def hot_loops(sass: str) -> list[list[str]]:
-    """Instructions of every loop, jumps back to a label delimiting it; the innermost only."""
+    """Instructions of every loop: what lies between a label and a jump back to it."""
     labels: dict[str, int] = {}
     instructions: list[str] = []
     loops: list[tuple[int, int]] = []
@@ -144,7 +144,10 @@ def compile_for(architecture: str) -> Iterator[dict[str, Any]]:
     for name, kernel, logits, constants, warps in cases(target.warp_size):
         types = signature(kernel, logits, constants)
         positions = {name: (index,) for index, name in enumerate(kernel.arg_names)}
-        aligned = {positions[n]: [["tt.divisibility", 16]] for n in types if n.endswith("_ptr")}
+        # as at a launch: only the logits' pointers are specialised on alignment
+        aligned = {
+            p: [["tt.divisibility", 16]] for n, p in positions.items() if n.endswith("logits_ptr")
+        }
         source = ASTSource(
             fn=kernel,
             signature=types,

@@ -1,7 +1,8 @@
 """Makes the Triton interpreter round as a GPU does, where it does not.
 
-Two operations differ: a fused multiply-add rounds once on every GPU and twice in the interpreter,
-and a cast from float32 to bfloat16 rounds to nearest on a GPU and truncates in the interpreter.
+Three things differ: a fused multiply-add rounds once on every GPU and twice in the interpreter; a
+cast from float32 to bfloat16 rounds to nearest on a GPU and truncates in the interpreter; and
+minimum and maximum pass over a NaN on a GPU, unless told otherwise.
 Products of float32 are exact in float64, so one float64 addition and one cast are a fused one up to
 a double rounding of probability 2⁻²⁹.
 """
@@ -16,7 +17,7 @@ from triton.runtime import interpreter
 
 
 def round_as_hardware_does() -> None:
-    """Replaces both operations in the interpreter's builder, for this process."""
+    """Replaces them in the interpreter's builder, for this process."""
     builder = interpreter.InterpreterBuilder
     cast = builder.cast_impl
 
@@ -34,6 +35,8 @@ def round_as_hardware_does() -> None:
             return interpreter.TensorHandle(quiet_nan.astype(np.uint16), tl.bfloat16)
         return cast(self, source, target)
 
+    builder.create_minnumf = lambda self, x, y: self.binary_op(x, y, np.fmin)
+    builder.create_maxnumf = lambda self, x, y: self.binary_op(x, y, np.fmax)
     builder.create_fma = create_fma
     builder.cast_impl = cast_impl
     for name in ("create_fp_trunc", "create_fp_ext"):

@@ -88,5 +88,5 @@ def test_bad_input_is_named(rewards: torch.Tensor, G: int, message: str) -> None
 def test_bad_options_are_named() -> None:
     with pytest.raises(ValueError, match="ddof: expected 0 or 1, got 2"):
         group_advantages(torch.zeros(4), 2, ddof=2)
-    with pytest.raises(ValueError, match="epsilon: expected a number >= 0, got -1"):
+    with pytest.raises(ValueError, match="epsilon: expected a finite number >= 0, got -1"):
         group_advantages(torch.zeros(4), 2, epsilon=-1)

@@ -67,10 +67,17 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"objective": "grpo"}, "ref_logp: expected a tensor for beta = 0.04, got None"),
     ({"objective": "gropo"}, "objective: expected an Objective or one of ['bnpo', 'cispo', "),
     ({"objective": Objective}, "objective: expected an Objective or one of"),
-    ({"temperature": 0.0}, "temperature: expected a finite number > 0, got 0.0"),
-    ({"temperature": float("nan")}, "temperature: expected a finite number > 0, got nan"),
+    ({"temperature": 0.0}, "temperature: expected a finite number >= 0.0001, got 0.0"),
+    ({"temperature": float("nan")}, "temperature: expected a finite number >= 0.0001, got nan"),
     ({"normalizer": 0}, "normalizer: expected a finite number > 0, got 0"),
-    ({"normalizer": (2,)}, "normalizer: expected a 0-dim tensor, got [2]"),
+    ({"normalizer": (2,)}, "normalizer: expected a real 0-dim tensor, got [2]"),
+    ({"normalizer": torch.tensor(0.0)}, "normalizer: expected a finite number > 0, got 0.0"),
+    ({"normalizer": torch.tensor(-3)}, "normalizer: expected a finite number > 0, got -3"),
+    ({"normalizer": torch.tensor(torch.nan)}, "normalizer: expected a finite number > 0, got nan"),
+    ({"normalizer": torch.tensor(1j)}, "normalizer: expected a real 0-dim tensor, got [] "),
+    ({"normalizer": True}, "normalizer: expected a number or a 0-dim tensor, got True"),
+    ({"group_size": 2}, "group_size: expected None without rewards, got 2"),
+    ({"objective": ["dapo"]}, "objective: expected an Objective or one of"),
     ({"normalizer": "8"}, "normalizer: expected a number or a 0-dim tensor, got '8'"),
     ({"sequence_id": (B,)}, "sequence_id: expected None for logits [B, T, V], got a tensor"),
     (PACKED | {"sequence_id": None}, "sequence_id: expected [N] for packed logits [N, V]"),
@@ -113,8 +120,10 @@ def test_arguments_that_work_do_work() -> None:
     assert fused_loss(**good()).loss == 0
     assert fused_loss(**good(**PACKED)).loss == 0
     assert fused_loss(**good(advantage=(B,))).loss == 0
-    int32 = torch.zeros(B, T, dtype=torch.int32)
-    assert fused_loss(**good(target=int32)).loss == 0
+    for dtype in (torch.int32, torch.int16, torch.int8, torch.uint8):
+        narrow = torch.full((B, T), 5).to(dtype)
+        out = fused_loss(**good() | {"target": narrow})
+        assert torch.equal(out.logp, fused_loss(**good() | {"target": narrow.long()}).logp)
     assert fused_loss(**good(mask=torch.ones(B, T), normalizer=torch.tensor(3))).loss == 0
 
 
@@ -146,7 +155,7 @@ def test_token_logp_checks_too() -> None:
         token_logp(logits, torch.zeros(B, dtype=LONG))
     with pytest.raises(ValueError, match=r"target: expected -100 or a word"):
         token_logp(logits, torch.full((B, T), V))
-    with pytest.raises(ValueError, match="temperature: expected a finite number > 0"):
+    with pytest.raises(ValueError, match="temperature: expected a finite number >="):
         token_logp(logits, torch.zeros(B, T, dtype=LONG), temperature=-1)
     out = token_logp(logits, torch.full((B, T), V), validate=False)
     assert torch.equal(out.logp, torch.zeros(B, T))
@@ -173,3 +182,18 @@ def test_constants_get_no_gradient() -> None:
     fused_loss(**good(logits=logits, advantage=advantage, objective=objective)).loss.backward()
     assert advantage.grad is None
     assert logits.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
+    logits = torch.randn(B, T, V, requires_grad=True)
+    arguments = good(logits=logits, advantage=torch.ones(B))
+    expected = fused_loss(**arguments).loss
+    try:
+        torch.set_default_dtype(dtype)
+        loss = fused_loss(**arguments).loss
+        loss.backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(loss, expected)
+    assert loss.dtype == torch.float32

@@ -114,7 +114,8 @@ def check(
         values = (getattr(out, name).detach().cpu() for out in (ours, honest, exact))
         assert_no_worse(*values, size=largest if name in sums else 1.0, what=name)
     assert gradient.dtype == buffer.dtype
-    assert_no_worse(gradient.cpu(), honest_gradient, exact_gradient, what="dlogits")
+    # relative to the gradient's own size, however small
+    assert_no_worse(gradient.cpu(), honest_gradient, exact_gradient, size=0.0, what="dlogits")
     for name, value in ours.metrics.items():
         close = torch.isclose(value.cpu().double(), exact.metrics[name].double(), 1e-4, 1e-5)
         assert close, f"{name}: {value} is not {exact.metrics[name]}"
@@ -242,6 +243,128 @@ def test_second_backward_is_right_or_refused(backend: str, device: str, name: st
     assert torch.equal(leaf.grad, first / 2)
     with pytest.raises(RuntimeError, match="second backward needs the logits"):
         loss.backward()
+
+
+def test_a_gradient_of_a_gradient_is_refused(backend: str, device: str) -> None:
+    """Not silently taken for a constant."""
+    weight = torch.randn(4, 30, device=device, requires_grad=True)
+    hidden = torch.randn(2, 3, 4, device=device, requires_grad=True)
+    target = torch.zeros(2, 3, dtype=torch.int64, device=device)
+    advantage = torch.ones(2, device=device)
+    out = fused_loss(
+        hidden @ weight, target, objective="dapo", advantage=advantage, backend=backend
+    )
+    with pytest.raises(RuntimeError, match="its gradient cannot be differentiated"):
+        torch.autograd.grad(out.loss, hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("name", ["dapo", "sequence"])
+def test_float16_gradients_survive_by_the_loss_scale(
+    backend: str, device: str, name: str, inplace: bool
+) -> None:
+    """Made in the backward, 65,536 times what would underflow: nearly every entry is there."""
+    buffer, arguments = case("odd V", torch.float16)
+    buffer = buffer * 0.1
+    arguments |= {"normalizer": 1e5, "objective": OBJECTIVES[name], "old_logp": None}
+    _, exact = run(reference_loss, buffer.double(), "odd V", **arguments)
+    leaf = buffer.to(device).requires_grad_()
+    logits = leaf * 1.0
+    loss = fused_loss(logits, inplace=inplace, backend=backend, **moved(arguments, device)).loss
+    assert torch.equal(logits.detach(), leaf.detach())
+    (65536.0 * loss).backward(retain_graph=True)
+    error = (leaf.grad.cpu().double() / 65536 - exact).abs().amax() / exact.abs().amax()
+    assert error < 2**-10
+    assert ((leaf.grad != 0).cpu() == (exact != 0)).double().mean() > 0.999
+    assert (exact.half() == 0).double().mean() > 0.9, "it would underflow without the scale"
+    if inplace:
+        with pytest.raises(RuntimeError, match="second backward needs the logits"):
+            loss.backward()
+
+
+def test_the_gradient_takes_no_more_than_the_view(backend: str, device: str) -> None:
+    """Of a short completion at the end of a long prompt, too."""
+    buffer = torch.randn(3, 40, 130, device=device)
+    logits = buffer[:, -5:-1].detach().requires_grad_()
+    target = torch.randint(0, 130, (3, 4), device=device)
+    advantage = torch.randn(3, device=device)
+    arguments = {"objective": "dapo", "advantage": advantage, "backend": backend}
+    fused_loss(logits, target, **arguments).loss.backward()  # type: ignore[arg-type]
+    assert logits.grad.untyped_storage().nbytes() <= 3 * 4 * 130 * 4
+    packed = logits.detach().clone().requires_grad_()
+    fused_loss(packed, target, **arguments).loss.backward()  # type: ignore[arg-type]
+    assert torch.equal(logits.grad, packed.grad)
+
+
+def test_a_dropped_row_of_a_sequence_has_no_gradient(backend: str, device: str) -> None:
+    """Its NaN is in the KL alone: the sequence's ratio goes on, the row is out."""
+    logits = torch.randn(2, 3, 20, dtype=torch.float64)
+    target = torch.randint(0, 20, (2, 3))
+    ref_logp = torch.full((2, 3), -3.0)
+    ref_logp[0, 1] = torch.nan
+    arguments = {
+        "target": target,
+        "objective": OBJECTIVES["sequence"],
+        "advantage": torch.tensor([1.0, -1.0]),
+        "old_logp": torch.full((2, 3), -3.0) + 0.01 * torch.randn(2, 3),
+        "ref_logp": ref_logp,
+    }
+    leaf = logits.float().to(device).requires_grad_()
+    ours = fused_loss(leaf, backend=backend, **moved(arguments, device))
+    ours.loss.backward()
+    exact_leaf = logits.float().double().requires_grad_()
+    exact = reference_loss(exact_leaf, **arguments)
+    exact.loss.backward()
+    assert ours.metrics["nonfinite_rows"] == exact.metrics["nonfinite_rows"] == 1
+    assert (leaf.grad[0, 1] == 0).all()
+    assert torch.allclose(ours.loss.cpu().double(), exact.loss, atol=1e-6)
+    assert torch.allclose(leaf.grad.cpu().double(), exact_leaf.grad, atol=1e-6)
+
+
+def test_a_ratio_beyond_float32_drops_the_row(backend: str, device: str) -> None:
+    """Of either sign of advantage, in the reference too, and the metrics stay finite."""
+    target = torch.zeros(1, 3, dtype=torch.int64)
+    arguments = {
+        "target": target,
+        "objective": "dapo",
+        "advantage": torch.tensor([[1.0, -1.0, 1.0]]),
+        "old_logp": torch.tensor([[-200.0, -200.0, -2.0]]),
+    }
+    for loss, where in ((fused_loss, device), (reference_loss, "cpu")):
+        leaf = torch.randn(1, 3, 20).to(where).requires_grad_()
+        options = {"backend": backend} if loss is fused_loss else {}
+        out = loss(leaf, **moved(arguments, where), **options)
+        out.loss.backward()
+        assert out.metrics["nonfinite_rows"] == 2
+        assert (leaf.grad[0, :2] == 0).all()
+        assert leaf.grad[0, 2].abs().sum() > 0
+        assert all(torch.isfinite(value) for value in out.metrics.values())
+
+
+def test_with_beta_zero_the_kl_is_only_looked_at(backend: str, device: str) -> None:
+    """However far or undefined the reference is, loss and gradient are those without it."""
+    logits = torch.randn(1, 4, 20, device=device)
+    target = torch.randint(0, 20, (1, 4), device=device)
+    advantage = torch.ones(1, device=device)
+    results = []
+    for ref_logp in (None, torch.tensor([[-2.0, torch.nan, 300.0, -torch.inf]], device=device)):
+        for times_ratio in (False, True):
+            objective = RECIPES["grpo"].replace(beta=0.0, kl_times_ratio=times_ratio)
+            leaf = logits.clone().requires_grad_()
+            out = fused_loss(
+                leaf,
+                target,
+                objective=objective,
+                advantage=advantage,
+                ref_logp=ref_logp,
+                backend=backend,
+            )
+            out.loss.backward()
+            assert out.metrics["nonfinite_rows"] == 0
+            results.append((out.loss.detach(), leaf.grad))
+    for loss, gradient in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(gradient, results[0][1])
 
 
 def test_inplace_writes_the_gradient_over_the_logits(backend: str, device: str) -> None:
@@ -428,6 +551,20 @@ def test_no_host_synchronisation_and_no_recompilation() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert compiled == sum(len(cache[0]) for cache in _row_loss_kernel.device_caches.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_device_of_the_logits_is_used() -> None:
+    """Whichever is the current one."""
+    arguments = {"objective": "dapo", "advantage": torch.ones(2)}
+    target = torch.randint(0, 300, (2, 3))
+    logits = torch.randn(2, 3, 300)
+    losses = [
+        fused_loss(logits.to(place), target.to(place), **moved(arguments, place)).loss.item()
+        for place in ("cuda:0", "cuda:1")
+    ]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.gpu
