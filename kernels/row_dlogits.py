@@ -56,15 +56,15 @@ def _row_dlogits_kernel(
     target = tl.load(target_ptr + row)
     dlogp = tl.load(dlogp_ptr + row)
     if (dlogp != 0) & (target >= 0) & (target < V):
-        target = target.to(tl.int32)
+        word = target.to(tl.int32)
         peak = tl.load(state_ptr + row)
         rest = tl.load(state_ptr + N + row)
-        z = target_gap(row_ptr, target, scale, peak, rest)
+        z = target_gap(row_ptr, word, scale, peak, rest)
         write_row_gradient(
             row_ptr,
             dlogits_ptr + out,
             V,
-            target,
+            word,
             scale,
             dlogp,
             peak,

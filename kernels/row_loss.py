@@ -97,7 +97,7 @@ def _row_loss_kernel(
     start = row_start(row, rows_per_batch, batch_stride, row_stride, ALIGNMENT)
     target = tl.load(target_ptr + row)
     readable = (target >= 0) & (target < V)
-    target = target.to(tl.int32)
+    word = target.to(tl.int32)
     weight = tl.load(weight_ptr + row)
     logp = 0.0
     entropy = 0.0
@@ -111,8 +111,8 @@ def _row_loss_kernel(
     dropped = False
     if (weight != 0) & readable:
         row_ptr = logits_ptr + start
-        peak, rest, moment = row_softmax(row_ptr, V, target, scale, THREADS, WIDTH, VECTOR)
-        z = target_gap(row_ptr, target, scale, peak, rest)
+        peak, rest, moment = row_softmax(row_ptr, V, word, scale, THREADS, WIDTH, VECTOR)
+        z = target_gap(row_ptr, word, scale, peak, rest)
         logp, entropy = token_statistics(z, rest, moment)
         # without an old policy the ratio is exactly 1, yet NaN where logp is not finite
         old_logp = logp
@@ -156,7 +156,7 @@ def _row_loss_kernel(
                 logits_ptr + start,
                 dlogits_ptr + out,
                 V,
-                target,
+                word,
                 scale,
                 dlogp,
                 peak,

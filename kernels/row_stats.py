@@ -43,11 +43,11 @@ def _row_stats_kernel(
     peak = 0.0
     rest = 1.0
     if (target >= 0) & (target < V):
-        target = target.to(tl.int32)
+        word = target.to(tl.int32)
         start = row_start(row, rows_per_batch, batch_stride, row_stride, ALIGNMENT)
         row_ptr = logits_ptr + start
-        peak, rest, moment = row_softmax(row_ptr, V, target, scale, THREADS, WIDTH, VECTOR)
-        z = target_gap(row_ptr, target, scale, peak, rest)
+        peak, rest, moment = row_softmax(row_ptr, V, word, scale, THREADS, WIDTH, VECTOR)
+        z = target_gap(row_ptr, word, scale, peak, rest)
         logp, entropy = token_statistics(z, rest, moment)
     tl.store(logp_ptr + row, logp)
     tl.store(entropy_ptr + row, entropy)
