@@ -1,0 +1,256 @@
+"""Rewards -> advantages, over groups of any size: a baseline and a scale, chosen apart.
+
+    A_i = (R_i − baseline_i) / (std + ε)
+
+| method                            | baseline      | scale   | std is of                     |
+|-----------------------------------|---------------|---------|-------------------------------|
+| GRPO, arXiv 2402.03300            | group         | group   | the rewards of the group      |
+| Dr. GRPO, 2503.20783              | group         | None    |                               |
+| RLOO, 2402.14740                  | leave_one_out | None    |                               |
+| "Tricks or Traps", 2508.08221     | group         | batch   | all rewards                   |
+| REINFORCE++ baseline, 2501.03262  | group         | centred | all R_i − baseline_i          |
+| REINFORCE++, 2501.03262           | batch         | batch   | all rewards                   |
+| GDPO, 2601.05242                  | `decoupled_advantages`: GRPO per reward function, summed  |
+
+Whatever says "batch" is over this call: under data parallelism gather the rewards first. Advantages
+per token (PPO) are in `value`.
+
+Where the papers are silent: a group of one and a group of equal rewards get exactly 0; so does a
+masked completion, and it counts for nobody else. Against the frameworks:
+
+- TRL 1.16: the same numbers by default (ddof 1, ε = 1e-4). What no function could score is NaN
+  there and `mask` here. RLOO's normalize_advantages: leave_one_out with centred.
+- verl 0.9.1: ddof 1, ε = 1e-6. There a group of one keeps its raw reward as advantage (grpo, rloo,
+  reinforce_plus_plus_baseline; 0 in rloo_vectorized). What it takes over the batch is over tokens,
+  with 1e-8 added to the variance: give `tokens`; ε = 0 is within 5e-7 of it for std >= 0.1.
+
+Computed in float64, so that the order of atomic additions on a GPU drowns in the last rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Baseline = Literal["group", "leave_one_out", "batch"]
+Scale = Literal["group", "batch", "centred"]
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """How an advantage is made of rewards, see the table above.
+
+    Args:
+        baseline: the mean of the group, of the others in the group, or of the batch.
+        scale: the standard deviation to divide by, or None.
+        ddof: degrees of freedom taken off in it, 0 or 1.
+        epsilon: added to it, in units of reward.
+    """
+
+    baseline: Baseline = "group"
+    scale: Scale | None = "group"
+    ddof: int = 1
+    epsilon: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if self.baseline not in get_args(Baseline):
+            want = get_args(Baseline)
+            raise ValueError(f"baseline: expected one of {want}, got {self.baseline!r}")
+        if self.scale not in (*get_args(Scale), None):
+            want = (*get_args(Scale), None)
+            raise ValueError(f"scale: expected one of {want}, got {self.scale!r}")
+        if self.ddof not in (0, 1):
+            raise ValueError(f"ddof: expected 0 or 1, got {self.ddof!r}")
+        if not 0 <= self.epsilon < math.inf:
+            raise ValueError(f"epsilon: expected a finite number >= 0, got {self.epsilon!r}")
+
+
+GROUP_MEAN_STD = Estimator()
+
+
+@torch.no_grad()
+def relative_advantages(
+    rewards: Tensor,
+    groups: int | Tensor,
+    estimator: Estimator = GROUP_MEAN_STD,
+    *,
+    tokens: Tensor | None = None,
+    mask: Tensor | None = None,
+    validate: bool | None = None,
+) -> Tensor:
+    """A_i = (R_i − baseline_i) / (std + ε); nothing waits for the device.
+
+    Args:
+        rewards: [B] floating point, one per completion.
+        groups: completions per prompt, neighbours in `rewards`, a divisor of B; or [B] integer ids
+            in [0, B), in any order, groups of any size.
+        estimator: baseline and scale.
+        tokens: [B], the length of each completion: whatever is over the batch is over its tokens
+            then. A group of equal rewards is 0 over completions, but not over tokens when the
+            scale is "centred": there the mean over tokens is not 0, and is taken off.
+        mask: [B], 0 for completions that do not count, whatever their reward; None means all do.
+        validate: look for NaN, infinity and wrong ids; None means on the CPU only. Unseen, a NaN
+            spreads over its group (or batch) and a completion with a wrong id is masked.
+
+    Returns:
+        [B] float32, or float64 for float64 rewards.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+    values, group = _door("rewards", rewards, groups, mask, validate)
+    return _advantages(values, group, tokens, estimator).to(_result_dtype(rewards))
+
+
+@torch.no_grad()
+def decoupled_advantages(
+    rewards: Tensor,
+    groups: int | Tensor,
+    weights: Tensor | None = None,
+    estimator: Estimator = GROUP_MEAN_STD,
+    *,
+    tokens: Tensor | None = None,
+    mask: Tensor | None = None,
+    validate: bool | None = None,
+) -> Tensor:
+    """A_i = Z_i / (std Z + ε) with Z_i = Σ_f w_f·A_if: every reward function is normalised alone.
+
+    Args:
+        rewards: [B, F] floating point, one column per reward function.
+        weights: [F], None means 1 each.
+        estimator: of every A_f; its ddof and epsilon are those of std Z, too.
+        groups, tokens, mask, validate: as in `relative_advantages`.
+
+    Returns:
+        [B] float32, or float64 for float64 rewards.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+
+    Source: GDPO (arXiv 2601.05242); TRL's multi_objective_aggregation="normalize_then_sum".
+    """
+    if not isinstance(rewards, Tensor) or rewards.ndim != 2 or not rewards.shape[1]:
+        got = list(rewards.shape) if isinstance(rewards, Tensor) else rewards
+        raise ValueError(f"rewards: expected a floating-point tensor [B, F >= 1], got {got!r}")
+    B, F = rewards.shape
+    if weights is None:
+        weights = torch.ones(F, device=rewards.device)
+    if weights.shape != (F,):
+        raise ValueError(f"weights: expected shape [F] = [{F}], got {list(weights.shape)}")
+    total = torch.zeros(B, dtype=torch.float64, device=rewards.device)
+    for f in range(F):
+        values, group = _door(f"rewards[:, {f}]", rewards[:, f], groups, mask, validate)
+        total += weights[f].double() * _advantages(values, group, tokens, estimator)
+    return _over_batch(total, group, tokens, estimator).to(_result_dtype(rewards))
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Which group each of B numbers belongs to, and how much it counts there."""
+
+    index: Tensor  # [B] int64 in [0, B)
+    weight: Tensor  # [B] float64, 0 for a number that is left out
+
+    def whole(self, tokens: Tensor | None) -> _Groups:
+        """All in one group, each counting once or as often as it has tokens."""
+        weight = self.weight
+        if tokens is not None:
+            if tokens.shape != weight.shape:
+                want = f"[B] = {list(weight.shape)}"
+                raise ValueError(f"tokens: expected shape {want}, got {list(tokens.shape)}")
+            weight = weight * tokens.double()
+        return _Groups(torch.zeros_like(self.index), weight)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Weighted sum over the group of each: [B]."""
+        zeros = torch.zeros_like(self.weight)
+        return zeros.scatter_add(0, self.index, self.weight * values)[self.index]
+
+    def size(self) -> Tensor:
+        """Sum of the weights in the group of each: [B]."""
+        return self.sum(torch.ones_like(self.weight))
+
+    def centre(self, values: Tensor) -> Tensor:
+        """Each less the mean of its group: [B], exactly 0 where all of a group are equal."""
+        present = self.weight > 0
+        # counted from the largest of the group, so that equal values leave no rounding behind
+        top = torch.full_like(values, -math.inf)
+        top = top.scatter_reduce(0, self.index, torch.where(present, values, -math.inf), "amax")
+        values = torch.where(present, values - top[self.index], 0.0)
+        return torch.where(present, values - self.sum(values) / self.size(), 0.0)
+
+    def scale(self, values: Tensor, centred: Tensor, estimator: Estimator) -> Tensor:
+        """values / (std + ε), std that of `centred`; 0 where it is 0, even for ε = 0."""
+        freedom = (self.size() - estimator.ddof).clamp(min=1)
+        std = (self.sum(centred * centred) / freedom).sqrt()
+        return torch.where(std == 0, 0.0, values / (std + estimator.epsilon))
+
+
+def _advantages(
+    values: Tensor, group: _Groups, tokens: Tensor | None, estimator: Estimator
+) -> Tensor:
+    """[B] float64, 0 where a reward does not count."""
+    batch = group.whole(tokens)
+    centred = (batch if estimator.baseline == "batch" else group).centre(values)
+    if estimator.baseline == "leave_one_out":
+        # R_i − Σ_{j≠i} R_j / (n − 1) = (R_i − mean R)·n / (n − 1)
+        size = group.size()
+        centred = centred * size / (size - 1).clamp(min=1)
+    if estimator.scale == "group":
+        return group.scale(centred, group.centre(values), estimator)
+    if estimator.scale == "batch":
+        return batch.scale(centred, batch.centre(values), estimator)
+    if estimator.scale == "centred":
+        return _over_batch(centred, group, tokens, estimator)
+    return centred
+
+
+def _over_batch(
+    centred: Tensor, group: _Groups, tokens: Tensor | None, estimator: Estimator
+) -> Tensor:
+    """Divides what has mean 0 over the batch by its std there, or over tokens, less its mean."""
+    batch = group.whole(tokens)
+    if tokens is not None:
+        centred = batch.centre(centred)
+    return batch.scale(centred, centred, estimator)
+
+
+def _result_dtype(rewards: Tensor) -> torch.dtype:
+    """float32, or float64 for float64."""
+    return torch.float64 if rewards.dtype == torch.float64 else torch.float32
+
+
+def _door(
+    name: str, rewards: Tensor, groups: int | Tensor, mask: Tensor | None, validate: bool | None
+) -> tuple[Tensor, _Groups]:
+    """Rewards [B] float64, anything where they do not count, and their groups; checked."""
+    if not isinstance(rewards, Tensor) or rewards.ndim != 1 or not rewards.is_floating_point():
+        got = f"{list(rewards.shape)} {rewards.dtype}" if isinstance(rewards, Tensor) else rewards
+        raise ValueError(f"{name}: expected a floating-point tensor [B], got {got!r}")
+    B, validate = len(rewards), rewards.device.type == "cpu" if validate is None else validate
+    present = torch.ones_like(rewards, dtype=torch.bool)
+    if mask is not None:
+        if mask.shape != (B,):
+            raise ValueError(f"mask: expected shape [B] = [{B}], got {list(mask.shape)}")
+        present = mask != 0
+    if isinstance(groups, Tensor):
+        if groups.shape != (B,) or groups.is_floating_point() or groups.dtype == torch.bool:
+            got = f"{list(groups.shape)} {groups.dtype}"
+            raise ValueError(f"groups: expected integer ids [B] = [{B}], got {got}")
+        inside = (groups >= 0) & (groups < B)
+        if validate and not inside.all():
+            at = int((~inside).nonzero()[0, 0])
+            raise ValueError(f"groups: expected ids in [0, B = {B}), got {groups[at]} at {at}")
+        present, index = present & inside, groups.long().clamp(0, max(B - 1, 0))
+    else:
+        if not isinstance(groups, int) or groups < 1 or B % groups:
+            raise ValueError(f"groups: expected ids or a divisor of B = {B}, got {groups!r}")
+        index = torch.arange(B, device=rewards.device) // groups
+    if validate and (present & ~rewards.isfinite()).any():
+        at = int((present & ~rewards.isfinite()).nonzero()[0, 0])
+        raise ValueError(f"{name}: expected finite numbers, got {rewards[at]} at index {at}")
+    return rewards.double(), _Groups(index, present.double())
