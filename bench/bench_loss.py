@@ -13,7 +13,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.conftest import DEVICE, clock, device_name
 from bench.kernel_meter import kernel_bytes_per_logit
-from bench.meter import CompiledMeter, OperandMeter, peak_extra_bytes
+from bench.meter import CompiledMeter, OperandMeter, one_thread, peak_extra_bytes
 from bench.paths import Batch, Contender, Direction, Outcome, contenders, dtype_name
 from bench.truth import Truth, refuse_wrong
 
@@ -80,7 +80,8 @@ def check_and_count(
     operands = OperandMeter(threshold=batch.logits.nbytes // 2)
     compiled = CompiledMeter()
     batch.logits.copy_(batch.pristine)
-    with compiled if contender.compiled else nullcontext() if contender.kernels else operands:
+    counted = compiled if contender.compiled else nullcontext() if contender.kernels else operands
+    with one_thread(), counted:
         try:
             outcome = call()
         except RuntimeError as failure:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from types import TracebackType
 from typing import Any
@@ -26,6 +27,17 @@ ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_str
 OVERWRITES = {"copy_", "fill_", "zero_"}
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """A single thread of computation: modes and profiler do not see what other threads do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def peak_extra_bytes(call: Callable[[], object], device: str) -> int:
     """Largest number of bytes held at one time that were not held before the call.
 
@@ -40,7 +52,7 @@ def peak_extra_bytes(call: Callable[[], object], device: str) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded, one_thread():
         call()
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())

@@ -11,7 +11,8 @@ LEGEND = """\
 x clone     median over that of logits.clone(), x copy over that of copying the logits into memory
             already in use; both timed before every round, with the same clock
 vs naive    how many times faster than naive in the same block
-peak extra  most bytes held at one time beyond those before the call, the gradient included
+peak extra  most bytes held at one time beyond those before the call, the gradient included; on a
+            CPU with one thread: each further one of ours-torch holds its own scratch
 B/logit     bytes moved per logit: operands of every operation, as inductor counts them for
             compiled; for our kernels every lane of every load and store
 large       of those, what no cache is meant to hold: operands in storages at least half as large

@@ -1,6 +1,7 @@
 """grpo_core: the loss core of GRPO-style reinforcement learning, in one pass over the logits."""
 
 from grpo_core.advantages import GroupNorm, group_advantages
+from grpo_core.estimators import Estimator
 from grpo_core.fused_loss import LossOutput, TokenLogp, fused_loss, token_logp
 from grpo_core.objective import Objective, Surrogate
 from grpo_core.recipes import RECIPES, clip
@@ -8,6 +9,7 @@ from grpo_core.recipes import RECIPES, clip
 __version__ = "0.1.0"
 __all__ = [
     "RECIPES",
+    "Estimator",
     "GroupNorm",
     "LossOutput",
     "Objective",

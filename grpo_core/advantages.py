@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.backends import Backend, choose_backend
+from grpo_core.estimators import Estimator, relative_advantages
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,48 @@ def group_advantages(
     Source: DeepSeekMath (arXiv 2402.03300, sec. 4.1.2).
     """
     norm = GroupNorm(scale, ddof, epsilon)
-    check_rewards(rewards, group_size, validate)
-    kernels = choose_backend(backend, rewards)
-    advantage = kernels.group_norm(rewards.detach().contiguous(), group_size, **vars(norm))
+    advantage = estimate_advantages(
+        rewards, norm, group_size, None, backend=backend, validate=validate
+    )
     return advantage.float()
+
+
+def estimate_advantages(
+    rewards: Tensor,
+    norm: GroupNorm | Estimator,
+    group_size: int | None,
+    group_id: Tensor | None,
+    *,
+    backend: Backend | None = None,
+    validate: bool | None = None,
+) -> Tensor:
+    """Advantages as an objective wants them: neighbours by kernel, all else by `estimators`.
+
+    Args:
+        rewards: [B] floating point.
+        norm: the objective's `advantage`.
+        group_size: completions per prompt, neighbours in `rewards`; or instead
+        group_id: [B] integers in [0, B), groups of any size in any order.
+        backend, validate: as in `group_advantages`.
+
+    Returns:
+        [B] float32, or float64 for float64 rewards.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+    if group_id is None and isinstance(norm, GroupNorm):
+        check_rewards(rewards, group_size, validate)
+        kernels = choose_backend(backend, rewards)
+        return kernels.group_norm(rewards.detach().contiguous(), group_size, **vars(norm))
+    if (group_id is None) == (group_size is None):
+        given = "neither" if group_id is None else "both"
+        raise ValueError(f"group_size: expected exactly one of it and group_id, got {given}")
+    if isinstance(norm, GroupNorm):
+        norm = Estimator("group", "group" if norm.scale else None, norm.ddof, norm.epsilon)
+    groups = group_size if group_id is None else group_id
+    assert groups is not None
+    return relative_advantages(rewards.detach(), groups, norm, validate=validate)
 
 
 def check_rewards(rewards: Tensor, group_size: int | None, validate: bool | None) -> None:

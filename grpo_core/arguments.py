@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo_core.advantages import check_rewards
-from grpo_core.backends import Backend, choose_backend
+from grpo_core.advantages import estimate_advantages
+from grpo_core.backends import Backend
 from grpo_core.objective import Objective
 from grpo_core.recipes import find_objective
 from grpo_core.sequence_ratio import SequenceRatio
@@ -93,6 +93,7 @@ def check_loss_arguments(
     advantage: Tensor | None,
     rewards: Tensor | None,
     group_size: int | None,
+    group_id: Tensor | None,
     old_logp: Tensor | None,
     ref_logp: Tensor | None,
     mask: Tensor | None,
@@ -112,8 +113,9 @@ def check_loss_arguments(
     if (advantage is None) == (rewards is None):
         both = "neither" if advantage is None else "both"
         raise ValueError(f"advantage: expected exactly one of advantage and rewards, got {both}")
-    if group_size is not None and rewards is None:
-        raise ValueError(f"group_size: expected None without rewards, got {group_size!r}")
+    for name, groups in (("group_size", group_size), ("group_id", group_id)):
+        if groups is not None and rewards is None:
+            raise ValueError(f"{name}: expected None without rewards, got {groups!r}")
     if spec.beta and ref_logp is None:
         raise ValueError(f"ref_logp: expected a tensor for beta = {spec.beta}, got None")
     old_logp = _floats("old_logp", old_logp, (shape,), logits, dtype)
@@ -123,7 +125,6 @@ def check_loss_arguments(
     sequence, sequences, valid = _sequences(logits, sequence_id, valid, validate)
 
     if rewards is not None:
-        check_rewards(rewards, group_size, validate)
         _vector("rewards", rewards, None if packed else (shape[:1],), logits)
         if valid.numel() and not rewards.numel():
             raise ValueError("rewards: expected one for every sequence, got [0]")
@@ -132,8 +133,8 @@ def check_loss_arguments(
             want = f"ids below the {rewards.numel()} rewards"
             _raise_first("sequence_id", want, sequence, valid & ~known)
         valid = valid & known
-        advantage = choose_backend(backend, logits).group_norm(
-            rewards.detach().contiguous(), group_size, **vars(spec.advantage)
+        advantage = estimate_advantages(
+            rewards, spec.advantage, group_size, group_id, backend=backend, validate=validate
         )
         advantage = advantage[sequence.clamp(max=max(rewards.numel() - 1, 0))].to(dtype)
     else:

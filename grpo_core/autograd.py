@@ -43,7 +43,14 @@ class Call:
             kl=self.spec.kl_function if self.tokens.ref_logp is not None else None,
             kl_times_ratio=self.spec.kl_times_ratio,
             beta=float(self.spec.beta),
+            entropy_coef=float(self.spec.entropy_coef),
         )
+
+    def dentropy(self, dropped: Tensor) -> Tensor | None:
+        """dL/dH of every token: −entropy_coef · weight; None without an entropy bonus."""
+        if not self.spec.entropy_coef:
+            return None
+        return -self.spec.entropy_coef * self.tokens.weight.masked_fill(dropped, 0.0)
 
 
 def _one_pass(rows: Rows, call: Call, dlogits: Tensor | None) -> RowLoss:
@@ -65,17 +72,20 @@ def _one_pass(rows: Rows, call: Call, dlogits: Tensor | None) -> RowLoss:
 def _two_phases(rows: Rows, call: Call, dlogits: Tensor | None) -> RowLoss:
     """Sequence-level ratios: statistics of all rows, the loss on vectors, then the gradient."""
     tokens, kernels = call.tokens, call.kernels
-    logp, entropy, state = kernels.row_stats(rows, tokens.target, call.temperature)
+    stats = kernels.row_stats(rows, tokens.target, call.temperature)
+    logp, entropy, state = stats
     token_ratio = logp - (logp if tokens.old_logp is None else tokens.old_logp)
     level = tokens.sequence_ratio(call.spec)
     log_ratio = level.forward(token_ratio)
+    bonus = entropy if call.spec.entropy_coef else None
     terms = kernels.token_loss(
-        logp, log_ratio, tokens.advantage, tokens.weight, tokens.ref_logp, call.terms
+        logp, log_ratio, tokens.advantage, tokens.weight, tokens.ref_logp, bonus, call.terms
     )
     dlogp = terms.dlogp + level.backward(token_ratio, terms.dlog_ratio)
     dlogp = torch.where(terms.dropped, 0.0, dlogp)
     if dlogits is not None:
-        kernels.row_dlogits(rows, tokens.target, call.temperature, dlogp, state, dlogits)
+        dentropy = call.dentropy(terms.dropped)
+        kernels.row_dlogits(rows, tokens.target, call.temperature, dlogp, dentropy, stats, dlogits)
     ratio = log_ratio.exp() * tokens.valid
     return RowLoss(logp, entropy, ratio, terms.kl, terms.loss, dlogp, terms.dropped, state)
 
@@ -118,8 +128,11 @@ class FusedLoss(torch.autograd.Function):
         rows = Rows.of(logits.detach())
         dlogits = _room_for_gradient(rows.logits, call)
         dlogp = result.dlogp * grad_output
+        dentropy = call.dentropy(result.dropped)
+        if dentropy is not None:
+            dentropy = dentropy * grad_output
         call.kernels.row_dlogits(
-            rows, call.tokens.target, call.temperature, dlogp, result.state, dlogits
+            rows, call.tokens.target, call.temperature, dlogp, dentropy, result, dlogits
         )
         if dlogits is rows.logits:
             increment_version(logits)

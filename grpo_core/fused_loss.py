@@ -80,6 +80,7 @@ def fused_loss(
     advantage: Tensor | None = None,
     rewards: Tensor | None = None,
     group_size: int | None = None,
+    group_id: Tensor | None = None,
     old_logp: Tensor | None = None,
     ref_logp: Tensor | None = None,
     mask: Tensor | None = None,
@@ -110,7 +111,8 @@ def fused_loss(
         objective: an `Objective`, or the name of one in `RECIPES`.
         advantage: [B], [B, T] or [N]. Or instead:
         rewards: [B], one per sequence, finite; normalised within groups as `objective` says.
-        group_size: completions per prompt, neighbours in `rewards`.
+        group_size: completions per prompt, neighbours in `rewards`; or instead
+        group_id: [B] integers in [0, B), the prompt of each: groups of any size, in any order.
         old_logp: shaped like target, nats; None means on policy: the ratio is exactly 1 and the
             gradient is that of REINFORCE.
         ref_logp: shaped like target, nats; needed when the objective's beta is not 0.
@@ -151,6 +153,7 @@ def fused_loss(
         advantage=advantage,
         rewards=rewards,
         group_size=group_size,
+        group_id=group_id,
         old_logp=old_logp,
         ref_logp=ref_logp,
         mask=mask,

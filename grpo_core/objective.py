@@ -1,10 +1,11 @@
 """A method is a value: five independent axes, and checks that they make sense together.
 
-    L = Σ_n weight_n · (surrogate(logp_n, log_ratio_n, A_n) + beta · kl(logp_n, ref_logp_n))
+    L = Σ_n weight_n · (surrogate(logp_n, log_ratio_n, A_n) + beta · kl(logp_n, ref_logp_n)
+                        − entropy_coef · H_n)
 
 | axis         | field                      | where it is computed                  |
 |--------------|----------------------------|---------------------------------------|
-| advantage    | `advantage`                | advantages.py, kernels/group_norm.py  |
+| advantage    | `advantage`                | advantages.py, estimators.py          |
 | ratio level  | `ratio_level, token_clip`  | sequence_ratio.py                     |
 | surrogate    | `surrogate`                | kernels/surrogates.py                 |
 | KL estimator | `kl, kl_times_ratio, beta` | kernels/kl.py                         |
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from grpo_core.advantages import GroupNorm
+from grpo_core.estimators import Estimator
 from grpo_core.kernels import kl as kl_estimators
 from grpo_core.sequence_ratio import RatioLevel
 from grpo_core.weights import Aggregation
@@ -52,6 +54,7 @@ class Objective:
         aggregation: how tokens are averaged, see `weights.token_weights`.
         kl_times_ratio: weight the KL by the ratio, and differentiate that too: unbiased off policy
             (DeepSeek-V3.2, arXiv 2512.02556; TRL's default).
+        entropy_coef: weight of the entropy bonus.
         token_clip: (low, high), bounds of a token's log-ratio before its sequence's mean (GMPO).
 
     Raises:
@@ -62,20 +65,26 @@ class Objective:
     kl: KL | None = None
     beta: float = 0.0
     ratio_level: RatioLevel = "token"
-    advantage: GroupNorm = field(default_factory=GroupNorm)
+    advantage: GroupNorm | Estimator = field(default_factory=GroupNorm)
     aggregation: Aggregation = "token_mean"
     kl_times_ratio: bool = False
+    entropy_coef: float = 0.0
     token_clip: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        for name, kind in (("surrogate", Surrogate), ("advantage", GroupNorm)):
-            if not isinstance(value := getattr(self, name), kind):
-                raise ValueError(f"{name}: expected a {kind.__name__}, got {value!r}")
+        if not isinstance(self.surrogate, Surrogate):
+            raise ValueError(f"surrogate: expected a Surrogate, got {self.surrogate!r}")
+        if not isinstance(self.advantage, (GroupNorm, Estimator)):
+            raise ValueError(
+                f"advantage: expected a GroupNorm or an Estimator, got {self.advantage!r}"
+            )
         _one_of("kl", self.kl, (*get_args(KL), None))
         _one_of("ratio_level", self.ratio_level, get_args(RatioLevel))
         _one_of("aggregation", self.aggregation, get_args(Aggregation))
         if not 0 <= self.beta < math.inf:
             raise ValueError(f"beta: expected a finite number >= 0, got {self.beta!r}")
+        if not math.isfinite(self.entropy_coef):
+            raise ValueError(f"entropy_coef: expected a finite number, got {self.entropy_coef!r}")
         if self.beta and self.kl is None:
             raise ValueError(f"kl: expected an estimator for beta = {self.beta}, got None")
 

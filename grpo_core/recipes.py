@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 from grpo_core.advantages import GroupNorm
+from grpo_core.estimators import Estimator
 from grpo_core.kernels import surrogates
 from grpo_core.objective import Objective, Surrogate
 
@@ -116,6 +117,14 @@ RECIPES: dict[str, Objective] = {
     "sapo": Objective(sapo(), aggregation="sequence_mean"),
     # arXiv 2602.10693
     "vespo": Objective(vespo(), ratio_level="sequence_sum"),
+    # arXiv 2402.14740: REINFORCE over whole completions, the others of the group as baseline
+    "rloo": Objective(
+        reinforce(), advantage=Estimator("leave_one_out", None), aggregation="sequence_sum"
+    ),
+    # arXiv 2501.03262: normalised over the batch; its KL belongs into the rewards (`value`)
+    "reinforce_plus_plus": Objective(clip(0.2), advantage=Estimator("batch", "batch")),
+    # the same paper's variant with groups
+    "reinforce_plus_plus_baseline": Objective(clip(0.2), advantage=Estimator("group", "centred")),
     # arXiv 2504.02546
     "gpg": Objective(reinforce(), advantage=MEAN_ONLY),
     # Kimi k1.5, arXiv 2501.12599

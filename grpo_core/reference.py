@@ -25,6 +25,7 @@ def reference_loss(
     advantage: Tensor | None = None,
     rewards: Tensor | None = None,
     group_size: int | None = None,
+    group_id: Tensor | None = None,
     old_logp: Tensor | None = None,
     ref_logp: Tensor | None = None,
     mask: Tensor | None = None,
@@ -53,6 +54,7 @@ def reference_loss(
         advantage=advantage,
         rewards=rewards,
         group_size=group_size,
+        group_id=group_id,
         old_logp=old_logp,
         ref_logp=ref_logp,
         mask=mask,
@@ -85,7 +87,7 @@ def _evaluate(
     """
     log_softmax = torch.log_softmax(rows, dim=-1)
     logp = log_softmax.gather(1, tokens.target.clamp(min=0)[:, None]).squeeze(1)
-    with torch.no_grad():
+    with torch.set_grad_enabled(torch.is_grad_enabled() and spec.entropy_coef != 0):
         # 0·log 0 = 0
         entropy = -(log_softmax.exp() * log_softmax.clamp(min=-1e30)).sum(1)
     if constant is not None:
@@ -94,6 +96,8 @@ def _evaluate(
     log_ratio = tokens.sequence_ratio(spec).forward(log_ratio)
     at = torch.ones_like(tokens.valid) if constant is None else constant[0]
     loss, kl = _token_loss(logp[at], log_ratio[at], spec, tokens, at)
+    if spec.entropy_coef:
+        loss = loss - spec.entropy_coef * entropy[at]
     ratio = log_ratio.exp()
     kept = tokens.valid[at] & logp[at].isfinite() & ratio[at].float().isfinite() & loss.isfinite()
     weight = torch.where(kept, tokens.weight[at], 0.0)

@@ -28,7 +28,7 @@ def row_stats(rows: Rows, target: Tensor, temperature: float) -> RowStats:
     logp, entropy = target.new_zeros(2, rows.N, dtype=torch.float32).unbind()
 
     def read(chunk: Chunk, softmax: _Softmax) -> None:
-        z, entropy_others = softmax.read(chunk.logits, target[chunk.at])
+        z, entropy_others = softmax.read(chunk, target[chunk.at])
         logp[chunk.at], entropy[chunk.at] = _token_statistics(z, entropy_others)
 
     for_each_chunk(read, partial(_Softmax, temperature), rows, _readable(target, rows.V))
@@ -53,18 +53,22 @@ def row_loss(
 
     def pass_over(chunk: Chunk, softmax: _Softmax) -> None:
         at = chunk.at
-        z, entropy_others = softmax.read(chunk.logits, target[at])
+        z, entropy_others = softmax.read(chunk, target[at])
         logp, entropy = _token_statistics(z, entropy_others)
         log_ratio = logp - (logp if old_logp is None else old_logp[at])
         given_ref = None if ref_logp is None else ref_logp[at]
-        token = token_loss(logp, log_ratio, advantage[at], weight[at], given_ref, terms)
+        bonus = entropy if terms.entropy_coef else None
+        token = token_loss(logp, log_ratio, advantage[at], weight[at], given_ref, bonus, terms)
         dlogp = token.dlogp + token.dlog_ratio
         ratio = log_ratio.double().exp().float()
         values = (logp, entropy, ratio, token.kl, token.loss, dlogp, token.dropped)
         for vector, value in zip(result[:-1], values, strict=True):
             vector[at] = value
         if dlogits is not None:
-            softmax.write_gradient(chunk, target[at], dlogp, z)
+            dentropy = None
+            if terms.entropy_coef:
+                dentropy = -terms.entropy_coef * weight[at].masked_fill(token.dropped, 0.0)
+            softmax.write_gradient(chunk, target[at], dlogp, z, dentropy, entropy)
 
     wanted = (weight != 0) & _readable(target, rows.V)
     for_each_chunk(pass_over, partial(_Softmax, temperature), rows, wanted, dlogits)
@@ -76,16 +80,20 @@ def row_dlogits(
     target: Tensor,
     temperature: float,
     dlogp: Tensor,
-    state: Tensor,
+    dentropy: Tensor | None,
+    stats: RowStats | RowLoss,
     dlogits: Tensor,
 ) -> Tensor:
     """Writes dL/dlogits into `dlogits`; the softmax is found again from the logits alone."""
 
     def write(chunk: Chunk, softmax: _Softmax) -> None:
-        z, _ = softmax.read(chunk.logits, target[chunk.at])
-        softmax.write_gradient(chunk, target[chunk.at], dlogp[chunk.at], z)
+        at = chunk.at
+        z, _ = softmax.read(chunk, target[at])
+        slope = None if dentropy is None else dentropy[at]
+        softmax.write_gradient(chunk, target[at], dlogp[at], z, slope, stats.entropy[at])
 
-    wanted = (dlogp != 0) & _readable(target, rows.V)
+    moves = dlogp != 0 if dentropy is None else (dlogp != 0) | (dentropy != 0)
+    wanted = moves & _readable(target, rows.V)
     for_each_chunk(write, partial(_Softmax, temperature), rows, wanted, dlogits)
     return dlogits
 
@@ -106,6 +114,7 @@ def token_loss(
     advantage: Tensor,
     weight: Tensor,
     ref_logp: Tensor | None,
+    entropy: Tensor | None,
     terms: Terms,
 ) -> TokenLoss:
     """Weighted loss of every token and its two derivatives; computed in float64."""
@@ -124,6 +133,8 @@ def token_loss(
         if terms.beta:
             loss = loss + terms.beta * kl_value
             dlogp, dlog_ratio = dlogp + terms.beta * dkl, dlog_ratio + terms.beta * dkl_ratio
+    if entropy is not None:
+        loss = loss - terms.entropy_coef * entropy.double()
     weighted = [(weight * part).float() for part in (loss, dlogp, dlog_ratio)]
     alive = weight != 0
     usable = logp.isfinite() & log_ratio.isfinite() & log_ratio.exp().float().isfinite()
@@ -164,16 +175,25 @@ class _Softmax:
     def __init__(self, temperature: float) -> None:
         self.temperature = temperature
         self.centred = torch.empty(0)
-        self.others = torch.empty(0)
+        self.scratch = torch.empty(0)
+        self.others = self.scratch
 
-    def read(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """(z, entropy of the softmax over the other words) of rows `[n, V]`, float64 `[n]`.
+    def read(self, chunk: Chunk, target: Tensor) -> tuple[Tensor, Tensor]:
+        """(z, entropy of the softmax over the other words) of the chunk's rows, float64 `[n]`.
 
-        z = log Σ_{j≠y} exp(x_j − x_y). Leaves that softmax, 0 at the target, in `others`.
+        z = log Σ_{j≠y} exp(x_j − x_y). Leaves that softmax, 0 at the target, in `others`, which is
+        where the gradient shall be if that can hold it.
         """
-        if self.others.shape != logits.shape:
+        logits = chunk.logits
+        if self.centred.shape != logits.shape:
             self.centred = logits.new_empty(logits.shape, dtype=torch.float32)
-            self.others = torch.empty_like(self.centred)
+        home = chunk.dlogits
+        if home is not None and home.dtype == torch.float32 and isinstance(chunk.inside, slice):
+            self.others = home
+        else:
+            if self.scratch.shape != logits.shape:
+                self.scratch = torch.empty_like(self.centred)
+            self.others = self.scratch
         centred, others, hole = self.centred, self.others, target[:, None]
         if logits.dtype == torch.float32:
             torch.sub(logits, logits.amax(1, keepdim=True), out=centred)
@@ -197,23 +217,46 @@ class _Softmax:
         z = torch.where(alone & ~gap.isnan(), -math.inf, peak + log_rest - gap)
         return z, log_rest - (moment.double() - peak)
 
-    def write_gradient(self, chunk: Chunk, target: Tensor, dlogp: Tensor, z: Tensor) -> None:
-        """dlogp·(δ − p)/T of the rows just read; uses up `others`."""
+    def write_gradient(
+        self,
+        chunk: Chunk,
+        target: Tensor,
+        dlogp: Tensor,
+        z: Tensor,
+        dentropy: Tensor | None,
+        entropy: Tensor,
+    ) -> None:
+        """(dlogp·(δ − p) − dentropy·p·(log p + H))/T of the rows just read; uses up `others`."""
         assert chunk.dlogits is not None
         others, home, hole = self.others, chunk.dlogits, target[:, None]
-        still = dlogp == 0
+        still = dlogp == 0 if dentropy is None else (dlogp == 0) & (dentropy == 0)
         # a dropped row may hold NaN, which no factor removes
         others.index_fill_(0, still.nonzero().squeeze(1), 0.0)
-        at_target = (dlogp.double() / self.temperature * torch.sigmoid(z)).float()
-        at_target = at_target.masked_fill(still, 0.0)[:, None]
-        if isinstance(chunk.inside, slice) and home.dtype == torch.float32:
-            torch.mul(others, -at_target, out=home).scatter_(1, hole, at_target)
+        share, at_target = torch.sigmoid(z), dlogp.double() * torch.sigmoid(z)
+        factor = -at_target
+        if dentropy is not None:
+            logp, mine, slope = logsigmoid(-z), torch.sigmoid(-z), dentropy.double()
+            at_target = at_target - torch.where(mine > 0, slope * mine * (logp + entropy), 0.0)
+            spread = torch.where(share > 0, logsigmoid(z) + entropy, 0.0)
+            factor = factor - slope * share * spread
+            # q·log q of the softmax among the others
+            torch.xlogy(others, others, out=self.centred)
+            self.centred.mul_(self._scaled(-slope * share, still))
+        at_target, factor = self._scaled(at_target, still), self._scaled(factor, still)
+        others.mul_(factor)
+        if dentropy is not None:
+            others.add_(self.centred)
+        others.scatter_(1, hole, at_target)
+        if others is home:
             return
-        others.mul_(-at_target).scatter_(1, hole, at_target)
         if isinstance(chunk.inside, slice):
             home.copy_(others)
         else:
             home.index_copy_(0, chunk.inside, others.to(home.dtype))
+
+    def _scaled(self, vector: Tensor, still: Tensor) -> Tensor:
+        """A row's derivative over T, float32 `[n, 1]`, 0 where nothing moves."""
+        return (vector / self.temperature).float().masked_fill(still, 0.0)[:, None]
 
 
 def _row_sums(matrix: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,9 +28,9 @@ from grpo_core import (
     LossOutput,
     Objective,
     fused_loss,
-    group_advantages,
     token_logp,
 )
+from grpo_core.advantages import estimate_advantages
 from grpo_core.batch import Batch, Rows, check_output_matrix, pack
 from grpo_core.monitor import (
     Clock,
@@ -156,8 +156,8 @@ class Trainer:
 
         scores = self.reward(asked, drawn.completions())
         rewards = shuffled(scores.total, rng) if config.shuffle_rewards else scores.total
-        advantage = group_advantages(
-            rewards.to(self.model.device), config.group_size, **asdict(config.objective.advantage)
+        advantage = estimate_advantages(
+            rewards.to(self.model.device), config.objective.advantage, config.group_size, None
         )
 
         with clock.phase("reference"):

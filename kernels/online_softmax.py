@@ -126,32 +126,62 @@ def write_row_gradient(
     target,
     scale,
     dlogp,
+    dentropy,
     peak,
     rest,
     z,
+    entropy,
+    ENTROPY: tl.constexpr,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """dL/dx_j = dlogp·(δ_{j,target} − p_j)/T for a whole row; may write over the row it reads."""
+    """dL/dlogits of a whole row, from dL/dlogp and dL/dH; may write over the row it reads.
+
+    dL/dx_j = (dlogp·(δ_{j,target} − p_j) − dentropy·p_j·(log p_j + H)) / T, which beside the target
+    is 2^c·(factor + slope·c): one more multiply-add for the entropy, and none without (ENTROPY).
+    """
     tile: tl.constexpr = THREADS * WIDTH
     columns = tile_columns(THREADS, WIDTH, VECTOR)
-    at_target = dlogp * (scale * LN2) * sigmoid2(z)
-    factor = tl.where(rest > 0, -at_target / rest, 0.0)
+    others = sigmoid2(z)
+    at_target = dlogp * others
+    share = tl.where(rest > 0, others / rest, 0.0)
+    factor = -dlogp * share
+    slope = 0.0
+    if ENTROPY:
+        softplus = log1p(tl.exp2(-tl.abs(z)))
+        logp = -(tl.maximum(z, 0.0) * LN2 + softplus)
+        log_share = -(tl.maximum(-z, 0.0) * LN2 + softplus) - tl.log2(rest) * LN2
+        spread = tl.where(others > 0, log_share + entropy, 0.0)
+        at_target -= tl.where(others < 1, dentropy * sigmoid2(-z) * (logp + entropy), 0.0)
+        factor -= dentropy * share * spread
+        slope = -dentropy * share * (LN2 * LN2) * scale
+    at_target *= scale * LN2
+    factor *= scale * LN2
     # in place, no thread may overwrite the target's logit before all have read it
     tl.debug_barrier()
     for first in range(0, V, tile):
         at = first + columns
         if (first + tile <= V) & ((target < first) | (target >= first + tile)):
             logits = tl.load(row_ptr + at).to(tl.float32)
-            dlogits = factor * tl.exp2(tl.fma(logits, scale, -peak))
+            dlogits = gradient_beside_target(logits, scale, peak, factor, slope, ENTROPY)
             tl.store(dlogits_ptr + at, dlogits.to(dlogits_ptr.dtype.element_ty))
         else:
             inside = at < V
             logits = tl.load(row_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
-            dlogits = factor * tl.exp2(tl.fma(logits, scale, -peak))
+            dlogits = gradient_beside_target(logits, scale, peak, factor, slope, ENTROPY)
             dlogits = tl.where(at == target, at_target, dlogits)
             tl.store(dlogits_ptr + at, dlogits.to(dlogits_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gradient_beside_target(logits, scale, peak, factor, slope, ENTROPY: tl.constexpr):
+    """2^c·(factor + slope·c) of a tile, c the scaled logits centred on `peak`."""
+    centred = tl.fma(logits, scale, -peak)
+    if ENTROPY:
+        return tl.exp2(centred) * tl.fma(tl.maximum(centred, LOWEST), slope, factor)
+    else:
+        return factor * tl.exp2(centred)
 
 
 @triton.jit

@@ -49,6 +49,7 @@ class Terms:
     kl: Callable | None  # of `kl`; None without a reference policy
     kl_times_ratio: bool
     beta: float
+    entropy_coef: float = 0.0
 
 
 class TokenLoss(NamedTuple):

@@ -4,7 +4,7 @@ The second phase where a row's coefficient was not known while the row was read:
 ratios, and a second backward. Reads a row once and writes it once, 4 bytes per bfloat16 logit, in
 place when both pointers are the same.
 
-    dL/dx_j = dlogp · (δ_{j,target} − p_j) / T
+    dL/dx_j = (dlogp·(δ_{j,target} − p_j) − dentropy·p_j·(log p_j + H)) / T
 """
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from .language import tl, triton
 from .launch import launch, row_layout
 from .online_softmax import LOG2E, row_start, target_gap, write_row_gradient, write_row_zeros
-from .records import Rows
+from .records import Rows, RowStats
 
 
 @triton.jit(
@@ -27,12 +27,20 @@ from .records import Rows
         "out_row_stride",
     ],
     # scalars of a row: their alignment, which changes with N, must not recompile
-    do_not_specialize_on_alignment=["target_ptr", "dlogp_ptr", "state_ptr"],
+    do_not_specialize_on_alignment=[
+        "target_ptr",
+        "dlogp_ptr",
+        "dentropy_ptr",
+        "entropy_ptr",
+        "state_ptr",
+    ],
 )
 def _row_dlogits_kernel(
     logits_ptr,
     target_ptr,
     dlogp_ptr,
+    dentropy_ptr,
+    entropy_ptr,
     state_ptr,
     dlogits_ptr,
     N,
@@ -55,7 +63,12 @@ def _row_dlogits_kernel(
     row_ptr = logits_ptr + start
     target = tl.load(target_ptr + row)
     dlogp = tl.load(dlogp_ptr + row)
-    if (dlogp != 0) & (target >= 0) & (target < V):
+    dentropy = 0.0
+    entropy = 0.0
+    if dentropy_ptr is not None:
+        dentropy = tl.load(dentropy_ptr + row)
+        entropy = tl.load(entropy_ptr + row)
+    if ((dlogp != 0) | (dentropy != 0)) & (target >= 0) & (target < V):
         word = target.to(tl.int32)
         peak = tl.load(state_ptr + row)
         rest = tl.load(state_ptr + N + row)
@@ -67,9 +80,12 @@ def _row_dlogits_kernel(
             word,
             scale,
             dlogp,
+            dentropy,
             peak,
             rest,
             z,
+            entropy,
+            dentropy_ptr is not None,
             THREADS,
             WIDTH,
             VECTOR,
@@ -83,7 +99,8 @@ def row_dlogits(
     target: torch.Tensor,
     temperature: float,
     dlogp: torch.Tensor,
-    state: torch.Tensor,
+    dentropy: torch.Tensor | None,
+    stats: RowStats,
     dlogits: torch.Tensor,
 ) -> torch.Tensor:
     """Writes dL/dlogits into `dlogits` (of the logits' shape; may be the logits).
@@ -92,8 +109,9 @@ def row_dlogits(
         rows: logits of N tokens over V words, float32, bfloat16 or float16.
         target: [N] int64; outside [0, V) means a row of zeros.
         temperature: T, the logits are divided by it.
-        dlogp: [N] float32, dL/dlogp of each row; 0 means a row of zeros.
-        state: [2, N] float32 from `row_stats` or `row_loss`.
+        dlogp: [N] float32, dL/dlogp of each row; a row with neither derivative becomes 0.
+        dentropy: [N] float32, dL/dH of each row, or None.
+        stats: from `row_stats` or `row_loss`.
     """
     out = Rows.of(dlogits)
     launch(
@@ -103,7 +121,9 @@ def row_dlogits(
         logits_ptr=rows.logits,
         target_ptr=target,
         dlogp_ptr=dlogp,
-        state_ptr=state,
+        dentropy_ptr=dentropy,
+        entropy_ptr=None if dentropy is None else stats.entropy,
+        state_ptr=stats.state,
         dlogits_ptr=dlogits,
         N=rows.N,
         V=rows.V,

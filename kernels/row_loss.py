@@ -5,8 +5,8 @@ dlogits, over the logits themselves when both pointers are the same. The second 
 comes from the caches as far as they reach. Memory traffic in the ideal: one read and one write, 4
 bytes per bfloat16 logit for forward and backward together; without `dlogits`, one read.
 
-    L = Σ_n weight_n · (ℓ(logp_n, logp_n − old_logp_n, A_n) + beta · kl_n)
-    dL/dx_j = weight · dℓ/dlogp · (δ_{j,target} − p_j) / T
+    L = Σ_n weight_n · (ℓ(logp_n, logp_n − old_logp_n, A_n) + beta · kl_n − entropy_coef · H_n)
+    dL/dx_j = (dlogp·(δ_{j,target} − p_j) − dentropy·p_j·(log p_j + H)) / T
 
 Rows of weight 0 are not read; rows without a gradient are not read twice. A row with a term that
 is not finite (NaN or +inf among its logits, an overflowing ratio) is dropped: no loss, no gradient.
@@ -84,10 +84,12 @@ def _row_loss_kernel(
     out_row_stride: tl.int64,
     scale,
     beta,
+    entropy_coef,
     surrogate_args,
     SURROGATE: tl.constexpr,
     KL: tl.constexpr,
     KL_TIMES_RATIO: tl.constexpr,
+    ENTROPY: tl.constexpr,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -105,6 +107,7 @@ def _row_loss_kernel(
     kl = 0.0
     loss = 0.0
     dlogp = 0.0
+    dentropy = 0.0
     peak = 0.0
     rest = 1.0
     z = 0.0
@@ -135,11 +138,15 @@ def _row_loss_kernel(
             KL_TIMES_RATIO,
         )
         dlogp = weight * (dlogp + dlog_ratio)
+        if ENTROPY:
+            loss -= entropy_coef * entropy
+            dentropy = -entropy_coef * weight
         loss = weight * loss
         usable = is_finite(logp) & is_finite(log_ratio) & is_finite(ratio)
         dropped = (usable & is_finite(loss) & is_finite(dlogp)) == 0
         loss = tl.where(dropped, 0.0, loss)
         dlogp = tl.where(dropped, 0.0, dlogp)
+        dentropy = tl.where(dropped, 0.0, dentropy)
     tl.store(logp_ptr + row, logp)
     tl.store(entropy_ptr + row, entropy)
     tl.store(ratio_ptr + row, ratio)
@@ -151,7 +158,7 @@ def _row_loss_kernel(
     tl.store(state_ptr + N + row, rest)
     if dlogits_ptr is not None:
         out = row_start(row, out_rows_per_batch, out_batch_stride, out_row_stride, ALIGNMENT)
-        if dlogp != 0:
+        if (dlogp != 0) | (dentropy != 0):
             write_row_gradient(
                 logits_ptr + start,
                 dlogits_ptr + out,
@@ -159,9 +166,12 @@ def _row_loss_kernel(
                 word,
                 scale,
                 dlogp,
+                dentropy,
                 peak,
                 rest,
                 z,
+                entropy,
+                ENTROPY,
                 THREADS,
                 WIDTH,
                 VECTOR,
@@ -224,10 +234,12 @@ def row_loss(
         out_row_stride=out.row_stride,
         scale=LOG2E.value / temperature,
         beta=terms.beta,
+        entropy_coef=terms.entropy_coef,
         surrogate_args=terms.surrogate_args,
         SURROGATE=terms.surrogate,
         KL=terms.kl,
         KL_TIMES_RATIO=terms.kl_times_ratio,
+        ENTROPY=terms.entropy_coef != 0,
         **row_layout(rows).keywords,
     )
     return result

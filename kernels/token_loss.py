@@ -54,6 +54,7 @@ def token_terms(
         "advantage_ptr",
         "weight_ptr",
         "ref_logp_ptr",
+        "entropy_ptr",
         "loss_ptr",
         "dlogp_ptr",
         "dlog_ratio_ptr",
@@ -67,6 +68,7 @@ def _token_loss_kernel(
     advantage_ptr,
     weight_ptr,
     ref_logp_ptr,
+    entropy_ptr,
     loss_ptr,
     dlogp_ptr,
     dlog_ratio_ptr,
@@ -74,6 +76,7 @@ def _token_loss_kernel(
     dropped_ptr,
     N,
     beta,
+    entropy_coef,
     surrogate_args,
     SURROGATE: tl.constexpr,
     KL: tl.constexpr,
@@ -99,6 +102,8 @@ def _token_loss_kernel(
         KL,
         KL_TIMES_RATIO,
     )
+    if entropy_ptr is not None:
+        loss -= entropy_coef * tl.load(entropy_ptr + at, mask=inside, other=0.0)
     alive = weight != 0
     usable = is_finite(logp) & is_finite(log_ratio) & is_finite(tl.exp(log_ratio))
     usable = usable & is_finite(loss)
@@ -117,6 +122,7 @@ def token_loss(
     advantage: torch.Tensor,
     weight: torch.Tensor,
     ref_logp: torch.Tensor | None,
+    entropy: torch.Tensor | None,
     terms: Terms,
 ) -> TokenLoss:
     """Weighted loss of every token and its two derivatives.
@@ -124,7 +130,7 @@ def token_loss(
     Args:
         logp, log_ratio: [N] float32, nats; `log_ratio` may be a sequence's mean.
         advantage, weight: [N] float32; weight 0 means masked.
-        ref_logp: [N] float32 or None.
+        ref_logp, entropy: [N] float32 or None; the entropy only for an entropy bonus.
         terms: the objective's formulas.
     """
     result = TokenLoss.empty(logp.numel(), logp.device)
@@ -137,6 +143,7 @@ def token_loss(
         advantage_ptr=advantage,
         weight_ptr=weight,
         ref_logp_ptr=ref_logp,
+        entropy_ptr=entropy,
         loss_ptr=result.loss,
         dlogp_ptr=result.dlogp,
         dlog_ratio_ptr=result.dlog_ratio,
@@ -144,6 +151,7 @@ def token_loss(
         dropped_ptr=result.dropped,
         N=logp.numel(),
         beta=terms.beta,
+        entropy_coef=terms.entropy_coef,
         surrogate_args=terms.surrogate_args,
         SURROGATE=terms.surrogate,
         KL=terms.kl,

@@ -68,7 +68,8 @@ def cases(lanes: int) -> Iterator[tuple[str, Any, str, dict[str, Any], int]]:
         ("fp32", 4, True, 16),
         ("fp32", 4, False, 16),
     ]
-    terms = {"SURROGATE": surrogates.clip, "KL": kl.k3, "KL_TIMES_RATIO": True}
+    terms = {"SURROGATE": surrogates.clip, "KL": kl.k3, "KL_TIMES_RATIO": True, "ENTROPY": True}
+    of_token = {name: terms[name] for name in ("SURROGATE", "KL", "KL_TIMES_RATIO")}
     without = {"old_logp_ptr": None, "ref_logp_ptr": None, "dlogits_ptr": None}
     for logits, width, vector, warps in layouts:
         shape = {
@@ -83,9 +84,11 @@ def cases(lanes: int) -> Iterator[tuple[str, Any, str, dict[str, Any], int]]:
         yield f"row_dlogits-{tag}", _row_dlogits_kernel, logits, shape, warps
         yield f"row_scale-{tag}", _row_scale_kernel, logits, shape, warps
         yield f"row_loss-{tag}", _row_loss_kernel, logits, shape | terms, warps
+        plain = terms | {"ENTROPY": False}
+        yield f"row_loss_plain-{tag}", _row_loss_kernel, logits, shape | plain, warps
         yield f"row_loss_only-{tag}", _row_loss_kernel, logits, shape | terms | without, warps
-    yield "token_loss", _token_loss_kernel, "", terms | {"BLOCK": 256}, 4
-    bare = {**terms, "BLOCK": 256, "KL": None, "ref_logp_ptr": None}
+    yield "token_loss", _token_loss_kernel, "", of_token | {"BLOCK": 256}, 4
+    bare = {**of_token, "BLOCK": 256, "KL": None, "ref_logp_ptr": None}
     yield "token_loss-without-kl", _token_loss_kernel, "", bare, 4
     yield "group_norm", _group_norm_kernel, "", {"SCALE": True, "BLOCK_G": 16}, 4
 

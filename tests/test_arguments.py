@@ -46,6 +46,15 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"advantage": None}, "advantage: expected exactly one of advantage and rewards, got neither"),
     ({"rewards": (B,)}, "advantage: expected exactly one of advantage and rewards, got both"),
     ({"advantage": None, "rewards": (B,)}, "group_size: expected a divisor of B = 4, got None"),
+    ({"group_id": torch.zeros(B, dtype=LONG)}, "group_id: expected None without rewards"),
+    (
+        {"advantage": None, "rewards": (B,), "group_size": 2, "group_id": torch.zeros(B).long()},
+        "group_size: expected exactly one of it and group_id, got both",
+    ),
+    (
+        {"advantage": None, "rewards": (B,), "group_id": torch.arange(B) + 1},
+        "groups: expected ids in [0, B = 4), got 4 at 3",
+    ),
     (
         {"advantage": None, "rewards": (B,), "group_size": 3},
         "group_size: expected a divisor of B = 4, got 3",

@@ -184,6 +184,7 @@ def test_kernels_and_torch_read_the_same_formula(backend: str, device: str) -> N
                 ours = kernels.token_loss(
                     *(v.float() for v in (logp, log_ratio, advantage, weight)),
                     ref_logp.float() if kl else None,
+                    None,
                     terms,
                 )
                 loss, dlogp, slope = as_torch(surrogate)(logp, log_ratio, advantage, *args)

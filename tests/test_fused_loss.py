@@ -24,6 +24,9 @@ OBJECTIVES: dict[str, Objective] = {
         for kl in get_args(KL)
         for times_ratio in (name == "dapo",)
     },
+    "entropy": RECIPES["grpo"].replace(entropy_coef=0.3),
+    "entropy of sequences": RECIPES["gspo"].replace(entropy_coef=0.3),
+    "entropy kept low": RECIPES["dapo"].replace(entropy_coef=-0.2),
     "two-sided": Objective(clip(0.2, 0.28, 3.0), aggregation="token_sum"),
     "sequence": Objective(clip(0.02, 0.03), "k3", 0.04, "sequence", aggregation="sequence_mean"),
     "sequence token": Objective(
@@ -135,7 +138,7 @@ def test_every_shape(
     backend: str, device: str, shape: str, dtype: torch.dtype, peaked: bool
 ) -> None:
     buffer, arguments = case(shape, dtype, peaked=peaked)
-    for name in ("grpo", "sequence"):
+    for name in ("grpo", "sequence", "entropy"):
         check(backend, device, OBJECTIVES[name], shape, buffer, arguments)
 
 
@@ -227,7 +230,7 @@ def test_grad_output_is_honoured(backend: str, device: str, name: str, inplace: 
     assert torch.allclose(leaf.grad, 3.25 * plain, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["dapo", "sequence"])
+@pytest.mark.parametrize("name", ["dapo", "sequence", "entropy"])
 def test_second_backward_is_right_or_refused(backend: str, device: str, name: str) -> None:
     buffer, arguments = case("padded", torch.float32)
     arguments = moved(arguments, device) | {"objective": OBJECTIVES[name], "backend": backend}
@@ -365,6 +368,22 @@ def test_with_beta_zero_the_kl_is_only_looked_at(backend: str, device: str) -> N
     for loss, gradient in results[1:]:
         assert torch.equal(loss, results[0][0])
         assert torch.equal(gradient, results[0][1])
+
+
+@pytest.mark.parametrize("name", ["dapo", "dr_grpo", "rloo", "reinforce_plus_plus"])
+def test_groups_by_id_are_groups_by_size(backend: str, device: str, name: str) -> None:
+    """In any order; and groups of other sizes give what they give alone."""
+    buffer, arguments = case("padded", torch.float32)
+    arguments = moved(arguments, device) | {"objective": OBJECTIVES[name], "backend": backend}
+    by_size, gradient = run(fused_loss, buffer.to(device), "padded", **arguments)
+    order = torch.tensor([2, 0, 3, 1])
+    shuffled = {
+        k: v[order.to(device)] if isinstance(v, Tensor) else v for k, v in arguments.items()
+    }
+    shuffled |= {"group_size": None, "group_id": torch.tensor([1, 0, 1, 0], device=device)}
+    by_id, again = run(fused_loss, buffer[order].to(device), "padded", **shuffled)
+    assert torch.allclose(by_id.loss, by_size.loss, rtol=1e-5, atol=1e-7)
+    assert torch.allclose(again, gradient[order.to(device)], rtol=1e-5, atol=1e-8)
 
 
 def test_inplace_writes_the_gradient_over_the_logits(backend: str, device: str) -> None:

@@ -35,14 +35,29 @@ def batch(temperature: float, spread: float = 0.4) -> dict[str, Tensor]:
     }
 
 
+def relative_to_others(name: str) -> Tensor:
+    """RLOO (2402.14740): less the mean of the others; REINFORCE++ (2501.03262): over the batch."""
+    if name == "rloo":
+        groups = [REWARDS[:3], REWARDS[3:]]
+        others = [[(sum(g) - r) / 2 for r in g] for g in groups]
+        pairs = zip(REWARDS, others[0] + others[1], strict=True)
+        return torch.tensor([r - o for r, o in pairs], dtype=torch.float64)
+    rewards = torch.tensor(REWARDS, dtype=torch.float64)
+    if name == "reinforce_plus_plus_baseline":
+        rewards = (rewards.view(2, 3) - rewards.view(2, 3).mean(1, keepdim=True)).flatten()
+    return (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+
+
 def objective_of_paper(name: str, given: dict[str, Tensor], logits: Tensor, T_: float) -> Tensor:
     """The recipe's loss by the oracles and by nothing else."""
     logp, _ = oracles.logp_and_entropy(logits, given["target"], T_)
     old_logp, mask = given["old_logp"], given["mask"]
     ratio = (logp - old_logp).exp()
     scale = name not in ("dr_grpo", "gpg", "dro", "topr")
-    A = oracles.group_advantage(REWARDS, 3, scale=scale, ddof=1, eps=1e-4)[:, None]
-    A = A.expand_as(logp)
+    A = oracles.group_advantage(REWARDS, 3, scale=scale, ddof=1, eps=1e-4)
+    if name in ("rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"):
+        A = relative_to_others(name)
+    A = A[:, None].expand_as(logp)
     of_sequence = oracles.sequence_ratio(logp, old_logp, mask)
     none = torch.zeros_like(logp)
     kl = oracles.kl_estimate("k3", logp, given["ref_logp"])
@@ -67,6 +82,9 @@ def objective_of_paper(name: str, given: dict[str, Tensor], logits: Tensor, T_: 
         "gpg": lambda: token_mean(A * logp, none, 0, mask),
         "dro": lambda: sequences(oracles.dro(logp, old_logp, A, 0.1), none, 0, mask),
         "dppo": lambda: token_mean(oracles.dppo_tv(logp, old_logp, A, 0.15, 20.0), none, 0, mask),
+        "rloo": lambda: oracles.sequence_sum_mean(A * logp, mask),
+        "reinforce_plus_plus": lambda: token_mean(clip(ratio, A, 0.2, 0.2), none, 0, mask),
+        "reinforce_plus_plus_baseline": lambda: token_mean(clip(ratio, A, 0.2, 0.2), none, 0, mask),
         "topr": lambda: token_mean(oracles.topr(logp, ratio, A), none, 0, mask),
     }
     return losses[name]()
@@ -172,6 +190,24 @@ def test_gspo_token_has_the_value_of_the_sequence_and_the_gradient_of_the_token(
     policy = oracles.ppo_clip(ratio, A, 0.1, 0.2)
     oracles.dapo(policy, policy * 0, 0.0, given["mask"]).backward()
     assert torch.allclose(ours.grad, theirs.grad, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_entropy_bonus_is_differentiated(temperature: float) -> None:
+    """−coef · weight · H_n, with the gradient through the whole distribution."""
+    given = batch(temperature)
+    logits = given.pop("logits")
+    ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
+    objective = Objective(clip(0.2), entropy_coef=0.7, aggregation="sequence_mean")
+    out = reference_loss(
+        ours, objective=objective, advantage=torch.zeros(B), temperature=temperature, **given
+    )
+    out.loss.backward()
+    _, entropy = oracles.logp_and_entropy(theirs, given["target"], temperature)
+    oracle = oracles.grpo(0.7 * entropy, entropy * 0, 0.0, given["mask"])
+    oracle.backward()
+    assert math.isclose(out.loss, oracle, rel_tol=1e-9)
+    assert torch.allclose(ours.grad, theirs.grad, rtol=1e-8, atol=1e-12)
 
 
 def test_objectives_are_values() -> None:
