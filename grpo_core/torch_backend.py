@@ -28,7 +28,7 @@ def row_stats(rows: Rows, target: Tensor, temperature: float) -> RowStats:
     logp, entropy = target.new_zeros(2, rows.N, dtype=torch.float32).unbind()
 
     def read(chunk: Chunk, softmax: _Softmax) -> None:
-        z, entropy_others = softmax.read(chunk, target[chunk.at])
+        z, entropy_others = softmax.read(chunk.logits, target[chunk.at])
         logp[chunk.at], entropy[chunk.at] = _token_statistics(z, entropy_others)
 
     for_each_chunk(read, partial(_Softmax, temperature), rows, _readable(target, rows.V))
@@ -53,7 +53,7 @@ def row_loss(
 
     def pass_over(chunk: Chunk, softmax: _Softmax) -> None:
         at = chunk.at
-        z, entropy_others = softmax.read(chunk, target[at])
+        z, entropy_others = softmax.read(chunk.logits, target[at])
         logp, entropy = _token_statistics(z, entropy_others)
         log_ratio = logp - (logp if old_logp is None else old_logp[at])
         given_ref = None if ref_logp is None else ref_logp[at]
@@ -88,7 +88,7 @@ def row_dlogits(
 
     def write(chunk: Chunk, softmax: _Softmax) -> None:
         at = chunk.at
-        z, _ = softmax.read(chunk, target[at])
+        z, _ = softmax.read(chunk.logits, target[at])
         slope = None if dentropy is None else dentropy[at]
         softmax.write_gradient(chunk, target[at], dlogp[at], z, slope, stats.entropy[at])
 
@@ -175,25 +175,16 @@ class _Softmax:
     def __init__(self, temperature: float) -> None:
         self.temperature = temperature
         self.centred = torch.empty(0)
-        self.scratch = torch.empty(0)
-        self.others = self.scratch
+        self.others = torch.empty(0)
 
-    def read(self, chunk: Chunk, target: Tensor) -> tuple[Tensor, Tensor]:
-        """(z, entropy of the softmax over the other words) of the chunk's rows, float64 `[n]`.
+    def read(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """(z, entropy of the softmax over the other words) of rows `[n, V]`, float64 `[n]`.
 
-        z = log Σ_{j≠y} exp(x_j − x_y). Leaves that softmax, 0 at the target, in `others`, which is
-        where the gradient shall be if that can hold it.
+        z = log Σ_{j≠y} exp(x_j − x_y). Leaves that softmax, 0 at the target, in `others`.
         """
-        logits = chunk.logits
-        if self.centred.shape != logits.shape:
+        if self.others.shape != logits.shape:
             self.centred = logits.new_empty(logits.shape, dtype=torch.float32)
-        home = chunk.dlogits
-        if home is not None and home.dtype == torch.float32 and isinstance(chunk.inside, slice):
-            self.others = home
-        else:
-            if self.scratch.shape != logits.shape:
-                self.scratch = torch.empty_like(self.centred)
-            self.others = self.scratch
+            self.others = torch.empty_like(self.centred)
         centred, others, hole = self.centred, self.others, target[:, None]
         if logits.dtype == torch.float32:
             torch.sub(logits, logits.amax(1, keepdim=True), out=centred)
@@ -243,12 +234,13 @@ class _Softmax:
             torch.xlogy(others, others, out=self.centred)
             self.centred.mul_(self._scaled(-slope * share, still))
         at_target, factor = self._scaled(at_target, still), self._scaled(factor, still)
+        if isinstance(chunk.inside, slice) and home.dtype == torch.float32 and dentropy is None:
+            torch.mul(others, factor, out=home).scatter_(1, hole, at_target)
+            return
         others.mul_(factor)
         if dentropy is not None:
             others.add_(self.centred)
         others.scatter_(1, hole, at_target)
-        if others is home:
-            return
         if isinstance(chunk.inside, slice):
             home.copy_(others)
         else:
