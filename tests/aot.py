@@ -28,6 +28,12 @@ from grpo_core.kernels.row_scale import _row_scale_kernel
 from grpo_core.kernels.row_stats import _row_stats_kernel
 from grpo_core.kernels.token_loss import _token_loss_kernel
 
+
+def is_formula(value: Any, module: Any) -> bool:
+    """Whether a name of a module is a jitted function of its own."""
+    return isinstance(value, triton.JITFunction) and value.fn.__module__ == module.__name__
+
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -35,6 +41,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+SURROGATES = [f for f in vars(surrogates).values() if is_formula(f, surrogates)]
+ESTIMATORS = [f for f in vars(kl).values() if is_formula(f, kl) and f is not kl.times_ratio]
 POINTERS = {"target_ptr": "*i64", "dropped_ptr": "*i1"}
 INTEGERS = {"N", "V", "G", "rows_per_batch", "out_rows_per_batch", "freedom"}
 WIDE = {"batch_stride", "row_stride", "out_batch_stride", "out_row_stride"}
@@ -47,7 +55,8 @@ def signature(kernel: Any, logits: str, constants: dict[str, Any]) -> dict[str, 
         if name in constants:
             types[name] = "constexpr"
         elif name == "surrogate_args":
-            types[name] = ("fp32",) * 3
+            # the functions of `surrogates` begin with logp, log_ratio, advantage
+            types[name] = ("fp32",) * (len(constants["SURROGATE"].arg_names) - 3)
         elif name.endswith("logits_ptr"):
             types[name] = f"*{logits}"
         elif name.endswith("_ptr"):
@@ -87,7 +96,14 @@ def cases(lanes: int) -> Iterator[tuple[str, Any, str, dict[str, Any], int]]:
         plain = terms | {"ENTROPY": False}
         yield f"row_loss_plain-{tag}", _row_loss_kernel, logits, shape | plain, warps
         yield f"row_loss_only-{tag}", _row_loss_kernel, logits, shape | terms | without, warps
-    yield "token_loss", _token_loss_kernel, "", of_token | {"BLOCK": 256}, 4
+    layout = {"THREADS": 128, "WIDTH": 8, "VECTOR": True, "ALIGNMENT": 8}
+    for surrogate in SURROGATES:
+        of_row = layout | terms | {"SURROGATE": surrogate, "ENTROPY": False}
+        yield f"row_loss_of-{surrogate.fn.__name__}", _row_loss_kernel, "bf16", of_row, 128 // lanes
+        for estimator in ESTIMATORS if surrogate is surrogates.clip else (kl.k3,):
+            of_one = of_token | {"BLOCK": 256, "SURROGATE": surrogate, "KL": estimator}
+            name = f"token_loss-{surrogate.fn.__name__}-{estimator.fn.__name__}"
+            yield name, _token_loss_kernel, "", of_one, 4
     bare = {**of_token, "BLOCK": 256, "KL": None, "ref_logp_ptr": None}
     yield "token_loss-without-kl", _token_loss_kernel, "", bare, 4
     yield "group_norm", _group_norm_kernel, "", {"SCALE": True, "BLOCK_G": 16}, 4
