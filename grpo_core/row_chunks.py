@@ -50,15 +50,18 @@ def for_each_chunk(
                 work(chunk, scratch)
         return
 
+    inference = torch.is_inference_mode_enabled()
+
     def worker(share: list[_Piece]) -> None:
         torch.set_num_threads(1)
-        scratch = new_scratch()
-        with torch.no_grad():
+        # the modes of the calling thread are not those of this one
+        with torch.inference_mode(inference), torch.no_grad():
+            scratch = new_scratch()
             for piece in share:
                 if chunk := piece.chunk(wanted):
                     work(chunk, scratch)
 
-    with ThreadPoolExecutor(threads) as pool, _kept_thread_count():
+    with _kept_thread_count(), ThreadPoolExecutor(threads) as pool:
         list(pool.map(worker, [pieces[k::threads] for k in range(threads)]))
 
 

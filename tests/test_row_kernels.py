@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from grpo_core import fused_loss, token_logp
 from grpo_core.backends import choose_backend
 from grpo_core.kernels import kl, surrogates
 from grpo_core.kernels.records import RowLoss, Rows, Terms
@@ -149,6 +150,25 @@ def test_threads_do_not_change_a_bit_of_the_torch_backend() -> None:
     for logp, entropy in results[1:]:
         assert torch.equal(logp, results[0][0])
         assert torch.equal(entropy, results[0][1])
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_the_threads_of_the_torch_backend_take_over_the_callers_mode(mode: type) -> None:
+    """Inference mode belongs to a thread: workers must be able to write what the caller made."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with mode():
+            logits = torch.randn(16, 151_936) * 1.0
+            target = torch.arange(16)
+            logp = token_logp(logits, target).logp
+            out = fused_loss(
+                logits, target, objective="dapo", advantage=torch.ones(16), sequence_id=target
+            )
+        assert torch.equal(out.logp, logp)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("V", [7, 5003])
