@@ -122,10 +122,12 @@ def check_rewards(rewards: Tensor, group_size: int | None, validate: bool | None
     """Raises ValueError unless `rewards` is [B] of finite numbers and `group_size` divides B."""
     if not isinstance(rewards, Tensor) or rewards.ndim != 1 or not rewards.is_floating_point():
         got = f"{list(rewards.shape)} {rewards.dtype}" if isinstance(rewards, Tensor) else rewards
-        raise ValueError(f"rewards: expected a floating-point tensor [B], got {got!r}")
+        raise ValueError(f"rewards: expected a floating-point tensor [B], got {got}")
     B = rewards.numel()
     if not isinstance(group_size, int) or group_size < 1 or B % group_size:
-        raise ValueError(f"group_size: expected a divisor of B = {B}, got {group_size!r}")
+        raise ValueError(
+            f"group_size: expected an int that divides B = {B}, or group_id, got {group_size!r}"
+        )
     if validate is None:
         validate = rewards.device.type == "cpu"
     if validate and not torch.isfinite(rewards).all():

@@ -62,7 +62,9 @@ def check_logits(logits: Tensor, temperature: float, dtypes: tuple[torch.dtype, 
     if logits.shape[-1] == 0:
         raise ValueError(f"logits: expected V >= 1, got shape {list(logits.shape)}")
     if not isinstance(temperature, (int, float)) or not COLDEST <= temperature < math.inf:
-        raise ValueError(f"temperature: expected a finite number >= {COLDEST}, got {temperature!r}")
+        raise ValueError(
+            f"temperature: expected a finite Python number >= {COLDEST}, got {temperature!r}"
+        )
 
 
 def check_target(
@@ -75,6 +77,12 @@ def check_target(
             that is neither a word nor -100.
     """
     shape, V = logits.shape[:-1], logits.shape[-1]
+    if isinstance(target, Tensor) and target.shape != shape and target.ndim == len(shape):
+        raise ValueError(
+            f"target: expected shape {list(shape)} for logits {list(logits.shape)}, got "
+            f"{list(target.shape)}; position t predicts token t + 1: give logits[:, :-1], or pad "
+            f"the shifted target with {IGNORE}"
+        )
     target = _vector("target", target, (shape,), logits, integer=True).reshape(-1).long()
     valid = target != IGNORE
     if mask is not None:
@@ -117,17 +125,21 @@ def check_loss_arguments(
         if groups is not None and rewards is None:
             raise ValueError(f"{name}: expected None without rewards, got {groups!r}")
     if spec.beta and ref_logp is None:
-        raise ValueError(f"ref_logp: expected a tensor for beta = {spec.beta}, got None")
+        raise ValueError(
+            f"ref_logp: expected a tensor for beta = {spec.beta}, got None (or replace beta by 0)"
+        )
+    valid, bad_target = check_target(logits, target, mask, validate)
     old_logp = _floats("old_logp", old_logp, (shape,), logits, dtype)
     ref_logp = _floats("ref_logp", ref_logp, (shape,), logits, dtype)
     normalizer = _check_normalizer(normalizer, spec, logits, validate)
-    valid, bad_target = check_target(logits, target, mask, validate)
     sequence, sequences, valid = _sequences(logits, sequence_id, valid, validate)
 
     if rewards is not None:
         _vector("rewards", rewards, None if packed else (shape[:1],), logits)
         if valid.numel() and not rewards.numel():
             raise ValueError("rewards: expected one for every sequence, got [0]")
+        if packed and must_validate(validate, logits):
+            _check_per_sequence(rewards, sequence)
         known = sequence < rewards.numel()
         if must_validate(validate, logits) and (valid & ~known).any():
             want = f"ids below the {rewards.numel()} rewards"
@@ -160,7 +172,7 @@ def check_loss_arguments(
         weight=weight,
         advantage=advantage,
         old_logp=old_logp,
-        ref_logp=ref_logp if spec.kl else None,
+        ref_logp=ref_logp,
         sequence=sequence,
         sequences=sequences,
     )
@@ -169,6 +181,16 @@ def check_loss_arguments(
 def must_validate(validate: bool | None, tensor: Tensor) -> bool:
     """Whether values may be looked at: on a GPU the host would have to wait for them."""
     return tensor.device.type == "cpu" if validate is None else validate
+
+
+def _check_per_sequence(rewards: Tensor, sequence: Tensor) -> None:
+    """Raises ValueError for rewards of packed rows that look as if they were one per token."""
+    N = sequence.numel()
+    if N and rewards.numel() == N and int(sequence.max()) + 1 < N:
+        raise ValueError(
+            f"rewards: expected one per sequence, got {N}, one per token, for "
+            f"{int(sequence.max()) + 1} sequences"
+        )
 
 
 def _sequences(

@@ -15,6 +15,7 @@ import hashlib
 import inspect
 import json
 import random
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -46,7 +47,9 @@ def option(default: Any, help: str) -> Any:
 class DemoConfig:
     """Options of the embedded run; the defaults are the run the README reports."""
 
-    output: str = option("runs/demo", "Run directory; a base model found there is used again.")
+    output: str = option(
+        "runs/demo", "Run directory; its base model is used again, all else replaced."
+    )
     seed: int = option(0, "Seed of everything random: weights, corpus, prompts, sampling.")
     stages: Literal["zero", "r1", "both"] = option("both", "Which way from the base to go.")
     loss: Literal["fused", "naive"] = option("fused", "One pass over the logits, or plain PyTorch.")
@@ -64,11 +67,19 @@ class DemoConfig:
     held_out: int = option(512, "Questions that are never trained on and measure every stage.")
     gate: float = option(0.9, "Greedy accuracy off the traps that the base must reach to go on.")
     threads: int = option(0, "CPU threads; 0: as torch likes. Take 1 on a busy machine.")
-    plot: bool = option(True, "Draw curves.png (needs matplotlib).")
+    plot: bool = option(True, "Draw curves.png (needs matplotlib); --no_plot does not.")
 
     def __post_init__(self) -> None:
         if self.objective not in RECIPES:
             raise ValueError(f"objective: expected one of {list(RECIPES)}, got {self.objective!r}")
+        for name in ("steps", "prompts", "base_steps", "sft_steps", "held_out"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate: expected more than 0, got {self.learning_rate}")
+        if self.threads < 0:
+            raise ValueError(f"threads: expected 0 or more, got {self.threads}")
+        self.build_objective()
 
     def build_objective(self) -> Objective:
         """The recipe with this run's KL term."""
@@ -105,7 +116,11 @@ class Demo:
     def run(self) -> list[Stage]:
         """Every stage asked for, in order; measured, saved and recorded as it is done."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.metrics_path.unlink(missing_ok=True)
+        # an earlier run's results must not pass for this one's; its base may
+        for name in ("metrics.jsonl", "results.json", "report.md", "curves.png"):
+            (self.directory / name).unlink(missing_ok=True)
+        for name in ("r1-zero", "sft", "r1"):
+            shutil.rmtree(self.directory / name, ignore_errors=True)
         stages = self.config.stages
         self.measure("base", self.base_model())
         self.check_base()

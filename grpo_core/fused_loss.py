@@ -49,10 +49,10 @@ class LossOutput:
     """
 
     loss: Tensor
-    logp: Tensor
-    entropy: Tensor
-    ratio: Tensor
-    kl: Tensor
+    logp: Tensor = field(repr=False)
+    entropy: Tensor = field(repr=False)
+    ratio: Tensor = field(repr=False)
+    kl: Tensor = field(repr=False)
     _spec: Objective = field(repr=False)
     _tokens: Tokens = field(repr=False)
     _dropped: Tensor = field(repr=False)
@@ -97,9 +97,9 @@ def fused_loss(
     ℓ, kl, beta and the weights from `objective`; differentiated with respect to the logits only.
 
     A row whose loss or gradient is not finite (NaN or +inf among its logits, a ratio beyond
-    float32) is left out: its loss and its gradient are exactly 0, `metrics["nonfinite_rows"]`
-    counts it, and its entries of logp, entropy, ratio and kl stay as they came out. It still counts
-    in the divisor of a mean.
+    float32) is left out, with a ratio of sequences its whole sequence: loss and gradient there are
+    exactly 0, `metrics["nonfinite_rows"]` counts it, and its entries of logp, entropy, ratio and kl
+    stay as they came out. It still counts in the divisor of a mean.
 
     Args:
         logits: [B, T, V], or packed [N, V]; float32, bfloat16 or float16. Views such as
@@ -111,20 +111,25 @@ def fused_loss(
         objective: an `Objective`, or the name of one in `RECIPES`.
         advantage: [B], [B, T] or [N]. Or instead:
         rewards: [B], one per sequence, finite; normalised within groups as `objective` says.
-        group_size: completions per prompt, neighbours in `rewards`; or instead
+        group_size: completions per prompt, neighbours in `rewards`; a group of 1 has advantage 0.
+            Or instead
         group_id: [B] integers in [0, B), the prompt of each: groups of any size, in any order.
         old_logp: shaped like target, nats; None means on policy: the ratio is exactly 1 and the
             gradient is that of REINFORCE.
-        ref_logp: shaped like target, nats; needed when the objective's beta is not 0.
-        mask: shaped like target, 0 means masked; together with target -100.
+        ref_logp: shaped like target, nats; needed when the objective's beta is not 0, else only
+            measured as `kl`.
+        mask: shaped like target, 0 means masked, anything else counts fully; together with
+            target -100. Sequences without a token are in no mean.
         sequence_id: [N] integers in [0, N), for packed logits: the sequence of each row; it also
             indexes `rewards`.
         normalizer: what the sum is divided by, a number or 0-dim tensor; None means this call's
-            own count, see `weights`. Give the global count under gradient accumulation.
+            own count, see `weights`. Under gradient accumulation give the global count of what
+            the aggregation counts: tokens, sequences, or sequences · length.
         temperature: T > 0, the logits are divided by it.
         inplace: write the gradient, if one is wanted, over the logits. Needs the least memory;
             the logits are gone after the call, and backward runs once. The `.grad` of logits
-            that are a leaf is then the same memory.
+            that are a leaf is then the same memory. Not for logits whose producer keeps its
+            output for its own backward (a tanh soft cap): torch then raises.
         backend: "triton", "torch", or None for triton on a GPU and torch elsewhere.
         validate: look at values for bad targets, sequence ids and rewards. None means on the CPU
             only: on a GPU the host would wait, so there a bad row gets weight 0 and is counted.

@@ -48,7 +48,8 @@ class Objective:
     Args:
         surrogate: the policy term, for example `clip(0.2, 0.28)`.
         kl: estimator of the KL to the reference policy, or None.
-        beta: weight of the KL term; with 0 a given `ref_logp` is only measured.
+        beta: weight of the KL term; with 0 a given `ref_logp` is only measured, by k3 if there is
+            no `kl`.
         ratio_level: whose ratio the surrogate sees, see `sequence_ratio`.
         advantage: how `rewards` become advantages when the loss is given rewards.
         aggregation: how tokens are averaged, see `weights.token_weights`.
@@ -97,9 +98,9 @@ class Objective:
         return self.ratio_level == "token" and self.token_clip is None
 
     @property
-    def kl_function(self) -> Callable | None:
-        """The estimator of kernels/kl.py."""
-        return getattr(kl_estimators, self.kl) if self.kl else None
+    def kl_function(self) -> Callable:
+        """The estimator of kernels/kl.py; k3 where none is named, to measure by."""
+        return getattr(kl_estimators, self.kl or "k3")
 
     def replace(self, **changes: Any) -> Objective:
         """The same objective with some fields changed."""

@@ -112,7 +112,7 @@ def _token_loss(
     surrogate = as_torch(spec.surrogate.function)
     loss, *_ = surrogate(logp, log_ratio, tokens.advantage[at], *spec.surrogate.args)
     kl = torch.zeros_like(logp)
-    if spec.kl_function is not None and tokens.ref_logp is not None:
+    if tokens.ref_logp is not None:
         kl, _ = as_torch(spec.kl_function)(logp, tokens.ref_logp[at])
         if spec.kl_times_ratio:
             kl = kl * log_ratio.exp()

@@ -30,13 +30,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
 
     start = time.perf_counter()
-    demo = Demo(config)
-    save_config(config, demo.directory)
+    try:
+        demo = Demo(config)
+        save_config(config, demo.directory)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     try:
         stages = demo.run()
     except ValueError as error:
         print(f"\nstopped: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(
+            f"\ninterrupted; what was finished lies in {demo.directory}/, and the same command "
+            "begins again from its base model",
+            file=sys.stderr,
+        )
+        return 130
     (demo.directory / "report.md").write_text(markdown(stages), "utf-8")
     show(stages)
     if config.plot:
@@ -63,7 +73,7 @@ def draw(directory: Path) -> None:
     try:
         plot(directory)
     except ModuleNotFoundError as error:
-        print(f"no curves.png, since {error.name} is missing: pip install grpo_core[train]")
+        print(f"no curves.png, since {error.name} is missing: pip install {error.name}")
 
 
 if __name__ == "__main__":

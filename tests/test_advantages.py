@@ -63,9 +63,9 @@ def test_no_rewards_no_advantages(backend: str, device: str) -> None:
 @pytest.mark.parametrize(
     ("rewards", "G", "message"),
     [
-        (torch.zeros(6), 4, r"group_size: expected a divisor of B = 6, got 4"),
-        (torch.zeros(6), 0, r"group_size: expected a divisor of B = 6, got 0"),
-        (torch.zeros(2, 3), 3, r"rewards: expected a floating-point tensor \[B\], got '\[2, 3\]"),
+        (torch.zeros(6), 4, r"group_size: expected an int that divides B = 6, or group_id, got 4"),
+        (torch.zeros(6), 0, r"group_size: expected an int that divides B = 6, or group_id, got 0"),
+        (torch.zeros(2, 3), 3, r"rewards: expected a floating-point tensor \[B\], got \[2, 3\]"),
         (torch.zeros(6, dtype=torch.int64), 3, r"rewards: expected a floating-point .*int64"),
         ([1.0, 2.0], 2, r"rewards: expected a floating-point tensor \[B\]"),
         (

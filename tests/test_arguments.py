@@ -36,7 +36,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"logits": (V,)}, "logits: expected a tensor [B, T, V] or [N, V], got [11]"),
     ({"logits": torch.zeros(B, T, V, dtype=LONG)}, "logits: expected one of "),
     ({"logits": torch.zeros(B, T, 0)}, "logits: expected V >= 1, got shape [4, 3, 0]"),
-    ({"target": (B, T + 1)}, "target: expected shape [4, 3], got [4, 4]"),
+    (
+        {"target": (B, T + 1)},
+        "target: expected shape [4, 3] for logits [4, 3, 11], got [4, 4]; position t predicts",
+    ),
     ({"target": torch.full((B, T), V)}, "target: expected -100 or a word in [0, V = 11), got 11"),
     ({"target": torch.full((B, T), -1)}, "target: expected -100 or a word in [0, V = 11), got -1"),
     ({"mask": (B,)}, "mask: expected shape [4, 3], got [4]"),
@@ -45,7 +48,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"advantage": torch.zeros(B, dtype=LONG)}, "advantage: expected a floating-point tensor"),
     ({"advantage": None}, "advantage: expected exactly one of advantage and rewards, got neither"),
     ({"rewards": (B,)}, "advantage: expected exactly one of advantage and rewards, got both"),
-    ({"advantage": None, "rewards": (B,)}, "group_size: expected a divisor of B = 4, got None"),
+    (
+        {"advantage": None, "rewards": (B,)},
+        "group_size: expected an int that divides B = 4, or group_id, got None",
+    ),
     ({"group_id": torch.zeros(B, dtype=LONG)}, "group_id: expected None without rewards"),
     (
         {"advantage": None, "rewards": (B,), "group_size": 2, "group_id": torch.zeros(B).long()},
@@ -57,7 +63,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"advantage": None, "rewards": (B,), "group_size": 3},
-        "group_size: expected a divisor of B = 4, got 3",
+        "group_size: expected an int that divides B = 4, or group_id, got 3",
     ),
     (
         {"advantage": None, "rewards": (8,), "group_size": 2},
@@ -76,8 +82,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"objective": "grpo"}, "ref_logp: expected a tensor for beta = 0.04, got None"),
     ({"objective": "gropo"}, "objective: expected an Objective or one of ['bnpo', 'cispo', "),
     ({"objective": Objective}, "objective: expected an Objective or one of"),
-    ({"temperature": 0.0}, "temperature: expected a finite number >= 0.0001, got 0.0"),
-    ({"temperature": float("nan")}, "temperature: expected a finite number >= 0.0001, got nan"),
+    ({"temperature": 0.0}, "temperature: expected a finite Python number >= 0.0001, got 0.0"),
+    (
+        {"temperature": float("nan")},
+        "temperature: expected a finite Python number >= 0.0001, got nan",
+    ),
     ({"normalizer": 0}, "normalizer: expected a finite number > 0, got 0"),
     ({"normalizer": (2,)}, "normalizer: expected a real 0-dim tensor, got [2]"),
     ({"normalizer": torch.tensor(0.0)}, "normalizer: expected a finite number > 0, got 0.0"),
@@ -94,6 +103,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (
         PACKED | {"sequence_id": torch.arange(12) + 1},
         "sequence_id: expected integers in [0, N = 12), got 12 at row 11",
+    ),
+    (
+        PACKED | {"advantage": None, "rewards": (12,), "group_size": 2},
+        "rewards: expected one per sequence, got 12, one per token, for 4 sequences",
     ),
     (PACKED | {"advantage": (4,)}, "advantage: expected shape [12], got [4]"),
     (
@@ -164,7 +177,7 @@ def test_token_logp_checks_too() -> None:
         token_logp(logits, torch.zeros(B, dtype=LONG))
     with pytest.raises(ValueError, match=r"target: expected -100 or a word"):
         token_logp(logits, torch.full((B, T), V))
-    with pytest.raises(ValueError, match="temperature: expected a finite number >="):
+    with pytest.raises(ValueError, match="temperature: expected a finite Python number >="):
         token_logp(logits, torch.zeros(B, T, dtype=LONG), temperature=-1)
     out = token_logp(logits, torch.full((B, T), V), validate=False)
     assert torch.equal(out.logp, torch.zeros(B, T))

@@ -68,7 +68,7 @@ def test_fused_and_naive_runs_get_the_same_rewards(
     assert [r.get("reward") for r in fused] == [r.get("reward") for r in naive]
     assert [r.get("length") for r in fused] == [r.get("length") for r in naive]
     assert fused[0] == naive[0] and fused[1]["held_out"] == naive[1]["held_out"]
-    assert "pip install grpo_core[train]" in capsys.readouterr().out
+    assert "pip install matplotlib" in capsys.readouterr().out
     assert not (tmp_path / "curves.png").exists()
     assert (tmp_path / "base/model.safetensors").stat().st_mtime_ns == built
 
@@ -123,3 +123,41 @@ def test_the_embedded_run_learns(tmp_path: Path) -> None:
     assert zero.sampled["accuracy"] >= 0.92 > base.sampled["accuracy"] + 0.1
     assert "<answer>3.11</answer>" in base.answers[0]
     assert "<answer>3.8</answer>" in zero.answers[0]
+
+
+def test_an_interrupted_run_says_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No traceback, the shell's status for it, and no earlier results that look like this run's."""
+    (tmp_path / "results.json").write_text("[]")
+    (tmp_path / "r1").mkdir()
+
+    def interrupt(self: Demo) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Demo, "base_model", interrupt)
+    assert main(["--output", str(tmp_path), "--no_plot"]) == 130
+    assert "interrupted; what was finished lies in" in capsys.readouterr().err
+    assert not (tmp_path / "results.json").exists()
+    assert not (tmp_path / "r1").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--steps", "0"], "steps: expected at least 1, got 0"),
+        (["--prompts", "0"], "prompts: expected at least 1, got 0"),
+        (["--held_out", "0"], "held_out: expected at least 1, got 0"),
+        (["--beta", "-1"], "beta: expected a finite number >= 0, got -1.0"),
+        (["--learning_rate", "-1"], "learning_rate: expected more than 0, got -1.0"),
+        (["--threads", "-3"], "threads: expected 0 or more, got -3"),
+        (["--output", "/proc/nowhere"], "nowhere"),
+    ],
+)
+def test_options_are_checked_before_anything_is_trained(
+    option: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(option)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
