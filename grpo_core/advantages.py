@@ -17,6 +17,7 @@ from torch import Tensor
 
 from grpo_core.backends import Backend, choose_backend
 from grpo_core.estimators import Estimator, relative_advantages
+from grpo_core.validation import must_validate
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,6 @@ def check_rewards(rewards: Tensor, group_size: int | None, validate: bool | None
         raise ValueError(
             f"group_size: expected an int that divides B = {B}, or group_id, got {group_size!r}"
         )
-    if validate is None:
-        validate = rewards.device.type == "cpu"
-    if validate and not torch.isfinite(rewards).all():
+    if must_validate(validate, rewards) and not torch.isfinite(rewards).all():
         bad = int((~torch.isfinite(rewards)).nonzero()[0, 0])
         raise ValueError(f"rewards: expected finite numbers, got {rewards[bad]} at index {bad}")

@@ -17,6 +17,7 @@ from grpo_core.backends import Backend
 from grpo_core.objective import Objective
 from grpo_core.recipes import find_objective
 from grpo_core.sequence_ratio import SequenceRatio
+from grpo_core.validation import must_validate
 from grpo_core.weights import token_weights
 
 # the target of a masked token, as everywhere in this ecosystem
@@ -176,11 +177,6 @@ def check_loss_arguments(
         sequence=sequence,
         sequences=sequences,
     )
-
-
-def must_validate(validate: bool | None, tensor: Tensor) -> bool:
-    """Whether values may be looked at: on a GPU the host would have to wait for them."""
-    return tensor.device.type == "cpu" if validate is None else validate
 
 
 def _check_per_sequence(rewards: Tensor, sequence: Tensor) -> None:

@@ -46,12 +46,6 @@ class Call:
             entropy_coef=float(self.spec.entropy_coef),
         )
 
-    def dentropy(self, dropped: Tensor) -> Tensor | None:
-        """dL/dH of every token: −entropy_coef · weight; None without an entropy bonus."""
-        if not self.spec.entropy_coef:
-            return None
-        return -self.spec.entropy_coef * self.tokens.weight.masked_fill(dropped, 0.0)
-
 
 def _one_pass(rows: Rows, call: Call, dlogits: Tensor | None) -> RowLoss:
     """Token-level objectives: everything in one kernel."""
@@ -84,7 +78,7 @@ def _two_phases(rows: Rows, call: Call, dlogits: Tensor | None) -> RowLoss:
     dlogp = terms.dlogp + level.backward(token_ratio, terms.dlog_ratio)
     dlogp = torch.where(terms.dropped, 0.0, dlogp)
     if dlogits is not None:
-        dentropy = call.dentropy(terms.dropped)
+        dentropy = call.terms.dentropy(tokens.weight, terms.dropped)
         kernels.row_dlogits(rows, tokens.target, call.temperature, dlogp, dentropy, stats, dlogits)
     ratio = log_ratio.exp() * tokens.valid
     return RowLoss(logp, entropy, ratio, terms.kl, terms.loss, dlogp, terms.dropped, state)
@@ -128,7 +122,7 @@ class FusedLoss(torch.autograd.Function):
         rows = Rows.of(logits.detach())
         dlogits = _room_for_gradient(rows.logits, call)
         dlogp = result.dlogp * grad_output
-        dentropy = call.dentropy(result.dropped)
+        dentropy = call.terms.dentropy(call.tokens.weight, result.dropped)
         if dentropy is not None:
             dentropy = dentropy * grad_output
         call.kernels.row_dlogits(

@@ -36,6 +36,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from grpo_core.validation import must_validate
+
 Baseline = Literal["group", "leave_one_out", "batch"]
 Scale = Literal["group", "batch", "centred"]
 
@@ -231,7 +233,7 @@ def _door(
     if not isinstance(rewards, Tensor) or rewards.ndim != 1 or not rewards.is_floating_point():
         got = f"{list(rewards.shape)} {rewards.dtype}" if isinstance(rewards, Tensor) else rewards
         raise ValueError(f"{name}: expected a floating-point tensor [B], got {got!r}")
-    B, validate = len(rewards), rewards.device.type == "cpu" if validate is None else validate
+    B, validate = len(rewards), must_validate(validate, rewards)
     present = torch.ones_like(rewards, dtype=torch.bool)
     if mask is not None:
         if mask.shape != (B,):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -145,7 +146,7 @@ def fused_loss(
     """
     check_logits(logits, temperature, LOGIT_DTYPES)
     kernels = choose_backend(backend, logits)
-    readable = _rows_lie_apart(logits) and kernels.lies_aligned(logits)
+    readable = _readable_in_place(logits, kernels)
     if inplace and not readable:
         raise ValueError(
             "inplace: expected logits with a contiguous last axis, separate rows and, on a GPU, "
@@ -208,11 +209,16 @@ def token_logp(
     check_logits(logits, temperature, LOGIT_DTYPES)
     valid, _ = check_target(logits, target, mask, validate)
     kernels = choose_backend(backend, logits)
-    if not (_rows_lie_apart(logits) and kernels.lies_aligned(logits)):
+    if not _readable_in_place(logits, kernels):
         logits = logits.clone(memory_format=torch.contiguous_format)
     rows = torch.where(valid, target.reshape(-1).long(), IGNORE)
     logp, entropy, _ = kernels.row_stats(Rows.of(logits), rows, float(temperature))
     return TokenLogp(logp.view(target.shape), entropy.view(target.shape))
+
+
+def _readable_in_place(logits: Tensor, kernels: ModuleType) -> bool:
+    """Whether the kernels can read the logits, and write over them, where they lie."""
+    return _rows_lie_apart(logits) and kernels.lies_aligned(logits)
 
 
 def _rows_lie_apart(logits: Tensor) -> bool:

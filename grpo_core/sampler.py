@@ -32,6 +32,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from grpo_core.validation import must_validate
+
 Level = Literal["token", "sequence", "geometric"]
 Action = Literal["truncate", "zero", "reject"]
 
@@ -195,7 +197,7 @@ def _per_sequence(
         raise ValueError(f"sequence_id: expected integers [N] = {list(vector.shape)}, got {got}")
     N = len(vector)
     inside = (sequence_id >= 0) & (sequence_id < N)
-    if (vector.device.type == "cpu" if validate is None else validate) and not inside.all():
+    if must_validate(validate, vector) and not inside.all():
         at = int((~inside).nonzero()[0, 0])
         raise ValueError(
             f"sequence_id: expected integers in [0, N = {N}), got {sequence_id[at]} at row {at}"

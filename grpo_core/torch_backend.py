@@ -28,8 +28,8 @@ def row_stats(rows: Rows, target: Tensor, temperature: float) -> RowStats:
     logp, entropy = target.new_zeros(2, rows.N, dtype=torch.float32).unbind()
 
     def read(chunk: Chunk, softmax: _Softmax) -> None:
-        z, entropy_others = softmax.read(chunk.logits, target[chunk.at])
-        logp[chunk.at], entropy[chunk.at] = _token_statistics(z, entropy_others)
+        z = softmax.read(chunk.logits, target[chunk.at])
+        logp[chunk.at], entropy[chunk.at] = _token_statistics(z, softmax.entropy_of_others())
 
     for_each_chunk(read, partial(_Softmax, temperature), rows, _readable(target, rows.V))
     return RowStats(logp, entropy, state=logp.new_empty(0, rows.N))
@@ -53,8 +53,8 @@ def row_loss(
 
     def pass_over(chunk: Chunk, softmax: _Softmax) -> None:
         at = chunk.at
-        z, entropy_others = softmax.read(chunk.logits, target[at])
-        logp, entropy = _token_statistics(z, entropy_others)
+        z = softmax.read(chunk.logits, target[at])
+        logp, entropy = _token_statistics(z, softmax.entropy_of_others())
         log_ratio = logp - (logp if old_logp is None else old_logp[at])
         given_ref = None if ref_logp is None else ref_logp[at]
         bonus = entropy if terms.entropy_coef else None
@@ -65,9 +65,7 @@ def row_loss(
         for vector, value in zip(result[:-1], values, strict=True):
             vector[at] = value
         if dlogits is not None:
-            dentropy = None
-            if terms.entropy_coef:
-                dentropy = -terms.entropy_coef * weight[at].masked_fill(token.dropped, 0.0)
+            dentropy = terms.dentropy(weight[at], token.dropped)
             softmax.write_gradient(chunk, target[at], dlogp, z, dentropy, entropy)
 
     wanted = (weight != 0) & _readable(target, rows.V)
@@ -88,7 +86,7 @@ def row_dlogits(
 
     def write(chunk: Chunk, softmax: _Softmax) -> None:
         at = chunk.at
-        z, _ = softmax.read(chunk.logits, target[at])
+        z = softmax.read(chunk.logits, target[at])
         slope = None if dentropy is None else dentropy[at]
         softmax.write_gradient(chunk, target[at], dlogp[at], z, slope, stats.entropy[at])
 
@@ -176,11 +174,12 @@ class _Softmax:
         self.temperature = temperature
         self.centred = torch.empty(0)
         self.others = torch.empty(0)
+        self.lse_others = torch.empty(0)
 
-    def read(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """(z, entropy of the softmax over the other words) of rows `[n, V]`, float64 `[n]`.
+    def read(self, logits: Tensor, target: Tensor) -> Tensor:
+        """z = log Σ_{j≠y} exp(x_j − x_y) of rows `[n, V]`, float64 `[n]`.
 
-        z = log Σ_{j≠y} exp(x_j − x_y). Leaves that softmax, 0 at the target, in `others`.
+        Leaves the softmax over the other words, 0 at the target, in `others`.
         """
         if self.others.shape != logits.shape:
             self.centred = logits.new_empty(logits.shape, dtype=torch.float32)
@@ -201,12 +200,17 @@ class _Softmax:
         others.index_fill_(0, alone.nonzero().squeeze(1), 0.0)
         # the likeliest of the others has probability 1/S
         log_rest = -others.amax(1).double().log()
-        moment = _row_sums(centred.scatter_(1, hole, 0.0).mul_(others))
+        centred.scatter_(1, hole, 0.0)
+        self.lse_others = peak + log_rest
+        return torch.where(alone & ~gap.isnan(), -math.inf, self.lse_others - gap)
+
+    def entropy_of_others(self) -> Tensor:
+        """Entropy of the softmax over the other words of the rows just read, nats, float64."""
+        moment = _row_sums(self.centred.mul_(self.others))
         # 0·(−inf): a forbidden word has no entropy; a NaN among the logits shows in z
         if moment.isnan().any():
-            moment = _row_sums(centred.nan_to_num_(nan=0.0))
-        z = torch.where(alone & ~gap.isnan(), -math.inf, peak + log_rest - gap)
-        return z, log_rest - (moment.double() - peak)
+            moment = _row_sums(self.centred.nan_to_num_(nan=0.0))
+        return self.lse_others - moment.double()
 
     def write_gradient(
         self,

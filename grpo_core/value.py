@@ -25,6 +25,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from grpo_core.validation import must_validate
+
 KL = Literal["k1", "k2", "k3", "abs"]
 # added to the variance, as in verl and TRL
 WHITENING = 1e-8
@@ -270,8 +272,9 @@ def _check_floats(
     _check_shape(name, tensor, shape)
     if not tensor.is_floating_point():
         raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
-    validate = tensor.device.type == "cpu" if validate is None else validate
+    if not must_validate(validate, tensor):
+        return
     bad = present & ~tensor.isfinite()
-    if validate and bad.any():
+    if bad.any():
         at = tuple(bad.nonzero()[0].tolist())
         raise ValueError(f"{name}: expected finite numbers, got {tensor[at]} at {list(at)}")

@@ -51,6 +51,12 @@ class Terms:
     beta: float
     entropy_coef: float = 0.0
 
+    def dentropy(self, weight: Tensor, dropped: Tensor) -> Tensor | None:
+        """dL/dH of every token, −entropy_coef · weight; None without an entropy bonus."""
+        if not self.entropy_coef:
+            return None
+        return -self.entropy_coef * weight.masked_fill(dropped, 0.0)
+
 
 class TokenLoss(NamedTuple):
     """Surrogate and KL of every token, `[N]` each; float32 but for `dropped`."""
