@@ -4,7 +4,9 @@ from grpo_core.advantages import GroupNorm, group_advantages
 from grpo_core.estimators import Estimator
 from grpo_core.fused_loss import LossOutput, TokenLogp, fused_loss, token_logp
 from grpo_core.objective import Objective, Surrogate
+from grpo_core.policy_factor import PolicyFactor
 from grpo_core.recipes import RECIPES, clip
+from grpo_core.sampler import SamplerCorrection
 
 __version__ = "0.1.0"
 __all__ = [
@@ -13,6 +15,8 @@ __all__ = [
     "GroupNorm",
     "LossOutput",
     "Objective",
+    "PolicyFactor",
+    "SamplerCorrection",
     "Surrogate",
     "TokenLogp",
     "clip",

@@ -7,18 +7,19 @@ masked tokens marked once, by `valid`, and a weight for every token.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from grpo_core.advantages import estimate_advantages
 from grpo_core.backends import Backend
+from grpo_core.kernels.records import TokenVectors
 from grpo_core.objective import Objective
 from grpo_core.recipes import find_objective
 from grpo_core.sequence_ratio import SequenceRatio
 from grpo_core.validation import must_validate
-from grpo_core.weights import token_weights
+from grpo_core.weights import Aggregation, token_weights
 
 # the target of a masked token, as everywhere in this ecosystem
 IGNORE = -100
@@ -27,22 +28,30 @@ COLDEST = 1e-4
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
-class Tokens:
+@dataclass(frozen=True, kw_only=True)
+class Tokens(TokenVectors):
     """Everything a loss needs beside the logits, as vectors over N tokens."""
 
-    target: Tensor  # [N] int64, IGNORE where not valid
+    objective: Objective
     valid: Tensor  # [N] bool
+    given: Tensor  # [N] bool, valid before a sampler correction
     bad_target: Tensor  # [N] bool, neither a word nor IGNORE
-    weight: Tensor  # [N]
-    advantage: Tensor  # [N]
-    old_logp: Tensor | None  # [N], nats
-    ref_logp: Tensor | None  # [N], nats
     sequence: Tensor  # [N] int64 in [0, sequences)
     sequences: int
+    width: int | None  # of a padded batch
+    normalizer: Tensor | float | None
+    sampler_logp: Tensor | None = None  # [N], nats
+    groups: tuple[Tensor, int | Tensor] | None = None  # rewards [B], and whose they are
 
-    def sequence_ratio(self, spec: Objective) -> SequenceRatio:
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether a token's loss waits for the statistics of other rows, or of its own."""
+        spec = self.objective
+        return not spec.is_token_level or spec.factor.needs_statistics(self)
+
+    def sequence_ratio(self) -> SequenceRatio:
         """The objective's map from tokens' log-ratios to those of its level."""
+        spec = self.objective
         return SequenceRatio(
             spec.ratio_level,
             spec.token_clip,
@@ -50,6 +59,49 @@ class Tokens:
             self.sequence,
             self.sequences,
             self.advantage,
+        )
+
+    def multiplied(self, factor: Tensor) -> Tokens:
+        """With another factor of the surrogate."""
+        factor = factor.to(self.advantage.dtype)
+        return replace(self, factor=factor if self.factor is None else self.factor * factor)
+
+    def without(self, rejected: Tensor) -> Tokens:
+        """Without some tokens, which then count in no mean."""
+        valid = self.valid & ~rejected
+        target = torch.where(valid, self.target, IGNORE)
+        return replace(self, valid=valid, target=target).weighed()
+
+    def only_entropy_of(self, kept: Tensor) -> Tokens:
+        """Surrogate and entropy bonus on some tokens only; the others stay in every policy mean."""
+        tokens = self.multiplied(kept)
+        return replace(tokens, entropy_weight=tokens._entropy_weight(self.weight, kept))
+
+    def weighed(self) -> Tokens:
+        """With the weights of the valid tokens."""
+        weight = self._weights(self.valid, self.objective.aggregation, self.normalizer)
+        return replace(self, weight=weight, entropy_weight=self._entropy_weight(weight, self.valid))
+
+    def _entropy_weight(self, weight: Tensor, kept: Tensor) -> Tensor | None:
+        """entropy_coef times the weight of each entropy, 0 outside `kept`; None without a bonus."""
+        spec = self.objective
+        if not spec.entropy_coef:
+            return None
+        if spec.entropy_aggregation is not None:
+            weight = self._weights(self.valid & kept, spec.entropy_aggregation, None)
+        return spec.entropy_coef * torch.where(kept, weight, 0.0)
+
+    def _weights(
+        self, valid: Tensor, aggregation: Aggregation, normalizer: Tensor | float | None
+    ) -> Tensor:
+        return token_weights(
+            valid,
+            self.sequence,
+            aggregation,
+            sequences=self.sequences,
+            width=self.width,
+            normalizer=normalizer,
+            dtype=self.advantage.dtype,
         )
 
 
@@ -105,14 +157,16 @@ def check_loss_arguments(
     group_id: Tensor | None,
     old_logp: Tensor | None,
     ref_logp: Tensor | None,
+    ref_logits: Tensor | None,
+    sampler_logp: Tensor | None,
     mask: Tensor | None,
     sequence_id: Tensor | None,
     normalizer: Tensor | float | None,
     backend: Backend | None,
     validate: bool | None,
     dtype: torch.dtype = torch.float32,
-) -> tuple[Objective, Tokens]:
-    """The objective and the token vectors, in `dtype`; arguments as in `fused_loss`.
+) -> Tokens:
+    """The token vectors and their objective, in `dtype`; arguments as in `fused_loss`.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
@@ -122,34 +176,25 @@ def check_loss_arguments(
     if (advantage is None) == (rewards is None):
         both = "neither" if advantage is None else "both"
         raise ValueError(f"advantage: expected exactly one of advantage and rewards, got {both}")
-    for name, groups in (("group_size", group_size), ("group_id", group_id)):
-        if groups is not None and rewards is None:
-            raise ValueError(f"{name}: expected None without rewards, got {groups!r}")
-    if spec.beta and ref_logp is None:
-        raise ValueError(
-            f"ref_logp: expected a tensor for beta = {spec.beta}, got None (or replace beta by 0)"
-        )
+    for name, grouping in (("group_size", group_size), ("group_id", group_id)):
+        if grouping is not None and rewards is None:
+            raise ValueError(f"{name}: expected None without rewards, got {grouping!r}")
+    _check_references(spec, logits, ref_logp, ref_logits, sampler_logp)
     valid, bad_target = check_target(logits, target, mask, validate)
     old_logp = _floats("old_logp", old_logp, (shape,), logits, dtype)
     ref_logp = _floats("ref_logp", ref_logp, (shape,), logits, dtype)
+    sampler_logp = _floats("sampler_logp", sampler_logp, (shape,), logits, dtype)
     normalizer = _check_normalizer(normalizer, spec, logits, validate)
     sequence, sequences, valid = _sequences(logits, sequence_id, valid, validate)
 
+    groups: tuple[Tensor, int | Tensor] | None = None
     if rewards is not None:
-        _vector("rewards", rewards, None if packed else (shape[:1],), logits)
-        if valid.numel() and not rewards.numel():
-            raise ValueError("rewards: expected one for every sequence, got [0]")
-        if packed and must_validate(validate, logits):
-            _check_per_sequence(rewards, sequence)
-        known = sequence < rewards.numel()
-        if must_validate(validate, logits) and (valid & ~known).any():
-            want = f"ids below the {rewards.numel()} rewards"
-            _raise_first("sequence_id", want, sequence, valid & ~known)
-        valid = valid & known
-        advantage = estimate_advantages(
-            rewards, spec.advantage, group_size, group_id, backend=backend, validate=validate
+        advantage, valid = _advantage_of_rewards(
+            rewards, spec, group_size, group_id, logits, sequence, valid, backend, validate
         )
-        advantage = advantage[sequence.clamp(max=max(rewards.numel() - 1, 0))].to(dtype)
+        whose = group_size if group_id is None else group_id
+        assert whose is not None
+        groups = (rewards.detach(), whose)
     else:
         shapes = (shape,) if packed else (shape, shape[:1])
         advantage = _floats("advantage", advantage, shapes, logits, dtype)
@@ -157,26 +202,81 @@ def check_loss_arguments(
         if advantage.numel() != valid.numel():
             advantage = advantage[sequence]
 
-    weight = token_weights(
-        valid,
-        sequence,
-        spec.aggregation,
-        sequences=sequences,
-        width=None if packed else shape[1],
-        normalizer=normalizer,
-        dtype=dtype,
-    )
-    return spec, Tokens(
+    tokens = Tokens(
+        objective=spec,
         target=torch.where(valid, target.reshape(-1).long(), IGNORE),
         valid=valid,
+        given=valid,
         bad_target=bad_target,
-        weight=weight,
-        advantage=advantage,
+        weight=advantage,
+        advantage=advantage.to(dtype),
         old_logp=old_logp,
         ref_logp=ref_logp,
         sequence=sequence,
         sequences=sequences,
+        width=None if packed else shape[1],
+        normalizer=normalizer,
+        sampler_logp=sampler_logp,
+        groups=groups,
+    ).weighed()
+    return tokens if old_logp is None else spec.factor.of_sampler(tokens, old_logp)
+
+
+def _advantage_of_rewards(
+    rewards: Tensor,
+    spec: Objective,
+    group_size: int | None,
+    group_id: Tensor | None,
+    logits: Tensor,
+    sequence: Tensor,
+    valid: Tensor,
+    backend: Backend | None,
+    validate: bool | None,
+) -> tuple[Tensor, Tensor]:
+    """(advantage [N], valid [N]) of tokens whose sequences have rewards."""
+    packed = logits.ndim == 2
+    _vector("rewards", rewards, None if packed else (logits.shape[:1],), logits)
+    if valid.numel() and not rewards.numel():
+        raise ValueError("rewards: expected one for every sequence, got [0]")
+    if packed and must_validate(validate, logits):
+        _check_per_sequence(rewards, sequence)
+    known = sequence < rewards.numel()
+    if must_validate(validate, logits) and (valid & ~known).any():
+        want = f"ids below the {rewards.numel()} rewards"
+        _raise_first("sequence_id", want, sequence, valid & ~known)
+    advantage = estimate_advantages(
+        rewards, spec.advantage, group_size, group_id, backend=backend, validate=validate
     )
+    return advantage[sequence.clamp(max=max(rewards.numel() - 1, 0))], valid & known
+
+
+def _check_references(
+    spec: Objective,
+    logits: Tensor,
+    ref_logp: Tensor | None,
+    ref_logits: Tensor | None,
+    sampler_logp: Tensor | None,
+) -> None:
+    """Raises ValueError unless what the objective compares with is there, and nothing else."""
+    exact = spec.kl == "exact"
+    name, given = ("ref_logits", ref_logits) if exact else ("ref_logp", ref_logp)
+    if spec.beta and given is None:
+        raise ValueError(
+            f"{name}: expected a tensor for beta = {spec.beta}, got None (or replace beta by 0)"
+        )
+    if exact and ref_logp is not None:
+        raise ValueError("ref_logp: expected None for kl = 'exact', which takes ref_logits")
+    if ref_logits is not None and not exact:
+        raise ValueError(
+            f"ref_logits: expected None for kl = {spec.kl!r}; use kl='exact', or give "
+            "ref_logp=token_logp(ref_logits, target, ...).logp"
+        )
+    if ref_logits is not None:
+        _vector("ref_logits", ref_logits, (tuple(logits.shape),), logits)
+        if not ref_logits.is_floating_point():
+            raise ValueError(f"ref_logits: expected floating point, got {ref_logits.dtype}")
+    if spec.factor.sampler is not None and sampler_logp is None:
+        raise ValueError("sampler_logp: expected a tensor for factor.sampler, got None")
 
 
 def _check_per_sequence(rewards: Tensor, sequence: Tensor) -> None:
@@ -248,6 +348,10 @@ def _check_normalizer(
     normalizer: Tensor | float | None, spec: Objective, logits: Tensor, validate: bool | None
 ) -> Tensor | float | None:
     """The divisor as a constant, once it is None, a number > 0 or a real 0-dim tensor."""
+    if logits.ndim == 2 and spec.entropy_coef and spec.entropy_aggregation == "constant_length":
+        raise ValueError(
+            "entropy_aggregation: expected anything but constant_length for packed rows"
+        )
     if normalizer is None:
         if logits.ndim == 2 and spec.aggregation == "constant_length":
             raise ValueError(

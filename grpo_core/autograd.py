@@ -18,7 +18,6 @@ from torch.autograd.graph import increment_version
 
 from grpo_core.arguments import Tokens
 from grpo_core.kernels.records import RowLoss, Rows, Terms
-from grpo_core.objective import Objective
 
 CONTIGUOUS = torch.contiguous_format
 
@@ -27,8 +26,8 @@ CONTIGUOUS = torch.contiguous_format
 class Call:
     """Everything of a call that is not the logits; the one non-tensor argument of autograd."""
 
-    spec: Objective
     tokens: Tokens
+    ref_logits: Tensor | None
     temperature: float
     inplace: bool
     wants_gradient: bool
@@ -37,51 +36,52 @@ class Call:
     @property
     def terms(self) -> Terms:
         """Surrogate and KL as the kernels take them."""
+        spec = self.tokens.objective
         return Terms(
-            surrogate=self.spec.surrogate.function,
-            surrogate_args=self.spec.surrogate.args,
-            kl=self.spec.kl_function if self.tokens.ref_logp is not None else None,
-            kl_times_ratio=self.spec.kl_times_ratio,
-            beta=float(self.spec.beta),
-            entropy_coef=float(self.spec.entropy_coef),
+            surrogate=spec.surrogate.function,
+            surrogate_args=spec.surrogate.args,
+            kl=spec.kl_function if self.tokens.ref_logp is not None else None,
+            kl_times_ratio=spec.kl_times_ratio,
+            beta=float(spec.beta),
         )
 
+    @property
+    def ref_rows(self) -> Rows | None:
+        """The reference policy's logits, for the exact KL."""
+        return None if self.ref_logits is None else Rows.of(self.ref_logits)
 
-def _one_pass(rows: Rows, call: Call, dlogits: Tensor | None) -> RowLoss:
+    @property
+    def exact_beta(self) -> float | None:
+        """Weight of the exact KL; None without one."""
+        return None if self.ref_logits is None else float(self.tokens.objective.beta)
+
+
+def _one_pass(rows: Rows, call: Call, dlogits: Tensor | None) -> tuple[RowLoss, Tokens]:
     """Token-level objectives: everything in one kernel."""
-    tokens = call.tokens
-    return call.kernels.row_loss(
-        rows,
-        tokens.target,
-        call.temperature,
-        tokens.weight,
-        tokens.advantage,
-        tokens.old_logp,
-        tokens.ref_logp,
-        call.terms,
-        dlogits,
+    result = call.kernels.row_loss(
+        rows, call.tokens, call.temperature, call.terms, dlogits, call.ref_rows
     )
+    return result, call.tokens
 
 
-def _two_phases(rows: Rows, call: Call, dlogits: Tensor | None) -> RowLoss:
-    """Sequence-level ratios: statistics of all rows, the loss on vectors, then the gradient."""
-    tokens, kernels = call.tokens, call.kernels
-    stats = kernels.row_stats(rows, tokens.target, call.temperature)
-    logp, entropy, state = stats
+def _two_phases(rows: Rows, call: Call, dlogits: Tensor | None) -> tuple[RowLoss, Tokens]:
+    """Where a loss waits for other rows: statistics, the loss on vectors, then the gradient."""
+    kernels, T = call.kernels, call.temperature
+    stats = kernels.row_stats(rows, call.tokens.target, T, call.ref_rows)
+    logp, entropy, exact_kl, state = stats
+    tokens = call.tokens.objective.factor.of_statistics(call.tokens, logp, entropy)
     token_ratio = logp - (logp if tokens.old_logp is None else tokens.old_logp)
-    level = tokens.sequence_ratio(call.spec)
+    level = tokens.sequence_ratio()
     log_ratio = level.forward(token_ratio)
-    bonus = entropy if call.spec.entropy_coef else None
-    terms = kernels.token_loss(
-        logp, log_ratio, tokens.advantage, tokens.weight, tokens.ref_logp, bonus, call.terms
-    )
+    terms = kernels.token_loss(logp, log_ratio, tokens, entropy, exact_kl, call.terms)
     dlogp = terms.dlogp + level.backward(token_ratio, terms.dlog_ratio)
     dlogp = torch.where(terms.dropped, 0.0, dlogp)
     if dlogits is not None:
-        dentropy = call.terms.dentropy(tokens.weight, terms.dropped)
-        kernels.row_dlogits(rows, tokens.target, call.temperature, dlogp, dentropy, stats, dlogits)
+        slopes = tokens.slopes(dlogp, terms.dropped, call.exact_beta)
+        kernels.row_dlogits(rows, tokens.target, T, slopes, stats, dlogits, call.ref_rows)
     ratio = log_ratio.exp() * tokens.valid
-    return RowLoss(logp, entropy, ratio, terms.kl, terms.loss, dlogp, terms.dropped, state)
+    result = RowLoss(logp, entropy, ratio, terms.kl, terms.loss, dlogp, terms.dropped, state)
+    return result, tokens
 
 
 class FusedLoss(torch.autograd.Function):
@@ -92,14 +92,18 @@ class FusedLoss(torch.autograd.Function):
         rows = Rows.of(logits.detach())
         now = call.wants_gradient and logits.dtype != torch.float16
         dlogits = _room_for_gradient(rows.logits, call) if now else None
-        plan = _one_pass if call.spec.is_token_level else _two_phases
-        result = plan(rows, call, dlogits)
+        plan = _two_phases if call.tokens.needs_statistics else _one_pass
+        result, tokens = plan(rows, call, dlogits)
         if dlogits is rows.logits:
             # an operation upstream that saved these logits must notice that they are gone
             increment_version(logits)
         ctx.call, ctx.result, ctx.dlogits, ctx.spent = call, result, dlogits, False
+        ctx.target = tokens.target
+        ctx.slopes = tokens.slopes(result.dlogp, result.dropped, call.exact_beta)
         ctx.save_for_backward(*(() if dlogits is rows.logits else (logits,)))
-        outputs = (result.logp, result.entropy, result.ratio, result.kl, result.dropped)
+        factor = torch.ones_like(result.logp) if tokens.factor is None else tokens.factor
+        vectors = (result.logp, result.entropy, result.ratio, result.kl, result.dropped)
+        outputs = (*vectors, factor, tokens.valid.clone())
         ctx.mark_non_differentiable(*outputs)
         ctx.set_materialize_grads(False)
         return result.loss.sum(), *outputs
@@ -121,12 +125,14 @@ class FusedLoss(torch.autograd.Function):
         (logits,) = ctx.saved_tensors
         rows = Rows.of(logits.detach())
         dlogits = _room_for_gradient(rows.logits, call)
-        dlogp = result.dlogp * grad_output
-        dentropy = call.terms.dentropy(call.tokens.weight, result.dropped)
-        if dentropy is not None:
-            dentropy = dentropy * grad_output
         call.kernels.row_dlogits(
-            rows, call.tokens.target, call.temperature, dlogp, dentropy, result, dlogits
+            rows,
+            ctx.target,
+            call.temperature,
+            ctx.slopes.times(grad_output),
+            result,
+            dlogits,
+            call.ref_rows,
         )
         if dlogits is rows.logits:
             increment_version(logits)

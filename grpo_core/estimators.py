@@ -150,6 +150,25 @@ def decoupled_advantages(
     return _over_batch(total, group, tokens, estimator).to(_result_dtype(rewards))
 
 
+@torch.no_grad()
+def equal_reward_groups(rewards: Tensor, groups: int | Tensor) -> tuple[Tensor, Tensor]:
+    """(groups whose rewards are all equal, groups), both 0-dim int64; nothing waits.
+
+    Args:
+        rewards: [B] floating point.
+        groups: as in `relative_advantages`, checked there.
+    """
+    B = len(rewards)
+    if not isinstance(groups, Tensor):
+        groups = torch.arange(B, device=rewards.device) // groups
+    index = groups.long().clamp(0, max(B - 1, 0))
+    extremes = torch.full((2, B), -math.inf, dtype=torch.float64, device=rewards.device)
+    for extreme, sign in zip(extremes, (1, -1), strict=True):
+        extreme.scatter_reduce_(0, index, sign * rewards.double(), "amax")
+    present = extremes[0] > -math.inf
+    return (present & (extremes[0] == -extremes[1])).sum(), present.sum()
+
+
 @dataclass(frozen=True)
 class _Groups:
     """Which group each of B numbers belongs to, and how much it counts there."""

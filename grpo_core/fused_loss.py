@@ -47,6 +47,7 @@ class LossOutput:
         entropy: of the distribution at temperature T, nats.
         ratio: π / π_old; with a sequence-level objective that of the sequence.
         kl: the objective's estimate of KL(π ‖ π_ref), nats.
+        factor: what the surrogate was multiplied by, see `policy_factor`; 1 without one.
     """
 
     loss: Tensor
@@ -54,21 +55,23 @@ class LossOutput:
     entropy: Tensor = field(repr=False)
     ratio: Tensor = field(repr=False)
     kl: Tensor = field(repr=False)
-    _spec: Objective = field(repr=False)
+    factor: Tensor = field(repr=False)
     _tokens: Tokens = field(repr=False)
+    _valid: Tensor = field(repr=False)
     _dropped: Tensor = field(repr=False)
 
     @cached_property
     def metrics(self) -> dict[str, Tensor]:
-        """Figures of this call, see `metrics.loss_metrics`; computed when first asked for."""
+        """Figures of this call, see `metrics.METRICS`; computed when first asked for."""
         return loss_metrics(
-            self._spec,
             self._tokens,
             loss=self.loss.detach(),
             logp=self.logp.reshape(-1),
             entropy=self.entropy.reshape(-1),
             ratio=self.ratio.reshape(-1),
             kl=self.kl.reshape(-1),
+            factor=self.factor.reshape(-1),
+            valid=self._valid,
             dropped=self._dropped,
         )
 
@@ -84,6 +87,8 @@ def fused_loss(
     group_id: Tensor | None = None,
     old_logp: Tensor | None = None,
     ref_logp: Tensor | None = None,
+    ref_logits: Tensor | None = None,
+    sampler_logp: Tensor | None = None,
     mask: Tensor | None = None,
     sequence_id: Tensor | None = None,
     normalizer: Tensor | float | None = None,
@@ -95,7 +100,8 @@ def fused_loss(
     """Policy-gradient loss of a language model, forward and backward in one pass over the logits.
 
     L = Σ_n weight_n · (ℓ(logp_n, logp_n − old_logp_n, A_n) + beta · kl(logp_n, ref_logp_n)) with
-    ℓ, kl, beta and the weights from `objective`; differentiated with respect to the logits only.
+    ℓ, kl, beta and the weights from `objective`, and what else that names (see there);
+    differentiated with respect to the logits only.
 
     A row whose loss or gradient is not finite (NaN or +inf among its logits, a ratio beyond
     float32) is left out, with a ratio of sequences its whole sequence: loss and gradient there are
@@ -118,7 +124,13 @@ def fused_loss(
         old_logp: shaped like target, nats; None means on policy: the ratio is exactly 1 and the
             gradient is that of REINFORCE.
         ref_logp: shaped like target, nats; needed when the objective's beta is not 0, else only
-            measured as `kl`.
+            measured as `kl`. For kl="exact" instead
+        ref_logits: shaped like logits, any of their dtypes, at the same temperature; read once,
+            beside the logits.
+        sampler_logp: shaped like target, nats, of the program that sampled; needed by
+            `factor.sampler`, else only measured. There a token for which it is NaN or infinite
+            leaves the mask and is counted. Without `old_logp` the policy itself is taken for the
+            old one, in two phases.
         mask: shaped like target, 0 means masked, anything else counts fully; together with
             target -100. Sequences without a token are in no mean.
         sequence_id: [N] integers in [0, N), for packed logits: the sequence of each row; it also
@@ -152,7 +164,7 @@ def fused_loss(
             "inplace: expected logits with a contiguous last axis, separate rows and, on a GPU, "
             f"rows aligned to 16 bytes; got strides {logits.stride()}"
         )
-    spec, tokens = check_loss_arguments(
+    tokens = check_loss_arguments(
         logits,
         target,
         objective=objective,
@@ -162,6 +174,8 @@ def fused_loss(
         group_id=group_id,
         old_logp=old_logp,
         ref_logp=ref_logp,
+        ref_logits=ref_logits,
+        sampler_logp=sampler_logp,
         mask=mask,
         sequence_id=sequence_id,
         normalizer=normalizer,
@@ -169,8 +183,8 @@ def fused_loss(
         validate=validate,
     )
     call = Call(
-        spec,
         tokens,
+        _reference_rows(ref_logits, logits, inplace, kernels),
         temperature=float(temperature),
         inplace=inplace,
         wants_gradient=logits.requires_grad and torch.is_grad_enabled(),
@@ -178,9 +192,9 @@ def fused_loss(
     )
     if not readable:
         logits = logits.clone(memory_format=torch.contiguous_format)
-    loss, *vectors, dropped = FusedLoss.apply(logits, call)
-    logp, entropy, ratio, kl = (vector.view(target.shape) for vector in vectors)
-    return LossOutput(loss, logp, entropy, ratio, kl, spec, tokens, dropped)
+    loss, *vectors, dropped, factor, valid = FusedLoss.apply(logits, call)
+    logp, entropy, ratio, kl, factor = (v.view(target.shape) for v in (*vectors, factor))
+    return LossOutput(loss, logp, entropy, ratio, kl, factor, tokens, valid, dropped)
 
 
 @torch.no_grad()
@@ -212,8 +226,27 @@ def token_logp(
     if not _readable_in_place(logits, kernels):
         logits = logits.clone(memory_format=torch.contiguous_format)
     rows = torch.where(valid, target.reshape(-1).long(), IGNORE)
-    logp, entropy, _ = kernels.row_stats(Rows.of(logits), rows, float(temperature))
+    logp, entropy, *_ = kernels.row_stats(Rows.of(logits), rows, float(temperature))
     return TokenLogp(logp.view(target.shape), entropy.view(target.shape))
+
+
+def _reference_rows(
+    ref_logits: Tensor | None, logits: Tensor, inplace: bool, kernels: ModuleType
+) -> Tensor | None:
+    """The reference's logits as the kernels can read them.
+
+    Raises:
+        ValueError: a gradient that is written over the logits would overwrite them.
+    """
+    if ref_logits is None:
+        return None
+    if inplace and ref_logits.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr():
+        raise ValueError("ref_logits: expected memory of its own with inplace=True, got the logits")
+    ref_logits = ref_logits.detach()
+    if ref_logits.dtype not in LOGIT_DTYPES:
+        ref_logits = ref_logits.float()
+    alike = ref_logits.dtype == logits.dtype and _readable_in_place(ref_logits, kernels)
+    return ref_logits if alike else ref_logits.contiguous()
 
 
 def _readable_in_place(logits: Tensor, kernels: ModuleType) -> bool:

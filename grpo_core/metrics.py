@@ -1,21 +1,61 @@
 """What one looks at while training, from the vectors a loss leaves behind; 0-dim tensors all.
 
-Nothing here enters the loss and nothing waits for the device. Means are over the tokens that
-count: not masked, not dropped.
+Nothing here enters the loss and nothing waits for the device. `METRICS` names how each figure is
+put together over micro-batches and ranks, and `merge_metrics` does so.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from grpo_core.arguments import Tokens
-from grpo_core.objective import Objective
+from grpo_core.estimators import equal_reward_groups
 from grpo_core.torch_formula import as_torch
 
 
+class Metric(NamedTuple):
+    """How a figure is reduced: over what its mean is taken, and what it says."""
+
+    reduction: Literal["sum", "mean", "min", "max", "derived"]
+    over: str  # the metric that counts what a mean is over; "" otherwise
+    meaning: str
+
+
+METRICS: dict[str, Metric] = {
+    "loss": Metric("sum", "", "the loss; sums over parts that share a normalizer"),
+    "tokens": Metric("sum", "", "tokens in the loss: neither masked nor left out"),
+    "moved_tokens": Metric("sum", "", "those with an advantage"),
+    "ratio_mean": Metric(
+        "mean", "tokens", "π / π_old, of the sequence where the objective says so"
+    ),
+    "ratio_min": Metric("min", "", "its smallest"),
+    "ratio_max": Metric("max", "", "its largest"),
+    "ratio_square": Metric("mean", "tokens", "its second moment"),
+    "effective_sample_size": Metric("derived", "", "ratio_mean² / ratio_square: 1 on policy"),
+    "clip_fraction": Metric("mean", "moved_tokens", "no policy gradient although an advantage"),
+    "clip_fraction_low": Metric("mean", "moved_tokens", "of these, advantage below 0"),
+    "clip_fraction_high": Metric("mean", "moved_tokens", "of these, advantage above 0"),
+    "kl": Metric("mean", "tokens", "to the reference policy, nats, as the objective estimates it"),
+    "entropy": Metric("mean", "tokens", "of the whole distribution, nats"),
+    "approx_kl_old": Metric("mean", "tokens", "ratio − 1 − log ratio, nats: moved since rollout"),
+    "factor_mean": Metric("mean", "tokens", "what the surrogate is multiplied by"),
+    "sampler_kl": Metric("mean", "scored_tokens", "sampler to trainer, nats: w − 1 − log w"),
+    "sampler_gap_mean": Metric("mean", "scored_tokens", "|log π_old − log π_sampler|, nats"),
+    "sampler_gap_max": Metric("max", "", "its largest"),
+    "scored_tokens": Metric("sum", "", "tokens whose sampler log-probability is finite"),
+    "unscored_tokens": Metric("sum", "", "tokens whose sampler log-probability is not"),
+    "groups": Metric("sum", "", "prompts with a token in the loss's rewards"),
+    "zero_variance_groups": Metric("mean", "groups", "share of groups whose rewards are all equal"),
+    "nonfinite_rows": Metric("sum", "", "left out because a term is NaN or infinite"),
+    "bad_target_rows": Metric("sum", "", "left out because the target is no word"),
+}
+
+
 def loss_metrics(
-    spec: Objective,
     tokens: Tokens,
     *,
     loss: Tensor,
@@ -23,39 +63,107 @@ def loss_metrics(
     entropy: Tensor,
     ratio: Tensor,
     kl: Tensor,
+    factor: Tensor,
+    valid: Tensor,
     dropped: Tensor,
 ) -> dict[str, Tensor]:
-    """The figures of one call.
+    """The figures of one call, named and explained in `METRICS`.
 
-    Returns:
-        loss; tokens (count that enter the loss); ratio_mean, ratio_max; clip_fraction (share of
-        tokens with an advantage whose policy gradient is 0); kl, entropy (mean, nats);
-        approx_kl_old (mean of ratio − 1 − log ratio, nats: how far the policy has moved since
-        the rollout); nonfinite_rows (rows left out because a term of theirs is NaN or infinite);
-        bad_target_rows (rows left out because their target is no word).
+    Those of the sampler are there if `sampler_logp` was given, those of groups with `rewards`.
     """
-    counts = tokens.valid & ~dropped
+    counts = valid & ~dropped
     count = counts.sum()
-
-    def mean(vector: Tensor) -> Tensor:
-        return torch.where(counts, vector, 0.0).sum() / count.clamp(min=1)
-
     # a ratio of 0 is one too small for float32, not one of log −∞
     log_ratio = torch.log(ratio.clamp(min=torch.finfo(ratio.dtype).tiny))
-    _, dlogp, dlog_ratio = as_torch(spec.surrogate.function)(
-        logp, log_ratio, tokens.advantage, *spec.surrogate.args
+    surrogate = tokens.objective.surrogate
+    _, dlogp, dlog_ratio = as_torch(surrogate.function)(
+        logp, log_ratio, tokens.advantage, *surrogate.args
     )
     moved = counts & (tokens.advantage != 0)
-    return {
+    clipped = moved & (dlogp == 0) & (dlog_ratio == 0)
+    ratio_mean, ratio_square = _mean(ratio, counts), _mean(ratio * ratio, counts)
+    found = {
         "loss": loss,
         "tokens": count,
-        "ratio_mean": mean(ratio),
-        "ratio_max": torch.where(counts, ratio, 0.0).amax() if ratio.numel() else loss * 0,
-        "clip_fraction": (moved & (dlogp == 0) & (dlog_ratio == 0)).sum()
-        / moved.sum().clamp(min=1),
-        "kl": mean(kl),
-        "entropy": mean(entropy),
-        "approx_kl_old": mean(ratio - 1 - log_ratio),
-        "nonfinite_rows": (tokens.valid & dropped).sum(),
+        "moved_tokens": moved.sum(),
+        "ratio_mean": ratio_mean,
+        "ratio_min": _extreme(ratio, counts, largest=False),
+        "ratio_max": _extreme(ratio, counts, largest=True),
+        "ratio_square": ratio_square,
+        "effective_sample_size": _effective_share(ratio_mean, ratio_square),
+        "clip_fraction": _mean(clipped, moved),
+        "clip_fraction_low": _mean(clipped & (tokens.advantage < 0), moved),
+        "clip_fraction_high": _mean(clipped & (tokens.advantage > 0), moved),
+        "kl": _mean(kl, counts),
+        "entropy": _mean(entropy, counts),
+        "approx_kl_old": _mean(ratio - 1 - log_ratio, counts),
+        "factor_mean": _mean(factor, counts),
+        "nonfinite_rows": (valid & dropped).sum(),
         "bad_target_rows": tokens.bad_target.sum(),
     }
+    if tokens.sampler_logp is not None:
+        found |= _sampler_metrics(tokens, logp, counts)
+    if tokens.groups is not None:
+        equal, groups = equal_reward_groups(*tokens.groups)
+        found |= {"groups": groups, "zero_variance_groups": equal / groups.clamp(min=1)}
+    return found
+
+
+def merge_metrics(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The figures of several micro-batches, or of the ranks' gathered ones, as if of one.
+
+    Raises:
+        ValueError: no parts, or parts with different figures.
+    """
+    if not parts or any(part.keys() != parts[0].keys() for part in parts):
+        raise ValueError(f"parts: expected figures of the same names, got {list(map(list, parts))}")
+    columns = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+    merged = {}
+    for name, column in columns.items():
+        reduction, over, _ = METRICS[name]
+        if reduction == "mean":
+            weight = columns[over].to(column.dtype)
+            merged[name] = (column * weight).sum() / weight.sum().clamp(min=1)
+        elif reduction == "sum":
+            merged[name] = column.sum()
+        elif reduction != "derived":
+            merged[name] = column.amin() if reduction == "min" else column.amax()
+    merged["effective_sample_size"] = _effective_share(merged["ratio_mean"], merged["ratio_square"])
+    return {name: merged[name] for name in columns}
+
+
+def _sampler_metrics(tokens: Tokens, logp: Tensor, counts: Tensor) -> dict[str, Tensor]:
+    """How far the sampler is from the trainer, over the tokens that both have scored."""
+    assert tokens.sampler_logp is not None
+    finite = tokens.sampler_logp.isfinite()
+    before = logp if tokens.old_logp is None else tokens.old_logp
+    scored = counts & finite & before.isfinite()
+    gap = torch.where(scored, before - tokens.sampler_logp, 0.0)
+    return {
+        "sampler_kl": _mean(torch.expm1(gap) - gap, scored),
+        "sampler_gap_mean": _mean(gap.abs(), scored),
+        "sampler_gap_max": _extreme(gap.abs(), scored, largest=True),
+        "scored_tokens": scored.sum(),
+        "unscored_tokens": (tokens.given & ~finite).sum(),
+    }
+
+
+def _mean(vector: Tensor, counts: Tensor) -> Tensor:
+    """Mean over the tokens that count; 0 without any."""
+    vector = vector.to(torch.float32) if vector.dtype == torch.bool else vector
+    return torch.where(counts, vector, 0.0).sum() / counts.sum().clamp(min=1)
+
+
+def _extreme(vector: Tensor, counts: Tensor, *, largest: bool) -> Tensor:
+    """Largest or smallest over the tokens that count; 0 without any."""
+    if not vector.numel():
+        return vector.sum()
+    far = -torch.inf if largest else torch.inf
+    known = torch.where(counts, vector, far)
+    found = known.amax() if largest else known.amin()
+    return torch.where(counts.any(), found, 0.0)
+
+
+def _effective_share(mean: Tensor, square: Tensor) -> Tensor:
+    """(Σ r)² / (n · Σ r²); 0 without tokens."""
+    return torch.where(square > 0, mean * mean / square.clamp(min=1e-38), 0.0)

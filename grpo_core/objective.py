@@ -1,15 +1,15 @@
 """A method is a value: five independent axes, and checks that they make sense together.
 
-    L = Σ_n weight_n · (surrogate(logp_n, log_ratio_n, A_n) + beta · kl(logp_n, ref_logp_n)
-                        − entropy_coef · H_n)
+    L = Σ_n weight_n · (factor_n · surrogate(logp_n, log_ratio_n, A_n) + beta · kl_n)
+        − entropy_coef · Σ_n entropy_weight_n · H_n
 
 | axis         | field                      | where it is computed                  |
 |--------------|----------------------------|---------------------------------------|
 | advantage    | `advantage`                | advantages.py, estimators.py          |
 | ratio level  | `ratio_level, token_clip`  | sequence_ratio.py                     |
-| surrogate    | `surrogate`                | kernels/surrogates.py                 |
-| KL estimator | `kl, kl_times_ratio, beta` | kernels/kl.py                         |
-| aggregation  | `aggregation`              | weights.py                            |
+| surrogate    | `surrogate`, `factor`      | kernels/surrogates.py, policy_factor.py |
+| KL estimator | `kl, kl_times_ratio, beta` | kernels/kl.py, kernels/exact_kl.py    |
+| aggregation  | `aggregation`, `entropy_*` | weights.py                            |
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from typing import Any, Literal, get_args
 from grpo_core.advantages import GroupNorm
 from grpo_core.estimators import Estimator
 from grpo_core.kernels import kl as kl_estimators
+from grpo_core.policy_factor import PolicyFactor
 from grpo_core.sequence_ratio import RatioLevel
 from grpo_core.weights import Aggregation
 
-KL = Literal["k1", "absolute", "k2", "k3", "k1_plus", "k3_plus"]
+KL = Literal["k1", "absolute", "k2", "k3", "k1_plus", "k3_plus", "exact"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Objective:
 
     Args:
         surrogate: the policy term, for example `clip(0.2, 0.28)`.
-        kl: estimator of the KL to the reference policy, or None.
+        kl: estimator of the KL to the reference policy from its log-probability of the token,
+            "exact" for the KL over the whole vocabulary from its logits, or None.
         beta: weight of the KL term; with 0 a given `ref_logp` is only measured, by k3 if there is
             no `kl`.
         ratio_level: whose ratio the surrogate sees, see `sequence_ratio`.
@@ -56,10 +58,14 @@ class Objective:
         kl_times_ratio: weight the KL by the ratio, and differentiate that too: unbiased off policy
             (DeepSeek-V3.2, arXiv 2512.02556; TRL's default).
         entropy_coef: weight of the entropy bonus.
+        entropy_aggregation: how the entropies are averaged, over this call; None means with the
+            weights of the policy term, `normalizer` included.
+        factor: what scales the surrogate of a token, and nothing else; see `policy_factor`.
         token_clip: (low, high), bounds of a token's log-ratio before its sequence's mean (GMPO).
 
     Raises:
-        ValueError: an unknown name, a negative or infinite beta, beta without a KL estimator.
+        ValueError: an unknown name, a negative or infinite beta, beta without a KL estimator, a
+            ratio times the exact KL (which has no sampled token).
     """
 
     surrogate: Surrogate
@@ -70,6 +76,8 @@ class Objective:
     aggregation: Aggregation = "token_mean"
     kl_times_ratio: bool = False
     entropy_coef: float = 0.0
+    entropy_aggregation: Aggregation | None = None
+    factor: PolicyFactor = field(default_factory=PolicyFactor)
     token_clip: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
@@ -81,13 +89,18 @@ class Objective:
             )
         _one_of("kl", self.kl, (*get_args(KL), None))
         _one_of("ratio_level", self.ratio_level, get_args(RatioLevel))
+        if not isinstance(self.factor, PolicyFactor):
+            raise ValueError(f"factor: expected a PolicyFactor, got {self.factor!r}")
         _one_of("aggregation", self.aggregation, get_args(Aggregation))
+        _one_of("entropy_aggregation", self.entropy_aggregation, (*get_args(Aggregation), None))
         if not 0 <= self.beta < math.inf:
             raise ValueError(f"beta: expected a finite number >= 0, got {self.beta!r}")
         if not math.isfinite(self.entropy_coef):
             raise ValueError(f"entropy_coef: expected a finite number, got {self.entropy_coef!r}")
         if self.beta and self.kl is None:
             raise ValueError(f"kl: expected an estimator for beta = {self.beta}, got None")
+        if self.kl == "exact" and self.kl_times_ratio:
+            raise ValueError("kl_times_ratio: expected False for kl = 'exact', got True")
 
         if self.token_clip is not None and not all(0 <= b < math.inf for b in self.token_clip):
             raise ValueError(f"token_clip: expected two numbers >= 0, got {self.token_clip!r}")
@@ -99,7 +112,8 @@ class Objective:
 
     @property
     def kl_function(self) -> Callable:
-        """The estimator of kernels/kl.py; k3 where none is named, to measure by."""
+        """The estimator of kernels/kl.py for a given `ref_logp`; k3 where none is named."""
+        assert self.kl != "exact"
         return getattr(kl_estimators, self.kl or "k3")
 
     def replace(self, **changes: Any) -> Objective:

@@ -28,6 +28,8 @@ def reference_loss(
     group_id: Tensor | None = None,
     old_logp: Tensor | None = None,
     ref_logp: Tensor | None = None,
+    ref_logits: Tensor | None = None,
+    sampler_logp: Tensor | None = None,
     mask: Tensor | None = None,
     sequence_id: Tensor | None = None,
     normalizer: Tensor | float | None = None,
@@ -47,7 +49,7 @@ def reference_loss(
     """
     check_logits(logits, temperature, (*LOGIT_DTYPES, torch.float64))
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    spec, tokens = check_loss_arguments(
+    tokens = check_loss_arguments(
         logits,
         target,
         objective=objective,
@@ -57,6 +59,8 @@ def reference_loss(
         group_id=group_id,
         old_logp=old_logp,
         ref_logp=ref_logp,
+        ref_logits=ref_logits,
+        sampler_logp=sampler_logp,
         mask=mask,
         sequence_id=sequence_id,
         normalizer=normalizer,
@@ -64,58 +68,79 @@ def reference_loss(
         validate=validate,
         dtype=dtype,
     )
-    rows = logits.reshape(-1, logits.shape[-1]).to(dtype) / temperature
-    loss, (logp, entropy, ratio, kl), kept = _evaluate(rows, spec, tokens)
+    rows, ref = (
+        None if x is None else x.reshape(-1, x.shape[-1]).to(dtype) / temperature
+        for x in (logits, ref_logits)
+    )
+    assert rows is not None
+    loss, vectors, kept, tokens = _evaluate(rows, ref, tokens)
     if not (kept | ~tokens.valid).all():
         # once more with the dropped rows as constants, or 0·NaN would reach the gradient
         rows = rows.masked_fill(~kept[:, None], 0.0)
-        loss, *_ = _evaluate(rows, spec, tokens, constant=(kept, logp.detach()))
+        loss, *_ = _evaluate(rows, ref, tokens, constant=(kept, vectors[0].detach()))
     shape, valid = target.shape, tokens.valid
-    logp, entropy, ratio, kl = (
-        torch.where(valid, vector.detach(), 0.0).view(shape)
-        for vector in (logp, entropy, ratio, kl)
-    )
-    return LossOutput(loss, logp, entropy, ratio, kl, spec, tokens, valid & ~kept)
+    shown = (torch.where(valid, vector.detach(), 0.0).view(shape) for vector in vectors)
+    logp, entropy, ratio, kl = shown
+    factor = torch.ones_like(logp) if tokens.factor is None else tokens.factor.view(shape)
+    return LossOutput(loss, logp, entropy, ratio, kl, factor, tokens, valid, valid & ~kept)
 
 
 def _evaluate(
-    rows: Tensor, spec: Objective, tokens: Tokens, constant: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """(loss, (logp, entropy, ratio, kl), kept) with a graph back to `rows` [N, V].
+    rows: Tensor,
+    ref: Tensor | None,
+    tokens: Tokens,
+    constant: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor], Tensor, Tokens]:
+    """(loss, (logp, entropy, ratio, kl), kept, tokens) with a graph back to `rows` [N, V].
 
     `constant` = (kept, logp): only the rows in `kept` are part of the loss, the others keep `logp`.
     """
+    spec = tokens.objective
     log_softmax = torch.log_softmax(rows, dim=-1)
     logp = log_softmax.gather(1, tokens.target.clamp(min=0)[:, None]).squeeze(1)
     with torch.set_grad_enabled(torch.is_grad_enabled() and spec.entropy_coef != 0):
         # 0·log 0 = 0
         entropy = -(log_softmax.exp() * log_softmax.clamp(min=-1e30)).sum(1)
+    exact_kl = None if ref is None else _exact_kl(log_softmax, torch.log_softmax(ref, dim=-1))
+    at = torch.ones_like(tokens.valid)
     if constant is not None:
-        logp = torch.where(constant[0], logp, constant[1])
+        at, logp = constant[0], torch.where(constant[0], logp, constant[1])
+    elif tokens.needs_statistics:
+        tokens = spec.factor.of_statistics(tokens, logp.detach(), entropy.detach())
     log_ratio = logp - (logp.detach() if tokens.old_logp is None else tokens.old_logp)
-    log_ratio = tokens.sequence_ratio(spec).forward(log_ratio)
-    at = torch.ones_like(tokens.valid) if constant is None else constant[0]
-    loss, kl = _token_loss(logp[at], log_ratio[at], spec, tokens, at)
-    if spec.entropy_coef:
-        loss = loss - spec.entropy_coef * entropy[at]
+    log_ratio = tokens.sequence_ratio().forward(log_ratio)
+    loss, kl = _token_loss(logp, log_ratio, exact_kl, tokens, at)
     ratio = log_ratio.exp()
+    weight = tokens.weight[at]
+    if tokens.entropy_weight is None:
+        loss = weight * loss
+    else:
+        loss = weight * loss - tokens.entropy_weight[at] * entropy[at]
     kept = tokens.valid[at] & logp[at].isfinite() & ratio[at].float().isfinite() & loss.isfinite()
-    weight = torch.where(kept, tokens.weight[at], 0.0)
-    total = (weight * torch.where(kept, loss, 0.0)).sum()
-    return total, (logp, entropy, ratio, kl), kept
+    total = torch.where(kept, loss, 0.0).sum()
+    return total, (logp, entropy, ratio, kl), kept, tokens
 
 
 def _token_loss(
-    logp: Tensor, log_ratio: Tensor, spec: Objective, tokens: Tokens, at: Tensor
+    logp: Tensor, log_ratio: Tensor, exact_kl: Tensor | None, tokens: Tokens, at: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(loss, kl) of the tokens marked in `at` [N] bool, before their weights."""
+    spec = tokens.objective
+    logp, log_ratio = logp[at], log_ratio[at]
     surrogate = as_torch(spec.surrogate.function)
     loss, *_ = surrogate(logp, log_ratio, tokens.advantage[at], *spec.surrogate.args)
-    kl = torch.zeros_like(logp)
+    if tokens.factor is not None:
+        loss = tokens.factor[at] * loss
+    kl = torch.zeros_like(logp) if exact_kl is None else exact_kl[at]
     if tokens.ref_logp is not None:
         kl, _ = as_torch(spec.kl_function)(logp, tokens.ref_logp[at])
         if spec.kl_times_ratio:
             kl = kl * log_ratio.exp()
-        if spec.beta:
-            loss = loss + spec.beta * kl
-    return loss, kl
+    return (loss + spec.beta * kl if spec.beta else loss), kl
+
+
+def _exact_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Σ_j p_j·(log p_j − log q_j) of each row; a word that π forbids adds nothing."""
+    possible = log_p.exp() > 0
+    gap = torch.where(possible, log_p - log_q, 0.0)
+    return (torch.where(possible, log_p.exp(), 0.0) * gap).sum(1)

@@ -24,6 +24,7 @@ class Chunk:
     """A few rows that are wanted: their logits `[n, V]`, places, and home of their gradient."""
 
     logits: Tensor
+    ref_logits: Tensor | None  # [n, V], the reference policy's
     at: slice | Tensor  # place of each row among all N
     dlogits: Tensor | None  # [m, V], m >= n: every row of the stretch the chunk was taken from
     inside: slice | Tensor  # place of each row in `dlogits`
@@ -35,13 +36,14 @@ def for_each_chunk(
     rows: Rows,
     wanted: Tensor,
     dlogits: Tensor | None = None,
+    ref_rows: Rows | None = None,
 ) -> None:
     """Does `work(chunk, scratch)` on the wanted rows; unwanted rows of `dlogits` become 0.
 
     Each core takes chunks of its own: sharing out every small operation instead would make the
     cores wait for each other some ten times a chunk, and for long where they are not alone.
     """
-    pieces = list(_pieces(rows, dlogits))
+    pieces = list(_pieces(rows, dlogits, ref_rows))
     threads = min(torch.get_num_threads(), len(pieces))
     if threads <= 1:
         scratch = new_scratch()
@@ -80,6 +82,7 @@ class _Piece:
     """Neighbouring rows before anyone has asked which of them are wanted."""
 
     logits: Tensor  # [m, V]
+    ref: Rows | None
     dlogits: Tensor | None  # [m, V]
     place: slice  # among all N rows
 
@@ -87,17 +90,29 @@ class _Piece:
         """The wanted rows of it, if any; the gradient of the others becomes 0."""
         inside = wanted[self.place].nonzero().squeeze(1)
         if inside.numel() == self.logits.shape[0]:
-            return Chunk(self.logits, self.place, self.dlogits, slice(None))
+            ref_logits = None if self.ref is None else _taken(self.ref, self.place)
+            return Chunk(self.logits, ref_logits, self.place, self.dlogits, slice(None))
         # a copy, so that zeroing the gradient leaves it readable when both are one
         some = self.logits[inside]
         if self.dlogits is not None:
             self.dlogits.zero_()
         if not inside.numel():
             return None
-        return Chunk(some, self.place.start + inside, self.dlogits, inside)
+        at = self.place.start + inside
+        ref_logits = None if self.ref is None else _taken(self.ref, at)
+        return Chunk(some, ref_logits, at, self.dlogits, inside)
 
 
-def _pieces(rows: Rows, dlogits: Tensor | None) -> Iterator[_Piece]:
+def _taken(rows: Rows, at: slice | Tensor) -> Tensor:
+    """Some of the rows as `[n, V]`; a view where they are evenly spaced neighbours."""
+    if rows.rows_per_batch >= rows.N:
+        return rows.logits.as_strided((rows.N, rows.V), (rows.row_stride, 1))[at]
+    if isinstance(at, slice):
+        at = torch.arange(at.start, at.stop, device=rows.logits.device)
+    return rows.logits[at // rows.rows_per_batch, at % rows.rows_per_batch]
+
+
+def _pieces(rows: Rows, dlogits: Tensor | None, ref: Rows | None) -> Iterator[_Piece]:
     """All rows, a few at a time."""
     step = max(1, CHUNK_BYTES // (4 * rows.V))
     # the gradient either lies as the logits do, being them, or is contiguous
@@ -112,7 +127,7 @@ def _pieces(rows: Rows, dlogits: Tensor | None) -> Iterator[_Piece]:
             gradient = flat[place] if flat is not None else None
             if outputs is not None:
                 gradient = outputs[k][start : start + step]
-            yield _Piece(logits, gradient, place)
+            yield _Piece(logits, ref, gradient, place)
         first += stretch.shape[0]
 
 

@@ -37,6 +37,34 @@ from grpo_core.validation import must_validate
 Level = Literal["token", "sequence", "geometric"]
 Action = Literal["truncate", "zero", "reject"]
 
+
+@dataclass(frozen=True)
+class SamplerCorrection:
+    """How w = π_old / π_sampler is taken and bounded, see the table above.
+
+    Args:
+        level: one w per token, or one per sequence, as a product or a geometric mean.
+        action: what happens outside the bounds.
+        low, high: bounds of w, 0 <= low <= high; inclusive.
+
+    Raises:
+        ValueError: an unknown name, or bounds in the wrong order.
+    """
+
+    level: Level = "token"
+    action: Action = "truncate"
+    low: float = 0.0
+    high: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name, choices in (("level", Level), ("action", Action)):
+            value = getattr(self, name)
+            if value not in get_args(choices):
+                raise ValueError(f"{name}: expected one of {get_args(choices)}, got {value!r}")
+        if not 0 <= self.low <= self.high:
+            raise ValueError(f"low: expected 0 <= low <= high, got {self.low!r} and {self.high!r}")
+
+
 # e⁸⁰ is within the range of float32, e⁸⁹ is not
 MAX_LOG_RATIO = 80.0
 
@@ -91,11 +119,7 @@ def sampler_correction(
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
-    for name, value, choices in (("level", level, Level), ("action", action, Action)):
-        if value not in get_args(choices):
-            raise ValueError(f"{name}: expected one of {get_args(choices)}, got {value!r}")
-    if not 0 <= low <= high:
-        raise ValueError(f"low: expected 0 <= low <= high, got {low!r} and {high!r}")
+    SamplerCorrection(level, action, low, high)
     log_ratio, kept, nonfinite = _log_ratio(old_logp, "sampler_logp", sampler_logp, mask)
     if level != "token":
         log_ratio, kept = _per_sequence(

@@ -105,11 +105,16 @@ def sigmoid2(z):
 
 
 @triton.jit
+def log_sides(z):
+    """log p_y and log(1 − p_y), nats, each with full relative precision."""
+    softplus = log1p(tl.exp2(-tl.abs(z)))
+    return -(tl.maximum(z, 0.0) * LN2 + softplus), -(tl.maximum(-z, 0.0) * LN2 + softplus)
+
+
+@triton.jit
 def token_statistics(z, rest, moment):
     """logp and entropy of a token, in nats, from z, S and Σ 2^c·c."""
-    softplus = log1p(tl.exp2(-tl.abs(z)))
-    logp = -(tl.maximum(z, 0.0) * LN2 + softplus)
-    log_others = -(tl.maximum(-z, 0.0) * LN2 + softplus)
+    logp, log_others = log_sides(z)
     entropy_others = (tl.log2(rest) - moment / rest) * LN2
     others, mine = sigmoid2(z), sigmoid2(-z)
     # 0·log 0 = 0: a target or a remainder of probability 0 has no entropy
@@ -125,22 +130,26 @@ def write_row_gradient(
     V,
     target,
     scale,
-    dlogp,
-    dentropy,
-    peak,
-    rest,
-    z,
-    entropy,
+    slopes,
+    state,
+    ref,
     ENTROPY: tl.constexpr,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """dL/dlogits of a whole row, from dL/dlogp and dL/dH; may write over the row it reads.
+    """dL/dlogits of a whole row, from what L's derivatives by its statistics are.
 
-    dL/dx_j = (dlogp·(δ_{j,target} − p_j) − dentropy·p_j·(log p_j + H)) / T, which beside the target
-    is 2^c·(factor + slope·c): one more multiply-add for the entropy, and none without (ENTROPY).
+    `slopes` = dL by (logp, entropy, exact KL), `state` = (M, S, z, H) of the row, and `ref` = (its
+    reference logits, M, S, z, KL), or None without an exact KL. With
+
+    dL/dx_j = (dlogp·(δ_{j,y} − p_j) − dentropy·p_j·(log p_j + H) + dkl·p_j·(log p_j/q_j − KL)) / T
+
+    the gradient beside the target is 2^c·(factor + slope·c + kl_slope·(c − c_ref)): two more
+    multiply-adds at most, and none without entropy (ENTROPY) and KL. May write over the row.
     """
+    dlogp, dentropy, dkl = slopes
+    peak, rest, z, entropy = state
     tile: tl.constexpr = THREADS * WIDTH
     columns = tile_columns(THREADS, WIDTH, VECTOR)
     others = sigmoid2(z)
@@ -148,14 +157,22 @@ def write_row_gradient(
     share = tl.where(rest > 0, others / rest, 0.0)
     factor = -dlogp * share
     slope = 0.0
+    kl_slope = 0.0
     if ENTROPY:
-        softplus = log1p(tl.exp2(-tl.abs(z)))
-        logp = -(tl.maximum(z, 0.0) * LN2 + softplus)
-        log_share = -(tl.maximum(-z, 0.0) * LN2 + softplus) - tl.log2(rest) * LN2
-        spread = tl.where(others > 0, log_share + entropy, 0.0)
+        logp, log_others = log_sides(z)
+        spread = tl.where(others > 0, log_others - tl.log2(rest) * LN2 + entropy, 0.0)
         at_target -= tl.where(others < 1, dentropy * sigmoid2(-z) * (logp + entropy), 0.0)
         factor -= dentropy * share * spread
         slope = -dentropy * share * (LN2 * LN2) * scale
+    if ref is not None:
+        logp, log_others = log_sides(z)
+        ref_logp, ref_log_others = log_sides(ref[3])
+        spread = log_others - ref_log_others - (tl.log2(rest) - tl.log2(ref[2])) * LN2 - ref[4]
+        of_target = sigmoid2(-z) * (logp - ref_logp - ref[4])
+        # a KL that is only looked at may be infinite
+        at_target += tl.where((dkl != 0) & (others < 1), dkl * of_target, 0.0)
+        factor += tl.where((dkl != 0) & (others > 0), dkl * share * spread, 0.0)
+        kl_slope = dkl * share * (LN2 * LN2) * scale
     at_target *= scale * LN2
     factor *= scale * LN2
     # in place, no thread may overwrite the target's logit before all have read it
@@ -165,11 +182,17 @@ def write_row_gradient(
         if (first + tile <= V) & ((target < first) | (target >= first + tile)):
             logits = tl.load(row_ptr + at).to(tl.float32)
             dlogits = gradient_beside_target(logits, scale, peak, factor, slope, ENTROPY)
+            if ref is not None:
+                ref_logits = tl.load(ref[0] + at).to(tl.float32)
+                dlogits += gradient_of_kl(logits, ref_logits, scale, peak, ref[1], kl_slope)
             tl.store(dlogits_ptr + at, dlogits.to(dlogits_ptr.dtype.element_ty))
         else:
             inside = at < V
             logits = tl.load(row_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
             dlogits = gradient_beside_target(logits, scale, peak, factor, slope, ENTROPY)
+            if ref is not None:
+                ref_logits = tl.load(ref[0] + at, mask=inside, other=0.0).to(tl.float32)
+                dlogits += gradient_of_kl(logits, ref_logits, scale, peak, ref[1], kl_slope)
             dlogits = tl.where(at == target, at_target, dlogits)
             tl.store(dlogits_ptr + at, dlogits.to(dlogits_ptr.dtype.element_ty), mask=inside)
 
@@ -182,6 +205,19 @@ def gradient_beside_target(logits, scale, peak, factor, slope, ENTROPY: tl.const
         return tl.exp2(centred) * tl.fma(tl.maximum(centred, LOWEST), slope, factor)
     else:
         return factor * tl.exp2(centred)
+
+
+@triton.jit
+def gradient_of_kl(logits, ref_logits, scale, peak, ref_peak, kl_slope):
+    """kl_slope·2^c·(c − c_ref) of a tile."""
+    centred = tl.fma(logits, scale, -peak)
+    return weighted_gap(kl_slope * tl.exp2(centred), centred, tl.fma(ref_logits, scale, -ref_peak))
+
+
+@triton.jit
+def weighted_gap(weight, centred, ref_centred):
+    """weight·(c − c_ref), and 0 for a word of weight 0, whatever π_ref says of it."""
+    return tl.where(weight != 0, weight * (centred - ref_centred), 0.0)
 
 
 @triton.jit

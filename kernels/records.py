@@ -46,16 +46,71 @@ class Terms:
 
     surrogate: Callable  # of `surrogates`
     surrogate_args: tuple[float, ...]
-    kl: Callable | None  # of `kl`; None without a reference policy
+    kl: Callable | None  # of `kl`; None without `ref_logp`
     kl_times_ratio: bool
     beta: float
-    entropy_coef: float = 0.0
 
-    def dentropy(self, weight: Tensor, dropped: Tensor) -> Tensor | None:
-        """dL/dH of every token, −entropy_coef · weight; None without an entropy bonus."""
-        if not self.entropy_coef:
-            return None
-        return -self.entropy_coef * weight.masked_fill(dropped, 0.0)
+
+@dataclass(frozen=True)
+class TokenVectors:
+    """What a loss knows of each of N tokens beside its logits: `[N]`, float32 but for `target`.
+
+    L = Σ_n weight_n · (factor_n · ℓ_n + beta · kl_n) − entropy_weight_n · H_n
+    """
+
+    target: Tensor  # int64; outside [0, V) means masked
+    weight: Tensor  # 0 means masked
+    advantage: Tensor
+    old_logp: Tensor | None = None  # nats; None means on policy: ratio 1
+    ref_logp: Tensor | None = None  # nats
+    factor: Tensor | None = None  # of the surrogate alone; None means 1
+    entropy_weight: Tensor | None = None  # None means no entropy bonus
+
+    def at(self, place: slice | Tensor) -> TokenVectors:
+        """Those of some tokens only."""
+
+        def some(vector: Tensor | None) -> Tensor | None:
+            return None if vector is None else vector[place]
+
+        return TokenVectors(
+            self.target[place],
+            self.weight[place],
+            self.advantage[place],
+            some(self.old_logp),
+            some(self.ref_logp),
+            some(self.factor),
+            some(self.entropy_weight),
+        )
+
+    def slopes(self, dlogp: Tensor, dropped: Tensor, exact_beta: float | None) -> Slopes:
+        """dL by each statistic of a row, 0 where dropped; `exact_beta` is None without exact KL."""
+        dentropy = dkl = None
+        if self.entropy_weight is not None:
+            dentropy = -self.entropy_weight.masked_fill(dropped, 0.0)
+        if exact_beta:
+            dkl = exact_beta * self.weight.masked_fill(dropped, 0.0)
+        return Slopes(dlogp, dentropy, dkl)
+
+
+class Slopes(NamedTuple):
+    """What the gradient of a row of logits is made of: `[N]` float32 each."""
+
+    dlogp: Tensor  # dL/dlogp
+    dentropy: Tensor | None  # dL/dH
+    dkl: Tensor | None  # dL/dKL, of the exact KL
+
+    def times(self, grad_output: Tensor) -> Slopes:
+        """Each multiplied by a 0-dim tensor."""
+        return Slopes._make(None if slope is None else slope * grad_output for slope in self)
+
+    @property
+    def any(self) -> Tensor:
+        """`[N]` bool: where there is a gradient at all."""
+        moves = self.dlogp != 0
+        for slope in (self.dentropy, self.dkl):
+            if slope is not None:
+                moves = moves | (slope != 0)
+        return moves
 
 
 class TokenLoss(NamedTuple):
@@ -78,6 +133,7 @@ class RowStats(NamedTuple):
 
     logp: Tensor  # [N] nats
     entropy: Tensor  # [N] nats
+    kl: Tensor | None  # [N] nats, the exact KL; None without `ref_logits`
     state: Tensor  # [k, N], from which the backend finds the softmax again
 
 

@@ -4,7 +4,7 @@ The second phase where a row's coefficient was not known while the row was read:
 ratios, and a second backward. Reads a row once and writes it once, 4 bytes per bfloat16 logit, in
 place when both pointers are the same.
 
-    dL/dx_j = (dlogp·(δ_{j,target} − p_j) − dentropy·p_j·(log p_j + H)) / T
+    dL/dx_j = (dlogp·(δ_{j,y} − p_j) − dentropy·p_j·(log p_j + H) + dkl·p_j·(log p_j/q_j − KL)) / T
 """
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from .language import tl, triton
 from .launch import launch, row_layout
 from .online_softmax import LOG2E, row_start, target_gap, write_row_gradient, write_row_zeros
-from .records import Rows, RowStats
+from .records import RowLoss, Rows, RowStats, Slopes
 
 
 @triton.jit(
@@ -22,6 +22,9 @@ from .records import Rows, RowStats
         "rows_per_batch",
         "batch_stride",
         "row_stride",
+        "ref_rows_per_batch",
+        "ref_batch_stride",
+        "ref_row_stride",
         "out_rows_per_batch",
         "out_batch_stride",
         "out_row_stride",
@@ -31,16 +34,21 @@ from .records import Rows, RowStats
         "target_ptr",
         "dlogp_ptr",
         "dentropy_ptr",
+        "dkl_ptr",
         "entropy_ptr",
+        "kl_ptr",
         "state_ptr",
     ],
 )
 def _row_dlogits_kernel(
     logits_ptr,
+    ref_logits_ptr,
     target_ptr,
     dlogp_ptr,
     dentropy_ptr,
+    dkl_ptr,
     entropy_ptr,
+    kl_ptr,
     state_ptr,
     dlogits_ptr,
     N,
@@ -48,6 +56,9 @@ def _row_dlogits_kernel(
     rows_per_batch,
     batch_stride: tl.int64,
     row_stride: tl.int64,
+    ref_rows_per_batch,
+    ref_batch_stride: tl.int64,
+    ref_row_stride: tl.int64,
     out_rows_per_batch,
     out_batch_stride: tl.int64,
     out_row_stride: tl.int64,
@@ -68,23 +79,32 @@ def _row_dlogits_kernel(
     if dentropy_ptr is not None:
         dentropy = tl.load(dentropy_ptr + row)
         entropy = tl.load(entropy_ptr + row)
-    if ((dlogp != 0) | (dentropy != 0)) & (target >= 0) & (target < V):
+    dkl = 0.0
+    if dkl_ptr is not None:
+        dkl = tl.load(dkl_ptr + row)
+    if ((dlogp != 0) | (dentropy != 0) | (dkl != 0)) & (target >= 0) & (target < V):
         word = target.to(tl.int32)
         peak = tl.load(state_ptr + row)
         rest = tl.load(state_ptr + N + row)
         z = target_gap(row_ptr, word, scale, peak, rest)
+        ref = None
+        if dkl_ptr is not None:
+            ref_ptr = ref_logits_ptr + row_start(
+                row, ref_rows_per_batch, ref_batch_stride, ref_row_stride, ALIGNMENT
+            )
+            ref_peak = tl.load(state_ptr + 2 * N + row)
+            ref_rest = tl.load(state_ptr + 3 * N + row)
+            ref_z = target_gap(ref_ptr, word, scale, ref_peak, ref_rest)
+            ref = (ref_ptr, ref_peak, ref_rest, ref_z, tl.load(kl_ptr + row))
         write_row_gradient(
             row_ptr,
             dlogits_ptr + out,
             V,
             word,
             scale,
-            dlogp,
-            dentropy,
-            peak,
-            rest,
-            z,
-            entropy,
+            (dlogp, dentropy, dkl),
+            (peak, rest, z, entropy),
+            ref,
             dentropy_ptr is not None,
             THREADS,
             WIDTH,
@@ -98,10 +118,10 @@ def row_dlogits(
     rows: Rows,
     target: torch.Tensor,
     temperature: float,
-    dlogp: torch.Tensor,
-    dentropy: torch.Tensor | None,
-    stats: RowStats,
+    slopes: Slopes,
+    stats: RowStats | RowLoss,
     dlogits: torch.Tensor,
+    ref_rows: Rows | None = None,
 ) -> torch.Tensor:
     """Writes dL/dlogits into `dlogits` (of the logits' shape; may be the logits).
 
@@ -109,20 +129,24 @@ def row_dlogits(
         rows: logits of N tokens over V words, float32, bfloat16 or float16.
         target: [N] int64; outside [0, V) means a row of zeros.
         temperature: T, the logits are divided by it.
-        dlogp: [N] float32, dL/dlogp of each row; a row with neither derivative becomes 0.
-        dentropy: [N] float32, dL/dH of each row, or None.
+        slopes: dL by the statistics of each row; a row without any becomes 0.
         stats: from `row_stats` or `row_loss`.
+        ref_rows: the reference policy's logits, where `slopes.dkl` is given.
     """
-    out = Rows.of(dlogits)
+    out, ref = Rows.of(dlogits), ref_rows or rows
+    dlogp, dentropy, dkl = slopes
     launch(
         _row_dlogits_kernel,
         rows.N,
         on=rows.logits,
         logits_ptr=rows.logits,
+        ref_logits_ptr=None if dkl is None else ref.logits,
         target_ptr=target,
         dlogp_ptr=dlogp,
         dentropy_ptr=dentropy,
+        dkl_ptr=dkl,
         entropy_ptr=None if dentropy is None else stats.entropy,
+        kl_ptr=None if dkl is None else stats.kl,
         state_ptr=stats.state,
         dlogits_ptr=dlogits,
         N=rows.N,
@@ -130,6 +154,9 @@ def row_dlogits(
         rows_per_batch=rows.rows_per_batch,
         batch_stride=rows.batch_stride,
         row_stride=rows.row_stride,
+        ref_rows_per_batch=ref.rows_per_batch,
+        ref_batch_stride=ref.batch_stride,
+        ref_row_stride=ref.row_stride,
         out_rows_per_batch=out.rows_per_batch,
         out_batch_stride=out.batch_stride,
         out_row_stride=out.row_stride,

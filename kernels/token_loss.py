@@ -10,7 +10,7 @@ import torch
 from .kl import times_ratio
 from .language import tl, triton
 from .launch import VECTOR_BLOCK, launch, vector_programs
-from .records import Terms, TokenLoss
+from .records import Terms, TokenLoss, TokenVectors
 from .scalar_math import is_finite
 
 
@@ -19,6 +19,7 @@ def token_terms(
     logp,
     log_ratio,
     advantage,
+    factor_ptr,
     ref_logp_ptr,
     at,
     mask,
@@ -30,6 +31,9 @@ def token_terms(
 ):
     """(loss, dloss/dlogp, dloss/dlog_ratio, kl) of a token, before its weight."""
     loss, dlogp, dlog_ratio = SURROGATE(logp, log_ratio, advantage, *surrogate_args)
+    if factor_ptr is not None:
+        factor = tl.load(factor_ptr + at, mask=mask)
+        loss, dlogp, dlog_ratio = factor * loss, factor * dlogp, factor * dlog_ratio
     kl = logp * 0
     if ref_logp_ptr is not None:
         ref_logp = tl.load(ref_logp_ptr + at, mask=mask)
@@ -53,8 +57,11 @@ def token_terms(
         "log_ratio_ptr",
         "advantage_ptr",
         "weight_ptr",
+        "factor_ptr",
         "ref_logp_ptr",
+        "exact_kl_ptr",
         "entropy_ptr",
+        "entropy_weight_ptr",
         "loss_ptr",
         "dlogp_ptr",
         "dlog_ratio_ptr",
@@ -67,8 +74,11 @@ def _token_loss_kernel(
     log_ratio_ptr,
     advantage_ptr,
     weight_ptr,
+    factor_ptr,
     ref_logp_ptr,
+    exact_kl_ptr,
     entropy_ptr,
+    entropy_weight_ptr,
     loss_ptr,
     dlogp_ptr,
     dlog_ratio_ptr,
@@ -76,7 +86,6 @@ def _token_loss_kernel(
     dropped_ptr,
     N,
     beta,
-    entropy_coef,
     surrogate_args,
     SURROGATE: tl.constexpr,
     KL: tl.constexpr,
@@ -93,6 +102,7 @@ def _token_loss_kernel(
         logp,
         log_ratio,
         advantage,
+        factor_ptr,
         ref_logp_ptr,
         at,
         inside,
@@ -102,14 +112,20 @@ def _token_loss_kernel(
         KL,
         KL_TIMES_RATIO,
     )
-    if entropy_ptr is not None:
-        loss -= entropy_coef * tl.load(entropy_ptr + at, mask=inside, other=0.0)
+    if exact_kl_ptr is not None:
+        kl = tl.load(exact_kl_ptr + at, mask=inside, other=0.0)
+        if beta != 0:
+            loss += beta * kl
+    loss *= weight
+    if entropy_weight_ptr is not None:
+        entropy = tl.load(entropy_ptr + at, mask=inside, other=0.0)
+        loss -= tl.load(entropy_weight_ptr + at, mask=inside, other=0.0) * entropy
     alive = weight != 0
     usable = is_finite(logp) & is_finite(log_ratio) & is_finite(tl.exp(log_ratio))
     usable = usable & is_finite(loss)
     usable = usable & is_finite(dlogp) & is_finite(dlog_ratio)
     kept = alive & usable
-    tl.store(loss_ptr + at, tl.where(kept, weight * loss, 0.0), mask=inside)
+    tl.store(loss_ptr + at, tl.where(kept, loss, 0.0), mask=inside)
     tl.store(dlogp_ptr + at, tl.where(kept, weight * dlogp, 0.0), mask=inside)
     tl.store(dlog_ratio_ptr + at, tl.where(kept, weight * dlog_ratio, 0.0), mask=inside)
     tl.store(kl_ptr + at, tl.where(alive, kl, 0.0), mask=inside)
@@ -119,18 +135,18 @@ def _token_loss_kernel(
 def token_loss(
     logp: torch.Tensor,
     log_ratio: torch.Tensor,
-    advantage: torch.Tensor,
-    weight: torch.Tensor,
-    ref_logp: torch.Tensor | None,
-    entropy: torch.Tensor | None,
+    tokens: TokenVectors,
+    entropy: torch.Tensor,
+    exact_kl: torch.Tensor | None,
     terms: Terms,
 ) -> TokenLoss:
     """Weighted loss of every token and its two derivatives.
 
     Args:
         logp, log_ratio: [N] float32, nats; `log_ratio` may be a sequence's mean.
-        advantage, weight: [N] float32; weight 0 means masked.
-        ref_logp, entropy: [N] float32 or None; the entropy only for an entropy bonus.
+        tokens: weights, advantages and what else is given of each.
+        entropy: [N] float32, nats; read only for an entropy bonus.
+        exact_kl: [N] float32, nats, or None.
         terms: the objective's formulas.
     """
     result = TokenLoss.empty(logp.numel(), logp.device)
@@ -140,10 +156,13 @@ def token_loss(
         on=logp,
         logp_ptr=logp,
         log_ratio_ptr=log_ratio,
-        advantage_ptr=advantage,
-        weight_ptr=weight,
-        ref_logp_ptr=ref_logp,
-        entropy_ptr=entropy,
+        advantage_ptr=tokens.advantage,
+        weight_ptr=tokens.weight,
+        factor_ptr=tokens.factor,
+        ref_logp_ptr=tokens.ref_logp,
+        exact_kl_ptr=exact_kl,
+        entropy_ptr=None if tokens.entropy_weight is None else entropy,
+        entropy_weight_ptr=tokens.entropy_weight,
         loss_ptr=result.loss,
         dlogp_ptr=result.dlogp,
         dlog_ratio_ptr=result.dlog_ratio,
@@ -151,7 +170,6 @@ def token_loss(
         dropped_ptr=result.dropped,
         N=logp.numel(),
         beta=terms.beta,
-        entropy_coef=terms.entropy_coef,
         surrogate_args=terms.surrogate_args,
         SURROGATE=terms.surrogate,
         KL=terms.kl,

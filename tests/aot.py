@@ -44,8 +44,7 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 SURROGATES = [f for f in vars(surrogates).values() if is_formula(f, surrogates)]
 ESTIMATORS = [f for f in vars(kl).values() if is_formula(f, kl) and f is not kl.times_ratio]
 POINTERS = {"target_ptr": "*i64", "dropped_ptr": "*i1"}
-INTEGERS = {"N", "V", "G", "rows_per_batch", "out_rows_per_batch", "freedom"}
-WIDE = {"batch_stride", "row_stride", "out_batch_stride", "out_row_stride"}
+INTEGERS = {"N", "V", "G", "freedom"}
 
 
 def signature(kernel: Any, logits: str, constants: dict[str, Any]) -> dict[str, Any]:
@@ -61,10 +60,10 @@ def signature(kernel: Any, logits: str, constants: dict[str, Any]) -> dict[str, 
             types[name] = f"*{logits}"
         elif name.endswith("_ptr"):
             types[name] = POINTERS.get(name, "*fp32")
-        elif name in INTEGERS:
+        elif name in INTEGERS or name.endswith("rows_per_batch"):
             types[name] = "i32"
         else:
-            types[name] = "i64" if name in WIDE else "fp32"
+            types[name] = "i64" if name.endswith("_stride") else "fp32"
     return types
 
 
@@ -77,9 +76,11 @@ def cases(lanes: int) -> Iterator[tuple[str, Any, str, dict[str, Any], int]]:
         ("fp32", 4, True, 16),
         ("fp32", 4, False, 16),
     ]
-    terms = {"SURROGATE": surrogates.clip, "KL": kl.k3, "KL_TIMES_RATIO": True, "ENTROPY": True}
-    of_token = {name: terms[name] for name in ("SURROGATE", "KL", "KL_TIMES_RATIO")}
+    terms = {"SURROGATE": surrogates.clip, "KL": kl.k3, "KL_TIMES_RATIO": True}
     without = {"old_logp_ptr": None, "ref_logp_ptr": None, "dlogits_ptr": None}
+    sampled = {"ref_logits_ptr": None}
+    exact = {"KL": None, "KL_TIMES_RATIO": False, "ref_logp_ptr": None}
+    no_entropy = {"entropy_weight_ptr": None, "factor_ptr": None}
     for logits, width, vector, warps in layouts:
         shape = {
             "THREADS": 32 * warps,
@@ -89,22 +90,33 @@ def cases(lanes: int) -> Iterator[tuple[str, Any, str, dict[str, Any], int]]:
         }
         tag = f"{logits}-{'vector' if vector else 'odd'}-{warps}"
         warps = 32 * warps // lanes
-        yield f"row_stats-{tag}", _row_stats_kernel, logits, shape, warps
-        yield f"row_dlogits-{tag}", _row_dlogits_kernel, logits, shape, warps
         yield f"row_scale-{tag}", _row_scale_kernel, logits, shape, warps
-        yield f"row_loss-{tag}", _row_loss_kernel, logits, shape | terms, warps
-        plain = terms | {"ENTROPY": False}
-        yield f"row_loss_plain-{tag}", _row_loss_kernel, logits, shape | plain, warps
-        yield f"row_loss_only-{tag}", _row_loss_kernel, logits, shape | terms | without, warps
+        with_kl = shape | sampled | {"dkl_ptr": None, "kl_ptr": None}
+        for kernel, name, constants in (
+            (_row_stats_kernel, "row_stats", shape | sampled | {"kl_ptr": None}),
+            (_row_stats_kernel, "row_stats_exact_kl", shape),
+            (_row_dlogits_kernel, "row_dlogits", with_kl),
+            (_row_dlogits_kernel, "row_dlogits_exact_kl", shape),
+            (_row_loss_kernel, "row_loss", shape | sampled | terms),
+            (_row_loss_kernel, "row_loss_exact_kl", shape | terms | exact),
+            (_row_loss_kernel, "row_loss_plain", shape | sampled | terms | no_entropy),
+            (_row_loss_kernel, "row_loss_only", shape | sampled | terms | without),
+        ):
+            yield f"{name}-{tag}", kernel, logits, constants, warps
     layout = {"THREADS": 128, "WIDTH": 8, "VECTOR": True, "ALIGNMENT": 8}
     for surrogate in SURROGATES:
-        of_row = layout | terms | {"SURROGATE": surrogate, "ENTROPY": False}
+        of_row = layout | sampled | terms | no_entropy | {"SURROGATE": surrogate}
         yield f"row_loss_of-{surrogate.fn.__name__}", _row_loss_kernel, "bf16", of_row, 128 // lanes
         for estimator in ESTIMATORS if surrogate is surrogates.clip else (kl.k3,):
-            of_one = of_token | {"BLOCK": 256, "SURROGATE": surrogate, "KL": estimator}
+            of_one = terms | {
+                "exact_kl_ptr": None,
+                "BLOCK": 256,
+                "SURROGATE": surrogate,
+                "KL": estimator,
+            }
             name = f"token_loss-{surrogate.fn.__name__}-{estimator.fn.__name__}"
             yield name, _token_loss_kernel, "", of_one, 4
-    bare = {**of_token, "BLOCK": 256, "KL": None, "ref_logp_ptr": None}
+    bare = {**terms, "BLOCK": 256, "KL": None, "ref_logp_ptr": None}
     yield "token_loss-without-kl", _token_loss_kernel, "", bare, 4
     yield "group_norm", _group_norm_kernel, "", {"SCALE": True, "BLOCK_G": 16}, 4
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from grpo_core import clip
 from grpo_core.kernels import kl as kl_estimators
 from grpo_core.kernels import surrogates
-from grpo_core.kernels.records import Terms
+from grpo_core.kernels.records import Terms, TokenVectors
 from grpo_core.sequence_ratio import RatioLevel, SequenceRatio
 from grpo_core.torch_formula import as_torch
 from tests import oracles
@@ -181,12 +181,14 @@ def test_kernels_and_torch_read_the_same_formula(backend: str, device: str) -> N
             kl: Callable | None = getattr(kl_estimators, kl_name) if kl_name else None
             for times_ratio in (False, True):
                 terms = Terms(surrogate, args, kl, times_ratio, 0.3)
-                ours = kernels.token_loss(
-                    *(v.float() for v in (logp, log_ratio, advantage, weight)),
-                    ref_logp.float() if kl else None,
-                    None,
-                    terms,
+                tokens = TokenVectors(
+                    logp.long(),
+                    weight.float(),
+                    advantage.float(),
+                    ref_logp=ref_logp.float() if kl else None,
                 )
+                vectors = (logp.float(), log_ratio.float(), tokens)
+                ours = kernels.token_loss(*vectors, logp.float(), None, terms)
                 loss, dlogp, slope = as_torch(surrogate)(logp, log_ratio, advantage, *args)
                 if kl is not None:
                     value, dkl = as_torch(kl)(logp, ref_logp)

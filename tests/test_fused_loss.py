@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_core import RECIPES, Objective, clip, fused_loss, token_logp
+from grpo_core import (
+    RECIPES,
+    Objective,
+    PolicyFactor,
+    SamplerCorrection,
+    clip,
+    fused_loss,
+    token_logp,
+)
 from grpo_core.objective import KL
 from grpo_core.reference import reference_loss
 from tests.accuracy import assert_no_worse
@@ -22,11 +30,46 @@ OBJECTIVES: dict[str, Objective] = {
         f"{name}+{kl}": RECIPES[name].replace(kl=kl, beta=0.04, kl_times_ratio=times_ratio)
         for name in ("dr_grpo", "dapo")
         for kl in get_args(KL)
+        if kl != "exact"
         for times_ratio in (name == "dapo",)
     },
     "entropy": RECIPES["grpo"].replace(entropy_coef=0.3),
     "entropy of sequences": RECIPES["gspo"].replace(entropy_coef=0.3),
     "entropy kept low": RECIPES["dapo"].replace(entropy_coef=-0.2),
+    "exact KL": RECIPES["grpo"].replace(kl="exact", beta=0.3),
+    "exact KL, entropy": RECIPES["dapo"].replace(kl="exact", beta=0.3, entropy_coef=0.2),
+    "exact KL of sequences": RECIPES["gspo"].replace(kl="exact", beta=0.3, entropy_coef=-0.1),
+    "exact KL, only measured": RECIPES["dapo"].replace(kl="exact"),
+    "entropy averaged apart": RECIPES["grpo"].replace(
+        entropy_coef=0.3, entropy_aggregation="token_mean"
+    ),
+    "top entropy": RECIPES["grpo"].replace(factor=PolicyFactor(top_entropy=0.4)),
+    "top entropy, bonus": RECIPES["dapo"].replace(
+        factor=PolicyFactor(top_entropy=0.4), entropy_coef=0.3, entropy_aggregation="token_mean"
+    ),
+    "top entropy, DRO": RECIPES["dro"].replace(factor=PolicyFactor(top_entropy=0.6)),
+    "off-policy mask": RECIPES["grpo"].replace(factor=PolicyFactor(off_policy_delta=0.02)),
+    **{
+        f"{action} {level}": RECIPES["grpo"].replace(
+            factor=PolicyFactor(SamplerCorrection(level, action, 0.8, 1.2))
+        )
+        for level, action in (
+            ("token", "truncate"),
+            ("token", "zero"),
+            ("token", "reject"),
+            ("sequence", "truncate"),
+            ("geometric", "reject"),
+        )
+    },
+    "sampler of sequences": RECIPES["gmpo"].replace(
+        factor=PolicyFactor(SamplerCorrection("token", "zero", 0.8, 1.2)), entropy_coef=0.1
+    ),
+    "sampler, mask, entropy, exact KL": RECIPES["dapo"].replace(
+        factor=PolicyFactor(SamplerCorrection(), 0.05, 0.5),
+        kl="exact",
+        beta=0.1,
+        entropy_coef=0.2,
+    ),
     "two-sided": Objective(clip(0.2, 0.28, 3.0), aggregation="token_sum"),
     "sequence": Objective(clip(0.02, 0.03), "k3", 0.04, "sequence", aggregation="sequence_mean"),
     "sequence token": Objective(
@@ -76,6 +119,20 @@ def case(shape: str, dtype: torch.dtype, *, peaked: bool = False) -> tuple[Tenso
     }
 
 
+def needed(objective: Objective, logits: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that go with an objective; a sampler that could not score two tokens."""
+    arguments = dict(arguments)
+    if objective.kl == "exact":
+        del arguments["ref_logp"]
+        arguments["ref_logits"] = logits + 0.3 * torch.randn(logits.shape).to(logits.dtype)
+    if objective.factor.sampler is not None:
+        old_logp = arguments["old_logp"]
+        arguments["sampler_logp"] = old_logp + 0.2 * torch.randn(old_logp.shape)
+        arguments["sampler_logp"][0, 0] = torch.nan
+        arguments["sampler_logp"][-1, 0] = -torch.inf
+    return arguments
+
+
 def moved(arguments: dict[str, Any], device: str) -> dict[str, Any]:
     """The same arguments on another device."""
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
@@ -98,6 +155,7 @@ def check(
     arguments: dict[str, Any],
 ) -> None:
     """Ours is no worse than the reference in float32, both measured by the reference in float64."""
+    arguments = needed(objective, view(buffer, shape), arguments)
     ours, gradient = run(
         fused_loss,
         buffer.to(device),
@@ -138,7 +196,7 @@ def test_every_shape(
     backend: str, device: str, shape: str, dtype: torch.dtype, peaked: bool
 ) -> None:
     buffer, arguments = case(shape, dtype, peaked=peaked)
-    for name in ("grpo", "sequence", "entropy"):
+    for name in ("grpo", "sequence", "entropy", "exact KL, entropy"):
         check(backend, device, OBJECTIVES[name], shape, buffer, arguments)
 
 
@@ -230,9 +288,13 @@ def test_grad_output_is_honoured(backend: str, device: str, name: str, inplace: 
     assert torch.allclose(leaf.grad, 3.25 * plain, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["dapo", "sequence", "entropy"])
+SECOND = ["dapo", "sequence", "entropy", "exact KL, entropy", "sampler, mask, entropy, exact KL"]
+
+
+@pytest.mark.parametrize("name", SECOND)
 def test_second_backward_is_right_or_refused(backend: str, device: str, name: str) -> None:
     buffer, arguments = case("padded", torch.float32)
+    arguments = needed(OBJECTIVES[name], buffer, arguments)
     arguments = moved(arguments, device) | {"objective": OBJECTIVES[name], "backend": backend}
     leaf = buffer.to(device).requires_grad_()
     loss = fused_loss(leaf, **arguments).loss
@@ -524,9 +586,16 @@ def test_metrics_say_what_happened(backend: str, device: str) -> None:
     ratio = log_ratio[0, :5].exp()
     expected = {
         "tokens": 5,
+        "moved_tokens": 4,
         "clip_fraction": 2 / 4,
+        "clip_fraction_low": 1 / 4,
+        "clip_fraction_high": 1 / 4,
         "ratio_mean": ratio.mean(),
+        "ratio_min": ratio.min(),
         "ratio_max": ratio.max(),
+        "ratio_square": ratio.square().mean(),
+        "effective_sample_size": ratio.sum() ** 2 / (5 * ratio.square().sum()),
+        "factor_mean": 1,
         "kl": 0.02,
         "entropy": -logp,
         "approx_kl_old": (ratio - 1 - log_ratio[0, :5]).mean(),

@@ -16,6 +16,7 @@ from grpo_core.sequence_ratio import RatioLevel
 from tests import oracles
 
 B, T, V = 6, 7, 23
+SAMPLED_KLS = [kl for kl in get_args(KL) if kl != "exact"]
 REWARDS = [1.0, 0.0, 0.25, 1.0, 1.0, 1.0]
 LENGTHS = [7, 3, 1, 5, 0, 2]
 
@@ -133,7 +134,7 @@ def test_sequence_level_ratio_is_gspos() -> None:
     assert torch.allclose(ours.grad, theirs.grad, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("kl", get_args(KL))
+@pytest.mark.parametrize("kl", SAMPLED_KLS)
 def test_kl_is_apart_from_the_surrogate(kl: str) -> None:
     """beta · KL has the token's weight and nothing else: no advantage, no ratio."""
     given = batch(1.0)
@@ -149,7 +150,7 @@ def test_kl_is_apart_from_the_surrogate(kl: str) -> None:
     assert torch.allclose(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("kl", get_args(KL))
+@pytest.mark.parametrize("kl", SAMPLED_KLS)
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_kl_times_ratio_is_differentiated_through_both(kl: str, level: RatioLevel) -> None:
     """r·kl with r not detached: DeepSeek-V3.2's unbiased estimate, TRL's default."""

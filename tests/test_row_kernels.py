@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from grpo_core import fused_loss, token_logp
 from grpo_core.backends import choose_backend
 from grpo_core.kernels import kl, surrogates
-from grpo_core.kernels.records import RowLoss, Rows, Terms
+from grpo_core.kernels.records import RowLoss, Rows, Slopes, Terms, TokenVectors
 from tests import oracles
 from tests.accuracy import FLOOR, assert_no_worse
 
@@ -28,20 +30,19 @@ def kernels(backend: str, device: str) -> ModuleType:
     return choose_backend(backend, torch.empty(0, device=device))  # type: ignore[arg-type]
 
 
-def one_pass(kernels: ModuleType, logits: Tensor, target: Tensor, **changes: object) -> RowLoss:
+VECTORS = {field.name for field in fields(TokenVectors)}
+
+
+def one_pass(kernels: ModuleType, logits: Tensor, target: Tensor, **changes: Any) -> RowLoss:
     """`row_loss` of packed rows with unremarkable arguments, on the logits' device."""
     N = target.numel()
     ones = torch.ones(N, device=logits.device)
-    arguments: dict[str, object] = {
-        "temperature": 1.0,
-        "weight": ones,
-        "advantage": ones,
-        "old_logp": None,
-        "ref_logp": None,
-        "terms": Terms(surrogates.clip, (0.2, 0.2, math.inf), None, False, 0.0),
-        "dlogits": None,
-    }
-    return kernels.row_loss(Rows.of(logits), target, **(arguments | changes))
+    terms = Terms(surrogates.clip, (0.2, 0.2, math.inf), None, False, 0.0)
+    arguments = {"temperature": 1.0, "terms": terms, "dlogits": None}
+    vectors = {"target": target, "weight": ones, "advantage": ones}
+    vectors |= {name: changes.pop(name) for name in VECTORS & changes.keys()}
+    tokens = TokenVectors(**vectors)
+    return kernels.row_loss(Rows.of(logits), tokens, **(arguments | changes))
 
 
 @pytest.mark.parametrize("V", VOCABULARIES)
@@ -53,7 +54,9 @@ def test_statistics_of_ordinary_rows(
     """logp and entropy are no worse than float32 log_softmax, for targets at both ends too."""
     logits = (3 * torch.randn(5, V)).to(dtype)
     target = torch.tensor([0, V - 1, V // 2, V // 3, -100])
-    logp, entropy, _ = kernels.row_stats(Rows.of(logits.to(device)), target.to(device), temperature)
+    logp, entropy, *_ = kernels.row_stats(
+        Rows.of(logits.to(device)), target.to(device), temperature
+    )
     assert logp[4] == entropy[4] == 0
     readable = target[:4], logits[:4]
     truth = oracles.logp_and_entropy(readable[1], readable[0], temperature)
@@ -103,7 +106,7 @@ def test_a_row_has_the_same_bits_in_every_plan(
     target = torch.randint(0, V, (12,), device=device)
     target[3] = -100
     stats = kernels.row_stats(Rows.of(view), target, 1.0)
-    logp, entropy, _ = stats
+    logp, entropy, *_ = stats
     weight = (target >= 0).float()
 
     copy = logits.clone()
@@ -123,7 +126,8 @@ def test_a_row_has_the_same_bits_in_every_plan(
         assert torch.equal(alone.entropy, entropy[row])
 
     second = torch.empty_like(packed)
-    kernels.row_dlogits(Rows.of(packed), target, 1.0, result.dlogp, None, stats, second)
+    slopes = Slopes(result.dlogp, None, None)
+    kernels.row_dlogits(Rows.of(packed), target, 1.0, slopes, stats, second)
     assert torch.equal(second.view(3, 4, V), dlogits)
     one_pass(kernels, packed, target, weight=weight, dlogits=packed)
     assert torch.equal(packed, second)
