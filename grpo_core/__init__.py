@@ -3,6 +3,7 @@
 from grpo_core.advantages import GroupNorm, group_advantages
 from grpo_core.estimators import Estimator
 from grpo_core.fused_loss import LossOutput, TokenLogp, fused_loss, token_logp
+from grpo_core.metrics import merge_metrics
 from grpo_core.objective import Objective, Surrogate
 from grpo_core.policy_factor import PolicyFactor
 from grpo_core.recipes import RECIPES, clip
@@ -22,5 +23,6 @@ __all__ = [
     "clip",
     "fused_loss",
     "group_advantages",
+    "merge_metrics",
     "token_logp",
 ]
