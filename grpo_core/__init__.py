@@ -5,6 +5,7 @@ from grpo_core.estimators import Estimator
 from grpo_core.fused_loss import LossOutput, TokenLogp, fused_loss, token_logp
 from grpo_core.objective import Objective, Surrogate
 from grpo_core.policy_factor import PolicyFactor
+from grpo_core.presets import preset
 from grpo_core.recipes import RECIPES, clip
 from grpo_core.rejection import Rejection
 from grpo_core.sampler import SamplerCorrection
@@ -26,5 +27,6 @@ __all__ = [
     "clip",
     "fused_loss",
     "group_advantages",
+    "preset",
     "token_logp",
 ]
