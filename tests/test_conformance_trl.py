@@ -525,6 +525,31 @@ def test_a_token_that_vllm_could_not_score() -> None:
     assert deviation(gradients[1], theirs) < SINGLE
 
 
+@pytest.mark.parametrize("holes", [False, True])
+def test_vespo_counts_masked_positions_only_if_one_is_out_of_bounds(holes: bool) -> None:
+    """TRL adds up log w over masked positions, too, where w = 1: cut to 0.9 it is not 0 there."""
+    given = problem(6)
+    every = torch.ones_like(given.tool_mask)
+    given = dataclasses.replace(
+        given, completion_mask=every, tool_mask=given.tool_mask if holes else every
+    )
+    options: dict[str, Any] = {
+        "loss_type": "vespo",
+        "use_vllm": True,
+        "vllm_importance_sampling_mode": "token_truncate",
+    }
+    gaps = []
+    for high in (1.1, 0.9):
+        options["vllm_importance_sampling_clip_max"] = high
+        ratio = sampler_ratio(given, options)
+        case = given.case(importance_sampling_ratio=ratio, sampling_logp=given.sampling_logp)
+        theirs = given.pulled_back(trl_loss(case, **options))
+        out = reference_loss(given.logits, **given.arguments(preset("trl", **options), case))
+        gaps.append(deviation(*torch.autograd.grad(out.loss, given.logits), theirs))
+    assert gaps[0] < SINGLE
+    assert gaps[1] > 1e-2 if holes else gaps[1] < SINGLE
+
+
 def test_defaults_are_trls() -> None:
     """Every option of the preset is one of `GRPOConfig`, and has its default."""
     theirs = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}

@@ -16,6 +16,8 @@ from grpo_core.fused_loss import LossOutput
 from grpo_core.objective import Objective
 
 Options = TypeVar("Options")
+# characters of a printed line
+LINE = 90
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,11 @@ class Preset:
     def __str__(self) -> str:
         surrogate = self.objective.surrogate
         numbers = ", ".join(f"{value:g}" for value in surrogate.args)
-        chosen = {"surrogate": f"{surrogate.function.__name__}({numbers})"}
-        chosen |= _chosen(self.objective)
+        chosen = {
+            "surrogate": f"{surrogate.function.__name__}({numbers})",
+            "aggregation": self.objective.aggregation,
+            **_chosen(self.objective),
+        }
         chosen.pop("factor", None)
         chosen |= {f"factor.{k}": v for k, v in _chosen(self.objective.factor).items()}
         return "\n".join(["objective", *_columns(chosen), "arguments", *_columns(self.arguments)])
@@ -59,7 +64,7 @@ def _columns(table: Mapping[str, str]) -> list[str]:
     for name, text in table.items():
         first = f"  {name}".ljust(width)
         lines += textwrap.wrap(
-            text, 100, initial_indent=first, subsequent_indent=" " * width, break_on_hyphens=False
+            text, LINE, initial_indent=first, subsequent_indent=" " * width, break_on_hyphens=False
         )
     return lines
 
@@ -71,7 +76,7 @@ def read_options(
 
     Args:
         kind: a dataclass with a field for every option that concerns the loss.
-        whose: the framework, for the messages.
+        whose: what they belong to, for the messages.
         given: options by name.
         instead: options that are out of scope, and what to do instead.
 
@@ -85,7 +90,7 @@ def read_options(
             raise NotImplementedError(f"{name}: not part of the loss here; {instead[name]}")
         if name not in known and name not in instead:
             raise ValueError(
-                f"{name}: expected an option of {whose}'s loss, one of {', '.join(known)}; "
+                f"{name}: expected an option of {whose}, one of {', '.join(known)}; "
                 f"got {name}={value!r}"
             )
     return kind(**{name: value for name, value in given.items() if name in known})
@@ -137,8 +142,8 @@ class Tally:
     """The vectors of an output as `[N]`, and their means over its tokens or its sequences."""
 
     def __init__(self, out: LossOutput) -> None:
-        self.tokens = dataclasses.replace(out._tokens, valid=out._valid)
-        self.valid, self.advantage = out._valid, out._tokens.advantage
+        self.valid, self.advantage = out._valid & ~out._dropped, out._tokens.advantage
+        self.tokens = dataclasses.replace(out._tokens, valid=self.valid)
         vectors = (out.logp, out.entropy, out.ratio, out.kl)
         self.logp, self.entropy, self.ratio, self.kl = (v.reshape(-1) for v in vectors)
         old_logp = self.tokens.old_logp

@@ -6,13 +6,13 @@ What stays different from `GRPOTrainer._compute_loss`, all of it outside of ordi
   ratio 1, and the off-policy mask the distance 0 but keeps it in the mean's length;
 - a token whose own loss is not finite is left out and counted; TRL's loss is NaN then;
 - TRL gathers the entropies of all ranks for `top_entropy_quantile`, here they are this call's;
+- vespo's W there has the sampler's ratios of masked positions, too; they are 1, which only counts
+  if the bounds exclude 1;
 - δ below 1 + ε_high is refused;
-- a group without a scored pair has the advantage 0, as has one of equal rewards; so has TRL's, up
-  to the rounding of float32.
+- the advantages of equal rewards are exactly 0; TRL's are what rounding leaves, over 1e-4.
 
-Metrics are this rank's; TRL sums numerators and denominators over ranks before it divides. It takes
-a completion width of exactly 1 for sequence-level values and then counts empty rows; here they
-never count among tokens.
+Metrics are this rank's; TRL adds up numerators and denominators of all ranks before it divides.
+Where completions are padded to a width of 1, it takes tokens for sequences, and empty rows count.
 """
 
 from __future__ import annotations
@@ -123,7 +123,9 @@ class TrlPreset(Preset):
         """
         groups = self.options.num_generations if groups is None else groups
         if rewards_per_func.ndim != 2:
-            raise ValueError(f"rewards_per_func: expected [B, F], got {rewards_per_func.shape}")
+            raise ValueError(
+                f"rewards_per_func: expected shape [B, F], got {list(rewards_per_func.shape)}"
+            )
         F = rewards_per_func.shape[1]
         weights = self.options.reward_weights or (1.0,) * F
         if len(weights) != F:
@@ -196,7 +198,7 @@ class TrlPreset(Preset):
 
 def trl_preset(**options: Any) -> TrlPreset:
     """The preset of TRL's options; see `presets.preset`."""
-    return _preset(read_options(TrlOptions, "TRL", options, INSTEAD), evaluation=False)
+    return _preset(read_options(TrlOptions, "TRL's loss", options, INSTEAD), evaluation=False)
 
 
 def _preset(options: TrlOptions, *, evaluation: bool) -> TrlPreset:
@@ -264,7 +266,7 @@ def _arguments(options: TrlOptions) -> dict[str, str]:
         "mask": "completion_mask · tool_mask",
         "old_logp": "inputs.get('old_per_token_logps')",
         "normalizer": "preset.normalizer(mask)",
-        "temperature": f"{options.temperature:g}",
+        "temperature": repr(options.temperature),
     }
     if options.multi_objective_aggregation == "normalize_then_sum":
         arguments["advantage"] = "inputs['advantages'], or preset.advantages(rewards_per_func)"

@@ -7,6 +7,7 @@ Covers `verl.trainer.ppo.core_algos` (policy losses, agg_loss, kl_penalty, advan
   are as they come, and a ratio beyond float32 leaves its token out;
 - verl's k3 has log-ratios within ±20, a value of at most 10, and no gradient beyond either;
 - a group of one has A = R there (rloo_vectorized: 0), here 0;
+- a token whose rollout log-probability is NaN leaves the mask here; the loss is NaN there;
 - verl adds 1e-8 to counts; a batch without a token is NaN there (token-sum: 0), here 0;
 - geo_mean with advantages per token: where A = 0 verl counts the log-ratio as 0, here it is held
   above −clip_ratio_low as where A < 0; equal for one advantage per completion;
@@ -64,18 +65,17 @@ class VerlPreset(Preset):
             return old_logp - (rollout_is_weights + GEO_MEAN_TINY).log()
         return old_logp - rollout_is_weights.log().clamp(min=-MAX_LOG_RATIO)
 
-    def rollout_is_weights(
+    def rollout_correction(
         self, old_log_prob: Tensor, rollout_log_prob: Tensor, response_mask: Tensor
-    ) -> Tensor:
-        """verl's weights [B, T] of a whole batch, made to have mean 1 if the options say so.
+    ) -> tuple[Tensor | None, Tensor]:
+        """(weights [B, T] or None, the mask that is left) of a whole batch, as verl's trainer does.
 
         Raises:
-            ValueError: a preset whose `rollout_correction` has no `rollout_is`.
+            ValueError: a preset without `rollout_correction`.
         """
-        correction = self.options.correction
-        if correction is None or correction.rollout_is is None:
-            raise ValueError("rollout_is: expected 'token' or 'sequence' in rollout_correction")
-        return correction.weights(old_log_prob, rollout_log_prob, response_mask)
+        if self.options.correction is None:
+            raise ValueError("rollout_correction: expected a preset with one, got None")
+        return self.options.correction.of_batch(old_log_prob, rollout_log_prob, response_mask)
 
     def normalizer(
         self,
@@ -188,7 +188,7 @@ class VerlPreset(Preset):
 
 def verl_preset(**options: Any) -> VerlPreset:
     """The preset of verl's options; see `presets.preset`."""
-    return _preset(read_options(VerlOptions, "verl", options, INSTEAD), weighted=False)
+    return _preset(read_options(VerlOptions, "verl's loss", options, INSTEAD), weighted=False)
 
 
 def _preset(options: VerlOptions, *, weighted: bool) -> VerlPreset:
@@ -239,7 +239,8 @@ def _factor(options: VerlOptions, weighted: bool) -> PolicyFactor:
         # the clipped ratio is to the sampler already
         sampler = None
     if weighted:
-        level = "geometric" if options.loss == "geo_mean" else "token"
+        # who was rejected shows in the batch's mask
+        rejections, level = (), "geometric" if options.loss == "geo_mean" else "token"
         sampler = SamplerCorrection(level, "truncate", 0.0, math.inf)  # type: ignore[arg-type]
     return PolicyFactor(sampler, rejections=rejections, current=current)
 
@@ -258,15 +259,16 @@ def _arguments(options: VerlOptions, weighted: bool) -> dict[str, str]:
         arguments["ref_logp"] = "data['ref_log_prob']"
     correction = options.correction
     if weighted:
+        arguments["mask"] = "response_mask, after rollout_rs"
         arguments["sampler_logp"] = (
             "preset.sampler_logp(old_logp, rollout_is_weights), with the batch's weights or those "
-            "that preset.rollout_is_weights(...) finds for a whole batch"
+            "that preset.rollout_correction(...) finds, beside the mask, for a whole batch"
         )
     elif options.loss_mode == "bypass_mode":
         arguments["old_logp"] = "data['rollout_log_probs']"
         arguments["sampler_logp"] = "data['rollout_log_probs']"
     elif correction is not None:
         arguments["sampler_logp"] = "data['rollout_log_probs']"
-    if correction is not None and correction.rejections:
+    if not weighted and correction is not None and correction.rejections:
         arguments["mask"] = "response_mask as it was before rollout_rs"
     return arguments

@@ -51,7 +51,8 @@ LOSSES = (
 OWN_AGGREGATION = ("sapo", "geo_mean")
 LOSSES_INSTEAD = {
     "clip_cov": "drops tokens at random; give advantage = 0 for tokens you choose",
-    "kl_cov": "penalises the tokens of the largest covariance; give advantage less the penalty",
+    "kl_cov": "penalises |log ratio| of some tokens; use importance() with kl='absolute' and give "
+    "ref_logp = old_logp for tokens you choose, their logp for the others",
 }
 # what is left to the caller, and how
 INSTEAD = {
@@ -120,8 +121,7 @@ class VerlOptions:
         object.__setattr__(self, "rollout_correction", correction)
         if correction is not None and correction.bypass_mode:
             object.__setattr__(self, "loss_mode", "bypass_mode")
-        least = 1 + self.high if self.loss in ("vanilla",) else 1.0
-        number("clip_ratio_c", self.clip_ratio_c, least)
+        number("clip_ratio_c", self.clip_ratio_c, 1 + self.high if self.loss == "vanilla" else 0.0)
         self._check_terms()
 
     def _check_terms(self) -> None:

@@ -78,19 +78,27 @@ class RolloutOptions:
         # geo_mean bounds every token's weight, then takes their mean
         return self.rollout_is_batch_normalize or loss == "geo_mean"
 
-    def weights(self, old_logp: Tensor, rollout_logp: Tensor, mask: Tensor) -> Tensor:
-        """[B, T] in the dtype of `old_logp`, 0 where masked."""
-        valid, rule = padded("response_mask", mask), self.sampler
-        assert rule is not None
-        found = sampler_correction(old_logp, rollout_logp, valid, **vars(rule))
+    def of_batch(
+        self, old_logp: Tensor, rollout_logp: Tensor, mask: Tensor
+    ) -> tuple[Tensor | None, Tensor]:
+        """(weights [B, T], 0 where masked, or None; [B, T] bool, who is left)."""
+        valid = padded("response_mask", mask)
+        B, T = valid.shape
+        sequence = torch.arange(B, device=valid.device).repeat_interleave(T)
+        old, rollout, left = old_logp.reshape(-1), rollout_logp.reshape(-1), valid
+        for rule in self.rejections:
+            left = left & rule.keeps(old, rollout, valid.reshape(-1), sequence, B).view(B, T)
+        if self.sampler is None:
+            return None, left
+        found = sampler_correction(old_logp, rollout_logp, valid, **vars(self.sampler))
         weights = found.factor.to(old_logp.dtype)
         if not self.rollout_is_batch_normalize:
-            return weights
+            return weights, left
         counts = valid.to(weights.dtype)
         if self.rollout_is == "sequence":
             counts = counts / counts.sum(1, keepdim=True).clamp(min=1)
         mean = (weights * counts).sum() / counts.sum().clamp(min=1)
-        return torch.where(mean > 1e-8, weights / mean, weights)
+        return torch.where(mean > 1e-8, weights / mean, weights), left
 
 
 def read_rollout_correction(given: Any, loss_mode: str) -> RolloutOptions | None:
