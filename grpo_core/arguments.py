@@ -219,7 +219,9 @@ def check_loss_arguments(
         sampler_logp=sampler_logp,
         groups=groups,
     ).weighed()
-    return tokens if old_logp is None else spec.factor.of_sampler(tokens, old_logp)
+    if old_logp is None or spec.factor.waits_for_logp(old_logp):
+        return tokens
+    return spec.factor.of_sampler(tokens, old_logp)
 
 
 def _advantage_of_rewards(
@@ -275,8 +277,9 @@ def _check_references(
         _vector("ref_logits", ref_logits, (tuple(logits.shape),), logits)
         if not ref_logits.is_floating_point():
             raise ValueError(f"ref_logits: expected floating point, got {ref_logits.dtype}")
-    if spec.factor.sampler is not None and sampler_logp is None:
-        raise ValueError("sampler_logp: expected a tensor for factor.sampler, got None")
+    if spec.factor.needs_sampler and sampler_logp is None:
+        name = "sampler" if spec.factor.sampler is not None else "rejections"
+        raise ValueError(f"sampler_logp: expected a tensor for factor.{name}, got None")
 
 
 def _check_per_sequence(rewards: Tensor, sequence: Tensor) -> None:

@@ -80,6 +80,9 @@ def _two_phases(rows: Rows, call: Call, dlogits: Tensor | None) -> tuple[RowLoss
         slopes = tokens.slopes(dlogp, terms.dropped, call.exact_beta)
         kernels.row_dlogits(rows, tokens.target, T, slopes, stats, dlogits, call.ref_rows)
     ratio = log_ratio.exp() * tokens.valid
+    if tokens.valid is not call.tokens.valid:
+        # some were rejected after their row had been read
+        logp, entropy = (torch.where(tokens.valid, v, 0.0) for v in (logp, entropy))
     result = RowLoss(logp, entropy, ratio, terms.kl, terms.loss, dlogp, terms.dropped, state)
     return result, tokens
 

@@ -27,7 +27,7 @@ from grpo_core.policy_factor import PolicyFactor
 from grpo_core.sequence_ratio import RatioLevel
 from grpo_core.weights import Aggregation
 
-KL = Literal["k1", "absolute", "k2", "k3", "k1_plus", "k3_plus", "exact"]
+KL = Literal["k1", "absolute", "k2", "k3", "k1_plus", "absolute_plus", "k3_plus", "exact"]
 
 
 @dataclass(frozen=True)

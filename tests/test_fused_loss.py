@@ -12,7 +12,9 @@ from grpo_core import (
     RECIPES,
     Objective,
     PolicyFactor,
+    Rejection,
     SamplerCorrection,
+    SequenceWeight,
     clip,
     fused_loss,
     token_logp,
@@ -70,6 +72,26 @@ OBJECTIVES: dict[str, Objective] = {
         beta=0.1,
         entropy_coef=0.2,
     ),
+    "sequence weight, sampler": RECIPES["vespo"].replace(
+        factor=PolicyFactor(
+            SamplerCorrection("token", "zero", 0.8, 1.2), 0.05, 0.5, SequenceWeight(0.3, 0.2, 0.4)
+        ),
+        kl="k3",
+        beta=0.1,
+        kl_times_ratio=True,
+    ),
+    "rejections": RECIPES["grpo"].replace(
+        factor=PolicyFactor(
+            SamplerCorrection(),
+            rejections=(
+                Rejection("log_ratio", "token", -0.2, 0.2),
+                Rejection("k3", "max", high=0.1),
+            ),
+        )
+    ),
+    "rejections of the current policy": RECIPES["gspo"].replace(
+        factor=PolicyFactor(rejections=(Rejection("k2", "mean", high=0.02),), current=True)
+    ),
     "two-sided": Objective(clip(0.2, 0.28, 3.0), aggregation="token_sum"),
     "sequence": Objective(clip(0.02, 0.03), "k3", 0.04, "sequence", aggregation="sequence_mean"),
     "sequence token": Objective(
@@ -125,7 +147,7 @@ def needed(objective: Objective, logits: Tensor, arguments: dict[str, Any]) -> d
     if objective.kl == "exact":
         del arguments["ref_logp"]
         arguments["ref_logits"] = logits + 0.3 * torch.randn(logits.shape).to(logits.dtype)
-    if objective.factor.sampler is not None:
+    if objective.factor.needs_sampler:
         old_logp = arguments["old_logp"]
         arguments["sampler_logp"] = old_logp + 0.2 * torch.randn(old_logp.shape)
         arguments["sampler_logp"][0, 0] = torch.nan

@@ -12,6 +12,8 @@ from grpo_core.advantages import GroupNorm
 from grpo_core.estimators import Estimator
 from grpo_core.kernels import surrogates
 from grpo_core.objective import Objective, Surrogate
+from grpo_core.policy_factor import PolicyFactor
+from grpo_core.sequence_weight import SequenceWeight
 
 
 def clip(eps_low: float, eps_high: float | None = None, delta: float = math.inf) -> Surrogate:
@@ -65,18 +67,15 @@ def dppo_tv(delta_low: float, delta_high: float, cap: float = 20.0) -> Surrogate
     return Surrogate(surrogates.dppo_tv, (float(delta_low), float(delta_high), float(cap)))
 
 
+def dppo_kl(delta_low: float, delta_high: float, cap: float = 20.0) -> Surrogate:
+    """Trust region on the KL between the two ways to see a token: it, or any other."""
+    _at_least_zero(delta_low=delta_low, delta_high=delta_high, cap=cap)
+    return Surrogate(surrogates.dppo_kl, (float(delta_low), float(delta_high), float(cap)))
+
+
 def topr() -> Surrogate:
     """REINFORCE on gains, a truncated ratio on losses."""
     return Surrogate(surrogates.topr)
-
-
-def vespo(
-    k_pos: float = 2.0, lambda_pos: float = 3.0, k_neg: float = 3.0, lambda_neg: float = 2.0
-) -> Surrogate:
-    """A smooth weight of the whole sequence's ratio."""
-    values = {"k_pos": k_pos, "lambda_pos": lambda_pos, "k_neg": k_neg, "lambda_neg": lambda_neg}
-    _at_least_zero(**values)
-    return Surrogate(surrogates.vespo, tuple(float(value) for value in values.values()))
 
 
 def _at_least_zero(**numbers: float) -> None:
@@ -116,7 +115,7 @@ RECIPES: dict[str, Objective] = {
     # arXiv 2511.20347
     "sapo": Objective(sapo(), aggregation="sequence_mean"),
     # arXiv 2602.10693
-    "vespo": Objective(vespo(), ratio_level="sequence_sum"),
+    "vespo": Objective(reinforce(), factor=PolicyFactor(sequence_weight=SequenceWeight())),
     # arXiv 2402.14740: REINFORCE over whole completions, the others of the group as baseline
     "rloo": Objective(
         reinforce(), advantage=Estimator("leave_one_out", None), aggregation="sequence_sum"
