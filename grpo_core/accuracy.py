@@ -67,10 +67,11 @@ def compare(
     ours: Tensor,
     baseline: Tensor,
     truth: Tensor,
+    *,
     size: float = 1.0,
     terms: int = 1,
 ) -> Comparison:
-    """The rule, for numbers whose size is `terms` times the largest of the truth, or of `size`."""
+    """The rule, for sums of so many `terms` as large as the largest of the truth, or as `size`."""
     assert ours.shape == truth.shape, f"{quantity}: {list(ours.shape)}, not {list(truth.shape)}"
     largest = float(truth.abs().nan_to_num(posinf=0).amax()) if truth.numel() else 0.0
     error, honest = worst(ours, truth), worst(baseline, truth)
@@ -94,17 +95,11 @@ def compare_losses(
     terms = longest if objective.ratio_level == "sequence_sum" else 1
     found = []
     for name in VECTORS:
-        values = (getattr(result.out, name).detach() for result in (ours, baseline, truth))
-        found.append(
-            compare(
-                name,
-                *values,
-                size=largest if name in sums else 1.0,
-                terms=terms if name in sums else 1,
-            )
-        )
-    gradients = (result.dlogits for result in (ours, baseline, truth))
-    return [*found, compare("dlogits", *gradients, size=0.0, terms=terms)]
+        mine, honest, exact = (getattr(r.out, name).detach() for r in (ours, baseline, truth))
+        size, steps = (largest, terms) if name in sums else (1.0, 1)
+        found.append(compare(name, mine, honest, exact, size=size, terms=steps))
+    mine, honest, exact = (r.dlogits for r in (ours, baseline, truth))
+    return [*found, compare("dlogits", mine, honest, exact, size=0.0, terms=terms)]
 
 
 def compare_confident(

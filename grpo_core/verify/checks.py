@@ -100,25 +100,29 @@ def check_confident(place: Place, dtype: torch.dtype, V: int) -> list[Found]:
     logits = 2 * torch.randn(N, V, generator=generator)
     logits = set_margins(logits, target, torch.linspace(0, LARGEST_MARGIN, N))
     logits, target = logits.to(place.device, dtype), target.to(place.device)
-    scale = loss_scale(dtype)
-    exact = exact_tokens(logits, target)
-    given = {
+    given: dict[str, Any] = {
         "objective": RECIPES["gpg"],
         "advantage": torch.ones(N, device=place.device),
         "sequence_id": torch.arange(N, device=place.device),
     }
-    results = []
-    for loss, backend in ((fused_loss, place.backend), (reference_loss, None)):
+
+    def run(loss: Callable, **options: Any) -> dict[str, Tensor]:
         leaf = logits.clone().requires_grad_()
-        out = loss(leaf, target, backend=backend, **given)
-        (scale * out.loss).backward()
-        results.append((out.logp, out.entropy, leaf.grad))
-    units = {"dlogits": scale / N}
-    truth = (exact.logp, exact.entropy, -exact.slope * units["dlogits"])
+        out = loss(leaf, target, **given, **options)
+        (loss_scale(dtype) * out.loss).backward()
+        return {"logp": out.logp, "entropy": out.entropy, "dlogits": leaf.grad}
+
+    exact = exact_tokens(logits, target)
+    ours, honest = run(fused_loss, backend=place.backend), run(reference_loss)
+    unit = loss_scale(dtype) / N
+    where = f"0 to {LARGEST_MARGIN:g} nats"
     return [
-        Found("confident", dtype, f"0 to {LARGEST_MARGIN:g} nats", V, comparison)
-        for name, *values in zip(("logp", "entropy", "dlogits"), *results, truth, strict=True)
-        for comparison in [compare_confident(name, *values, unit=units.get(name, 1.0))]
+        Found("", dtype, where, V, compare_confident(name, ours[name], honest[name], truth, size))
+        for name, truth, size in (
+            ("logp", exact.logp, 1.0),
+            ("entropy", exact.entropy, 1.0),
+            ("dlogits", -exact.slope * unit, unit),
+        )
     ]
 
 

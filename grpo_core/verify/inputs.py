@@ -32,6 +32,17 @@ OBJECTIVES: dict[str, Objective] = RECIPES | {
 }
 
 
+def one_per_plan(names: list[str]) -> list[str]:
+    """The first of these objectives that takes each way through the kernels."""
+    plans: dict[tuple[bool, ...], str] = {}
+    for name in names:
+        spec = OBJECTIVES[name]
+        exact, sampled = spec.kl == "exact", spec.factor.sampler is not None
+        plan = (spec.is_token_level, exact, spec.entropy_coef != 0, sampled)
+        plans.setdefault(plan, name)
+    return list(plans.values())
+
+
 @dataclass(frozen=True)
 class Case:
     """A kind of rows in a layout."""
@@ -42,8 +53,7 @@ class Case:
     on_policy: bool = False
 
     def __str__(self) -> str:
-        suffix = ", in place" * self.inplace + ", on policy" * self.on_policy
-        return f"{self.rows}, {self.layout}{suffix}"
+        return f"{self.rows}, {'on policy' if self.on_policy else self.layout}"
 
 
 CASES = (
@@ -58,14 +68,18 @@ CASES = (
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is verified."""
+    """How much is verified.
+
+    Every objective over the first vocabulary, one of every plan over the others: a formula does
+    not see the vocabulary.
+    """
 
     sequences: int
     tokens: int
     vocabularies: tuple[int, ...]
 
 
-# odd, several tiles, and on a GPU two real ones; interpreted, below and above one tile of loads
+# odd sizes of one tile of loads, of several, of many; on a GPU those of real models
 SIZES = {
     "torch": Sizes(4, 5, (257, 5003, 32_001)),
     "triton": Sizes(4, 5, (5003, 32_000, 151_669)),
