@@ -1,4 +1,4 @@
-"""The table of methods: complete, the same in terminal and documentation, true of the objectives."""
+"""The table of methods: complete, the same in terminal and docs, true of the objectives."""
 
 from __future__ import annotations
 
