@@ -142,3 +142,5 @@ CONTENDERS: dict[str, Loss] = {
     "ours, Triton": partial(ours, backend="triton"),
 }
 OURS = ("ours, PyTorch", "ours, Triton")
+# what a contender does not say
+UNSAID = {"Liger, Triton": ("entropy",), "Liger, chunked": ("logp", "entropy", "ratio")}
