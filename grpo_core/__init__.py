@@ -3,6 +3,8 @@
 from grpo_core.advantages import GroupNorm, group_advantages
 from grpo_core.estimators import Estimator
 from grpo_core.fused_loss import LossOutput, TokenLogp, fused_loss, token_logp
+from grpo_core.linear_head import LinearHead
+from grpo_core.linear_loss import fused_linear_loss, linear_token_logp
 from grpo_core.objective import Objective, Surrogate
 from grpo_core.policy_factor import PolicyFactor
 from grpo_core.recipes import RECIPES, clip
@@ -13,6 +15,7 @@ __all__ = [
     "RECIPES",
     "Estimator",
     "GroupNorm",
+    "LinearHead",
     "LossOutput",
     "Objective",
     "PolicyFactor",
@@ -20,7 +23,9 @@ __all__ = [
     "Surrogate",
     "TokenLogp",
     "clip",
+    "fused_linear_loss",
     "fused_loss",
     "group_advantages",
+    "linear_token_logp",
     "token_logp",
 ]

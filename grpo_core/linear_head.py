@@ -1,7 +1,7 @@
 """What turns hidden states into logits: an output matrix, and what models put around it.
 
-    logits = cap(scale · (hidden @ weightᵀ + bias + lora_scaling · (hidden @ lora_Aᵀ) @ lora_Bᵀ))
-    cap(x) = softcap · tanh(x / softcap)
+logits = cap(scale · (hidden @ weightᵀ + bias + lora_scaling · (hidden @ lora_Aᵀ) @ lora_Bᵀ))
+cap(x) = softcap · tanh(x / softcap)
 """
 
 from __future__ import annotations
@@ -54,9 +54,7 @@ class LinearHead:
         for name, shape in shapes.items():
             value = getattr(self, name)
             if value is not None and tuple(value.shape) != shape:
-                raise ValueError(
-                    f"{name}: expected shape {list(shape)}, got {list(value.shape)}"
-                )
+                raise ValueError(f"{name}: expected shape {list(shape)}, got {list(value.shape)}")
         for tensor in self.tensors:
             if tensor is not None and tensor.dtype not in HEAD_DTYPES:
                 raise ValueError(f"weight: expected one of {HEAD_DTYPES}, got {tensor.dtype}")
@@ -90,9 +88,7 @@ class LinearHead:
     def of(self, weight: Tensor, *others: Tensor | None) -> LinearHead:
         """The same head with other `tensors`, none of them part of a graph."""
         bias, lora_A, lora_B = (None if x is None else x.detach() for x in others)
-        return replace(
-            self, weight=weight.detach(), bias=bias, lora_A=lora_A, lora_B=lora_B
-        )
+        return replace(self, weight=weight.detach(), bias=bias, lora_A=lora_A, lora_B=lora_B)
 
 
 def check_head(name: str, lm_head: Tensor | LinearHead, hidden: Tensor) -> LinearHead:
@@ -102,9 +98,10 @@ def check_head(name: str, lm_head: Tensor | LinearHead, hidden: Tensor) -> Linea
         ValueError: naming the argument, what was expected and what came.
     """
     head = lm_head if isinstance(lm_head, LinearHead) else LinearHead(lm_head)
-    if head.D != hidden.shape[-1]:
+    D = hidden.shape[-1]
+    if D != head.D:
         raise ValueError(
-            f"{name}: expected [V, D = {hidden.shape[-1]}] for hidden {list(hidden.shape)}, got "
+            f"{name}: expected [V, D = {D}] for hidden {list(hidden.shape)}, got "
             f"{list(head.weight.shape)}"
         )
     if head.weight.device != hidden.device:

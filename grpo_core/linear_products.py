@@ -137,7 +137,7 @@ class HeadProducts:
     ) -> None:
         """Adds to `sums`, and to `dhidden [n, D]` float32, what `dlogits [n, words]` brings.
 
-        Over all words, `dhidden` is overwritten instead.
+        `sums` has room for `words`. Over all words, `dhidden` is overwritten instead.
         """
         head, scale = self.head, self.head.scale
         beta_hidden = 0.0 if words is None else 1.0
@@ -152,21 +152,21 @@ class HeadProducts:
             low_rank = self.operands(hidden @ down.t())
             dlow = torch.zeros(hidden.shape[0], down.shape[0], device=hidden.device)
         for part in self.slices(dlogits.shape[0], words, dlogits.dtype):
-            d = dlogits[:, part.start - words.start : part.stop - words.start].to(self.compute)
+            local = slice(part.start - words.start, part.stop - words.start)
+            d = dlogits[:, local].to(self.compute)
             if dhidden is not None:
                 weight = self.operands(head.weight[part])
                 product(d, weight, dhidden, alpha=scale, beta=beta_hidden)
                 beta_hidden = 1.0
             if sums.weight is not None:
-                home = sums.weight[part]
-                product(d.t(), hidden, home, alpha=scale, beta=sums.beta)
+                product(d.t(), hidden, sums.weight[local], alpha=scale, beta=sums.beta)
             if sums.bias is not None:
-                sums.bias[part].add_(d.sum(0, dtype=torch.float32), alpha=scale)
+                sums.bias[local].add_(d.sum(0, dtype=torch.float32), alpha=scale)
             if adapter:
                 assert head.lora_B is not None and dlow is not None and low_rank is not None
                 product(d, self.operands(head.lora_B[part]), dlow, alpha=low_scale, beta=1.0)
                 if sums.lora_B is not None:
-                    home = sums.lora_B[part]
+                    home = sums.lora_B[local]
                     product(d.t(), low_rank, home, alpha=low_scale, beta=sums.beta)
         if adapter:
             assert dlow is not None
@@ -175,8 +175,7 @@ class HeadProducts:
                 product(dlow, down, dhidden, beta=1.0)
             if sums.lora_A is not None:
                 product(dlow.t(), hidden, sums.lora_A, beta=1.0)
-        if words.start == 0 and words.stop == self.V:
-            sums.untouched = False
+        sums.untouched = False
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, *, alpha: float = 1.0, beta: float = 0.0) -> None:
