@@ -20,7 +20,7 @@ class LinearHead:
     """An output matrix with all that a model does between it and its logits.
 
     Args:
-        weight: `lm_head`, [rows, D]; float32, bfloat16 or float16.
+        weight: `lm_head`, [rows, D]; it and the others float32, bfloat16 or float16.
         bias: [rows], or None.
         softcap: c > 0 of c·tanh(x/c) (Gemma), or None.
         scale: the logits are multiplied by it (Cohere; Granite divides: give the inverse).
@@ -56,8 +56,6 @@ class LinearHead:
             if value is not None and tuple(value.shape) != shape:
                 raise ValueError(f"{name}: expected shape {list(shape)}, got {list(value.shape)}")
         for tensor in self.tensors:
-            if tensor is not None and tensor.dtype not in HEAD_DTYPES:
-                raise ValueError(f"weight: expected one of {HEAD_DTYPES}, got {tensor.dtype}")
             if tensor is not None and tensor.device != self.weight.device:
                 raise ValueError(
                     f"weight: expected one device, got {self.weight.device} and {tensor.device}"
@@ -104,6 +102,9 @@ def check_head(name: str, lm_head: Tensor | LinearHead, hidden: Tensor) -> Linea
             f"{name}: expected [V, D = {D}] for hidden {list(hidden.shape)}, got "
             f"{list(head.weight.shape)}"
         )
+    for tensor in head.tensors:
+        if tensor is not None and tensor.dtype not in HEAD_DTYPES:
+            raise ValueError(f"{name}: expected one of {HEAD_DTYPES}, got {tensor.dtype}")
     if head.weight.device != hidden.device:
         raise ValueError(f"{name}: expected device {hidden.device}, got {head.weight.device}")
     return head

@@ -57,11 +57,11 @@ class LeanSweep(Sweep):
             parts = [self._read(slice(0, 0))]
         stats = joined(parts)
         empty = stats.logp.new_empty(0)
-        lse = torch.cat([empty, *x]) / T - stats.logp
+        lse = torch.cat([empty, *x]).double() / T - stats.logp.double()
         if call.reference is None:
             return stats, lse, None, None
         ref = torch.cat([empty, *ref_logp])
-        return stats, lse, torch.cat([empty, *ref_x]) / T - ref, ref
+        return stats, lse, (torch.cat([empty, *ref_x]) / T - ref), ref
 
     def _room(self) -> list[Tensor | None]:
         """The head's gradients, zeros; rounded slice by slice unless a loss scale is to come."""
@@ -128,7 +128,9 @@ class Words:
     ) -> None:
         self.target, self.temperature, self.slopes, self.stats = target, temperature, slopes, stats
         self.still = ~slopes.any
-        self.lse, self.ref_lse = lse, ref_lse
+        self.lse, self.ref_lse = lse.float(), ref_lse
+        # what rounding lse took away goes into the coefficient of every p
+        self.correction = torch.exp(self.lse.double() - lse).float()
         self.at_target = self._at_target(ref_logp)
 
     def _at_target(self, ref_logp: Tensor | None) -> Tensor:
@@ -152,9 +154,10 @@ class Words:
         """dL by the logits `[n, words]` of some rows, over them; uses up `ref_logits`."""
         T = self.temperature
         dlogp, dentropy, dkl = self.slopes.at(chunk)
-        log_p = logits.mul_(1 / T).sub_(self.lse[chunk, None])
+        correction = self.correction[chunk]
+        log_p = (logits if T == 1 else logits.div_(T)).sub_(self.lse[chunk, None])
         if dentropy is None and dkl is None:
-            dlogits = log_p.exp_().mul_(-dlogp[:, None])
+            dlogits = log_p.exp_().mul_((-dlogp * correction)[:, None])
         else:
             factor = -dlogp[:, None].expand_as(log_p)
             if dentropy is not None:
@@ -162,9 +165,9 @@ class Words:
             if dkl is not None:
                 assert ref_logits is not None and self.ref_lse is not None
                 assert self.stats.kl is not None
-                log_q = ref_logits.mul_(1 / T).sub_(self.ref_lse[chunk, None])
+                log_q = ref_logits.div_(T).sub_(self.ref_lse[chunk, None])
                 factor = factor + dkl[:, None] * (log_p - log_q - self.stats.kl[chunk, None])
-            p = log_p.exp()
+            p = log_p.exp().mul_(correction[:, None])
             # 0·(−inf): a forbidden word has no gradient
             dlogits = torch.where(p > 0, p * factor, 0.0)
         target = self.target[chunk]

@@ -107,7 +107,9 @@ def choose_layout(
     # logits in float32, their gradient in the product's dtype, and the sum of a slice of dweight
     width = room // (8 * rows + 4 * sizes.D)
     if width < ROW_STEP:
-        rows = max(min(rows, room // (8 * ROW_STEP) - sizes.D // 2), LEAST_ROWS)
+        # at least 64 words, and as many rows as then fit
+        most = room // (8 * ROW_STEP) - sizes.D // 2
+        rows = max(min(rows, most) // LEAST_ROWS, 1) * LEAST_ROWS
         width = ROW_STEP
     width = min(width // ROW_STEP * ROW_STEP, sizes.V)
     return Layout("lean", _rows_within(room, sizes), width, rows)

@@ -124,7 +124,8 @@ class HeadProducts:
     def through_cap(self, dlogits: Tensor, logits: Tensor) -> None:
         """dlogits of the capped logits -> of those before; uses up `logits`."""
         if self.head.softcap is not None:
-            logits.div_(self.head.softcap).square_().neg_().add_(1)
+            # the gradient of a row with NaN is 0 already
+            logits.nan_to_num_(nan=0.0).div_(self.head.softcap).square_().neg_().add_(1)
             dlogits.mul_(logits)
 
     def gradients(
@@ -142,7 +143,8 @@ class HeadProducts:
         head, scale = self.head, self.head.scale
         beta_hidden = 0.0 if words is None else 1.0
         words = words or slice(0, self.V)
-        hidden = self.operands(hidden)
+        # 0·NaN: hidden states that are not finite have no gradient, and would spoil everyone's
+        hidden = torch.nan_to_num(self.operands(hidden), nan=0.0, posinf=0.0, neginf=0.0)
         adapter = head.lora_A is not None and head.lora_B is not None
         low_scale = scale * head.lora_scaling
         dlow = low_rank = None
