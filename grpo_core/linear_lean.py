@@ -128,9 +128,11 @@ class Words:
     ) -> None:
         self.target, self.temperature, self.slopes, self.stats = target, temperature, slopes, stats
         self.still = ~slopes.any
-        self.lse, self.ref_lse = lse.float(), ref_lse
-        # what rounding lse took away goes into the coefficient of every p
-        self.correction = torch.exp(self.lse.double() - lse).float()
+        # near T·lse the logits that matter lose nothing by the subtraction
+        self.centre = (lse * temperature).float()
+        # what rounding took away goes into the coefficient of every p
+        self.correction = torch.exp(self.centre.double() / temperature - lse).float()
+        self.ref_lse = ref_lse
         self.at_target = self._at_target(ref_logp)
 
     def _at_target(self, ref_logp: Tensor | None) -> Tensor:
@@ -155,7 +157,8 @@ class Words:
         T = self.temperature
         dlogp, dentropy, dkl = self.slopes.at(chunk)
         correction = self.correction[chunk]
-        log_p = (logits if T == 1 else logits.div_(T)).sub_(self.lse[chunk, None])
+        log_p = logits.sub_(self.centre[chunk, None])
+        log_p = log_p if T == 1 else log_p.div_(T)
         if dentropy is None and dkl is None:
             dlogits = log_p.exp_().mul_((-dlogp * correction)[:, None])
         else:

@@ -505,8 +505,9 @@ def test_other_policies_are_found_on_the_way(name: str) -> None:
     arguments |= {"old_hidden": old_hidden, "ref_hidden": ref_hidden, "ref_lm_head": ref_head}
     for budget in (FEW, ALL):
         found, gradient = ours(head, hidden, None, memory_budget=budget, **arguments)
-        assert torch.equal(found.ratio, expected.ratio)
-        assert torch.equal(found.kl, expected.kl)
+        # a small budget means the lean plan, whose exp is another
+        assert torch.allclose(found.ratio, expected.ratio, rtol=1e-6, atol=0)
+        assert torch.allclose(found.kl, expected.kl, rtol=1e-6, atol=0)
         for key, value in gradient.items():
             error = (value - expected_gradients[key]).norm() / expected_gradients[key].norm()
             assert error < 1e-5, key
