@@ -2,13 +2,16 @@
 
 First the statistics of every row, in small chunks; then, a slice of the vocabulary at a time, its
 logits once more for all rows, their gradient, and both gradient products. dweight of the slice is
-complete then and rounded at once. The softmax is found again from lse = x_y/T − logp:
+complete then and rounded at once. The softmax is found again from the largest logit M and the sum S
+that the first reading left behind, see `online_softmax`; logp itself is rounded too coarsely:
 
-    p_j = exp(x_j/T − lse), 1 − p_y = −expm1(logp)
+    lse = M·log 2 + log(S + exp(x_y/T − M·log 2)),  p_j = exp(x_j/T − lse),  1 − p_y = −expm1(logp)
     dL/dx_j = (dlogp·(δ_{j,y} − p_j) − dentropy·p_j·(log p_j + H) + dkl·p_j·(log p_j/q_j − KL)) / T
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -57,7 +60,8 @@ class LeanSweep(Sweep):
             parts = [self._read(slice(0, 0))]
         stats = joined(parts)
         empty = stats.logp.new_empty(0)
-        lse = torch.cat([empty, *x]).double() / T - stats.logp.double()
+        peak, rest = stats.state[0].double() * math.log(2), stats.state[1].double()
+        lse = peak + torch.log(rest + torch.exp(torch.cat([empty, *x]).double() / T - peak))
         if call.reference is None:
             return stats, lse, None, None
         ref = torch.cat([empty, *ref_logp])
