@@ -17,7 +17,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["grpo_core", "grpo_core.kernels"],
+    packages=["grpo_core", "grpo_core.kernels", "grpo_core.recipes"],
     install_requires=[
         "torch>=2.9",
         "triton>=3.6; platform_system == 'Linux'",

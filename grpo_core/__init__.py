@@ -5,6 +5,7 @@ from grpo_core.estimators import Estimator
 from grpo_core.fused_loss import LossOutput, TokenLogp, fused_loss, token_logp
 from grpo_core.linear_head import LinearHead
 from grpo_core.linear_loss import fused_linear_loss, linear_token_logp
+from grpo_core.metrics import merge_metrics
 from grpo_core.objective import Objective, Surrogate
 from grpo_core.policy_factor import PolicyFactor
 from grpo_core.recipes import RECIPES, clip
@@ -27,5 +28,6 @@ __all__ = [
     "fused_loss",
     "group_advantages",
     "linear_token_logp",
+    "merge_metrics",
     "token_logp",
 ]

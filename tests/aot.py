@@ -71,10 +71,10 @@ def cases(lanes: int) -> Iterator[tuple[str, Any, str, dict[str, Any], int]]:
     """(name, kernel, dtype, constants, warps) of every kernel in its variants."""
     layouts = [
         ("bf16", 8, True, 4),
-        ("bf16", 8, True, 16),
-        ("bf16", 8, False, 16),
-        ("fp32", 4, True, 16),
-        ("fp32", 4, False, 16),
+        ("bf16", 8, True, 8),
+        ("bf16", 8, False, 8),
+        ("fp32", 4, True, 8),
+        ("fp32", 4, False, 8),
     ]
     terms = {"SURROGATE": surrogates.clip, "KL": kl.k3, "KL_TIMES_RATIO": True}
     without = {"old_logp_ptr": None, "ref_logp_ptr": None, "dlogits_ptr": None}
@@ -86,6 +86,7 @@ def cases(lanes: int) -> Iterator[tuple[str, Any, str, dict[str, Any], int]]:
             "THREADS": 32 * warps,
             "WIDTH": width,
             "VECTOR": vector,
+            "TILES": 4 if vector else 2,
             "ALIGNMENT": width if vector else 1,
         }
         tag = f"{logits}-{'vector' if vector else 'odd'}-{warps}"
@@ -103,7 +104,7 @@ def cases(lanes: int) -> Iterator[tuple[str, Any, str, dict[str, Any], int]]:
             (_row_loss_kernel, "row_loss_only", shape | sampled | terms | without),
         ):
             yield f"{name}-{tag}", kernel, logits, constants, warps
-    layout = {"THREADS": 128, "WIDTH": 8, "VECTOR": True, "ALIGNMENT": 8}
+    layout = {"THREADS": 128, "WIDTH": 8, "VECTOR": True, "TILES": 4, "ALIGNMENT": 8}
     for surrogate in SURROGATES:
         of_row = layout | sampled | terms | no_entropy | {"SURROGATE": surrogate}
         yield f"row_loss_of-{surrogate.fn.__name__}", _row_loss_kernel, "bf16", of_row, 128 // lanes
