@@ -18,7 +18,7 @@ from torch import Tensor
 
 from grpo_core.kernels.records import RowStats, Slopes
 from grpo_core.linear_plans import Sweep, Swept, joined, lift
-from grpo_core.linear_products import HeadGradients
+from grpo_core.linear_products import LEAST_ROWS, HeadGradients, HeadProducts
 
 
 class LeanSweep(Sweep):
@@ -108,9 +108,9 @@ class LeanSweep(Sweep):
             if home is not None and found is not None:
                 home[words] = found
 
-    def _logits(self, products, hidden: Tensor, words: slice) -> Tensor:  # type: ignore[no-untyped-def]
+    def _logits(self, products: HeadProducts, hidden: Tensor, words: slice) -> Tensor:
         """Logits of some rows and words, rounded as the first pass rounded them, float32."""
-        rows = max(hidden.shape[0], 16)
+        rows = max(hidden.shape[0], LEAST_ROWS)
         out = torch.empty(
             rows, words.stop - words.start, dtype=self.call.logits_dtype, device=hidden.device
         )
