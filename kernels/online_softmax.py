@@ -4,11 +4,12 @@ Both row kernels and the stats kernel call these functions and nothing else touc
 so a row's log-probability is bit for bit the same in every plan and in every batch.
 
 A row is read in tiles `[THREADS, WIDTH]`, WIDTH logits to a thread, and TILES of them in one step.
-The state of the online softmax (running maximum, sum, entropy sum) is a vector `[THREADS]`, rescaled
-once a step: no thread waits for another until the row is finished. Logits are scaled by log₂(e)/T inside one multiply-add, and all powers are powers
-of two. Which thread takes which column depends on V alone, never on where the row happens to lie
-in memory: neighbours of 16 bytes where V allows it (VECTOR), else every THREADS-th column, which
-costs more and narrower loads but the same bytes.
+The state of the online softmax (running maximum, sum, entropy sum) is a vector `[THREADS]`,
+rescaled once a step: no thread waits for another until the row is finished. Logits are scaled by
+log₂(e)/T inside one multiply-add, and all powers are powers of two. Which thread takes which column
+depends on V alone, never on where the row happens to lie in memory: neighbours of 16 bytes where V
+allows it (VECTOR), else every THREADS-th column, which costs more and narrower loads but the same
+bytes.
 
 The target is left out of the sum. With S = Σ_{j≠y} 2^(x_j − M) over the *other* logits and
 z = log₂ S − (x_y − M), everything follows without cancellation, however confident the token:
@@ -95,6 +96,15 @@ def load_tiles(
         for k in tl.static_range(1, TILES):
             tiles = tiles + (tl.load(step_ptr + k * tile + columns).to(tl.float32),)
         return tiles
+
+
+@triton.jit
+def load_raw(tile_ptr, tile: tl.constexpr, TILES: tl.constexpr):
+    """The tiles of a whole step as they lie in memory."""
+    tiles = (tl.load(tile_ptr),)
+    for k in tl.static_range(1, TILES):
+        tiles = tiles + (tl.load(tile_ptr + k * tile),)  # type: ignore[assignment]
+    return tiles
 
 
 @triton.jit
@@ -251,9 +261,7 @@ def write_row_gradient(
         at = first + columns
         if first + step <= V:
             # all loads of a step before its first store, which might be to the same place
-            tiles = (tl.load(row_ptr + at),)
-            for k in tl.static_range(1, TILES):
-                tiles = tiles + (tl.load(row_ptr + k * tile + at),)
+            tiles = load_raw(row_ptr + at, tile, TILES)
             for k in tl.static_range(TILES):
                 logits = tiles[k].to(tl.float32)
                 dlogits = gradient_beside_target(logits, scale, peak, factor, slope, ENTROPY)
