@@ -14,9 +14,9 @@ vs naive    how many times faster than naive in the same block
 peak extra  most bytes held at one time beyond those before the call, the gradient included; on a
             CPU with one thread: each further one of ours-torch holds its own scratch
 B/logit     bytes moved per logit: operands of every operation, as inductor counts them for
-            compiled; for our kernels every lane of every load and store
+            compiled; for Triton kernels every lane of every load and store
 large       of those, what no cache is meant to hold: operands in storages at least half as large
-            as the logits; for our kernels each address once per program"""
+            as the logits; for Triton kernels each address once per program"""
 
 
 def table(runs: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -42,16 +42,23 @@ def table(runs: Iterable[Mapping[str, Any]]) -> list[str]:
     return [*lines, "", *LEGEND.splitlines()] if lines else []
 
 
-def kernel_lines(bytes_per_logit: Mapping[str, tuple[float, float]]) -> list[str]:
-    """What the Triton kernels would move on a GPU, for machines that cannot time them."""
-    return [
-        "",
-        "The Triton kernels need a GPU to be timed; counted in the interpreter, they move",
-        *(
-            f"  {case:<30}{issued:5.1f} bytes per logit, {distinct:.1f} if rows stay in a cache"
-            for case, (issued, distinct) in bytes_per_logit.items()
-        ),
+def kernel_lines(figures: Iterable[Mapping[str, Any]], origin: str) -> list[str]:
+    """What Triton kernels would move on a GPU, for machines that cannot time them."""
+    lines = ["", f"Triton kernels need a GPU to be timed; bytes per bfloat16 logit ({origin}):"]
+    eager = ("naive", "compiled")
+    kernels = [
+        one
+        for one in figures
+        if one["dtype"] == "bfloat16" and not one["contender"].startswith(eager)
     ]
+    for case, members in groupby(kernels, key=lambda one: one["case"]):
+        lines.append(f"  {case}")
+        lines += [
+            f"    {one['contender']:<22}{one['distinct']:5.1f} from memory,"
+            f"{one['issued']:5.1f} issued"
+            for one in members
+        ]
+    return lines
 
 
 def _line(run: Mapping[str, Any], naive: float | None) -> str:
