@@ -143,8 +143,9 @@ Per logit of one more row (the difference of batches of {few} and {many} rows of
 what does not grow with the rows cancels.
 
 - *bytes*: what memory has to move. Of Triton kernels every address once per program and direction:
-  a row's second reading within a program comes from registers or a cache. Of PyTorch's operations
-  the operands as large as the logits, each once per operation.
+  that a row's second reading within a program comes from registers or a cache is what `ours` is
+  built for, and what only a GPU can confirm. Of PyTorch's operations the operands as large as the
+  logits, each once per operation.
 - *issued*: every lane of every load and store, every operand of every operation.
 - *Triton*, *torch*: kernels launched in one step, and operations of PyTorch that touch memory, each
   at least one kernel more on a GPU. *waits*: times the host waits for the device.
