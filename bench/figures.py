@@ -11,7 +11,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 
 from bench.report import Report, Run, bandwidth, copy_bandwidth, is_ours
 
@@ -30,12 +29,19 @@ COLOURS = {
 }
 BARS_OF_GROUP = 0.84
 GRID = "#e3e3e3"
+# bars of a panel up to which their numbers have room side by side
+UPRIGHT = 24
+# of the logits; less is vectors over tokens
+SHOWN = 0.005
+Value = Callable[[Run], tuple[float, str]]
 
 
 def draw(report: Report, folder: Path) -> list[str]:
     """Writes the three figures, and returns their names."""
     figures = {
-        "time.png": _figure(report, "Median time, milliseconds (logarithmic)", _time, log=True),
+        "time.png": _figure(
+            report, "Time, in times that of copying the logits; numbers: milliseconds", _time
+        ),
         "bandwidth.png": _figure(
             report, "Bandwidth of what has to move, GB/s, and that of a copy", _speed, limit=True
         ),
@@ -47,24 +53,25 @@ def draw(report: Report, folder: Path) -> list[str]:
     return list(figures)
 
 
-def _time(run: Run) -> float:
-    return run["median"] * 1e3
+def _time(run: Run) -> tuple[float, str]:
+    """Height of a bar and what stands above it; so the next two."""
+    return run["median"] / run["copy_seconds"], _short(run["median"] * 1e3)
 
 
-def _speed(run: Run) -> float:
-    return bandwidth(run) / 1e9
+def _speed(run: Run) -> tuple[float, str]:
+    return bandwidth(run) / 1e9, _short(bandwidth(run) / 1e9)
 
 
-def _memory(run: Run) -> float:
-    return run["peak_extra_bytes"] / run["logits_bytes"]
+def _memory(run: Run) -> tuple[float, str]:
+    held = run["peak_extra_bytes"] / run["logits_bytes"]
+    return held, _short(held) if held >= SHOWN else "0"
 
 
 def _figure(
     report: Report,
     title: str,
-    value: Callable[[Run], float],
+    value: Value,
     *,
-    log: bool = False,
     limit: bool = False,
 ) -> Figure:
     """A panel per case and dtype, one below the other, and one legend for all."""
@@ -72,51 +79,52 @@ def _figure(
     widest = max(len({(run["N"], run["V"]) for run in report.of(*case)}) for case in cases)
     width = max(9.0, 1.9 * widest)
     figure, panels = plt.subplots(
-        len(cases), 1, figsize=(width, 1.5 + 2.5 * len(cases)), squeeze=False, layout="constrained"
+        len(cases), 1, figsize=(width, 1.6 + 2.4 * len(cases)), squeeze=False, layout="constrained"
     )
     labels: dict[str, object] = {}
     for axes, (case, dtype) in zip(panels[:, 0], cases, strict=True):
-        _panel(axes, report.of(case, dtype), value, log=log, limit=limit)
+        _panel(axes, report.of(case, dtype), value, limit=limit)
         axes.set_title(f"{case}, {dtype}", loc="left", fontsize=10, fontweight="bold")
         handles, names = axes.get_legend_handles_labels()
         labels |= dict(zip(names, handles, strict=True))
-    figure.suptitle(f"{title}\n", x=0.01, ha="left", fontsize=13)
-    figure.text(
-        0.012, 1 - 0.42 / figure.get_figheight(), report.taken_on, va="top", color="#666666"
-    )
+    figure.suptitle(f"{title}\n{report.taken_on}", x=0.01, ha="left", fontsize=11)
+    order = [name for name in COLOURS if name in labels]
+    order += [name for name in labels if name not in COLOURS]
     figure.legend(
-        labels.values(),
-        labels.keys(),
+        [labels[name] for name in order],
+        order,
         loc="outside lower left",
-        ncols=min(6, len(labels)),
+        ncols=min(6, len(order)),
         frameon=False,
         fontsize=9,
     )
     return figure
 
 
-def _panel(
-    axes: Axes, runs: list[Run], value: Callable[[Run], float], *, log: bool, limit: bool
-) -> None:
+def _panel(axes: Axes, runs: list[Run], value: Value, *, limit: bool) -> None:
     """Contenders side by side, a group for every size."""
     sizes = sorted({(run["V"], run["N"]) for run in runs})
     names = [name for name in COLOURS if any(run["contender"] == name for run in runs)]
     names += sorted({run["contender"] for run in runs} - set(names))
     bar = BARS_OF_GROUP / max(1, len(names))
+    crowded = len(names) * len(sizes) > UPRIGHT
     for nth, name in enumerate(names):
         offset = (nth - (len(names) - 1) / 2) * bar
-        places, heights = [], []
+        places, heights, numbers = [], [], []
         for group, size in enumerate(sizes):
             for run in runs:
                 if (run["V"], run["N"]) == size and run["contender"] == name:
                     places.append(group + offset)
-                    heights.append(value(run))
+                    height, number = value(run)
+                    heights.append(height)
+                    numbers.append(number)
         bars = axes.bar(places, heights, 0.92 * bar, label=name, color=COLOURS.get(name, "#333333"))
         axes.bar_label(
             bars,
-            [_short(height) for height in heights],
+            numbers,
             fontsize=6.5,
-            padding=1,
+            padding=2,
+            rotation=90 if crowded else 0,
             fontweight="bold" if is_ours(name) else "normal",
         )
     if limit:
@@ -127,10 +135,7 @@ def _panel(
             axes.hlines(
                 max(copies), group - half, group + half, color="#c0392b", lw=1.4, label=label
             )
-    if log:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axes.margins(y=0.16)
+    axes.margins(x=0.01, y=0.3 if crowded else 0.16)
     axes.set_xticks(range(len(sizes)), [f"{N:,} x {V:,}" for V, N in sizes], fontsize=9)
     axes.tick_params(axis="both", length=0)
     axes.set_axisbelow(True)

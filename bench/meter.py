@@ -6,6 +6,7 @@ Calls that launch our Triton kernels move bytes unseen from here: see `kernel_me
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -54,6 +55,8 @@ def peak_extra_bytes(call: Callable[[], object], device: str) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    # what earlier calls left in cycles must not be freed, and so be taken off, within this one
+    gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded, one_thread():
         call()
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]

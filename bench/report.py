@@ -75,7 +75,8 @@ def size_name(run: Run) -> str:
 
 def markdown(report: Report, figures: Iterable[str]) -> list[str]:
     """The page, a line at a time."""
-    lines = ["# From logits to the loss", "", f"Taken on {report.taken_on}.", *LEGEND.splitlines()]
+    lines = ["# From logits to the loss", "", f"Taken on {report.taken_on}.", ""]
+    lines += LEGEND.splitlines()
     if report.absent:
         lines += ["", f"Absent: {', '.join(report.absent)}."]
     for case, dtype in report.cases():
@@ -93,7 +94,8 @@ def _table(size: str, runs: list[Run]) -> list[str]:
     copy = max(map(copy_bandwidth, runs)) / 1e9
     lines = [
         "",
-        f"**{size}**, logits of {runs[0]['logits_bytes'] / MIB:,.0f} MiB, copied at {copy:,.0f} GB/s",
+        f"**{size}**, logits of {runs[0]['logits_bytes'] / MIB:,.0f} MiB, "
+        f"copied at {copy:,.0f} GB/s",
         "",
         "| contender | median | vs naive | GB/s | of copy | peak | bytes |",
         "|---|---:|---:|---:|---:|---:|---:|",

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bench import conftest as bench_setup
+from bench import report
 from bench.batch import Batch
 from bench.counted import CASES, RESULTS, case_name, count, markdown
 from bench.kernel_meter import VECTORS, KernelMeter, Traffic, bytes_per_logit
@@ -23,6 +27,9 @@ from bench.paths import Contender, contenders, naive, ours
 from bench.table import kernel_lines, table
 from bench.truth import WrongResult, find_truth, refuse_wrong
 from grpo_core import RECIPES, fused_loss, token_logp
+from grpo_core.kernels import launch
+from grpo_core.kernels.launch import Tuning
+from grpo_core.kernels.records import Rows
 from tests.conftest import HAS_GPU, HAS_TRITON
 
 interpreted = pytest.mark.skipif(HAS_GPU or not HAS_TRITON, reason="counts interpreted kernels")
@@ -408,6 +415,129 @@ def test_what_other_threads_do_is_counted():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_report_says_what_it_was_taken_on_and_shows_every_figure(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    from bench.figures import draw
+
+    info = a_run(case="one pass (dapo), forward", dtype="float32", N=512, V=151_936)
+    info |= {"necessary_bytes": 2**30, "copy_seconds": 2.0}
+    fast = info | {"contender": "ours-triton", "bytes_per_logit": None}
+    record = {
+        "datetime": "2026-11-25T02:00:00",
+        "machine_info": {"device": "a card", "torch": "2.13.0", "missing_peers": ["trl (no trl)"]},
+        "benchmarks": [
+            {"group": "", "stats": {"median": median}, "extra_info": one}
+            for median, one in ((4.0, info), (1.0, fast))
+        ],
+    }
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(record))
+    found = report.Report.read(file)
+    figures = draw(found, tmp_path)
+    assert figures == ["time.png", "bandwidth.png", "memory.png"]
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in figures)
+    text = "\n".join(report.markdown(found, figures))
+    assert "Taken on a card, torch 2.13.0, triton absent, 2026-11-25." in text
+    assert "Absent: trl (no trl)." in text
+    assert "copied at 1 GB/s" in text
+    # 1 GiB in 1 s, where a copy moves 2 GiB in 2 s
+    assert "| **ours-triton** | 1,000 ms | 4.0x | 1 | 100% | 0.50 | 24.0 |" in text
+    assert all(f"({name})" in text for name in figures)
+
+
+@interpreted
+def test_a_sweep_chooses_the_fastest_right_layout_and_writes_it_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from bench import tune
+
+    try_out = tune.try_out
+
+    def spoil_the_fastest(plans: Any, tuning: Tuning, timer: Any) -> Any:
+        trial = try_out(plans, tuning, timer)
+        return replace(trial, failure="another result") if tuning.warps == 32 else trial
+
+    monkeypatch.setattr(tune, "try_out", spoil_the_fastest)
+    seconds = {32: 0.1, 8: 0.5}
+    trials = tune.run_sweep(
+        (2000, 2001), (torch.bfloat16,), 2, "cpu", lambda _, tuning: seconds.get(tuning.warps, 1.0)
+    )
+    assert {trial.V for trial in trials} == {2000, 2001}
+    chosen = tune.choose(trials)
+    assert chosen == {("cpu", "bfloat16", 2048): Tuning(warps=8)}
+    table = chosen | {("sm_90", "float32", 2**18): Tuning(warps=16, num_stages=2)}
+    copy = tmp_path / "launch_copy.py"
+    copy.write_text(tune.rewrite_table(tune.TABLE.read_text(), table))
+    spec = spec_from_file_location("grpo_core.kernels.launch_copy", copy)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    written = {key: vars(tuning) for key, tuning in module.TUNED.items()}
+    assert written == {key: vars(tuning) for key, tuning in table.items()}
+    rows = Rows.of(torch.empty(2, 2000, dtype=torch.bfloat16))
+    eight_warps = {"THREADS": 256, "num_warps": 8}
+    assert module.row_layout(rows).keywords == launch.row_layout(rows).keywords | eight_warps
+    # nothing but the table differs
+    before, after = tune.TABLE.read_text(), copy.read_text()
+    assert tune.rewrite_table(after, {}) == tune.rewrite_table(before, {})
+
+
+@interpreted
+def test_a_layout_with_another_result_is_found_out(monkeypatch: pytest.MonkeyPatch):
+    from bench import tune
+
+    plans = tune.Plans(2, 2000, torch.bfloat16, "cpu")
+    right = plans.calls["one pass"]
+
+    def wrong_with_eight_warps() -> Any:
+        logp, *rest = right()
+        tuning = launch.TUNED.get(plans.key)
+        return (logp + 1e-3 if tuning and tuning.warps == 8 else logp, *rest)
+
+    monkeypatch.setitem(plans.calls, "one pass", wrong_with_eight_warps)
+    assert tune.try_out(plans, Tuning(8), lambda *_: 1.0).failure == "one pass: another result"
+    assert tune.try_out(plans, Tuning(16), lambda *_: 1.0).total == 3.0
+    assert plans.key not in launch.TUNED
+
+
+@pytest.mark.parametrize("V", [1, 2, 4096, 4097, 151_669, 262_144])
+def test_vocabularies_share_an_entry_up_to_the_next_power_of_two(V: int):
+    bucket = launch.tuning_bucket(V)
+    assert V <= bucket < 2 * V
+    assert bucket & (bucket - 1) == 0
+
+
+@pytest.mark.slow
+@interpreted
+def test_the_command_for_a_gpu_walks_through_every_part_without_one(tmp_path: Path):
+    pytest.importorskip("pytest_benchmark")
+    alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    run = subprocess.run(
+        ["bash", "bench/gpu.sh", "--dry-run", "all"],
+        cwd=Path(__file__).parent.parent,
+        env={**alone, "PYTHON": sys.executable, "OUT": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr[-4000:]
+    summary = (tmp_path / "summary.md").read_text()
+    for part in ("tests", "ceilings", "bench", "peers", "tune"):
+        assert f"| {part} | done |" in summary
+    assert re.search(r"\| verify \| (done|skipped)", summary)
+    assert (tmp_path / "bench" / "report.md").exists()
+    assert json.loads((tmp_path / "tune.json").read_text())["dry_run"]
+    assert "TUNED: dict" in (tmp_path / "launch.py").read_text()
+
+
+@pytest.mark.parametrize("argument", ["", "everything"])
+def test_the_command_for_a_gpu_wants_a_part_it_knows(argument: str):
+    command = ["bash", "bench/gpu.sh", *argument.split()]
+    root = Path(__file__).parent.parent
+    assert subprocess.run(command, cwd=root, capture_output=True, check=False).returncode == 2
 
 
 @pytest.mark.slow
