@@ -6,14 +6,13 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 
 from bench.batch import Batch, Recipe, dtype_name
-from bench.counted import counted_kernels
+from bench.counted import published
 from bench.machine import describe, device_name, versions
 from bench.peers import missing_peers
 from bench.table import kernel_lines, table
@@ -111,8 +110,6 @@ def pytest_benchmark_update_machine_info(
     """What --benchmark-json says of the machine."""
     machine_info.update(device=device_name(), **versions(), about=describe())
     machine_info["missing_peers"] = missing_peers()
-    if find_spec("triton"):
-        machine_info["kernel_counts"], machine_info["kernel_counts_from"] = counted_kernels()
 
 
 def pytest_terminal_summary(
@@ -125,8 +122,8 @@ def pytest_terminal_summary(
     if runs:
         terminalreporter.section(f"{device_name()}, torch {torch.__version__}")
         lines = table(runs)
-        if find_spec("triton") and DEVICE == "cpu":
-            lines += kernel_lines(*counted_kernels())
+        if DEVICE == "cpu":
+            lines += kernel_lines(published())
         elif missing := missing_peers():
             lines += ["", f"Absent: {', '.join(missing)}"]
         for line in lines:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import cache
@@ -97,42 +95,16 @@ def _count_at(
     return moved | starts | {"peak": peak_extra_bytes(call, "cpu")}
 
 
-def kernel_counts() -> list[dict[str, Any]]:
-    """The figures in bfloat16 of all with Triton kernels, in a process that interprets them."""
-    from bench.paths import contenders
-
-    return [
-        count(contender, recipe, direction, torch.bfloat16)
-        for recipe, direction in CASES
-        for contender in contenders("interpreter", direction)
-        if contender.kernels
-    ]
-
-
 @cache
-def counted_kernels() -> tuple[list[dict[str, Any]], str]:
-    """The same from a process of its own, and where they come from: counted here, or kept."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(
-        [sys.executable, "-m", "bench.counted", "--kernels"],
-        cwd=RESULTS.parent.parent,
-        env=environment,
-        capture_output=True,
-        check=False,
-        text=True,
-    )
-    if run.returncode == 0:
-        return json.loads(run.stdout.splitlines()[-1]), "counted here"
-    # Triton 3.6 does not interpret with numpy 2.4 and later
-    reason = (run.stderr.strip().splitlines() or ["it was stopped"])[-1]
-    kept = json.loads((RESULTS / "counted.json").read_text())["figures"]
-    return kept, f"kept in bench/results/counted.json, as the interpreter fails here: {reason}"
+def published() -> list[dict[str, Any]]:
+    """The figures of counted.json, which hold on every machine; a test holds them up to date."""
+    return json.loads((RESULTS / "counted.json").read_text())["figures"]
 
 
 def find_count(contender: str, recipe: Recipe, direction: Direction, dtype: str) -> dict[str, Any]:
     """The figures of one contender with kernels; empty if nobody counted them."""
     wanted = (contender, case_name(recipe, direction), dtype)
-    for figures in counted_kernels()[0]:
+    for figures in published():
         if (figures["contender"], figures["case"], figures["dtype"]) == wanted:
             return figures
     return {}
@@ -192,11 +164,8 @@ def _all_counts() -> list[dict[str, Any]]:
     ]
 
 
-def _main(arguments: list[str]) -> None:
-    """Prints the kernels' figures, or writes everybody's."""
-    if "--kernels" in arguments:
-        print(json.dumps(kernel_counts()))
-        return
+def _main() -> None:
+    """Writes both files, and prints the one for people."""
     from bench.machine import versions
 
     figures = _all_counts()
@@ -212,4 +181,4 @@ def _main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     os.environ.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
-    _main(sys.argv[1:])
+    _main()

@@ -42,9 +42,9 @@ def table(runs: Iterable[Mapping[str, Any]]) -> list[str]:
     return [*lines, "", *LEGEND.splitlines()] if lines else []
 
 
-def kernel_lines(figures: Iterable[Mapping[str, Any]], origin: str) -> list[str]:
+def kernel_lines(figures: Iterable[Mapping[str, Any]]) -> list[str]:
     """What Triton kernels would move on a GPU, for machines that cannot time them."""
-    lines = ["", f"Triton kernels need a GPU to be timed; bytes per bfloat16 logit ({origin}):"]
+    lines = ["", "Triton kernels need a GPU to be timed; bytes per bfloat16 logit, as counted:"]
     eager = ("naive", "compiled")
     kernels = [
         one
