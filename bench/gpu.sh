@@ -42,10 +42,11 @@ if compgen -G ".whl/*.whl" >/dev/null; then
 fi
 [[ -n $DRY ]] && export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
 
-has() { # whether modules can be imported; says which cannot
-    local missing=0 module
+has() { # whether modules can be imported; says which cannot, and why
+    local missing=0 module why
     for module in "$@"; do
-        "$PYTHON" -c "import $module" 2>/dev/null || { echo "skipped: no $module" && missing=1; }
+        why=$("$PYTHON" -c "import $module" 2>&1) && continue
+        echo "skipped: $module (${why##*$'\n'})" && missing=1
     done
     return $missing
 }
