@@ -36,8 +36,8 @@ from grpo_core.kernels.records import Rows, Slopes, Terms, TokenVectors
 # values to try of every field of `Tuning`; those of fields it does not have are left out
 AXES: dict[str, tuple[Any, ...]] = {
     "warps": (4, 8, 16, 32),
+    "tiles": (None, 1, 2, 4, 8),
     "num_stages": (None, 1, 2, 4),
-    "tiles": (1, 2, 4),
     "evict": (False, True),
 }
 VOCABULARIES = (32_000, 50_257, 128_256, 151_669, 151_936, 262_144)
@@ -199,7 +199,7 @@ def rewrite_table(source: str, table: dict[Key, Tuning]) -> str:
 def _line(trial: Trial, default: float) -> str:
     """One line of the table of trials."""
     options = ", ".join(f"{name} {value}" for name, value in asdict(trial.tuning).items())
-    head = f"{trial.key[0]:<8}{trial.key[1]:<10}{trial.V:>9,}  {options:<28}"
+    head = f"{trial.key[0]:<8}{trial.key[1]:<10}{trial.V:>9,}  {options:<38}"
     if trial.failure:
         return f"{head}{trial.failure}"
     times = "".join(f"{name} {1e3 * s:.3f} ms  " for name, s in trial.seconds.items())

@@ -28,10 +28,12 @@ class Tuning:
 
     Attributes:
         warps: of 32 threads, which share a row.
+        tiles: loaded in one step; None means the rule of `row_layout`.
         num_stages: of the compiler's software pipeline; None leaves it to the compiler.
     """
 
     warps: int
+    tiles: int | None = None
     num_stages: int | None = None
 
 
@@ -71,6 +73,7 @@ class RowLayout:
     THREADS: int
     WIDTH: int
     VECTOR: bool
+    TILES: int
     ALIGNMENT: int
     num_warps: int
     num_stages: int | None = None
@@ -104,6 +107,8 @@ def row_layout(rows: Rows) -> RowLayout:
         THREADS=32 * tuning.warps,
         WIDTH=width,
         VECTOR=vector,
+        # as many loads in flight as registers allow; narrow loads take more of them
+        TILES=tuning.tiles or (4 if vector else 2),
         ALIGNMENT=width if vector else 1,
         num_warps=max(1, 32 * tuning.warps // lanes),
         num_stages=tuning.num_stages,
@@ -112,7 +117,7 @@ def row_layout(rows: Rows) -> RowLayout:
 
 def untuned(V: int) -> Tuning:
     """The rule for cards that nobody has measured."""
-    return Tuning(warps=4 if V <= 8192 else 16)
+    return Tuning(warps=4 if V <= 8192 else 8)
 
 
 def launch(kernel: Any, programs: int, on: torch.Tensor, **arguments: Any) -> None:

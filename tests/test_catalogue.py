@@ -1,4 +1,4 @@
-"""The table of methods: complete, the same in terminal and documentation, true of the objectives."""
+"""The table of methods: complete, the same wherever it is shown, true of the objectives."""
 
 from __future__ import annotations
 
