@@ -125,7 +125,9 @@ def decoupled_advantages(
         rewards: [B, F] floating point, one column per reward function.
         weights: [F], None means 1 each.
         estimator: of every A_f; its ddof and epsilon are those of std Z, too.
-        groups, tokens, mask, validate: as in `relative_advantages`.
+        mask: [B], 0 for completions that do not count, or [B, F], 0 where a function has no score:
+            its A_if is 0 then, and a completion without any does not count.
+        groups, tokens, validate: as in `relative_advantages`.
 
     Returns:
         [B] float32, or float64 for float64 rewards.
@@ -143,10 +145,16 @@ def decoupled_advantages(
         weights = torch.ones(F, device=rewards.device)
     if weights.shape != (F,):
         raise ValueError(f"weights: expected shape [F] = [{F}], got {list(weights.shape)}")
+    scored: list[Tensor | None] = [mask] * F
+    if mask is not None and mask.ndim == 2:
+        if mask.shape != (B, F):
+            raise ValueError(f"mask: expected shape [B, F] = [{B}, {F}], got {list(mask.shape)}")
+        scored, mask = list((mask != 0).unbind(1)), (mask != 0).any(1)
     total = torch.zeros(B, dtype=torch.float64, device=rewards.device)
     for f in range(F):
-        values, group = _door(f"rewards[:, {f}]", rewards[:, f], groups, mask, validate)
+        values, group = _door(f"rewards[:, {f}]", rewards[:, f], groups, scored[f], validate)
         total += weights[f].double() * _advantages(values, group, tokens, estimator)
+    _, group = _door("rewards", total, groups, mask, validate)
     return _over_batch(total, group, tokens, estimator).to(_result_dtype(rewards))
 
 

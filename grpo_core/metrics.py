@@ -51,6 +51,7 @@ METRICS: dict[str, Metric] = {
     "groups": Metric("sum", "", "prompts with a token in the loss's rewards"),
     "zero_variance_groups": Metric("mean", "groups", "share of groups whose rewards are all equal"),
     "nonfinite_rows": Metric("sum", "", "left out because a term is NaN or infinite"),
+    "skipped_rows": Metric("sum", "", "whose logits were never made, masked ones included"),
     "bad_target_rows": Metric("sum", "", "left out because the target is no word"),
 }
 
@@ -66,10 +67,12 @@ def loss_metrics(
     factor: Tensor,
     valid: Tensor,
     dropped: Tensor,
+    skipped: int | None = None,
 ) -> dict[str, Tensor]:
     """The figures of one call, named and explained in `METRICS`.
 
-    Those of the sampler are there if `sampler_logp` was given, those of groups with `rewards`.
+    Those of the sampler are there if `sampler_logp` was given, those of groups with `rewards`,
+    `skipped_rows` for a loss from hidden states.
     """
     counts = valid & ~dropped
     count = counts.sum()
@@ -101,6 +104,8 @@ def loss_metrics(
         "nonfinite_rows": (valid & dropped).sum(),
         "bad_target_rows": tokens.bad_target.sum(),
     }
+    if skipped is not None:
+        found["skipped_rows"] = torch.full_like(count, skipped)
     if tokens.sampler_logp is not None:
         found |= _sampler_metrics(tokens, logp, counts)
     if tokens.groups is not None:

@@ -7,13 +7,15 @@
 | `sampler`         | π_old / π_sampler, bounded, see `sampler`                               |
 | `off_policy_delta`| 0 where A < 0 and the sequence has moved by more than δ nats a token    |
 | `top_entropy`     | 0 below the (1 − ρ)-quantile of the entropies of this call's tokens     |
+| `sequence_weight` | φ(W) of the sequence's ratio, see there; `sampler` is then part of W    |
 
 The factors multiply. The KL and every mean keep such tokens; the entropy bonus leaves out those of
-low entropy, as in TRL. Only `sampler` with action "reject" takes tokens out of the mask. With an
-`old_logp` the first part is known before the logits are read; everything else takes two phases.
+low entropy, as in TRL. Only `rejections`, and `sampler` with action "reject", take tokens out of
+the mask: each looks at what was there before all of them. With an `old_logp` the sampler's parts
+are known before the logits are read; everything else takes two phases.
 
-Source: sampler: see there; off_policy_delta: DeepSeek-V3.2 (arXiv 2512.02556, sec. 3.1);
-top_entropy: "Beyond the 80/20 rule" (2506.01939).
+Source: sampler, rejections, sequence_weight: see there; off_policy_delta: DeepSeek-V3.2 (arXiv
+2512.02556, sec. 3.1); top_entropy: "Beyond the 80/20 rule" (2506.01939).
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from grpo_core.sampler import SamplerCorrection, off_policy_mask, sampler_correction
+from grpo_core.rejection import Rejection
+from grpo_core.sampler import Correction, SamplerCorrection, off_policy_mask, sampler_correction
+from grpo_core.sequence_weight import SequenceWeight
 
 if TYPE_CHECKING:
     from grpo_core.arguments import Tokens
@@ -39,58 +43,80 @@ class PolicyFactor:
         sampler: correction for tokens that another program sampled; needs `sampler_logp`.
         off_policy_delta: δ, nats per token; infinite means that no sequence is left out. The
             distance is from `sampler_logp` if that is given, else from `old_logp`.
-        top_entropy: ρ in (0, 1], the share of the tokens, those of the highest entropy, that the
-            surrogate acts on.
+        top_entropy: ρ in [0, 1], the share of the tokens, those of the highest entropy, that the
+            surrogate acts on; with 0 the highest alone.
+        sequence_weight: a smooth weight of each sequence.
+        rejections: which tokens and sequences to leave out; they need `sampler_logp`.
+        current: `sampler` and `rejections` look at π/π_sampler, not at π_old/π_sampler.
 
     Raises:
-        ValueError: a share outside (0, 1], a δ that is NaN.
+        ValueError: a share outside [0, 1], a δ that is NaN, a `sampler` that is not of tokens
+            beside a `sequence_weight`.
     """
 
     sampler: SamplerCorrection | None = None
     off_policy_delta: float = math.inf
     top_entropy: float = 1.0
+    sequence_weight: SequenceWeight | None = None
+    rejections: tuple[Rejection, ...] = ()
+    current: bool = False
 
     def __post_init__(self) -> None:
         if self.sampler is not None and not isinstance(self.sampler, SamplerCorrection):
             raise ValueError(f"sampler: expected a SamplerCorrection, got {self.sampler!r}")
         if not -math.inf < self.off_policy_delta <= math.inf:
             raise ValueError(f"off_policy_delta: expected a number, got {self.off_policy_delta!r}")
-        if not 0 < self.top_entropy <= 1:
-            raise ValueError(f"top_entropy: expected a share in (0, 1], got {self.top_entropy!r}")
+        if not 0 <= self.top_entropy <= 1:
+            raise ValueError(f"top_entropy: expected a share in [0, 1], got {self.top_entropy!r}")
+        if self.sequence_weight and self.sampler and self.sampler.level != "token":
+            want = "level 'token' beside a sequence_weight"
+            raise ValueError(f"sampler: expected {want}, got {self.sampler!r}")
+
+    @property
+    def needs_sampler(self) -> bool:
+        """Whether the log-probabilities of another program are part of the factor."""
+        return self.sampler is not None or bool(self.rejections)
+
+    def waits_for_logp(self, old_logp: Tensor | None) -> bool:
+        """Whether the policy itself is compared with the sampler."""
+        return old_logp is None or self.current
 
     def needs_statistics(self, tokens: Tokens) -> bool:
         """Whether the factor follows from the logits that are about to be read."""
         drifts = tokens.old_logp is not None or tokens.sampler_logp is not None
         return (
             self.top_entropy < 1
-            or (self.off_policy_delta < math.inf and drifts)
-            or (self.sampler is not None and tokens.old_logp is None)
+            or (drifts and (self.off_policy_delta < math.inf or self.sequence_weight is not None))
+            or (self.needs_sampler and self.waits_for_logp(tokens.old_logp))
         )
 
     @torch.no_grad()
     def of_sampler(self, tokens: Tokens, old_logp: Tensor) -> Tokens:
-        """The tokens with the factor of `sampler`, and without those that it rejects."""
-        rule, sampler_logp = self.sampler, tokens.sampler_logp
-        if rule is None:
+        """The tokens with the factor of `sampler`, and without those that are rejected."""
+        if not self.needs_sampler:
             return tokens
+        left, sampler_logp = tokens.valid, tokens.sampler_logp
         assert sampler_logp is not None
-        found = sampler_correction(
-            # the loss itself drops a token whose own log-probability is not finite
-            torch.where(old_logp.isfinite(), old_logp, sampler_logp),
-            sampler_logp,
-            tokens.valid,
-            **vars(rule),
-            sequence_id=None if rule.level == "token" else tokens.sequence,
-            validate=False,
-        )
-        kept = tokens.multiplied(found.factor)
-        return kept.without(tokens.valid & ~found.mask)
+        # the loss itself drops a token whose own log-probability is not finite
+        old_logp = torch.where(old_logp.isfinite(), old_logp, sampler_logp)
+        weighed = tokens
+        if self.sampler is not None:
+            found = self._correction(self.sampler, tokens, old_logp)
+            left = left & found.mask
+            if self.sequence_weight is None:
+                weighed = tokens.multiplied(found.factor)
+        for rule in self.rejections:
+            where = (tokens.valid, tokens.sequence, tokens.sequences)
+            left = left & rule.keeps(old_logp, sampler_logp, *where)
+        return weighed.without(tokens.valid & ~left)
 
     @torch.no_grad()
     def of_statistics(self, tokens: Tokens, logp: Tensor, entropy: Tensor) -> Tokens:
         """The tokens with every factor that had to wait for their log-probability or entropy."""
-        if tokens.old_logp is None:
+        if self.waits_for_logp(tokens.old_logp):
             tokens = self.of_sampler(tokens, logp)
+        if self.sequence_weight is not None:
+            tokens = tokens.multiplied(self.of_sequences(tokens, logp))
         before = tokens.old_logp if tokens.sampler_logp is None else tokens.sampler_logp
         if self.off_policy_delta < math.inf and before is not None:
             found = off_policy_mask(
@@ -107,6 +133,36 @@ class PolicyFactor:
         if self.top_entropy < 1:
             tokens = tokens.only_entropy_of(top_share(entropy, tokens.valid, self.top_entropy))
         return tokens
+
+    @torch.no_grad()
+    def of_sequences(self, tokens: Tokens, logp: Tensor) -> Tensor:
+        """[N] what `sequence_weight` makes of each token's sequence, masked tokens included."""
+        assert self.sequence_weight is not None
+        old_logp = logp if tokens.old_logp is None else tokens.old_logp
+        ratio = None
+        if self.sampler is not None:
+            ratio = self._correction(self.sampler, tokens, old_logp).factor
+        return self.sequence_weight.of(
+            logp - old_logp,
+            ratio,
+            tokens.advantage,
+            tokens.valid,
+            tokens.sequence,
+            tokens.sequences,
+        )
+
+    @staticmethod
+    def _correction(rule: SamplerCorrection, tokens: Tokens, old_logp: Tensor) -> Correction:
+        """The rule applied to the valid tokens."""
+        assert tokens.sampler_logp is not None
+        return sampler_correction(
+            old_logp,
+            tokens.sampler_logp,
+            tokens.valid,
+            **vars(rule),
+            sequence_id=None if rule.level == "token" else tokens.sequence,
+            validate=False,
+        )
 
 
 def top_share(values: Tensor, valid: Tensor, share: float) -> Tensor:

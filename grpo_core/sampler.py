@@ -8,7 +8,7 @@
 |------------|----------------------------------------------|--------------------------------------|
 | "truncate" | factor = the nearer bound                    | TIS; TRL *_truncate, verl rollout_is |
 | "zero"     | factor = 0, the token counts in every mean   | IcePop, MIS; TRL *_mask, verl lo_hi  |
-| "reject"   | factor = 0, the token leaves the mask        | verl rollout_rs, on 1/w              |
+| "reject"   | factor = 0, the token leaves the mask        | MIS; without weights: `rejection`    |
 
 `factor` multiplies the advantage, which is how it scales the policy term and never the KL. Tokens
 of which one log-probability is NaN or infinite leave the mask and are counted; a product or a mean
@@ -16,7 +16,6 @@ goes over the others. (TRL 1.16 keeps such tokens with w_t = 1; verl 0.9.1 lets 
 
 Log-ratios of a token, or of a sequence once summed, are held within ±80 nats, so that float32 can
 hold w; verl holds them within ±20, which differs only for bounds above e²⁰. Bounds are inclusive.
-verl's rollout_rs *_k1 bounds 1/w: its "0.5_1.5" is low = 1/1.5, high = 1/0.5 here.
 
 Source: TIS: Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"
 (2025); IcePop: Ring-1T (arXiv 2510.18855); sequence level: 2512.23075; off-policy sequence mask:

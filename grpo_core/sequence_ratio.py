@@ -5,13 +5,11 @@
 | token          | d_t                                    | to the token                     |
 | sequence       | mean over t of d_t                     | to every token, over the mean    |
 | sequence_token | the same mean                          | to the token, as if it were d_t  |
-| sequence_sum   | Σ_t d_t; each within ±20, the sum in [log 1e-8, 20] | to every token   |
 
 With `token_clip` = (low, high) each d_t is first bounded on its pessimistic side: above by `high`
 where the advantage is positive, below by −`low` elsewhere.
 
-Source: sequence and sequence_token: GSPO (arXiv 2507.18071, sec. 4); token_clip: GMPO (2507.20673);
-sequence_sum: VESPO (2602.10693).
+Source: sequence and sequence_token: GSPO (arXiv 2507.18071, sec. 4); token_clip: GMPO (2507.20673).
 """
 
 from __future__ import annotations
@@ -22,17 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-RatioLevel = Literal["token", "sequence", "sequence_token", "sequence_sum"]
-
-# e²⁰ is far beyond any ratio one would trust, and far below what overflows
-LARGEST_LOG_RATIO = 20.0
-# log 1e-8: a sequence this unlikely has no weight left
-SMALLEST_SUM = -18.420680743952367
-
-
-def _within_reach(log_ratio: Tensor) -> Tensor:
-    """Log-ratios of tokens, each kept within ±20."""
-    return log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+RatioLevel = Literal["token", "sequence", "sequence_token"]
 
 
 @dataclass(frozen=True)
@@ -60,8 +48,6 @@ class SequenceRatio:
         bounded = self._bounded(log_ratio)
         if self.level == "token":
             return bounded
-        if self.level == "sequence_sum":
-            return self._sums(_within_reach(bounded)).clamp(SMALLEST_SUM, LARGEST_LOG_RATIO)
         mean = self._means(bounded)
         if self.level == "sequence_token":
             return mean.detach() + (bounded - bounded.detach())
@@ -69,12 +55,7 @@ class SequenceRatio:
 
     def backward(self, log_ratio: Tensor, gradient: Tensor) -> Tensor:
         """The transpose at `log_ratio`: dL by the level's log-ratios -> dL by the tokens'."""
-        if self.level == "sequence_sum":
-            total = self._sums(_within_reach(log_ratio))
-            moves = (total >= SMALLEST_SUM) & (total <= LARGEST_LOG_RATIO)
-            inside = log_ratio.abs() <= LARGEST_LOG_RATIO
-            gradient = torch.where(inside, self._sums(torch.where(moves, gradient, 0.0)), 0.0)
-        elif self.level == "sequence":
+        if self.level == "sequence":
             gradient = self._means(gradient)
         return torch.where(self._bounded(log_ratio) == log_ratio, gradient, 0.0)
 

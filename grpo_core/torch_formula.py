@@ -42,6 +42,7 @@ def _maximum(a: Operand, b: Operand) -> Tensor:
 _TL = SimpleNamespace(
     abs=torch.abs,
     exp=torch.exp,
+    log=torch.log,
     minimum=_minimum,
     maximum=_maximum,
     where=torch.where,

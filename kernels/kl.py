@@ -1,13 +1,13 @@
 """Estimators of KL(π ‖ π_ref) from one sampled token, with their derivatives.
 
 Signature of every estimator: `(logp, ref_logp) -> (kl, dkl/dlogp)`, nats. All are exactly 0 where
-logp equals ref_logp. `k1_plus` and `k3_plus` are straight-through: the value of k1 or k3, the
+logp equals ref_logp. Those named `_plus` are straight-through: the value of k1, absolute or k3, the
 gradient of k2, which on policy is that of the true KL. `times_ratio` makes any of them unbiased off
 policy.
 
 Source: J. Schulman, "Approximating KL Divergence" (2020); k3 in GRPO: DeepSeekMath
 (arXiv 2402.03300, eq. 4); the ratio factor: DeepSeek-V3.2 (2512.02556); straight-through:
-verl's `k1+` and `k3+`.
+verl's `k1+`, `abs+` and `k3+`.
 """
 
 from .language import tl, triton
@@ -49,6 +49,14 @@ def k1_plus(logp, ref_logp):
     difference = logp - ref_logp
     half_square = 0.5 * difference * difference
     return stop_grad(difference - half_square) + half_square, difference
+
+
+@triton.jit
+def absolute_plus(logp, ref_logp):
+    """The value of absolute, the gradient of k2."""
+    difference = logp - ref_logp
+    half_square = 0.5 * difference * difference
+    return stop_grad(tl.abs(difference) - half_square) + half_square, difference
 
 
 @triton.jit

@@ -12,7 +12,7 @@ detached correction may multiply it.
 """
 
 from .language import tl, triton
-from .scalar_math import sigmoid, stop_grad
+from .scalar_math import expm1, sigmoid, stop_grad
 
 
 @triton.jit
@@ -103,6 +103,24 @@ def dppo_tv(logp, log_ratio, advantage, delta_low, delta_high, cap):
 
 
 @triton.jit
+def dppo_kl(logp, log_ratio, advantage, delta_low, delta_high, cap):
+    """ℓ = −A·sg(min(r, cap))·logp inside a trust region of the binary KL, else no gradient.
+
+    Inside: q·log(q/p) + (1 − q)·log((1 − q)/(1 − p)) ≤ δ_high where A > 0, ≤ δ_low elsewhere; or
+    p ≤ q where A > 0, p ≥ q elsewhere, since from there A pulls back. p = π, q = π_old.
+
+    Source: DPPO (arXiv 2602.04879); 1e-8, so that certain tokens have a logarithm: verl.
+    """
+    p, q = tl.exp(logp), tl.exp(logp - log_ratio)
+    not_p, not_q = -expm1(logp), -expm1(logp - log_ratio)
+    kl = not_q * tl.log((not_q + 1e-8) / (not_p + 1e-8)) - q * log_ratio
+    trusted = tl.where(advantage > 0, (kl <= delta_high) | (p <= q), (kl <= delta_low) | (p >= q))
+    factor = tl.where(trusted, tl.minimum(tl.exp(log_ratio), cap) * advantage, 0.0)
+    factor = stop_grad(factor)
+    return -factor * logp, -factor, factor * 0
+
+
+@triton.jit
 def topr(logp, log_ratio, advantage):
     """ℓ = −A·logp where A > 0, −A·sg(clip(r, 0, 1))·logp elsewhere.
 
@@ -113,19 +131,3 @@ def topr(logp, log_ratio, advantage):
     bounded = stop_grad(tl.minimum(tl.exp(log_ratio), 1.0))
     factor = advantage * tl.where(advantage > 0, bounded * 0 + 1, bounded)
     return -factor * logp, -factor, factor * 0
-
-
-@triton.jit
-def vespo(logp, log_ratio, advantage, k_pos, lambda_pos, k_neg, lambda_neg):
-    """ℓ = −sg(φ(W))·A·logp, φ(W) = W^k·e^{λ(1 − W)}, W = e^{log_ratio} of the whole sequence.
-
-    k and λ by the sign of A.
-
-    Source: VESPO (arXiv 2602.10693).
-    """
-    log_weight = stop_grad(log_ratio)
-    gains = advantage >= 0
-    k = tl.where(gains, k_pos + log_weight * 0, k_neg + log_weight * 0)
-    decay = tl.where(gains, lambda_pos + log_weight * 0, lambda_neg + log_weight * 0)
-    phi = tl.exp(decay + k * log_weight - decay * tl.exp(log_weight))
-    return -phi * advantage * logp, -phi * advantage, phi * 0

@@ -143,6 +143,14 @@ def dppo_tv(logp: Tensor, old_logp: Tensor, A: Tensor, delta: float, cap: float)
     return torch.where(away, 0.0, (p / q).clamp(max=cap)) * A * logp
 
 
+def dppo_kl(logp: Tensor, old_logp: Tensor, A: Tensor, delta: float, cap: float) -> Tensor:
+    """DPPO (arXiv 2602.04879), binary KL: D(Bern(q) ‖ Bern(p)) > δ and a move away are masked."""
+    p, q = logp.exp().detach(), old_logp.exp()
+    divergence = q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
+    away = (divergence > delta) & torch.where(A > 0, p > q, p < q)
+    return torch.where(away, 0.0, (p / q).clamp(max=cap)) * A * logp
+
+
 def topr(logp: Tensor, ratio: Tensor, A: Tensor) -> Tensor:
     """TOPR (arXiv 2503.14286): REINFORCE on gains, the ratio truncated to [0, 1] on losses."""
     return torch.where(A > 0, 1.0, ratio.clamp(0, 1).detach()) * A * logp

@@ -8,8 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from grpo_core import RECIPES
-from grpo_core.recipes.catalogue import FORMULAS, ORIGINS, as_markdown, as_text, formula
+from grpo_core import RECIPES, preset
+from grpo_core.recipes.catalogue import (
+    FORMULAS,
+    ORIGINS,
+    advantage,
+    as_markdown,
+    as_text,
+    formula,
+)
 from tests.test_formulas import SURROGATES
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +42,20 @@ def test_the_terminal_shows_it_without_a_word_on_stderr(option: list[str]) -> No
     expected = as_markdown() if option == ["--markdown"] else as_text(frameworks=bool(option))
     assert printed.stdout == expected + "\n"
     assert printed.stderr == ""
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("framework", ["trl", "verl"])
+def test_the_options_of_a_framework_are_the_recipe(name: str, framework: str) -> None:
+    """What the table calls the same makes the same objective, but for the ε beside a std."""
+    options = getattr(ORIGINS[name], framework)
+    if options is None:
+        pytest.skip("the framework has no such method")
+    theirs, ours = preset(framework, **options).objective, RECIPES[name]
+    same = ("surrogate", "kl", "beta", "ratio_level", "kl_times_ratio", "token_clip", "aggregation")
+    for field in (*same, "factor"):
+        assert getattr(theirs, field) == getattr(ours, field), field
+    assert advantage(theirs) == advantage(ours)
 
 
 def test_a_formula_holds_the_objectives_numbers() -> None:

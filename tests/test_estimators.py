@@ -76,6 +76,23 @@ def test_a_loud_reward_function_does_not_drown_the_others() -> None:
     assert close(decoupled_advantages(louder, 4, estimator=spec), once)
 
 
+def test_a_function_without_a_score_has_no_say() -> None:
+    """Its column is normalised over the others of the group; a completion without any is 0."""
+    rewards, scored = torch.randn(10, 3).double(), torch.rand(10, 3) < 0.7
+    scored[:, 0], scored[3] = True, False
+    unscored = torch.where(scored, rewards, torch.nan)
+    ours = decoupled_advantages(unscored, torch.tensor(IDS), mask=scored)
+    total = np.zeros(10)
+    for f in range(3):
+        rows = [i for i in range(10) if scored[i, f]]
+        total[rows] += oracles.grpo(rewards[rows, f].numpy(), [IDS[i] for i in rows])
+    rows = [i for i in range(10) if scored[i].any()]
+    assert len(rows) == 9
+    std = total[rows].std(ddof=1)
+    assert close(ours[rows], total[rows] / (std + 1e-4), 1e-12)
+    assert ours[3] == 0
+
+
 @pytest.mark.parametrize("spec", ESTIMATORS.values(), ids=str)
 def test_groups_by_size_are_groups_by_id(spec: Estimator) -> None:
     rewards = torch.randn(12)
@@ -217,6 +234,8 @@ def test_bad_options_are_named() -> None:
         relative_advantages(rewards, 2, tokens=torch.ones(3))
     with pytest.raises(ValueError, match=r"rewards: .* \[B, F >= 1\], got \[4\]"):
         decoupled_advantages(rewards, 2)
+    with pytest.raises(ValueError, match=r"mask: expected shape \[B, F\] = \[4, 3\], got \[4, 2\]"):
+        decoupled_advantages(torch.zeros(4, 3), 2, mask=torch.ones(4, 2))
     with pytest.raises(ValueError, match=r"weights: expected shape \[F\] = \[3\], got \[2\]"):
         decoupled_advantages(torch.zeros(4, 3), 2, torch.ones(2))
     with pytest.raises(ValueError, match=r"rewards\[:, 1\]: expected finite .* got nan at index 0"):

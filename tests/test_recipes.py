@@ -351,7 +351,7 @@ def test_objectives_are_values() -> None:
         with pytest.raises(ValueError, match=message):
             dapo.replace(**changes)
     for changes, message in (
-        ({"top_entropy": 0.0}, r"top_entropy: expected a share in \(0, 1\], got 0.0"),
+        ({"top_entropy": 1.5}, r"top_entropy: expected a share in \[0, 1\], got 1.5"),
         ({"off_policy_delta": math.nan}, "off_policy_delta: expected a number, got nan"),
         ({"sampler": "TIS"}, "sampler: expected a SamplerCorrection, got 'TIS'"),
     ):

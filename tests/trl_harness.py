@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import math
 import random
 import tempfile
@@ -32,6 +33,8 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import grpo_trainer
 
 PAD, EOS, WORD = 0, 1, 2
+# accelerate reads that of a package anew for each of its many questions
+_metadata = functools.cache(importlib.metadata.metadata)
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class TrlCase:
             micro-batch's.
         gradient_accumulation_steps: micro-batches in this window, which TRL calls
             `current_gradient_accumulation_steps`; also the option's default.
+        training: False for the loss of `evaluate`.
     """
 
     logp: Tensor
@@ -66,6 +70,7 @@ class TrlCase:
     sampling_logp: Tensor | None = None
     num_items_in_batch: float | None = None
     gradient_accumulation_steps: int = 1
+    training: bool = True
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ class TrlSamplerRatio:
 
 
 def trl_loss(case: TrlCase, **options: Any) -> TrlResult:
-    """TRL's loss of one micro-batch in train mode, its gradients and metrics.
+    """TRL's loss of one micro-batch, its gradients and metrics.
 
     Args:
         case: the tensors; they are not written to.
@@ -112,11 +117,13 @@ def trl_loss(case: TrlCase, **options: Any) -> TrlResult:
     logp = case.logp.detach().clone().requires_grad_()
     entropy = case.entropy.detach().clone().requires_grad_()
     _answer_logp(trainer, logp, entropy)
+    trainer.model.train(case.training)
     loss = trainer._compute_loss(trainer.model, _inputs(case))
     dlogp, dentropy = torch.autograd.grad(
         loss, (logp, entropy), allow_unused=True, materialize_grads=True
     )
-    return TrlResult(loss.item(), dlogp, dentropy, _take_metrics(trainer))
+    mode = "train" if case.training else "eval"
+    return TrlResult(loss.item(), dlogp, dentropy, _take_metrics(trainer, mode))
 
 
 def trl_advantages(rewards_per_func: Tensor, num_generations: int, **options: Any) -> TrlAdvantages:
@@ -239,10 +246,10 @@ def _answer_logp(trainer: GRPOTrainer, logp: Tensor, entropy: Tensor | None) -> 
     trainer._get_per_token_logps_and_entropies = given
 
 
-def _take_metrics(trainer: GRPOTrainer) -> dict[str, float]:
+def _take_metrics(trainer: GRPOTrainer, mode: str = "train") -> dict[str, float]:
     """What this call logged: TRL appends each name once."""
-    logged = {name: values for name, values in trainer._metrics["train"].items() if values}
-    trainer._metrics["train"].clear()
+    logged = {name: values for name, values in trainer._metrics[mode].items() if values}
+    trainer._metrics[mode].clear()
     assert all(len(values) == 1 for values in logged.values()), logged
     return {name: float(values[0]) for name, values in logged.items()}
 
@@ -265,12 +272,30 @@ def _home() -> tempfile.TemporaryDirectory[str]:
         vocab_size=3,
         hidden_size=16,
         intermediate_size=16,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
     )
     Qwen2ForCausalLM(config).save_pretrained(home.name)
     return home
+
+
+@functools.cache
+def _model() -> Qwen2ForCausalLM:
+    """That model, read once."""
+    return Qwen2ForCausalLM.from_pretrained(_home().name)
+
+
+def _kept_model(name: str, **kwargs: Any) -> Qwen2ForCausalLM:
+    """In the place of TRL's reading it from disk for every trainer, none of which changes it."""
+    assert name == _home().name
+    return _model()
+
+
+@functools.cache
+def _one_prompt() -> Dataset:
+    """The data set that every trainer has and none reads."""
+    return Dataset.from_dict({"prompt": ["word"]})
 
 
 @contextlib.contextmanager
@@ -286,7 +311,10 @@ def _random_state_kept() -> Iterator[None]:
 def _trainer(functions: int, **options: Any) -> GRPOTrainer:
     """A trainer with so many reward functions, built by TRL from the options and kept."""
     frozen = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    return _kept_trainer(functions, tuple(sorted(frozen.items())))
+    trainer = _kept_trainer(functions, tuple(sorted(frozen.items())))
+    # all share the model, and TRL looks there for the mode
+    trainer.model.train()
+    return trainer
 
 
 @functools.lru_cache(maxsize=64)
@@ -302,16 +330,17 @@ def _kept_trainer(functions: int, options: tuple[tuple[str, Any], ...]) -> GRPOT
     with (
         _random_state_kept(),
         mock.patch.object(grpo_trainer, "VLLMGeneration"),
+        mock.patch.object(grpo_trainer, "create_model_from_path", _kept_model),
         mock.patch.object(GRPOTrainer, "_send_telemetry"),
+        mock.patch.object(importlib.metadata, "metadata", _metadata),
     ):
         trainer = GRPOTrainer(
             model=home,
             reward_funcs=[_reward_function(i) for i in range(functions)],
             args=GRPOConfig(**chosen),
-            train_dataset=Dataset.from_dict({"prompt": ["word"]}),
+            train_dataset=_one_prompt(),
             processing_class=PreTrainedTokenizerFast(
                 tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"
             ),
         )
-    trainer.model.train()
     return trainer

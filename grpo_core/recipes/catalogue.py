@@ -25,13 +25,11 @@ FORMULAS = {
     "dppo_tv": "−sg(min(r, {2}))·A·logp where p−q ≤ {1} if A > 0, ≥ −{0} else",
     "dppo_kl": "−sg(min(r, {2}))·A·logp where KL(q, p) ≤ {1} if A > 0, {0} else",
     "topr": "−A·logp if A > 0, else −sg(min(r, 1))·A·logp",
-    "vespo": "−sg(W^k·exp(λ(1−W)))·A·logp, (k, λ) = ({0}, {1}) if A ≥ 0 else ({2}, {3})",
 }
 LEVELS = {
     "token": "token",
     "sequence": "sequence mean",
     "sequence_token": "sequence mean, token gradient",
-    "sequence_sum": "sequence sum",
 }
 
 
@@ -85,11 +83,21 @@ ORIGINS: dict[str, Origin] = {
     ),
     "reinforce_plus_plus": Origin("2501.03262"),
     "reinforce_plus_plus_baseline": Origin("2501.03262"),
-    "gpg": Origin("2504.02546", None, {"loss_mode": "gpg", "norm_adv_by_std_in_grpo": False}),
+    "gpg": Origin(
+        "2504.02546",
+        None,
+        {"loss_mode": "gpg", "adv_estimator": "grpo", "norm_adv_by_std_in_grpo": False},
+    ),
     "dro": Origin(
         "2501.12599",
         None,
-        {"loss_mode": "dro", "dro_beta": 0.1, "norm_adv_by_std_in_grpo": False} | MEAN_OF_MEANS,
+        {
+            "loss_mode": "dro",
+            "dro_beta": 0.1,
+            "adv_estimator": "grpo",
+            "norm_adv_by_std_in_grpo": False,
+        }
+        | MEAN_OF_MEANS,
     ),
     "dppo": Origin(
         "2602.04879",
@@ -112,6 +120,11 @@ def formula(objective: Objective) -> str:
     name = objective.surrogate.function.__name__
     text = FORMULAS[name].format(*(f"{number:g}" for number in objective.surrogate.args))
     text = text.replace("min(r, inf)", "r")
+    weight = objective.factor.sequence_weight
+    if weight is not None:
+        text = "sg(W^k·exp(λ(1−W)))·(" + text + "), (k, λ) = "
+        text += f"({weight.k_pos:g}, {weight.lambda_pos:g}) if A ≥ 0 "
+        text += f"else ({weight.k_neg:g}, {weight.lambda_neg:g})"
     if objective.token_clip is not None:
         low, high = objective.token_clip
         text += f", d ≤ {high:g} if A > 0, d ≥ −{low:g} else"
