@@ -86,6 +86,25 @@ def test_normalizer_and_metrics_never_wait(ours: Any) -> None:
 
 
 @pytest.mark.parametrize("ours", every_preset(), ids=lambda p: type(p).__name__)
+def test_packed_rows_log_what_the_padded_batch_does(ours: Any) -> None:
+    """Masked tokens left out, as long as no row of the batch is empty."""
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 1, 0], [1, 0, 1]])
+    arguments = call(ours, mask=mask)
+    padded = ours.metrics(fused_loss(**arguments))
+    keep = mask.bool()
+    arguments["advantage"] = arguments["advantage"][:, None].expand(B, T)
+    packed = {
+        name: value[keep] if isinstance(value, Tensor) and value.ndim > 1 else value
+        for name, value in arguments.items()
+        if name != "mask"
+    }
+    sequence_id = torch.arange(B)[:, None].expand(B, T)[keep]
+    logged = ours.metrics(fused_loss(**packed, sequence_id=sequence_id))
+    assert logged.keys() == padded.keys()
+    assert all(torch.isclose(logged[name], padded[name]) for name in logged)
+
+
+@pytest.mark.parametrize("ours", every_preset(), ids=lambda p: type(p).__name__)
 def test_arguments_are_those_of_the_loss(ours: Any) -> None:
     """By name; what the objective needs is among them, and every one is printed."""
     assert ours.arguments.keys() <= inspect.signature(fused_loss).parameters.keys()
