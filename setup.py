@@ -17,7 +17,10 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["grpo_core", "grpo_core.kernels", "grpo_core.presets"],
+    packages=[
+        "grpo_core",
+        *(f"grpo_core.{part}" for part in ("kernels", "presets", "recipes", "verify")),
+    ],
     install_requires=[
         "torch>=2.9",
         "triton>=3.6; platform_system == 'Linux'",

@@ -3,6 +3,9 @@
 from grpo_core.advantages import GroupNorm, group_advantages
 from grpo_core.estimators import Estimator
 from grpo_core.fused_loss import LossOutput, TokenLogp, fused_loss, token_logp
+from grpo_core.linear_head import LinearHead
+from grpo_core.linear_loss import fused_linear_loss, linear_token_logp
+from grpo_core.metrics import merge_metrics
 from grpo_core.objective import Objective, Surrogate
 from grpo_core.policy_factor import PolicyFactor
 from grpo_core.presets import preset
@@ -16,6 +19,7 @@ __all__ = [
     "RECIPES",
     "Estimator",
     "GroupNorm",
+    "LinearHead",
     "LossOutput",
     "Objective",
     "PolicyFactor",
@@ -25,8 +29,11 @@ __all__ = [
     "Surrogate",
     "TokenLogp",
     "clip",
+    "fused_linear_loss",
     "fused_loss",
     "group_advantages",
+    "linear_token_logp",
+    "merge_metrics",
     "preset",
     "token_logp",
 ]

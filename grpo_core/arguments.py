@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from grpo_core.advantages import estimate_advantages
 from grpo_core.backends import Backend
-from grpo_core.kernels.records import TokenVectors
+from grpo_core.kernels.records import Terms, TokenVectors
 from grpo_core.objective import Objective
 from grpo_core.recipes import find_objective
 from grpo_core.sequence_ratio import SequenceRatio
@@ -48,6 +49,50 @@ class Tokens(TokenVectors):
         """Whether a token's loss waits for the statistics of other rows, or of its own."""
         spec = self.objective
         return not spec.is_token_level or spec.factor.needs_statistics(self)
+
+    @property
+    def couples_sequences(self) -> bool:
+        """Whether a token's loss waits for tokens of other sequences."""
+        factor = self.objective.factor
+        return factor.top_entropy < 1 or (factor.sampler is not None and self.old_logp is None)
+
+    @property
+    def terms(self) -> Terms:
+        """Surrogate and KL as the kernels take them."""
+        spec = self.objective
+        return Terms(
+            surrogate=spec.surrogate.function,
+            surrogate_args=spec.surrogate.args,
+            kl=spec.kl_function if self.ref_logp is not None else None,
+            kl_times_ratio=spec.kl_times_ratio,
+            beta=float(spec.beta),
+        )
+
+    def still(self) -> Tensor:
+        """[N] bool: valid tokens that can have no gradient, whatever their logits are."""
+        spec = self.objective
+        if spec.beta or spec.entropy_coef or self.couples_sequences:
+            return torch.zeros_like(self.valid)
+        if not spec.surrogate.homogeneous:
+            return torch.zeros_like(self.valid)
+        moves = self.valid & (self.advantage != 0)
+        if self.needs_statistics:
+            moving = self.advantage.new_zeros(self.sequences)
+            moves = moving.scatter_add_(0, self.sequence, moves.to(moving.dtype))[self.sequence] > 0
+        return self.valid & ~moves
+
+    def times(self, number: Tensor) -> Tokens:
+        """Every weight multiplied by a 0-dim tensor."""
+        bonus = self.entropy_weight
+        bonus = None if bonus is None else bonus * number
+        return replace(self, weight=self.weight * number, entropy_weight=bonus)
+
+    def of_rows(self, place: slice | Tensor) -> Tokens:
+        """Those of some rows; a weight stays what it is in the whole call."""
+        given: dict[str, Any] = vars(self)
+        vectors = {k: v for k, v in given.items() if isinstance(v, Tensor) and v.ndim == 1}
+        some: dict[str, Any] = {k: v[place] for k, v in vectors.items()}
+        return replace(self, **some)
 
     def sequence_ratio(self) -> SequenceRatio:
         """The objective's map from tokens' log-ratios to those of its level."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from grpo_core.arguments import Tokens
-from grpo_core.kernels.records import RowLoss, Rows, Terms
+from grpo_core.kernels.records import RowLoss, Rows, RowStats
 
 CONTIGUOUS = torch.contiguous_format
 
@@ -34,18 +34,6 @@ class Call:
     kernels: ModuleType
 
     @property
-    def terms(self) -> Terms:
-        """Surrogate and KL as the kernels take them."""
-        spec = self.tokens.objective
-        return Terms(
-            surrogate=spec.surrogate.function,
-            surrogate_args=spec.surrogate.args,
-            kl=spec.kl_function if self.tokens.ref_logp is not None else None,
-            kl_times_ratio=spec.kl_times_ratio,
-            beta=float(spec.beta),
-        )
-
-    @property
     def ref_rows(self) -> Rows | None:
         """The reference policy's logits, for the exact KL."""
         return None if self.ref_logits is None else Rows.of(self.ref_logits)
@@ -59,7 +47,7 @@ class Call:
 def _one_pass(rows: Rows, call: Call, dlogits: Tensor | None) -> tuple[RowLoss, Tokens]:
     """Token-level objectives: everything in one kernel."""
     result = call.kernels.row_loss(
-        rows, call.tokens, call.temperature, call.terms, dlogits, call.ref_rows
+        rows, call.tokens, call.temperature, call.tokens.terms, dlogits, call.ref_rows
     )
     return result, call.tokens
 
@@ -68,22 +56,31 @@ def _two_phases(rows: Rows, call: Call, dlogits: Tensor | None) -> tuple[RowLoss
     """Where a loss waits for other rows: statistics, the loss on vectors, then the gradient."""
     kernels, T = call.kernels, call.temperature
     stats = kernels.row_stats(rows, call.tokens.target, T, call.ref_rows)
+    result, tokens = loss_of_statistics(stats, call.tokens, kernels)
+    if dlogits is not None:
+        slopes = tokens.slopes(result.dlogp, result.dropped, call.exact_beta)
+        kernels.row_dlogits(rows, tokens.target, T, slopes, stats, dlogits, call.ref_rows)
+    return result, tokens
+
+
+def loss_of_statistics(
+    stats: RowStats, given: Tokens, kernels: ModuleType
+) -> tuple[RowLoss, Tokens]:
+    """The loss on vectors, once every row it waits for has been read; tokens with their factor."""
     logp, entropy, exact_kl, state = stats
-    tokens = call.tokens.objective.factor.of_statistics(call.tokens, logp, entropy)
+    terms = given.terms
+    tokens = given.objective.factor.of_statistics(given, logp, entropy)
     token_ratio = logp - (logp if tokens.old_logp is None else tokens.old_logp)
     level = tokens.sequence_ratio()
     log_ratio = level.forward(token_ratio)
-    terms = kernels.token_loss(logp, log_ratio, tokens, entropy, exact_kl, call.terms)
-    dlogp = terms.dlogp + level.backward(token_ratio, terms.dlog_ratio)
-    dlogp = torch.where(terms.dropped, 0.0, dlogp)
-    if dlogits is not None:
-        slopes = tokens.slopes(dlogp, terms.dropped, call.exact_beta)
-        kernels.row_dlogits(rows, tokens.target, T, slopes, stats, dlogits, call.ref_rows)
+    found = kernels.token_loss(logp, log_ratio, tokens, entropy, exact_kl, terms)
+    dlogp = found.dlogp + level.backward(token_ratio, found.dlog_ratio)
+    dlogp = torch.where(found.dropped, 0.0, dlogp)
     ratio = log_ratio.exp() * tokens.valid
-    if tokens.valid is not call.tokens.valid:
+    if tokens.valid is not given.valid:
         # some were rejected after their row had been read
         logp, entropy = (torch.where(tokens.valid, v, 0.0) for v in (logp, entropy))
-    result = RowLoss(logp, entropy, ratio, terms.kl, terms.loss, dlogp, terms.dropped, state)
+    result = RowLoss(logp, entropy, ratio, found.kl, found.loss, dlogp, found.dropped, state)
     return result, tokens
 
 

@@ -59,6 +59,7 @@ class LossOutput:
     _tokens: Tokens = field(repr=False)
     _valid: Tensor = field(repr=False)
     _dropped: Tensor = field(repr=False)
+    _skipped: int | None = field(default=None, repr=False)
 
     @cached_property
     def metrics(self) -> dict[str, Tensor]:
@@ -73,6 +74,7 @@ class LossOutput:
             factor=self.factor.reshape(-1),
             valid=self._valid,
             dropped=self._dropped,
+            skipped=self._skipped,
         )
 
 

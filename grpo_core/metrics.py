@@ -21,7 +21,7 @@ class Metric(NamedTuple):
     """How a figure is reduced: over what its mean is taken, and what it says."""
 
     reduction: Literal["sum", "mean", "min", "max", "derived"]
-    over: str  # the metric that counts what a mean is over; "" otherwise
+    over: str  # the metric that counts what it is taken over; "" for sums
     meaning: str
 
 
@@ -32,8 +32,8 @@ METRICS: dict[str, Metric] = {
     "ratio_mean": Metric(
         "mean", "tokens", "π / π_old, of the sequence where the objective says so"
     ),
-    "ratio_min": Metric("min", "", "its smallest"),
-    "ratio_max": Metric("max", "", "its largest"),
+    "ratio_min": Metric("min", "tokens", "its smallest"),
+    "ratio_max": Metric("max", "tokens", "its largest"),
     "ratio_square": Metric("mean", "tokens", "its second moment"),
     "effective_sample_size": Metric("derived", "", "ratio_mean² / ratio_square: 1 on policy"),
     "clip_fraction": Metric("mean", "moved_tokens", "no policy gradient although an advantage"),
@@ -45,12 +45,13 @@ METRICS: dict[str, Metric] = {
     "factor_mean": Metric("mean", "tokens", "what the surrogate is multiplied by"),
     "sampler_kl": Metric("mean", "scored_tokens", "sampler to trainer, nats: w − 1 − log w"),
     "sampler_gap_mean": Metric("mean", "scored_tokens", "|log π_old − log π_sampler|, nats"),
-    "sampler_gap_max": Metric("max", "", "its largest"),
+    "sampler_gap_max": Metric("max", "scored_tokens", "its largest"),
     "scored_tokens": Metric("sum", "", "tokens whose sampler log-probability is finite"),
     "unscored_tokens": Metric("sum", "", "tokens whose sampler log-probability is not"),
     "groups": Metric("sum", "", "prompts with a token in the loss's rewards"),
     "zero_variance_groups": Metric("mean", "groups", "share of groups whose rewards are all equal"),
     "nonfinite_rows": Metric("sum", "", "left out because a term is NaN or infinite"),
+    "skipped_rows": Metric("sum", "", "whose logits were never made, masked ones included"),
     "bad_target_rows": Metric("sum", "", "left out because the target is no word"),
 }
 
@@ -66,10 +67,12 @@ def loss_metrics(
     factor: Tensor,
     valid: Tensor,
     dropped: Tensor,
+    skipped: int | None = None,
 ) -> dict[str, Tensor]:
     """The figures of one call, named and explained in `METRICS`.
 
-    Those of the sampler are there if `sampler_logp` was given, those of groups with `rewards`.
+    Those of the sampler are there if `sampler_logp` was given, those of groups with `rewards`,
+    `skipped_rows` for a loss from hidden states.
     """
     counts = valid & ~dropped
     count = counts.sum()
@@ -101,6 +104,8 @@ def loss_metrics(
         "nonfinite_rows": (valid & dropped).sum(),
         "bad_target_rows": tokens.bad_target.sum(),
     }
+    if skipped is not None:
+        found["skipped_rows"] = torch.full_like(count, skipped)
     if tokens.sampler_logp is not None:
         found |= _sampler_metrics(tokens, logp, counts)
     if tokens.groups is not None:
@@ -127,7 +132,7 @@ def merge_metrics(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         elif reduction == "sum":
             merged[name] = column.sum()
         elif reduction != "derived":
-            merged[name] = column.amin() if reduction == "min" else column.amax()
+            merged[name] = _extreme(column, columns[over] > 0, largest=reduction == "max")
     merged["effective_sample_size"] = _effective_share(merged["ratio_mean"], merged["ratio_square"])
     return {name: merged[name] for name in columns}
 

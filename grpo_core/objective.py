@@ -32,10 +32,15 @@ KL = Literal["k1", "absolute", "k2", "k3", "k1_plus", "absolute_plus", "k3_plus"
 
 @dataclass(frozen=True)
 class Surrogate:
-    """A function of kernels/surrogates.py and its parameters, floats all."""
+    """A function of kernels/surrogates.py and its parameters, floats all.
+
+    `homogeneous` promises that it scales with the advantage: where that is 0, so are value and
+    gradient, and the row need not be read.
+    """
 
     function: Callable
     args: tuple[float, ...] = ()
+    homogeneous: bool = False
 
     def __post_init__(self) -> None:
         # an int would become a constant of the kernel, and every new one a compilation

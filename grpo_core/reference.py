@@ -73,8 +73,9 @@ def reference_loss(
         for x in (logits, ref_logits)
     )
     assert rows is not None
-    loss, vectors, kept, tokens = _evaluate(rows, ref, tokens)
-    if not (kept | ~tokens.valid).all():
+    loss, vectors, finite, tokens = _evaluate(rows, ref, tokens)
+    kept = tokens.valid & finite
+    if not finite.all():
         # once more with the dropped rows as constants, or 0·NaN would reach the gradient
         rows = rows.masked_fill(~kept[:, None], 0.0)
         loss, *_ = _evaluate(rows, ref, tokens, constant=(kept, vectors[0].detach()))
@@ -91,7 +92,7 @@ def _evaluate(
     tokens: Tokens,
     constant: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor], Tensor, Tokens]:
-    """(loss, (logp, entropy, ratio, kl), kept, tokens) with a graph back to `rows` [N, V].
+    """(loss, (logp, entropy, ratio, kl), finite, tokens) with a graph back to `rows` [N, V].
 
     `constant` = (kept, logp): only the rows in `kept` are part of the loss, the others keep `logp`.
     """
@@ -116,9 +117,9 @@ def _evaluate(
         loss = weight * loss
     else:
         loss = weight * loss - tokens.entropy_weight[at] * entropy[at]
-    kept = tokens.valid[at] & logp[at].isfinite() & ratio[at].float().isfinite() & loss.isfinite()
-    total = torch.where(kept, loss, 0.0).sum()
-    return total, (logp, entropy, ratio, kl), kept, tokens
+    finite = logp[at].isfinite() & ratio[at].float().isfinite() & loss.isfinite()
+    total = torch.where(tokens.valid[at] & finite, loss, 0.0).sum()
+    return total, (logp, entropy, ratio, kl), finite, tokens
 
 
 def _token_loss(

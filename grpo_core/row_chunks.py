@@ -90,7 +90,7 @@ class _Piece:
         """The wanted rows of it, if any; the gradient of the others becomes 0."""
         inside = wanted[self.place].nonzero().squeeze(1)
         if inside.numel() == self.logits.shape[0]:
-            ref_logits = None if self.ref is None else _taken(self.ref, self.place)
+            ref_logits = None if self.ref is None else taken(self.ref, self.place)
             return Chunk(self.logits, ref_logits, self.place, self.dlogits, slice(None))
         # a copy, so that zeroing the gradient leaves it readable when both are one
         some = self.logits[inside]
@@ -99,11 +99,11 @@ class _Piece:
         if not inside.numel():
             return None
         at = self.place.start + inside
-        ref_logits = None if self.ref is None else _taken(self.ref, at)
+        ref_logits = None if self.ref is None else taken(self.ref, at)
         return Chunk(some, ref_logits, at, self.dlogits, inside)
 
 
-def _taken(rows: Rows, at: slice | Tensor) -> Tensor:
+def taken(rows: Rows, at: slice | Tensor) -> Tensor:
     """Some of the rows as `[n, V]`; a view where they are evenly spaced neighbours."""
     if rows.rows_per_batch >= rows.N:
         return rows.logits.as_strided((rows.N, rows.V), (rows.row_stride, 1))[at]

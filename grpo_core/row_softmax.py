@@ -112,6 +112,7 @@ class _Others:
         self.centred = torch.empty(0)  # [n, V], logits over T less the row's largest; 0 at y
         self.others = torch.empty(0)  # [n, V], the softmax; 0 at y
         self.lse = torch.empty(0)  # [n] float64, of `centred` without y
+        self.largest = torch.empty(0)  # [n], of the logits
 
     def read(self, logits: Tensor, target: Tensor) -> Tensor:
         """z = log Σ_{j≠y} exp(x_j − x_y) of rows `[n, V]`, float64 `[n]`."""
@@ -120,10 +121,13 @@ class _Others:
             self.others = torch.empty_like(self.centred)
         centred, others, hole = self.centred, self.others, target[:, None]
         if logits.dtype == torch.float32:
-            torch.sub(logits, logits.amax(1, keepdim=True), out=centred)
+            largest = logits.amax(1, keepdim=True)
+            torch.sub(logits, largest, out=centred)
         else:
             centred.copy_(logits)
-            centred.sub_(centred.amax(1, keepdim=True))
+            largest = centred.amax(1, keepdim=True)
+            centred.sub_(largest)
+        self.largest = largest.squeeze(1)
         if self.temperature != 1:
             centred.mul_(1 / self.temperature)
         gap = centred.gather(1, hole).squeeze(1).double()
@@ -137,6 +141,13 @@ class _Others:
         centred.scatter_(1, hole, 0.0)
         self.lse = peak + log_rest
         return torch.where(alone & ~gap.isnan(), -math.inf, self.lse - gap)
+
+    def state(self) -> Tensor:
+        """M and S of `online_softmax` of every row, float32 `[2, n]`."""
+        exact = self.largest.double() / self.temperature
+        peak = (exact / math.log(2)).float()
+        rest = torch.exp(self.lse + exact - peak.double() * math.log(2))
+        return torch.stack([peak, rest.float()])
 
     def entropy(self) -> Tensor:
         """Entropy of the softmax over the other words, nats, float64 `[n]`; uses up `centred`."""

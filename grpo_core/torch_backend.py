@@ -30,19 +30,21 @@ from grpo_core.torch_formula import as_torch
 def row_stats(
     rows: Rows, target: Tensor, temperature: float, ref_rows: Rows | None = None
 ) -> RowStats:
-    """Softmax statistics of every row at its target; without `state`."""
-    logp, entropy, kl = target.new_zeros(3, rows.N, dtype=torch.float32).unbind()
+    """Softmax statistics of every row at its target; `state` of the policy alone."""
+    logp, entropy, kl, *state = target.new_zeros(5, rows.N, dtype=torch.float32)
 
     def read(chunk: Chunk, softmax: RowSoftmax) -> None:
         found = softmax.read(chunk, target[chunk.at])
         logp[chunk.at], entropy[chunk.at] = found.logp, found.entropy
         if found.kl is not None:
             kl[chunk.at] = found.kl
+        for vector, value in zip(state, softmax.policy.state(), strict=True):
+            vector[chunk.at] = value
 
     wanted = _readable(target, rows.V)
     for_each_chunk(read, partial(RowSoftmax, temperature), rows, wanted, ref_rows=ref_rows)
     exact_kl = None if ref_rows is None else kl
-    return RowStats(logp, entropy, exact_kl, state=logp.new_empty(0, rows.N))
+    return RowStats(logp, entropy, exact_kl, torch.stack(state))
 
 
 def row_loss(

@@ -16,6 +16,8 @@ from .online_softmax import (
     LN2,
     LOWEST,
     absorb,
+    load_others,
+    load_tiles,
     log_sides,
     sigmoid2,
     tile_columns,
@@ -33,36 +35,29 @@ def row_softmax_pair(
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
     VECTOR: tl.constexpr,
+    TILES: tl.constexpr,
 ):
-    """(M, S, Σ 2^c·c) of a row without its target, (M, S) of π_ref, and Σ 2^c·(c − c_ref)."""
+    """(M, S, Σ 2^c·c) of a row without its target, (M, S) of π_ref, Σ 2^c·(c − c_ref)."""
     tile: tl.constexpr = THREADS * WIDTH
+    step: tl.constexpr = TILES * tile
     columns = tile_columns(THREADS, WIDTH, VECTOR)
     peak = tl.full([THREADS], LOWEST, tl.float32)
-    rest = tl.zeros([THREADS], tl.float32)
-    moment = tl.zeros([THREADS], tl.float32)
-    ref_peak = tl.full([THREADS], LOWEST, tl.float32)
-    ref_rest = tl.zeros([THREADS], tl.float32)
-    unused = tl.zeros([THREADS], tl.float32)
-    cross = tl.zeros([THREADS], tl.float32)
-    for first in range(0, V, tile):
-        at = first + columns
-        if (first + tile <= V) & ((target < first) | (target >= first + tile)):
-            logits = tl.load(row_ptr + at).to(tl.float32)
-            ref_logits = tl.load(ref_ptr + at).to(tl.float32)
+    zeros = tl.zeros([THREADS], tl.float32)
+    # (M, S, Σ 2^c·c) of π, (M, S, Σ 2^c·c) of π_ref, and Σ 2^c·(c − c_ref)
+    pair = peak, zeros, zeros, peak, zeros, zeros, zeros
+    for first in range(0, V, step):
+        if (first + step <= V) & ((target < first) | (target >= first + step)):
+            tiles = load_tiles(row_ptr + first, columns, THREADS, WIDTH, VECTOR, TILES)
+            ref_tiles = load_tiles(ref_ptr + first, columns, THREADS, WIDTH, VECTOR, TILES)
+            pair = absorb_pair(pair, tiles, ref_tiles, scale)
         else:
-            inside = (at < V) & (at != target)
-            logits = tl.load(row_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
-            ref_logits = tl.load(ref_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
-        old_peak, old_ref_peak, old_rest = peak, ref_peak, rest
-        peak, rest, moment = absorb(peak, rest, moment, logits, scale)
-        ref_peak, ref_rest, unused = absorb(ref_peak, ref_rest, unused, ref_logits, scale)
-        shift = old_peak - peak
-        moved = shift - (old_ref_peak - ref_peak)
-        centred = tl.fma(logits, scale, -peak[:, None])
-        ref_centred = tl.fma(ref_logits, scale, -ref_peak[:, None])
-        cross = tl.exp2(shift) * (cross + moved * old_rest)
-        cross += tl.sum(weighted_gap(tl.exp2(centred), centred, ref_centred), 1)
+            for start in range(first, tl.minimum(first + step, V), tile):
+                at = start + columns
+                logits = load_others(row_ptr, at, V, target, WIDTH, VECTOR)
+                ref_logits = load_others(ref_ptr, at, V, target, WIDTH, VECTOR)
+                pair = absorb_pair(pair, (logits,), (ref_logits,), scale)
 
+    peak, rest, moment, ref_peak, ref_rest, _, cross = pair
     row_peak, row_ref_peak = tl.max(peak, 0), tl.max(ref_peak, 0)
     shift = peak - row_peak
     ref_shift = ref_peak - row_ref_peak
@@ -71,6 +66,23 @@ def row_softmax_pair(
     moment = tl.sum(decay * (moment + shift * rest), 0)
     rest = tl.sum(decay * rest, 0)
     return row_peak, rest, moment, row_ref_peak, tl.sum(tl.exp2(ref_shift) * ref_rest, 0), cross
+
+
+@triton.jit
+def absorb_pair(pair, tiles, ref_tiles, scale):
+    """Takes the same tiles of both rows into the running sums of `row_softmax_pair`."""
+    old_peak, old_rest, moment, old_ref_peak, ref_rest, ref_moment, cross = pair
+    peak, rest, moment = absorb(old_peak, old_rest, moment, tiles, scale)
+    ref_peak, ref_rest, ref_moment = absorb(old_ref_peak, ref_rest, ref_moment, ref_tiles, scale)
+    shift = old_peak - peak
+    moved = shift - (old_ref_peak - ref_peak)
+    cross = tl.exp2(shift) * (cross + moved * old_rest)
+    gaps = tl.zeros_like(tiles[0])
+    for k in tl.static_range(len(tiles)):
+        centred = tl.fma(tiles[k], scale, -peak[:, None])
+        ref_centred = tl.fma(ref_tiles[k], scale, -ref_peak[:, None])
+        gaps += weighted_gap(tl.exp2(centred), centred, ref_centred)
+    return peak, rest, moment, ref_peak, ref_rest, ref_moment, cross + tl.sum(gaps, 1)
 
 
 @triton.jit

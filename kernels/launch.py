@@ -31,6 +31,7 @@ class RowLayout:
     THREADS: int
     WIDTH: int
     VECTOR: bool
+    TILES: int
     ALIGNMENT: int
     num_warps: int
 
@@ -55,13 +56,15 @@ def row_layout(rows: Rows) -> RowLayout:
     """Layout of the row kernels, from vocabulary and dtype alone."""
     width = LOAD_BYTES // rows.logits.element_size()
     vector = rows.V % width == 0
-    warps = 4 if rows.V <= 8192 else 16
+    warps = 4 if rows.V <= 8192 else 8
     # AMD's wavefronts have 64 lanes; tiles, and so results, stay those of 32
     lanes = 64 if torch.version.hip else 32
     return RowLayout(
         THREADS=32 * warps,
         WIDTH=width,
         VECTOR=vector,
+        # as many loads in flight as registers allow; narrow loads take more of them
+        TILES=4 if vector else 2,
         ALIGNMENT=width if vector else 1,
         num_warps=max(1, 32 * warps // lanes),
     )

@@ -3,12 +3,13 @@
 Both row kernels and the stats kernel call these functions and nothing else touches the vocabulary,
 so a row's log-probability is bit for bit the same in every plan and in every batch.
 
-A row is read in tiles `[THREADS, WIDTH]`, WIDTH logits to a thread. The state of the online softmax
-(running maximum, sum, entropy sum) is a vector `[THREADS]`: no thread waits for another until the
-row is finished. Logits are scaled by log₂(e)/T inside one multiply-add, and all powers are powers
-of two. Which thread takes which column depends on V alone, never on where the row happens to lie
-in memory: neighbours of 16 bytes where V allows it (VECTOR), else every THREADS-th column, which
-costs more and narrower loads but the same bytes.
+A row is read in tiles `[THREADS, WIDTH]`, WIDTH logits to a thread, and TILES of them in one step.
+The state of the online softmax (running maximum, sum, entropy sum) is a vector `[THREADS]`,
+rescaled once a step: no thread waits for another until the row is finished. Logits are scaled by
+log₂(e)/T inside one multiply-add, and all powers are powers of two. Which thread takes which column
+depends on V alone, never on where the row happens to lie in memory: neighbours of 16 bytes where V
+allows it (VECTOR), else every THREADS-th column, which costs more and narrower loads but the same
+bytes.
 
 The target is left out of the sum. With S = Σ_{j≠y} 2^(x_j − M) over the *other* logits and
 z = log₂ S − (x_y − M), everything follows without cancellation, however confident the token:
@@ -44,16 +45,89 @@ def tile_columns(THREADS: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexp
 
 
 @triton.jit
-def absorb(peak, rest, moment, logits, scale):
-    """Takes a tile `[THREADS, WIDTH]` into the running (M, Σ 2^c, Σ 2^c·c), with c = x − M."""
-    new_peak = tl.maximum(peak, tl.max(logits, 1) * scale)
+def absorb(peak, rest, moment, tiles, scale):
+    """Takes some tiles `[THREADS, WIDTH]` into the running (M, Σ 2^c, Σ 2^c·c), with c = x − M.
+
+    Rescaled once for all of them, which is what several tiles in one step save.
+    """
+    top = tiles[0]
+    for k in tl.static_range(1, len(tiles)):
+        top = tl.maximum(top, tiles[k])
+    new_peak = tl.maximum(peak, tl.max(top, 1) * scale)
     shift = peak - new_peak
     decay = tl.exp2(shift)
-    centred = tl.fma(logits, scale, -new_peak[:, None])
-    power = tl.exp2(centred)
-    moment = decay * (moment + shift * rest) + tl.sum(power * tl.maximum(centred, LOWEST), 1)
-    rest = decay * rest + tl.sum(power, 1)
-    return new_peak, rest, moment
+    moment = decay * (moment + shift * rest)
+    rest = decay * rest
+    powers = tl.zeros_like(top)
+    moments = tl.zeros_like(top)
+    for k in tl.static_range(len(tiles)):
+        centred = tl.fma(tiles[k], scale, -new_peak[:, None])
+        power = tl.exp2(centred)
+        powers += power
+        moments += power * tl.maximum(centred, LOWEST)
+    return new_peak, rest + tl.sum(powers, 1), moment + tl.sum(moments, 1)
+
+
+@triton.jit
+def load_tiles(
+    step_ptr,
+    columns,
+    THREADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VECTOR: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """The tiles of a whole step as float32.
+
+    Two neighbouring bfloat16 are read as one word, and each made a float32 by one instruction: the
+    lower by a shift, the upper by a mask. That splits a tile into its even and its odd columns.
+    """
+    tile: tl.constexpr = THREADS * WIDTH
+    if VECTOR and step_ptr.dtype.element_ty == tl.bfloat16:
+        thread = tl.arange(0, THREADS)[:, None]
+        words = thread * (WIDTH // 2) + tl.arange(0, WIDTH // 2)[None, :]
+        word_ptr = step_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + words
+        tiles = halves(tl.load(word_ptr))
+        for k in tl.static_range(1, TILES):
+            tiles = tiles + halves(tl.load(word_ptr + k * (tile // 2)))
+        return tiles
+    else:
+        tiles = (tl.load(step_ptr + columns).to(tl.float32),)
+        for k in tl.static_range(1, TILES):
+            tiles = tiles + (tl.load(step_ptr + k * tile + columns).to(tl.float32),)
+        return tiles
+
+
+@triton.jit
+def load_raw(tile_ptr, tile: tl.constexpr, TILES: tl.constexpr):
+    """The tiles of a whole step as they lie in memory."""
+    tiles = (tl.load(tile_ptr),)
+    for k in tl.static_range(1, TILES):
+        tiles = tiles + (tl.load(tile_ptr + k * tile),)  # type: ignore[assignment]
+    return tiles
+
+
+@triton.jit
+def load_others(row_ptr, at, V, target, WIDTH: tl.constexpr, VECTOR: tl.constexpr):
+    """A tile as float32, −inf at the target and beyond the row."""
+    logits = tl.load(row_ptr + at, mask=at < row_end(V, WIDTH, VECTOR), other=float("-inf"))
+    return tl.where(at == target, float("-inf"), logits.to(tl.float32))
+
+
+@triton.jit
+def row_end(V, WIDTH: tl.constexpr, VECTOR: tl.constexpr):
+    """V, known to the compiler as a multiple of WIDTH where it is one: whole loads are masked."""
+    if VECTOR:
+        return V // WIDTH * WIDTH
+    else:
+        return V
+
+
+@triton.jit
+def halves(words):
+    """The lower and the upper bfloat16 of each int32, as float32."""
+    upper = words & -65536
+    return (words << 16).to(tl.float32, bitcast=True), upper.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -65,21 +139,24 @@ def row_softmax(
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
     VECTOR: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     """(M, S, Σ 2^c·c) of a row without its target."""
     tile: tl.constexpr = THREADS * WIDTH
+    step: tl.constexpr = TILES * tile
     columns = tile_columns(THREADS, WIDTH, VECTOR)
     peak = tl.full([THREADS], LOWEST, tl.float32)
     rest = tl.zeros([THREADS], tl.float32)
     moment = tl.zeros([THREADS], tl.float32)
-    for first in range(0, V, tile):
-        at = first + columns
-        if (first + tile <= V) & ((target < first) | (target >= first + tile)):
-            logits = tl.load(row_ptr + at).to(tl.float32)
+    for first in range(0, V, step):
+        if (first + step <= V) & ((target < first) | (target >= first + step)):
+            tiles = load_tiles(row_ptr + first, columns, THREADS, WIDTH, VECTOR, TILES)
+            peak, rest, moment = absorb(peak, rest, moment, tiles, scale)
         else:
-            inside = (at < V) & (at != target)
-            logits = tl.load(row_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
-        peak, rest, moment = absorb(peak, rest, moment, logits, scale)
+            for start in range(first, tl.minimum(first + step, V), tile):
+                at = start + columns
+                logits = load_others(row_ptr, at, V, target, WIDTH, VECTOR)
+                peak, rest, moment = absorb(peak, rest, moment, (logits,), scale)
 
     row_peak = tl.max(peak, 0)
     shift = peak - row_peak
@@ -137,6 +214,7 @@ def write_row_gradient(
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
     VECTOR: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     """dL/dlogits of a whole row, from what L's derivatives by its statistics are.
 
@@ -151,6 +229,7 @@ def write_row_gradient(
     dlogp, dentropy, dkl = slopes
     peak, rest, z, entropy = state
     tile: tl.constexpr = THREADS * WIDTH
+    step: tl.constexpr = TILES * tile
     columns = tile_columns(THREADS, WIDTH, VECTOR)
     others = sigmoid2(z)
     at_target = dlogp * others
@@ -177,24 +256,32 @@ def write_row_gradient(
     factor *= scale * LN2
     # in place, no thread may overwrite the target's logit before all have read it
     tl.debug_barrier()
-    for first in range(0, V, tile):
+    end = row_end(V, WIDTH, VECTOR)
+    for first in range(0, V, step):
         at = first + columns
-        if (first + tile <= V) & ((target < first) | (target >= first + tile)):
-            logits = tl.load(row_ptr + at).to(tl.float32)
-            dlogits = gradient_beside_target(logits, scale, peak, factor, slope, ENTROPY)
-            if ref is not None:
-                ref_logits = tl.load(ref[0] + at).to(tl.float32)
-                dlogits += gradient_of_kl(logits, ref_logits, scale, peak, ref[1], kl_slope)
-            tl.store(dlogits_ptr + at, dlogits.to(dlogits_ptr.dtype.element_ty))
+        if first + step <= V:
+            # all loads of a step before its first store, which might be to the same place
+            tiles = load_raw(row_ptr + at, tile, TILES)
+            for k in tl.static_range(TILES):
+                logits = tiles[k].to(tl.float32)
+                dlogits = gradient_beside_target(logits, scale, peak, factor, slope, ENTROPY)
+                if ref is not None:
+                    ref_logits = tl.load(ref[0] + k * tile + at).to(tl.float32)
+                    dlogits += gradient_of_kl(logits, ref_logits, scale, peak, ref[1], kl_slope)
+                tl.store(dlogits_ptr + k * tile + at, dlogits.to(dlogits_ptr.dtype.element_ty))
         else:
-            inside = at < V
-            logits = tl.load(row_ptr + at, mask=inside, other=float("-inf")).to(tl.float32)
-            dlogits = gradient_beside_target(logits, scale, peak, factor, slope, ENTROPY)
-            if ref is not None:
-                ref_logits = tl.load(ref[0] + at, mask=inside, other=0.0).to(tl.float32)
-                dlogits += gradient_of_kl(logits, ref_logits, scale, peak, ref[1], kl_slope)
-            dlogits = tl.where(at == target, at_target, dlogits)
-            tl.store(dlogits_ptr + at, dlogits.to(dlogits_ptr.dtype.element_ty), mask=inside)
+            for start in range(first, V, tile):
+                at = start + columns
+                logits = tl.load(row_ptr + at, mask=at < end, other=float("-inf")).to(tl.float32)
+                dlogits = gradient_beside_target(logits, scale, peak, factor, slope, ENTROPY)
+                if ref is not None:
+                    ref_logits = tl.load(ref[0] + at, mask=at < end, other=0.0).to(tl.float32)
+                    dlogits += gradient_of_kl(logits, ref_logits, scale, peak, ref[1], kl_slope)
+                dlogits = dlogits.to(dlogits_ptr.dtype.element_ty)
+                tl.store(dlogits_ptr + at, dlogits, mask=at < end)
+    # and its gradient comes last, over what the thread of its column has written
+    tl.debug_barrier()
+    tl.store(dlogits_ptr + target, at_target.to(dlogits_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -227,10 +314,8 @@ def write_row_zeros(
     """A row of zeros: the gradient of a token that is masked, clipped or dropped."""
     tile: tl.constexpr = THREADS * WIDTH
     columns = tile_columns(THREADS, WIDTH, VECTOR)
+    end = row_end(V, WIDTH, VECTOR)
     zeros = tl.zeros([THREADS, WIDTH], dlogits_ptr.dtype.element_ty)
     for first in range(0, V, tile):
         at = first + columns
-        if first + tile <= V:
-            tl.store(dlogits_ptr + at, zeros)
-        else:
-            tl.store(dlogits_ptr + at, zeros, mask=at < V)
+        tl.store(dlogits_ptr + at, zeros, mask=at < end)

@@ -103,6 +103,10 @@ class Slopes(NamedTuple):
         """Each multiplied by a 0-dim tensor."""
         return Slopes._make(None if slope is None else slope * grad_output for slope in self)
 
+    def at(self, place: slice) -> Slopes:
+        """Those of some rows only."""
+        return Slopes._make(None if slope is None else slope[place] for slope in self)
+
     @property
     def any(self) -> Tensor:
         """`[N]` bool: where there is a gradient at all."""
@@ -135,6 +139,12 @@ class RowStats(NamedTuple):
     entropy: Tensor  # [N] nats
     kl: Tensor | None  # [N] nats, the exact KL; None without `ref_logits`
     state: Tensor  # [k, N], from which the backend finds the softmax again
+
+    def at(self, place: slice) -> RowStats:
+        """Those of some rows only."""
+        kl = None if self.kl is None else self.kl[place]
+        state = self.state[:, place].contiguous()
+        return RowStats(self.logp[place], self.entropy[place], kl, state)
 
 
 class RowLoss(NamedTuple):

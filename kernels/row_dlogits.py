@@ -66,6 +66,7 @@ def _row_dlogits_kernel(
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
     VECTOR: tl.constexpr,
+    TILES: tl.constexpr,
     ALIGNMENT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -109,6 +110,7 @@ def _row_dlogits_kernel(
             THREADS,
             WIDTH,
             VECTOR,
+            TILES,
         )
     else:
         write_row_zeros(dlogits_ptr + out, V, THREADS, WIDTH, VECTOR)

@@ -106,6 +106,7 @@ def _row_loss_kernel(
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
     VECTOR: tl.constexpr,
+    TILES: tl.constexpr,
     ALIGNMENT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -137,10 +138,10 @@ def _row_loss_kernel(
     if (weight != 0) & readable:
         row_ptr = logits_ptr + start
         if ref_logits_ptr is None:
-            peak, rest, moment = row_softmax(row_ptr, V, word, scale, THREADS, WIDTH, VECTOR)
+            peak, rest, moment = row_softmax(row_ptr, V, word, scale, THREADS, WIDTH, VECTOR, TILES)
         else:
             peak, rest, moment, ref_peak, ref_rest, cross = row_softmax_pair(
-                row_ptr, ref_ptr, V, word, scale, THREADS, WIDTH, VECTOR
+                row_ptr, ref_ptr, V, word, scale, THREADS, WIDTH, VECTOR, TILES
             )
             ref_z = target_gap(ref_ptr, word, scale, ref_peak, ref_rest)
         z = target_gap(row_ptr, word, scale, peak, rest)
@@ -211,6 +212,7 @@ def _row_loss_kernel(
                 THREADS,
                 WIDTH,
                 VECTOR,
+                TILES,
             )
         else:
             write_row_zeros(dlogits_ptr + out, V, THREADS, WIDTH, VECTOR)

@@ -8,7 +8,7 @@ import torch
 
 from .language import tl, triton
 from .launch import launch, row_layout
-from .online_softmax import row_start, tile_columns
+from .online_softmax import row_end, row_start, tile_columns
 from .records import Rows
 
 
@@ -27,6 +27,7 @@ def _row_scale_kernel(
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
     VECTOR: tl.constexpr,
+    TILES: tl.constexpr,
     ALIGNMENT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -37,7 +38,7 @@ def _row_scale_kernel(
         columns = tile_columns(THREADS, WIDTH, VECTOR)
         for first in range(0, V, tile):
             at = first + columns
-            inside = at < V
+            inside = at < row_end(V, WIDTH, VECTOR)
             dlogits = tl.load(dlogits_ptr + start + at, mask=inside, other=0.0).to(tl.float32)
             scaled = (factor * dlogits).to(dlogits_ptr.dtype.element_ty)
             tl.store(dlogits_ptr + start + at, scaled, mask=inside)

@@ -50,6 +50,7 @@ def _row_stats_kernel(
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
     VECTOR: tl.constexpr,
+    TILES: tl.constexpr,
     ALIGNMENT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -66,14 +67,14 @@ def _row_stats_kernel(
         start = row_start(row, rows_per_batch, batch_stride, row_stride, ALIGNMENT)
         row_ptr = logits_ptr + start
         if ref_logits_ptr is None:
-            peak, rest, moment = row_softmax(row_ptr, V, word, scale, THREADS, WIDTH, VECTOR)
+            peak, rest, moment = row_softmax(row_ptr, V, word, scale, THREADS, WIDTH, VECTOR, TILES)
             z = target_gap(row_ptr, word, scale, peak, rest)
         else:
             ref_ptr = ref_logits_ptr + row_start(
                 row, ref_rows_per_batch, ref_batch_stride, ref_row_stride, ALIGNMENT
             )
             peak, rest, moment, ref_peak, ref_rest, cross = row_softmax_pair(
-                row_ptr, ref_ptr, V, word, scale, THREADS, WIDTH, VECTOR
+                row_ptr, ref_ptr, V, word, scale, THREADS, WIDTH, VECTOR, TILES
             )
             z = target_gap(row_ptr, word, scale, peak, rest)
             ref_z = target_gap(ref_ptr, word, scale, ref_peak, ref_rest)

@@ -18,3 +18,20 @@ def copy_twice(source: torch.Tensor, sink: torch.Tensor) -> None:
     """Copies `[N, V]`, reading it twice."""
     N, V = source.shape
     _copy_twice_kernel[(N,)](source, sink, V, BLOCK=triton.next_power_of_2(V))
+
+
+@triton.jit
+def _copy_in_tiles_kernel(source_ptr, sink_ptr, V, TOGETHER: tl.constexpr, BLOCK: tl.constexpr):
+    for first in range(0, V, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        power = tl.exp2(tl.load(source_ptr + at))
+        if TOGETHER:
+            power += tl.sum(power, 0)
+        tl.store(sink_ptr + at, power)
+
+
+def copy_in_tiles(source: torch.Tensor, sink: torch.Tensor, together: bool) -> None:
+    """Copies 2ˣ of `[V]`, 1,024 at a time; `together` adds to each the sum of its tile."""
+    _copy_in_tiles_kernel[(1,)](
+        source, sink, source.numel(), TOGETHER=together, BLOCK=1024, num_warps=4
+    )

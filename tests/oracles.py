@@ -170,3 +170,67 @@ def sequence_sum_mean(policy: Tensor, mask: Tensor) -> Tensor:
     """LUSPO (arXiv 2602.05261): mean over sequences of the sum over their tokens."""
     outputs = [policy[i][mask[i]].sum() for i in range(len(mask)) if mask[i].any()]
     return -torch.stack(outputs).mean()
+
+
+def exact_kl(logits: Tensor, ref_logits: Tensor, temperature: float) -> Tensor:
+    """KL(π ‖ π_ref) = Σ_j π_j·log(π_j / π_ref,j) at every position, over the whole vocabulary."""
+    x, y = logits.double() / temperature, ref_logits.double() / temperature
+    log_pi, log_ref = x - x.logsumexp(-1, keepdim=True), y - y.logsumexp(-1, keepdim=True)
+    # a word that π forbids adds nothing
+    return (log_pi.exp() * torch.where(log_pi > -math.inf, log_pi - log_ref, 0.0)).sum(-1)
+
+
+def sampler_weight(
+    old_logp: Tensor,
+    sampler_logp: Tensor,
+    mask: Tensor,
+    level: str,
+    action: str,
+    low: float,
+    high: float,
+) -> tuple[Tensor, Tensor]:
+    """(weight, mask) [B, T]: TIS (Yao et al., 2025), IcePop (2510.18855), rejection (2512.23075).
+
+    w_t = π_old / π_sampler, its product over a sequence or the geometric mean of it; outside the
+    bounds truncated, set to zero, or out of the mask. What the sampler could not score is out.
+    """
+    weight, kept = torch.zeros_like(old_logp), mask & sampler_logp.isfinite()
+    for i in range(len(mask)):
+        gaps = [float(old_logp[i, t] - sampler_logp[i, t]) for t in kept[i].nonzero().flatten()]
+        for t in kept[i].nonzero().flatten().tolist():
+            of_token = float(old_logp[i, t] - sampler_logp[i, t])
+            log_w = {
+                "token": of_token,
+                "sequence": math.fsum(gaps),
+                "geometric": math.fsum(gaps) / len(gaps),
+            }[level]
+            w = math.exp(log_w)
+            if action == "truncate":
+                weight[i, t] = min(max(w, low), high)
+            elif low <= w <= high:
+                weight[i, t] = w
+            elif action == "reject":
+                kept[i, t] = False
+    return weight, kept
+
+
+def off_policy_sequences(
+    logp: Tensor, before: Tensor, A: Tensor, mask: Tensor, delta: float
+) -> Tensor:
+    """DeepSeek-V3.2 (arXiv 2512.02556), sec. 3.1: M_i = 0 where A < 0 and the mean of
+    log(π_old/π) over the sequence is above δ, else 1: [B, T]."""
+    keep = torch.ones_like(logp)
+    for i in range(len(mask)):
+        drift = (before - logp)[i][mask[i]].mean() if mask[i].any() else torch.zeros(())
+        keep[i, (A[i] < 0) & (drift > delta)] = 0
+    return keep
+
+
+def high_entropy(entropy: Tensor, mask: Tensor, share: float) -> Tensor:
+    """ "Beyond the 80/20 rule" (arXiv 2506.01939): I[H_t >= τ], τ the quantile of the batch."""
+    values = sorted(entropy[mask].tolist())
+    place = (1 - share) * (len(values) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(values) - 1)
+    threshold = values[low] + (place - low) * (values[high] - values[low])
+    return mask & (entropy >= threshold - 1e-12)

@@ -8,11 +8,21 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_core import Objective, clip, fused_loss, token_logp
+from grpo_core import (
+    RECIPES,
+    Objective,
+    PolicyFactor,
+    SamplerCorrection,
+    clip,
+    fused_loss,
+    token_logp,
+)
 from grpo_core.reference import reference_loss
 from tests.conftest import HAS_GPU
 
 B, T, V = 4, 3, 11
+EXACT = RECIPES["dapo"].replace(kl="exact", beta=0.1)
+SAMPLED = RECIPES["dapo"].replace(factor=PolicyFactor(SamplerCorrection()))
 PACKED = {"logits": (12, V), "target": (12,), "sequence_id": torch.arange(12) // 3}
 LONG = torch.int64
 
@@ -80,6 +90,31 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"old_logp": (B,)}, "old_logp: expected shape [4, 3], got [4]"),
     ({"ref_logp": (B, T, V)}, "ref_logp: expected shape [4, 3], got [4, 3, 11]"),
     ({"objective": "grpo"}, "ref_logp: expected a tensor for beta = 0.04, got None"),
+    (
+        {"objective": EXACT, "ref_logits": None},
+        "ref_logits: expected a tensor for beta = 0.1, got None",
+    ),
+    (
+        {"objective": EXACT, "ref_logits": (B, T, V), "ref_logp": (B, T)},
+        "ref_logp: expected None for kl = 'exact', which takes ref_logits",
+    ),
+    (
+        {"objective": EXACT, "ref_logits": (B, T)},
+        "ref_logits: expected shape [4, 3, 11], got [4, 3]",
+    ),
+    (
+        {"objective": EXACT, "ref_logits": torch.zeros(B, T, V, dtype=LONG)},
+        "ref_logits: expected floating point, got torch.int64",
+    ),
+    (
+        {"ref_logits": (B, T, V)},
+        "ref_logits: expected None for kl = None; use kl='exact', or give ref_logp=",
+    ),
+    ({"objective": SAMPLED}, "sampler_logp: expected a tensor for factor.sampler, got None"),
+    (
+        {"objective": SAMPLED, "sampler_logp": (B,)},
+        "sampler_logp: expected shape [4, 3], got [4]",
+    ),
     ({"objective": "gropo"}, "objective: expected an Objective or one of ['bnpo', 'cispo', "),
     ({"objective": Objective}, "objective: expected an Objective or one of"),
     ({"temperature": 0.0}, "temperature: expected a finite Python number >= 0.0001, got 0.0"),

@@ -1,48 +1,90 @@
-"""Every kernel compiled for cards that are not here: no spills, wide loads, quiet loops."""
+"""Every kernel compiled for cards that are not here: no spills, wide loads, quiet, short loops."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+from typing import Any
 
 import pytest
 
+from tests.compiled import ROOT, Record, inspected
 from tests.conftest import HAS_TRITON
 from tests.test_formulas import KLS, SURROGATES
 
+CARDS = ("sm_80", "sm_90", "sm_100", "gfx942")
+LAYOUTS = {
+    "long": ("--vocabulary", "151936", "--vocabulary", "151669"),
+    "float32": ("--vocabulary", "151669", "--dtype", "float32"),
+    "formulas": ("--vocabulary", "8000", "--all"),
+}
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not HAS_TRITON, reason="needs triton"),
 ]
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
-def test_kernels_compile_without_spills(architecture: str) -> None:
-    """In a process of its own: an interpreted kernel cannot be compiled."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    output = subprocess.run(
-        [sys.executable, "-m", "tests.aot", architecture],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert output.returncode == 0, output.stderr[-4000:]
-    reports = [json.loads(line) for line in output.stdout.splitlines()]
-    compiled = {report["kernel"] for report in reports}
-    for surrogate, _ in SURROGATES:
-        assert {f"row_loss_of-{surrogate}", f"token_loss-{surrogate}-k3"} <= compiled
-    assert {f"token_loss-clip-{estimator}" for estimator in KLS} <= compiled
-    for report in reports:
-        name = report["kernel"]
-        assert report["spills"] == 0, report
-        if architecture == "gfx942":
-            continue
-        assert report["registers"] <= 64, report
-        assert report["barriers"] == 0, f"{name}: a thread waits inside a loop over the vocabulary"
-        if "vector" in name and "row_scale" not in name:
-            reading = [loads for loads in report["loads"] if loads]
-            assert reading, report
-            assert all("LDG.E.128" in loads for loads in reading), report
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_limit_is_exceeded(card: str, layout: str) -> None:
+    """Spills, registers, load widths, barriers, instructions per logit: `grpo_core.inspect`.
+
+    All checks of one run stand in one test, since compiling takes long.
+    """
+    found = inspected(card, *LAYOUTS[layout], "--gate")
+    assert found.status == 0, found.printed
+    check_every_kernel_is_there(found.records)
+    check_counts_are_those_of_one_tile(found.records)
+    check_table(found.printed, found.records[0])
+    if layout == "formulas":
+        check_every_formula_is_there(found.records)
+
+
+def check_every_kernel_is_there(records: list[Record]) -> None:
+    """One that no public function launches would not be."""
+    sources = [path.read_text("utf-8") for path in (ROOT / "kernels").glob("*.py")]
+    lines = [line for source in sources for line in source.splitlines()]
+    of_grid = [line for line in lines if line.startswith("def _") and line.endswith("_kernel(")]
+    names = {line.removeprefix("def _").removesuffix("_kernel(") for line in of_grid}
+    assert names == {record["kernel"] for record in records}
+
+
+def check_every_formula_is_there(records: list[Record]) -> None:
+    """In the one pass and in the second of two phases."""
+    for kernel in ("row_loss", "token_loss"):
+        constants = [r["constants"] for r in records if r["kernel"] == kernel]
+        formulas = {(c["SURROGATE"], c["KL"]) for c in constants}
+        assert {(surrogate, "k3") for surrogate, _ in SURROGATES} <= formulas
+        assert {("clip", estimator) for estimator in KLS} <= formulas
+
+
+def check_counts_are_those_of_one_tile(records: list[Record]) -> None:
+    """A whole tile reads WIDTH logits a thread, and raises two to each of them, once."""
+    for record in records:
+        width, rows = record["constants"].get("WIDTH"), record["rows_read"]
+        roles: dict[str, Any] = {loop["role"]: loop for loop in record["loops"]}
+        reads = record["kernel"] in ("row_stats", "row_loss")
+        assert reads == ("forward" in roles), record
+        if reads:
+            forward = roles["forward"]
+            assert forward["logits"] % width == 0, record
+            # and once a tile to what the running maximum has grown by
+            assert rows <= forward["special_per_logit"] <= rows * (1 + 1 / width), record
+        writes = record["kernel"] == "row_dlogits" or "zeros" in roles
+        assert writes == ("gradient" in roles), record
+        if writes:
+            assert roles["gradient"]["logits"] % width == 0, record
+            assert roles["gradient"]["special_per_logit"] == 1, record
+            assert roles["zeros"]["special"] == 0, record
+
+
+def check_table(printed: str, record: Record) -> None:
+    """It fits, and shows what the first record, `row_stats`, says."""
+    lines = printed.splitlines()
+    assert all(len(line) <= 100 for line in lines)
+    row = next(line.split() for line in lines if line.startswith(f"{record['name']} "))
+    (loop,) = record["loops"]
+    figures = [str(record[key]) for key in ("registers", "spills", "shared")]
+    assert row[1:6] == [*figures, "forward", str(min(loop["loads"]))]
+    shown = [f"{loop[key]:.2f}" for key in ("instructions_per_logit", "special_per_logit")]
+    if loop["issue_share"] is not None:
+        shown += [f"{loop[key]:.0%}" for key in ("issue_share", "special_share")]
+    assert row[6:] == shown

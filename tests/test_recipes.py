@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_core import RECIPES, Objective, clip
+from grpo_core import RECIPES, Objective, PolicyFactor, SamplerCorrection, clip
 from grpo_core.objective import KL
 from grpo_core.reference import reference_loss
 from grpo_core.sequence_ratio import RatioLevel
@@ -211,6 +211,125 @@ def test_entropy_bonus_is_differentiated(temperature: float) -> None:
     assert torch.allclose(ours.grad, theirs.grad, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("spread", [1e-3, 0.5, 3.0])
+def test_exact_kl_is_over_the_whole_vocabulary(temperature: float, spread: float) -> None:
+    """beta · KL(π ‖ π_ref), value and gradient, near the reference and far from it."""
+    given = batch(temperature)
+    logits = given.pop("logits")
+    del given["ref_logp"]
+    ref_logits = logits + spread * torch.randn(B, T, V, dtype=torch.float64)
+    ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
+    objective = Objective(clip(0.2), kl="exact", beta=0.7, aggregation="token_sum")
+    out = reference_loss(
+        ours,
+        objective=objective,
+        advantage=torch.zeros(B),
+        ref_logits=ref_logits,
+        temperature=temperature,
+        **given,
+    )
+    out.loss.backward()
+    kl = oracles.exact_kl(theirs, ref_logits, temperature)
+    oracle = 0.7 * kl[given["mask"]].sum()
+    oracle.backward()
+    assert math.isclose(out.loss, oracle, rel_tol=1e-8)
+    assert torch.allclose(ours.grad, theirs.grad, rtol=1e-7, atol=1e-12)
+    assert torch.allclose(out.kl[given["mask"]], kl.detach()[given["mask"]], atol=1e-12)
+
+
+@pytest.mark.parametrize("action", ["truncate", "zero", "reject"])
+@pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_sampler_correction_scales_the_policy_term(
+    level: str, action: str, on_policy: bool
+) -> None:
+    """w·ℓ, the KL untouched; rejected and unscored tokens are in no mean."""
+    given = batch(1.0)
+    logits = given.pop("logits")
+    ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
+    logp, _ = oracles.logp_and_entropy(theirs, given["target"], 1.0)
+    if on_policy:
+        given["old_logp"] = logp.detach()
+    sampler_logp = given["old_logp"] + 0.3 * torch.randn(B, T)
+    sampler_logp[0, 1], sampler_logp[3, 0] = torch.nan, -torch.inf
+    rule = SamplerCorrection(level, action, 0.8, 1.25)  # type: ignore[arg-type]
+    objective = RECIPES["grpo"].replace(factor=PolicyFactor(rule))
+    A = torch.randn(B, dtype=torch.float64)
+    arguments = {k: v for k, v in given.items() if k != "old_logp" or not on_policy}
+    out = reference_loss(
+        ours, objective=objective, advantage=A, sampler_logp=sampler_logp, **arguments
+    )
+    out.loss.backward()
+    weight, kept = oracles.sampler_weight(
+        given["old_logp"], sampler_logp, given["mask"], level, action, 0.8, 1.25
+    )
+    policy = oracles.ppo_clip((logp - given["old_logp"]).exp(), A[:, None], 0.2, 0.2)
+    kl = oracles.kl_estimate("k3", logp, given["ref_logp"])
+    oracle = oracles.grpo(weight * policy, kl, 0.04, kept)
+    oracle.backward()
+    assert math.isclose(out.loss, oracle, rel_tol=1e-6, abs_tol=1e-8)
+    assert torch.allclose(ours.grad, theirs.grad, rtol=1e-5, atol=1e-8)
+    assert out.metrics["unscored_tokens"] == 2
+    assert out.metrics["tokens"] == kept.sum()
+    assert (weight[kept] != 1).any()
+
+
+@pytest.mark.parametrize("of_sampler", [False, True])
+def test_off_policy_mask_drops_what_became_unlikely(of_sampler: bool) -> None:
+    given = batch(1.0)
+    logits = given.pop("logits")
+    ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
+    logp, _ = oracles.logp_and_entropy(theirs, given["target"], 1.0)
+    given["old_logp"][3:] += 0.3
+    extra = {"sampler_logp": given["old_logp"] - 0.5} if of_sampler else {}
+    objective = RECIPES["grpo"].replace(factor=PolicyFactor(off_policy_delta=0.05))
+    A = torch.tensor([1.0, -1.0, -0.5, -1.0, 1.0, -2.0], dtype=torch.float64)
+    out = reference_loss(ours, objective=objective, advantage=A, **given, **extra)
+    out.loss.backward()
+    before = extra.get("sampler_logp", given["old_logp"])
+    keep = oracles.off_policy_sequences(
+        logp.detach(), before, A[:, None].expand(B, T), given["mask"], 0.05
+    )
+    policy = oracles.ppo_clip((logp - given["old_logp"]).exp(), A[:, None], 0.2, 0.2)
+    kl = oracles.kl_estimate("k3", logp, given["ref_logp"])
+    oracle = oracles.grpo(keep * policy, kl, 0.04, given["mask"])
+    oracle.backward()
+    assert math.isclose(out.loss, oracle, rel_tol=1e-6, abs_tol=1e-8)
+    assert torch.allclose(ours.grad, theirs.grad, rtol=1e-5, atol=1e-8)
+    assert of_sampler or (keep == 0).any()
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 1.0])
+@pytest.mark.parametrize("apart", [False, True])
+def test_top_entropy_keeps_the_deciding_tokens(share: float, apart: bool) -> None:
+    """Policy gradient and entropy bonus above the quantile only; the KL everywhere."""
+    given = batch(1.0)
+    logits = given.pop("logits")
+    ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
+    objective = RECIPES["dapo"].replace(
+        factor=PolicyFactor(top_entropy=share),
+        kl="k3",
+        beta=0.1,
+        entropy_coef=0.3,
+        entropy_aggregation="token_mean" if apart else None,
+    )
+    A = torch.randn(B, dtype=torch.float64)
+    out = reference_loss(ours, objective=objective, advantage=A, **given)
+    out.loss.backward()
+    logp, entropy = oracles.logp_and_entropy(theirs, given["target"], 1.0)
+    mask = given["mask"]
+    high = oracles.high_entropy(entropy.detach(), mask, share)
+    policy = oracles.ppo_clip((logp - given["old_logp"]).exp(), A[:, None], 0.2, 0.28)
+    kl = oracles.kl_estimate("k3", logp, given["ref_logp"])
+    oracle = oracles.dapo(high * policy, kl, 0.1, mask)
+    oracle = oracle - 0.3 * (entropy * high)[mask].sum() / (high if apart else mask).sum()
+    oracle.backward()
+    assert math.isclose(out.loss, oracle, rel_tol=1e-6, abs_tol=1e-8)
+    assert torch.allclose(ours.grad, theirs.grad, rtol=1e-5, atol=1e-8)
+    assert (high.sum() == mask.sum()) == (share == 1.0)
+
+
 def test_objectives_are_values() -> None:
     """Hashable, comparable, changed by `replace`; nonsense is refused by name."""
     dapo = RECIPES["dapo"]
@@ -218,6 +337,12 @@ def test_objectives_are_values() -> None:
     assert len({dapo, dapo.replace(beta=0.0), dapo.replace(kl="k3", beta=0.1)}) == 2
     for changes, message in (
         ({"beta": 0.1}, "kl: expected an estimator for beta = 0.1, got None"),
+        (
+            {"kl": "exact", "kl_times_ratio": True},
+            "kl_times_ratio: expected False for kl = 'exact'",
+        ),
+        ({"entropy_aggregation": "mean"}, "entropy_aggregation: expected one of .*got 'mean'"),
+        ({"factor": 2.0}, "factor: expected a PolicyFactor, got 2.0"),
         ({"beta": -1.0}, "beta: expected a finite number >= 0, got -1"),
         ({"kl": "k9"}, "kl: expected one of .*got 'k9'"),
         ({"ratio_level": "word"}, "ratio_level: expected one of .*got 'word'"),
@@ -225,3 +350,10 @@ def test_objectives_are_values() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             dapo.replace(**changes)
+    for changes, message in (
+        ({"top_entropy": 1.5}, r"top_entropy: expected a share in \[0, 1\], got 1.5"),
+        ({"off_policy_delta": math.nan}, "off_policy_delta: expected a number, got nan"),
+        ({"sampler": "TIS"}, "sampler: expected a SamplerCorrection, got 'TIS'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PolicyFactor(**changes)  # type: ignore[arg-type]

@@ -263,3 +263,89 @@ def test_one_pass_takes_every_term(kernels: ModuleType, device: str) -> None:
     )
     assert torch.allclose(result.loss.cpu().double(), loss.detach(), atol=2e-6)
     assert torch.allclose(dlogits.cpu().double(), x.grad, atol=2e-6)
+
+
+def with_reference(
+    kernels: ModuleType, logits: Tensor, ref_logits: Tensor, target: Tensor, beta: float
+) -> tuple[RowLoss, Tensor]:
+    """(`row_loss` with the exact KL alone, its gradient)."""
+    terms = Terms(surrogates.clip, (0.2, 0.2, math.inf), None, False, beta)
+    dlogits = torch.empty_like(logits)
+    result = one_pass(
+        kernels,
+        logits,
+        target,
+        advantage=torch.zeros(target.numel(), device=logits.device),
+        terms=terms,
+        dlogits=dlogits,
+        ref_rows=Rows.of(ref_logits),
+    )
+    return result, dlogits
+
+
+@pytest.mark.parametrize("V", VOCABULARIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_exact_kl_leaves_every_other_bit_alone(
+    kernels: ModuleType, device: str, V: int, dtype: torch.dtype
+) -> None:
+    """logp and entropy are those without a reference; the KL of equal rows, and its gradient, 0."""
+    logits = (3 * torch.randn(4, V)).to(dtype).to(device)
+    target = torch.randint(0, V, (4,), device=device)
+    plain = kernels.row_stats(Rows.of(logits), target, 0.9)
+    stats = kernels.row_stats(Rows.of(logits), target, 0.9, Rows.of(logits.clone()))
+    assert plain.kl is None
+    assert torch.equal(stats.logp, plain.logp)
+    assert torch.equal(stats.entropy, plain.entropy)
+    assert torch.equal(stats.kl, torch.zeros_like(stats.kl))
+    result, dlogits = with_reference(kernels, logits, logits.clone(), target, 0.5)
+    assert torch.equal(result.kl, torch.zeros_like(result.kl))
+    assert torch.equal(dlogits, torch.zeros_like(dlogits))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_the_exact_kl_of_confident_rows(kernels: ModuleType, device: str, offset: float) -> None:
+    """Margins of 0 to 30 nats in either policy: to rounding, whatever is added to a row."""
+    margins = torch.tensor([0.0, 1, 5, 10, 17, 25, 30, -5, -30])
+    pairs = torch.cartesian_prod(margins, margins)
+    logits, ref_logits = torch.randn(2, len(pairs), 70)
+    target = torch.randint(0, 70, (len(pairs),))
+    for rows, margin in zip((logits, ref_logits), pairs.T, strict=True):
+        others = rows.scatter(1, target[:, None], -math.inf).logsumexp(1)
+        rows.scatter_(1, target[:, None], (others + margin)[:, None])
+    logits += offset
+    exact = logits.double().requires_grad_()
+    kl = oracles.exact_kl(exact, ref_logits, 1.0)
+    kl.sum().backward()
+    result, dlogits = with_reference(
+        kernels, logits.to(device), ref_logits.to(device), target.to(device), 1.0
+    )
+    error = (result.kl.cpu().double() - kl.detach()).abs()
+    assert (error <= 1e-6 + 64 * FLOOR * kl.detach().abs()).all(), error.max()
+    assert ((dlogits.cpu().double() - exact.grad).abs() <= 4e-6 * (1 + kl.detach()[:, None])).all()
+
+
+@pytest.mark.parametrize("V", [7, 5003])
+def test_words_that_one_policy_forbids(kernels: ModuleType, device: str, V: int) -> None:
+    """Forbidden by both or by π alone: harmless; by π_ref alone: an infinite KL, a row left out."""
+    logits = torch.randn(5, V)
+    ref_logits = torch.randn(5, V)
+    logits[0, 1:4], ref_logits[0, 1:4] = -math.inf, -math.inf
+    logits[1, 1:4] = -math.inf
+    ref_logits[2, 1:4] = -math.inf
+    ref_logits[3, 2] = math.nan
+    ref_logits[4, 0] = -math.inf
+    target = torch.zeros(5, dtype=torch.int64)
+    moved = (v.to(device) for v in (logits, ref_logits, target))
+    result, dlogits = with_reference(kernels, *moved, 1.0)
+    assert result.dropped.tolist() == [False, False, True, True, True]
+    assert torch.isfinite(dlogits).all()
+    assert (dlogits[2:] == 0).all()
+    kl = oracles.exact_kl(logits[:2], ref_logits[:2], 1.0)
+    assert torch.allclose(result.kl[:2].cpu().double(), kl, atol=1e-6)
+    assert torch.isposinf(result.kl[[2, 4]]).all()
+    # only looked at, it spoils nothing
+    looked, gradient = with_reference(
+        kernels, logits.to(device), ref_logits.to(device), target.to(device), 0.0
+    )
+    assert not looked.dropped.any()
+    assert torch.equal(gradient, torch.zeros_like(gradient))

@@ -26,17 +26,19 @@ def clip(eps_low: float, eps_high: float | None = None, delta: float = math.inf)
     _at_least_zero(eps_low=eps_low, eps_high=eps_high)
     if not delta >= 1 + eps_high:
         raise ValueError(f"delta: expected >= 1 + eps_high = {1 + eps_high}, got {delta!r}")
-    return Surrogate(surrogates.clip, (float(eps_low), float(eps_high), float(delta)))
+    return Surrogate(
+        surrogates.clip, (float(eps_low), float(eps_high), float(delta)), homogeneous=True
+    )
 
 
 def importance() -> Surrogate:
     """The ratio without a bound; with `Objective.token_clip` GMPO's."""
-    return Surrogate(surrogates.importance)
+    return Surrogate(surrogates.importance, homogeneous=True)
 
 
 def reinforce() -> Surrogate:
     """−A·logp."""
-    return Surrogate(surrogates.reinforce)
+    return Surrogate(surrogates.reinforce, homogeneous=True)
 
 
 def cispo(high: float, low: float = 0.0) -> Surrogate:
@@ -44,7 +46,7 @@ def cispo(high: float, low: float = 0.0) -> Surrogate:
     _at_least_zero(low=low)
     if not high > low:
         raise ValueError(f"high: expected more than low = {low}, got {high!r}")
-    return Surrogate(surrogates.cispo, (float(low), float(high)))
+    return Surrogate(surrogates.cispo, (float(low), float(high)), homogeneous=True)
 
 
 def sapo(tau_pos: float = 1.0, tau_neg: float = 1.05) -> Surrogate:
@@ -52,7 +54,7 @@ def sapo(tau_pos: float = 1.0, tau_neg: float = 1.05) -> Surrogate:
     for name, tau in (("tau_pos", tau_pos), ("tau_neg", tau_neg)):
         if not 0 < tau < math.inf:
             raise ValueError(f"{name}: expected a finite number > 0, got {tau!r}")
-    return Surrogate(surrogates.sapo, (float(tau_pos), float(tau_neg)))
+    return Surrogate(surrogates.sapo, (float(tau_pos), float(tau_neg)), homogeneous=True)
 
 
 def dro(beta: float) -> Surrogate:
@@ -64,18 +66,22 @@ def dro(beta: float) -> Surrogate:
 def dppo_tv(delta_low: float, delta_high: float, cap: float = 20.0) -> Surrogate:
     """Trust region on the difference of probabilities."""
     _at_least_zero(delta_low=delta_low, delta_high=delta_high, cap=cap)
-    return Surrogate(surrogates.dppo_tv, (float(delta_low), float(delta_high), float(cap)))
+    return Surrogate(
+        surrogates.dppo_tv, (float(delta_low), float(delta_high), float(cap)), homogeneous=True
+    )
 
 
 def dppo_kl(delta_low: float, delta_high: float, cap: float = 20.0) -> Surrogate:
     """Trust region on the KL between the two ways to see a token: it, or any other."""
     _at_least_zero(delta_low=delta_low, delta_high=delta_high, cap=cap)
-    return Surrogate(surrogates.dppo_kl, (float(delta_low), float(delta_high), float(cap)))
+    return Surrogate(
+        surrogates.dppo_kl, (float(delta_low), float(delta_high), float(cap)), homogeneous=True
+    )
 
 
 def topr() -> Surrogate:
     """REINFORCE on gains, a truncated ratio on losses."""
-    return Surrogate(surrogates.topr)
+    return Surrogate(surrogates.topr, homogeneous=True)
 
 
 def _at_least_zero(**numbers: float) -> None:

@@ -1,0 +1,42 @@
+"""Measures, and writes docs/accuracy.md and its picture: python -m bench.accuracy."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+
+# before the first import of a kernel: on every machine the tables are those of the interpreter
+os.environ["TRITON_INTERPRET"] = "1"
+
+from bench.accuracy.document import DOCUMENT, write
+from bench.accuracy.measure import measure
+from bench.accuracy.plot import PICTURE, plot
+from grpo_core.hardware_rounding import round_as_hardware_does
+
+# the versions that docs/accuracy.md speaks of
+PEERS = {"liger-kernel": "0.8.5", "trl": "1.16.0"}
+
+
+def main() -> None:
+    """Checks that the peers are there, measures, writes."""
+    argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__).parse_args()
+    for name, wanted in PEERS.items():
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            raise SystemExit(f"{name}: expected {wanted}, got none: pip install {name}") from None
+        if found != wanted:
+            warnings.warn(f"{name}: expected {wanted}, got {found}", stacklevel=1)
+    # numpy reports what IEEE arithmetic defines
+    warnings.filterwarnings("ignore", ".*encountered in.*", RuntimeWarning, "triton")
+    round_as_hardware_does()
+    measured = list(measure())
+    write(measured)
+    plot(measured)
+    print(f"wrote {DOCUMENT} and {PICTURE}")
+
+
+if __name__ == "__main__":
+    main()

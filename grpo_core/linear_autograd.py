@@ -1,0 +1,88 @@
+"""The autograd function of a loss from hidden states.
+
+Gradients are made in the forward and handed over by the first backward; a second one makes them
+again. In float16 they stay float32 until grad_output, a loss scale, has come.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_core.kernels.records import Rows
+from grpo_core.linear_head import LinearHead
+from grpo_core.linear_lean import LeanSweep
+from grpo_core.linear_plans import LinearCall, Sweep, Swept
+
+Gradients = list[Tensor | None]
+
+
+class FusedLinearLoss(torch.autograd.Function):
+    """Loss and all gradients in the forward; grad_output in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: LinearCall, head: LinearHead, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        swept, gradients = _evaluate(call, head, tensors)
+        ctx.call, ctx.gradients = call, gradients
+        # the record without its tensors: those are saved where autograd looks after them
+        ctx.head = head.of(torch.empty(head.weight.shape, device="meta"), None, None, None)
+        ctx.save_for_backward(*tensors)
+        outputs = (*swept.result[:4], swept.result.dropped, swept.factor, swept.valid)
+        ctx.mark_non_differentiable(*outputs)
+        ctx.set_materialize_grads(False)
+        return swept.result.loss.sum(), *outputs
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "fused_linear_loss: its gradient cannot be differentiated (create_graph)"
+            )
+        tensors, gradients, ctx.gradients = ctx.saved_tensors, ctx.gradients, None
+        if gradients is None:
+            gradients = _evaluate(ctx.call, ctx.head, tensors)[1]
+        for k, tensor in enumerate(tensors):
+            gradient = gradients[k]
+            if gradient is not None and gradient.numel():
+                rows = Rows.of(gradient.view(-1, gradient.shape[-1]))
+                ctx.call.kernels.row_scale(rows, grad_output)
+                gradients[k] = gradient.to(tensor.dtype)
+        return None, None, *gradients
+
+
+@torch.no_grad()
+def _evaluate(
+    call: LinearCall, head: LinearHead, tensors: tuple[Tensor | None, ...]
+) -> tuple[Swept, Gradients]:
+    """A sweep, and its gradients shaped like the tensors."""
+    hidden, weight, *others = tensors
+    assert hidden is not None and weight is not None
+    sweep = LeanSweep if call.layout.plan == "lean" and any(call.wanted) else Sweep
+    # products are in the dtypes that the call says
+    with torch.autocast(hidden.device.type, enabled=False):
+        swept = sweep(hidden, head.of(weight, *others), call)()
+    dhidden, *rest = swept.gradients
+    gradients: Gradients = [None if dhidden is None else _spread(dhidden, hidden, call)]
+    for tensor, gradient in zip(tensors[1:], rest, strict=True):
+        gradients.append(None if gradient is None or tensor is None else _rounded(gradient, tensor))
+    # the float32 ones would outlive the rounding otherwise
+    return swept._replace(gradients=[]), gradients
+
+
+def _spread(dhidden: Tensor, hidden: Tensor, call: LinearCall) -> Tensor:
+    """Gradients of the rows that were made -> of all hidden states."""
+    rounded = _rounded(dhidden, hidden)
+    if call.rows is None:
+        return rounded.view(hidden.shape)
+    full = rounded.new_zeros(hidden.shape)
+    full.view(-1, hidden.shape[-1])[call.rows] = rounded
+    return full
+
+
+def _rounded(gradient: Tensor, like: Tensor) -> Tensor:
+    """In the tensor's dtype, but for float16, which waits for the loss scale."""
+    return gradient if like.dtype == torch.float16 else gradient.to(like.dtype)

@@ -1,0 +1,184 @@
+"""The lean plan: no float32 sum of the size of lm_head; one product more than the fast plan.
+
+First the statistics of every row, in small chunks; then, a slice of the vocabulary at a time, its
+logits once more for all rows, their gradient, and both gradient products. dweight of the slice is
+complete then and rounded at once. The softmax is found again from the largest logit M and the sum S
+that the first reading left behind, see `online_softmax`; logp itself is rounded too coarsely:
+
+    lse = M·log 2 + log(S + exp(x_y/T − M·log 2)),  p_j = exp(x_j/T − lse),  1 − p_y = −expm1(logp)
+    dL/dx_j = (dlogp·(δ_{j,y} − p_j) − dentropy·p_j·(log p_j + H) + dkl·p_j·(log p_j/q_j − KL)) / T
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from grpo_core.kernels.records import RowStats, Slopes
+from grpo_core.linear_plans import Sweep, Swept, joined, lift
+from grpo_core.linear_products import LEAST_ROWS, HeadGradients, HeadProducts
+
+
+class LeanSweep(Sweep):
+    """Statistics of all rows, then slices of the vocabulary."""
+
+    def __call__(self) -> Swept:
+        call, head = self.call, self.head
+        T, V = call.temperature, head.V
+        stats, lse, ref_lse, ref_logp = self._statistics()
+        tokens, slopes = self._finish(slice(0, call.n), stats)
+        if self.products.compute == torch.float16 and call.n:
+            self.lift = lift(tokens)
+            slopes = slopes.times(self.lift)
+        del self.buffer
+        words = Words(tokens.target, T, slopes, stats, lse, ref_lse, ref_logp)
+        gradients = self._room()
+        for start in range(0, V, call.layout.width):
+            self._slice(slice(start, min(start + call.layout.width, V)), words, gradients)
+        for tensor in (self.dhidden, *gradients):
+            if self.lift is not None and tensor is not None:
+                tensor.div_(self.lift)
+        return Swept(self.result, self.factor, self.valid, [self.dhidden, *gradients])
+
+    def _statistics(self) -> tuple[RowStats, Tensor, Tensor | None, Tensor | None]:
+        """(statistics, lse of the policy, of the reference, log-probability there) of every row."""
+        call, T = self.call, self.call.temperature
+        parts, x, ref_x, ref_logp = [], [], [], []
+        for chunk in call.chunks:
+            self._make_logits(chunk)
+            parts.append(self._read(chunk))
+            at = call.tokens.target[chunk, None]
+            n = chunk.stop - chunk.start
+            x.append(self.buffer.logits[:n].gather(1, at).squeeze(1).float())
+            if call.reference is not None:
+                rows = self.ref_buffer.rows(slice(0, n))
+                ref_logp.append(call.kernels.row_stats(rows, at.squeeze(1), T).logp)
+                ref_x.append(self.ref_buffer.logits[:n].gather(1, at).squeeze(1).float())
+        if not parts:
+            parts = [self._read(slice(0, 0))]
+        stats = joined(parts)
+        empty = stats.logp.new_empty(0)
+        peak, rest = stats.state[0].double() * math.log(2), stats.state[1].double()
+        lse = peak + torch.log(rest + torch.exp(torch.cat([empty, *x]).double() / T - peak))
+        if call.reference is None:
+            return stats, lse, None, None
+        ref = torch.cat([empty, *ref_logp])
+        return stats, lse, (torch.cat([empty, *ref_x]) / T - ref), ref
+
+    def _room(self) -> list[Tensor | None]:
+        """The head's gradients, zeros; rounded slice by slice unless a loss scale is to come."""
+        room: list[Tensor | None] = []
+        for tensor, want in zip(self.head.tensors, self.call.wanted[1:], strict=True):
+            if tensor is None or not want:
+                room.append(None)
+                continue
+            whole = tensor is self.head.lora_A or tensor.dtype == torch.float16
+            dtype = torch.float32 if whole else tensor.dtype
+            room.append(torch.zeros(tensor.shape, dtype=dtype, device=tensor.device))
+        return room
+
+    def _slice(self, words: slice, rows: Words, gradients: list[Tensor | None]) -> None:
+        """The gradients that a slice of the vocabulary brings."""
+        call, device = self.call, rows.target.device
+        width = words.stop - words.start
+
+        def room(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else torch.zeros(width, *tensor.shape[1:], device=device)
+
+        weight, bias, lora_A, lora_B = gradients
+        sums = HeadGradients(room(weight), room(bias), lora_A, room(lora_B))
+        step = call.layout.slice_rows
+        for start in range(0, call.n, step):
+            chunk = slice(start, min(start + step, call.n))
+            hidden = self.hidden[chunk]
+            logits = self._logits(self.products, hidden, words)
+            ref = None
+            if call.reference is not None and rows.slopes.dkl is not None:
+                ref = self._logits(self.ref_products, self.ref_hidden[chunk], words)
+            before = None if self.head.softcap is None else logits.clone()
+            dlogits = rows.dlogits(chunk, words, logits, ref)
+            if before is not None:
+                self.products.through_cap(dlogits, before)
+            dhidden = None if self.dhidden is None else self.dhidden[chunk]
+            dlogits = dlogits.to(self.products.compute)
+            self.products.gradients(hidden, dlogits, dhidden, sums, words)
+        for home, found in zip(gradients, (sums.weight, sums.bias, None, sums.lora_B), strict=True):
+            if home is not None and found is not None:
+                home[words] = found
+
+    def _logits(self, products: HeadProducts, hidden: Tensor, words: slice) -> Tensor:
+        """Logits of some rows and words, rounded as the first pass rounded them, float32."""
+        rows = max(hidden.shape[0], LEAST_ROWS)
+        out = torch.empty(
+            rows, words.stop - words.start, dtype=self.call.logits_dtype, device=hidden.device
+        )
+        return products.logits(hidden, out, words).float()
+
+
+class Words:
+    """The gradient of some words' logits, from what is known of each row."""
+
+    def __init__(
+        self,
+        target: Tensor,
+        temperature: float,
+        slopes: Slopes,
+        stats: RowStats,
+        lse: Tensor,
+        ref_lse: Tensor | None,
+        ref_logp: Tensor | None,
+    ) -> None:
+        self.target, self.temperature, self.slopes, self.stats = target, temperature, slopes, stats
+        self.still = ~slopes.any
+        # near T·lse the logits that matter lose nothing by the subtraction
+        self.centre = (lse * temperature).float()
+        # what rounding took away goes into the coefficient of every p
+        self.correction = torch.exp(self.centre.double() / temperature - lse).float()
+        self.ref_lse = ref_lse
+        self.at_target = self._at_target(ref_logp)
+
+    def _at_target(self, ref_logp: Tensor | None) -> Tensor:
+        """dL/dx_y times T of every row, float32 `[n]`."""
+        dlogp, dentropy, dkl = self.slopes
+        logp = self.stats.logp.double()
+        value = -dlogp.double() * torch.expm1(logp)
+        possible = logp > -torch.inf
+        if dentropy is not None:
+            term = dentropy.double() * logp.exp() * (logp + self.stats.entropy)
+            value = value - torch.where(possible, term, 0.0)
+        if dkl is not None:
+            assert ref_logp is not None and self.stats.kl is not None
+            term = dkl.double() * logp.exp() * (logp - ref_logp - self.stats.kl)
+            value = value + torch.where(possible, term, 0.0)
+        return value.float()
+
+    def dlogits(
+        self, chunk: slice, words: slice, logits: Tensor, ref_logits: Tensor | None
+    ) -> Tensor:
+        """dL by the logits `[n, words]` of some rows, over them; uses up `ref_logits`."""
+        T = self.temperature
+        dlogp, dentropy, dkl = self.slopes.at(chunk)
+        correction = self.correction[chunk]
+        log_p = logits.sub_(self.centre[chunk, None])
+        log_p = log_p if T == 1 else log_p.div_(T)
+        if dentropy is None and dkl is None:
+            dlogits = log_p.exp_().mul_((-dlogp * correction)[:, None])
+        else:
+            factor = -dlogp[:, None].expand_as(log_p)
+            if dentropy is not None:
+                factor = factor - dentropy[:, None] * (log_p + self.stats.entropy[chunk, None])
+            if dkl is not None:
+                assert ref_logits is not None and self.ref_lse is not None
+                assert self.stats.kl is not None
+                log_q = ref_logits.div_(T).sub_(self.ref_lse[chunk, None])
+                factor = factor + dkl[:, None] * (log_p - log_q - self.stats.kl[chunk, None])
+            p = log_p.exp().mul_(correction[:, None])
+            # 0·(−inf): a forbidden word has no gradient
+            dlogits = torch.where(p > 0, p * factor, 0.0)
+        target = self.target[chunk]
+        mine = ((target >= words.start) & (target < words.stop)).nonzero().squeeze(1)
+        dlogits[mine, target[mine] - words.start] = self.at_target[chunk][mine]
+        dlogits.index_fill_(0, self.still[chunk].nonzero().squeeze(1), 0.0)
+        return dlogits if T == 1 else dlogits.div_(T)

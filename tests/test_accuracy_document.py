@@ -1,0 +1,105 @@
+"""docs/accuracy.md: its rows are the script's, its claim about ours is true of its own numbers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from bench.accuracy.contenders import OURS
+from bench.accuracy.document import MODERATE, Table, number, read, tables, write
+from bench.accuracy.measure import MARGINS, Measured, measure
+from bench.paths import dtype_name
+from grpo_core.accuracy import FLOOR
+from tests.conftest import HAS_GPU, HAS_TRITON
+
+# beyond, e^−margin under the loss scale is too small for a float16 to be a normal number
+FLOAT16_LIMIT = 18
+
+
+def allowed(quantity: str, dtype: torch.dtype, margin: float) -> float:
+    """Exact to float32 rounding: that of the margin, and one of a gradient to its dtype."""
+    rounding = torch.finfo(dtype).eps if quantity == "dlogits" else 0.0
+    return FLOOR * max(1.0, margin) + rounding
+
+
+def test_the_document_has_the_tables_of_the_script() -> None:
+    """Titles, columns and rows; not the digits, which follow from the machine."""
+    shown = [(table.title, table.columns, tuple(table.rows)) for table in read()]
+    assert shown == [(table.title, table.columns, tuple(table.rows)) for table in tables([])]
+    assert all("–" not in cells for table in read() for cells in table.rows.values())
+
+
+@pytest.mark.parametrize("table", read(), ids=lambda table: table.title)
+def test_ours_is_exact_to_float32_rounding(table: Table) -> None:
+    """In every column of every table that a float16 can express."""
+    quantity = "dlogits" if table.title.startswith("Gradient") else ""
+    for place, column in enumerate(table.columns):
+        by_margin = column.isdigit()
+        margin = float(column) if by_margin else MODERATE
+        name = (
+            table.title.split(", ")[1].removesuffix(" logits") if by_margin else column.split()[0]
+        )
+        dtype = getattr(torch, name)
+        if quantity and dtype == torch.float16 and margin > FLOAT16_LIMIT:
+            continue
+        for ours in OURS:
+            assert number(table.rows[ours][place]) <= allowed(quantity, dtype, margin), column
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("offset", [0, -1000])
+@pytest.mark.parametrize(
+    "name",
+    [
+        OURS[0],
+        pytest.param(
+            OURS[1], marks=pytest.mark.skipif(HAS_GPU or not HAS_TRITON, reason="is interpreted")
+        ),
+    ],
+)
+def test_it_still_is(name: str, dtype: torch.dtype, offset: int) -> None:
+    """Measured again, at a few margins."""
+    for found in measure([name], [dtype], [offset], (0, 10, 18, 30)):
+        assert set(found.errors) == {"logp", "entropy", "dlogits", "ratio", "loss"}
+        margin = max(1.0, float(found.margins.abs().max()))
+        for quantity, errors in found.errors.items():
+            if quantity == "dlogits" and dtype == torch.float16 and margin > FLOAT16_LIMIT:
+                continue
+            assert float(errors.max()) <= allowed(quantity, dtype, margin), (quantity, margin)
+
+
+def test_what_is_written_is_read_again(tmp_path) -> None:
+    """The text around the markers stays; a lost number is infinite."""
+    path = tmp_path / "accuracy.md"
+    path.write_text("before\n<!-- python -m bench.accuracy -->\nold\n<!-- end -->\nafter\n")
+    one = Measured(
+        OURS[0],
+        torch.bfloat16,
+        0,
+        5,
+        torch.full((2,), 5.0),
+        {"logp": torch.tensor([1e-7, 2.04e-7]), "entropy": torch.tensor([0.1, 0.7])},
+    )
+    write([one], path)
+    text = path.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("<!-- end -->\nafter\n")
+    assert "old" not in text
+    found = {table.title: table for table in read(path)}
+    cells = found[f"Log-probability, {dtype_name(torch.bfloat16)} logits"].rows[OURS[0]]
+    assert cells[:3] == ("–", "2.0e-7", "–")
+    entropy = found["Entropy, bfloat16 logits"].rows[OURS[0]]
+    assert number(entropy[1]) == math.inf
+
+
+def test_careless_softmax_is_found_out() -> None:
+    """What the tables are for: float32 log_softmax at the margins of a trained policy."""
+    errors = {
+        found.margin: float(found.errors["logp"].max())
+        for found in measure(["PyTorch, float32"], [torch.float32], [0], MARGINS[::10])
+    }
+    assert errors[0] < 1e-6
+    assert 1e-4 < errors[10] < 0.5
+    assert errors[20] == errors[30] == 1

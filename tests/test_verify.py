@@ -1,0 +1,190 @@
+"""`python -m grpo_core.verify` passes on what is right and fails on everything that is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from grpo_core import row_softmax, torch_backend
+from grpo_core.accuracy import QUANTITIES, compare_confident, exact_tokens
+from grpo_core.kernels import row_loss as row_loss_kernel
+from grpo_core.kernels.language import tl, triton
+from grpo_core.kernels.online_softmax import token_statistics
+from grpo_core.verify.__main__ import main
+from grpo_core.verify.inputs import LARGEST_MARGIN, OBJECTIVES, one_per_plan, set_margins
+from tests import oracles
+from tests.conftest import HAS_GPU, HAS_TRITON
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("vocabulary", ["2", "257"])
+def test_what_is_right_passes(
+    backend: str, vocabulary: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--dtype", "bfloat16", "--recipe", "grpo", "gspo", "exact KL, entropy", "sampler"]
+    assert main([*few, "--backend", backend, "--vocabulary", vocabulary]) == 0
+    printed = capsys.readouterr().out
+    assert "FAIL" not in printed
+    assert printed.splitlines()[-1].endswith("all ok")
+
+
+def scaled(function: Callable, factor: float, part: int | None = None) -> Callable:
+    """A function whose result, or a part of it, is slightly too large."""
+
+    def wrong(*args: Any, **options: Any) -> Any:
+        found = function(*args, **options)
+        if part is None:
+            return found * factor
+        return found._replace(**{found._fields[part]: found[part] * factor})
+
+    return wrong
+
+
+class Careless(row_softmax.RowSoftmax):
+    """A log-probability that ends where float32 log_softmax ends."""
+
+    def read(self, *args: Any, **options: Any) -> row_softmax.Found:
+        found = super().read(*args, **options)
+        found.logp.masked_fill_(found.logp > -6e-8, 0.0)
+        return found
+
+
+class Overflowing(row_softmax.RowSoftmax):
+    """A gradient that also lands in the row behind."""
+
+    def write_gradient(self, chunk: Any, *args: Any) -> None:
+        super().write_gradient(chunk, *args)
+        last = chunk.dlogits[-1]
+        behind = last.storage_offset() + last.numel()
+        if behind < last.untyped_storage().nbytes() // last.itemsize:
+            last.as_strided((1,), (1,), behind).add_(1.0)
+
+
+BREAKAGES = {
+    "the gradient": ("dlogits", row_softmax._Others, "scaled", scaled, (1 + 1e-5,)),
+    "the entropy": ("entropy", row_softmax, "_entropy", scaled, (1 + 1e-5,)),
+    "the loss": ("loss", torch_backend, "token_loss", scaled, (1 + 1e-3, 0)),
+    "the slope of the surrogate": ("dlogits", torch_backend, "token_loss", scaled, (1 + 1e-5, 1)),
+    "the KL": ("kl", torch_backend, "token_loss", scaled, (1 + 1e-4, 3)),
+    "a bit of one plan": ("token_logp", torch_backend, "row_stats", scaled, (1 + 2**-23, 0)),
+}
+
+
+@pytest.mark.parametrize("what", BREAKAGES)
+def test_what_is_wrong_fails(
+    what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A hundred-thousandth, or a single bit, is enough; a thousandth of a sum near zero."""
+    quantity, home, name, spoil, args = BREAKAGES[what]
+    monkeypatch.setattr(home, name, spoil(getattr(home, name), *args))
+    assert main(["--backend", "torch", "--dtype", "float32", "--quick"]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if line.endswith("FAIL")]
+    assert any(line.split()[0] == quantity for line in failed)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [(Careless, "logp"), (Overflowing, "nothing is written beside a view")],
+)
+def test_a_wrong_softmax_fails(
+    wrong: type, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch_backend, "RowSoftmax", wrong)
+    assert main(["--backend", "torch", "--dtype", "float32", "--quick"]) == 1
+    shown = [text for text in capsys.readouterr().out.splitlines() if text.endswith("FAIL")]
+    assert any(text.strip().startswith(line) for text in shown)
+
+
+@triton.jit
+def wrong_statistics(z, rest, moment):
+    logp, entropy = token_statistics(z, rest, moment)
+    return logp, entropy + 0.00001 * tl.abs(entropy)
+
+
+@pytest.mark.skipif(HAS_GPU or not HAS_TRITON, reason="replaces an interpreted kernel's function")
+def test_a_wrong_kernel_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(row_loss_kernel, "token_statistics", wrong_statistics)
+    options = ["--vocabulary", "70", "--dtype", "float32", "--recipe", "dapo"]
+    assert main(["--backend", "triton", *options]) == 1
+    printed = capsys.readouterr().out
+    assert "  entropy, float32: " in printed[printed.index("Failed") :]
+    # the statistics alone are untouched, so bits differ between the plans
+    assert any(
+        line.startswith("  token_logp is the one pass") and line.endswith("FAIL")
+        for line in printed.splitlines()
+    )
+
+
+def test_the_command_prints_a_table_and_writes_every_comparison(tmp_path: Path) -> None:
+    """Each recipe, quantity and claim has a line, none is wider than 100 columns."""
+    file = tmp_path / "found.json"
+    options = ["--backend", "torch", "--vocabulary", "33", "--json", str(file)]
+    done = subprocess.run(
+        [sys.executable, "-m", "grpo_core.verify", *options],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 100
+    first = {line.strip()[: len(name)] for line in lines for name in (*OBJECTIVES, *QUANTITIES)}
+    assert first >= {*OBJECTIVES, *QUANTITIES}
+    found = json.loads(file.read_text())
+    assert found["ok"] is True
+    assert f"{found['comparisons']:,} comparisons in" in lines[-1]
+    count = sum(len(found[part]) for part in ("losses", "confident", "bits"))
+    assert found["comparisons"] == count
+    assert {one["recipe"] for one in found["losses"]} == set(OBJECTIVES)
+    assert {one["quantity"] for one in found["losses"]} == set(QUANTITIES)
+    assert all(one["ok"] for part in ("losses", "confident", "bits") for one in found[part])
+
+
+@pytest.mark.skipif(HAS_GPU or not HAS_TRITON, reason="asks for what needs a GPU")
+def test_without_a_gpu_it_says_how_to_interpret() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "grpo_core.verify", "--backend", "triton"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET=1 python -m grpo_core.verify --backend triton" in done.stderr
+
+
+def test_every_plan_has_a_recipe() -> None:
+    names = one_per_plan(list(OBJECTIVES))
+    assert names == ["ppo", "gspo", "exact KL", "entropy bonus", "exact KL, entropy", "sampler"]
+    assert one_per_plan(["vespo", "dapo", "bnpo"]) == ["vespo", "dapo"]
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0, -1000.0])
+def test_the_truth_of_confident_tokens_is_that_of_the_oracle(offset: float) -> None:
+    """In float64 both, by two formulas; float32 log_softmax is found to be nothing like it."""
+    target = torch.randint(0, 300, (31,))
+    logits = set_margins(torch.randn(31, 300), target, torch.linspace(0, LARGEST_MARGIN, 31))
+    logits = logits + offset
+    exact = exact_tokens(logits, target)
+    x = logits.double().requires_grad_()
+    logp, entropy = oracles.logp_and_entropy(x, target, 1.0)
+    logp.sum().backward()
+    for ours, theirs in ((exact.logp, logp), (exact.entropy, entropy), (exact.slope, x.grad)):
+        assert torch.allclose(ours, theirs.detach(), rtol=1e-9, atol=0)
+    careless = torch.log_softmax(logits, 1).gather(1, target[:, None]).squeeze(1)
+    found = compare_confident("logp", careless, careless, exact.logp)
+    assert not found.ok
+    assert found.error == found.baseline == 1
