@@ -5,42 +5,50 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import get_args
+from typing import Any
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.conftest import DEVICE, clock, device_name
-from bench.kernel_meter import kernel_bytes_per_logit
+from bench.batch import Batch, Outcome, dtype_name
+from bench.conftest import DEVICE, clock
+from bench.counted import CASES, case_name, find_count
+from bench.machine import device_name
 from bench.meter import CompiledMeter, OperandMeter, one_thread, peak_extra_bytes
-from bench.paths import Batch, Contender, Direction, Outcome, contenders, dtype_name
+from bench.paths import Contender, contenders
 from bench.truth import Truth, refuse_wrong
 
 # a call takes milliseconds on a GPU and up to seconds on a CPU
 ROUNDS = {"cuda": 30, "cpu": 5}
-CASES = [
-    pytest.param(contender, direction, id=f"{direction.replace(' ', '')}-{contender.name}")
-    for direction in get_args(Direction)
-    for contender in contenders(DEVICE, direction)
+# what has to move, in times the size of the logits: a reading, a writing, a second reading
+NECESSARY = {CASES[0]: 1, CASES[1]: 2, CASES[2]: 3}
+TIMED = [
+    pytest.param(contender, case, id=f"{case[0]}-{case[1].replace(' ', '')}-{contender.name}")
+    for case in CASES
+    for contender in contenders(DEVICE, case[1])
 ]
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 @pytest.mark.benchmark(timer=clock, disable_gc=True)
-@pytest.mark.parametrize(("contender", "direction"), CASES)
+@pytest.mark.parametrize(("contender", "case"), TIMED)
 def test_loss(
     contender: Contender,
-    direction: Direction,
+    case: Any,
     batch: Batch,
-    truth: Truth,
+    truth: Callable[[Any], Truth],
     benchmark: BenchmarkFixture,
 ) -> None:
     """Refuses what is wrong, counts bytes, then times."""
+    recipe, direction = case
     N, V = batch.logits.shape
     dtype = dtype_name(batch.logits.dtype)
-    call = contender.call(batch, direction)
-    issued, large = check_and_count(contender, call, batch, truth, f"{dtype}, {direction}")
+    call = contender.call(batch, direction, recipe)
+    operands = check_and_count(contender, call, batch, truth(recipe))
+    counted = (
+        find_count(contender.name, recipe, direction, dtype) if contender.kernels else operands
+    )
     batch.logits.copy_(batch.pristine)
     peak = peak_extra_bytes(call, DEVICE)
 
@@ -49,24 +57,25 @@ def test_loss(
         call()
 
     yardsticks = Yardsticks(batch)
-    benchmark.group = f"{direction}, {dtype}, {N:,} x {V:,}"
+    benchmark.group = f"{case_name(recipe, direction)}, {dtype}, {N:,} x {V:,}"
     benchmark.pedantic(timed, setup=yardsticks.measure, rounds=ROUNDS[DEVICE], warmup_rounds=1)
     clone, copy = yardsticks.medians()
     benchmark.extra_info.update(
         contender=contender.name,
-        direction=direction,
+        case=case_name(recipe, direction),
         device=device_name(),
         threads=torch.get_num_threads(),
         N=N,
         V=V,
         dtype=dtype,
         logits_bytes=batch.logits.nbytes,
+        necessary_bytes=NECESSARY[case] * batch.logits.nbytes,
         clone_seconds=clone,
         copy_seconds=copy,
         peak_extra_bytes=peak,
         peak_extra_rows=peak / (V * batch.logits.itemsize),
-        bytes_per_logit_issued=issued,
-        bytes_per_logit=large,
+        bytes_per_logit_issued=counted.get("issued"),
+        bytes_per_logit=counted.get("distinct"),
     )
     if benchmark.stats is not None:
         median = benchmark.stats.stats.median
@@ -74,14 +83,14 @@ def test_loss(
 
 
 def check_and_count(
-    contender: Contender, call: Callable[[], Outcome], batch: Batch, truth: Truth, case: str
-) -> tuple[float | None, float | None]:
-    """(issued, large) bytes per logit of one call, once its outcome was found right."""
+    contender: Contender, call: Callable[[], Outcome], batch: Batch, truth: Truth
+) -> dict[str, float | None]:
+    """Bytes per logit of the operations of one call, once its outcome was found right."""
     operands = OperandMeter(threshold=batch.logits.nbytes // 2)
     compiled = CompiledMeter()
     batch.logits.copy_(batch.pristine)
-    counted = compiled if contender.compiled else nullcontext() if contender.kernels else operands
-    with one_thread(), counted:
+    counting = compiled if contender.compiled else nullcontext() if contender.kernels else operands
+    with one_thread(), counting:
         try:
             outcome = call()
         except RuntimeError as failure:
@@ -89,11 +98,10 @@ def check_and_count(
                 raise
             pytest.skip(f"torch.compile: {str(failure).splitlines()[0]}")
     refuse_wrong(contender.name, outcome, truth)
-    if contender.kernels:
-        return kernel_bytes_per_logit()[case]
+    logits = batch.logits.numel()
     if contender.compiled:
-        return compiled.accessed and compiled.accessed / batch.logits.numel(), None
-    return operands.issued / batch.logits.numel(), operands.large / batch.logits.numel()
+        return {"issued": compiled.accessed and compiled.accessed / logits}
+    return {"issued": operands.issued / logits, "distinct": operands.large / logits}
 
 
 class Yardsticks:

@@ -4,36 +4,49 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any
 
 import pytest
 import torch
 
-from bench.kernel_meter import kernel_bytes_per_logit
-from bench.paths import Batch, dtype_name
-from bench.report import kernel_lines, table
+from bench.batch import Batch, Recipe, dtype_name
+from bench.counted import published
+from bench.machine import describe, device_name, versions
+from bench.peers import missing_peers
+from bench.table import kernel_lines, table
 from bench.truth import Truth, find_truth
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Qwen 2.5 and 3, Llama 3, Llama 2; on a CPU without Llama 3, which would repeat Qwen
-VOCABULARIES = {"cuda": (151_936, 128_256, 32_000), "cpu": (151_936, 32_000)}
-# the most demanding contender holds about six times the float32 logits, the batch itself twice
-MEMORY_SHARE = 1 / 12
-# enough to fill a GPU many times over; on a CPU, what a few minutes allow
-MOST_ROWS = {"cuda": 16_384, "cpu": 512}
-DTYPES = (torch.float32, torch.bfloat16)
+# (rows, V). On a GPU the vocabularies of Llama 2, GPT-2, Llama 3, Qwen 3 unpadded (odd) and padded,
+# Gemma 3; on a CPU, as many rows as a few minutes allow
+SHAPES = {
+    "cuda": (
+        (8192, 32_000),
+        (8192, 50_257),
+        (8192, 128_256),
+        (8192, 151_669),
+        (8192, 151_936),
+        (16_384, 151_936),
+        (8192, 262_144),
+    ),
+    "cpu": ((512, 151_936), (512, 32_000)),
+}
+DTYPES = {"cuda": (torch.bfloat16,), "cpu": (torch.float32, torch.bfloat16)}
+# the most demanding contender holds three times the float32 logits from bfloat16 ones, and six
+# times from float32 ones; the batch itself holds the logits twice
+MEMORY_SHARE = {"cuda": 1 / 8, "cpu": 1 / 12}
 
 
-def twelfth_of_memory(V: int) -> int:
-    """The rule of sizes: rows, a power of two, whose float32 logits fill 1/12 of the memory."""
+def fitting_rows(V: int, wanted: int) -> int:
+    """The rule of sizes: at most the power of two whose float32 logits fill a share of memory."""
     if DEVICE == "cuda":
         memory, _ = torch.cuda.mem_get_info()
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    fitting = max(1, int(memory * MEMORY_SHARE) // (V * torch.float32.itemsize))
-    return min(1 << (fitting.bit_length() - 1), MOST_ROWS[DEVICE])
+    fitting = max(1, int(memory * MEMORY_SHARE[DEVICE]) // (V * torch.float32.itemsize))
+    return min(1 << (fitting.bit_length() - 1), wanted)
 
 
 def clock() -> float:
@@ -43,17 +56,10 @@ def clock() -> float:
     return time.perf_counter()
 
 
-def device_name() -> str:
-    """The GPU's name, or the number of threads."""
-    if DEVICE == "cuda":
-        return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Shapes of one's own."""
     group = parser.getgroup("bench", "shapes of bench/")
-    group.addoption("--rows", type=int, help="rows of logits instead of a twelfth of memory")
+    group.addoption("--rows", type=int, help="rows of logits instead of what fits")
     group.addoption("--vocabulary", type=int, action="append", help="may be given repeatedly")
 
 
@@ -68,13 +74,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "batch" not in metafunc.fixturenames:
         return
     given = metafunc.config.option
-    shapes = [
-        (given.rows or twelfth_of_memory(V), V, dtype)
-        for V in given.vocabulary or VOCABULARIES[DEVICE]
-        for dtype in DTYPES
-    ]
+    standard = SHAPES[DEVICE]
+    vocabularies = given.vocabulary or list(dict.fromkeys(V for _, V in standard))
+    wanted = [(given.rows or N, V) for V in vocabularies for N in _rows_of(V)]
+    fitting = dict.fromkeys((given.rows or fitting_rows(V, N), V) for N, V in wanted)
+    shapes = [(N, V, dtype) for N, V in fitting for dtype in DTYPES[DEVICE]]
     names = [f"{N}x{V}-{dtype_name(dtype)}" for N, V, dtype in shapes]
     metafunc.parametrize("batch", shapes, ids=names, indirect=True, scope="module")
+
+
+def _rows_of(V: int) -> list[int]:
+    """The rows that a vocabulary is timed with; of the first one where it is not among ours."""
+    standard = SHAPES[DEVICE]
+    return [N for N, known in standard if known == V] or [standard[0][0]]
 
 
 @pytest.fixture(scope="module")
@@ -87,18 +99,17 @@ def batch(request: pytest.FixtureRequest) -> Iterator[Batch]:
 
 
 @pytest.fixture(scope="module")
-def truth(batch: Batch) -> Truth:
-    """What every contender has to find."""
-    return find_truth(batch)
+def truth(batch: Batch) -> Callable[[Recipe], Truth]:
+    """What every contender has to find, of the recipe asked for."""
+    return cache(partial(find_truth, batch))
 
 
 def pytest_benchmark_update_machine_info(
     config: pytest.Config, machine_info: dict[str, Any]
 ) -> None:
     """What --benchmark-json says of the machine."""
-    machine_info.update(device=device_name(), torch=torch.__version__)
-    if find_spec("triton"):
-        machine_info["kernel_bytes_per_logit"] = kernel_bytes_per_logit()
+    machine_info.update(device=device_name(), **versions(), about=describe())
+    machine_info["missing_peers"] = missing_peers()
 
 
 def pytest_terminal_summary(
@@ -111,7 +122,9 @@ def pytest_terminal_summary(
     if runs:
         terminalreporter.section(f"{device_name()}, torch {torch.__version__}")
         lines = table(runs)
-        if find_spec("triton") and DEVICE == "cpu":
-            lines += kernel_lines(kernel_bytes_per_logit())
+        if DEVICE == "cpu":
+            lines += kernel_lines(published())
+        elif missing := missing_peers():
+            lines += ["", f"Absent: {', '.join(missing)}"]
         for line in lines:
             terminalreporter.write_line(line)

@@ -1,28 +1,27 @@
-"""Bytes that our Triton kernels move, counted in the interpreter's loads and stores.
+"""Bytes that Triton kernels move, ours or not, counted in the interpreter's loads and stores.
 
-Bytes per logit depend on neither the GPU nor, up to rounding, on N and V, so a small shape tells
-them on any machine. `python -m bench.kernel_meter` prints them as JSON; a process of its own, as
-Triton decides at the import of a kernel whether it is interpreted.
+Bytes per logit depend on neither the GPU nor on N and V, so a few short rows tell them on any
+machine. `python -m bench.kernel_meter` prints them by kernel and tensor, for every contender with
+kernels; in a process of its own, as Triton decides at the import of a kernel whether it is
+interpreted.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
-from collections.abc import Callable
-from functools import cache, partial
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-# a row of several tiles, unaligned, so that first and last tiles are masked
-N, V = 4, 20_001
+# every tensor that is not of vocabulary size
+VECTORS = "[N] vectors"
+# bytes per logit below which a line of the table says nothing
+SHOWN = 0.005
 
 
 class Traffic(NamedTuple):
@@ -37,42 +36,87 @@ class Traffic(NamedTuple):
     distinct: int
 
 
+class Access(NamedTuple):
+    """One load, store or atomic operation of one program; an atomic one is both."""
+
+    launch: int
+    program: int
+    is_store: bool
+    itemsize: int
+    addresses: np.ndarray
+
+
+class Launch(NamedTuple):
+    """One start of a kernel, and where its tensors lie: (first byte, one behind the last)."""
+
+    kernel: str
+    extents: dict[str, tuple[int, int]]
+
+
 class KernelMeter:
     """Records, while entered, every address that interpreted kernels load from and store to.
 
-    Atomics are not recorded. Programs run one after another in the interpreter, so what lies
-    between two changes of the grid index belongs to one program.
+    Programs run one after another in the interpreter, so what lies between two changes of the grid
+    index belongs to one program.
+
+    Attributes:
+        launches: every start of a kernel, in order.
     """
 
     def __init__(self) -> None:
+        self.launches: list[Launch] = []
         self._program = 0
-        self._accesses: list[tuple[int, bool, int, np.ndarray]] = []
+        self._accesses: list[Access] = []
 
     def __enter__(self) -> KernelMeter:
-        from triton.runtime.interpreter import interpreter_builder
+        from triton.runtime import interpreter
 
-        self._builder = interpreter_builder
-        load, store = (
-            interpreter_builder.create_masked_load,
-            interpreter_builder.create_masked_store,
-        )
-        set_grid_idx = interpreter_builder.set_grid_idx
+        self._builder = builder = interpreter.interpreter_builder
+        self._executor = interpreter.GridExecutor
+        self._run = run = self._executor.__call__
+        load, store = builder.create_masked_load, builder.create_masked_store
+        swap, update = builder.create_atomic_cas, builder.create_atomic_rmw
+        set_grid_idx = builder.set_grid_idx
 
         def counted_load(ptrs: Any, mask: Any, *rest: Any, **options: Any) -> Any:
-            self._record(ptrs, mask, is_store=False)
+            self._record(ptrs, mask, False)
             return load(ptrs, mask, *rest, **options)
 
         def counted_store(ptrs: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
-            self._record(ptrs, mask, is_store=True)
+            self._record(ptrs, mask, True)
             return store(ptrs, value, mask, *rest, **options)
+
+        def counted_swap(ptr: Any, *rest: Any, **options: Any) -> Any:
+            self._record(ptr, None, False, True)
+            return swap(ptr, *rest, **options)
+
+        def counted_update(
+            kind: Any, ptr: Any, val: Any, mask: Any, *rest: Any, **more: Any
+        ) -> Any:
+            self._record(ptr, mask, False, True)
+            return update(kind, ptr, val, mask, *rest, **more)
 
         def next_program(*index: int) -> None:
             self._program += 1
             set_grid_idx(*index)
 
-        interpreter_builder.create_masked_load = counted_load
-        interpreter_builder.create_masked_store = counted_store
-        interpreter_builder.set_grid_idx = next_program
+        def counted_run(grid: Any, *args: Any, **options: Any) -> Any:
+            given = dict(zip(grid.arg_names, args, strict=False)) | options
+            tensors = {name: _extent(x) for name, x in given.items() if torch.is_tensor(x)}
+            self.launches.append(Launch(grid.fn.__name__, tensors))
+            # what the interpreter itself asks of torch is no part of the call
+            with _disable_current_modes():
+                return run(grid, *args, **options)
+
+        self._executor.__call__ = counted_run
+        self._counted = {
+            "create_masked_load": counted_load,
+            "create_masked_store": counted_store,
+            "create_atomic_cas": counted_swap,
+            "create_atomic_rmw": counted_update,
+            "set_grid_idx": next_program,
+        }
+        vars(builder).update(self._counted)
         return self
 
     def __exit__(
@@ -81,72 +125,122 @@ class KernelMeter:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
+        self._executor.__call__ = self._run
         # the instance's attributes hid the methods of its class
-        for name in ("create_masked_load", "create_masked_store", "set_grid_idx"):
+        for name in self._counted:
             delattr(self._builder, name)
 
-    def traffic(self, tensor: Tensor | None = None) -> Traffic:
-        """Bytes moved so far, within the storage of `tensor` if one is given."""
-        low, high = 0, 2**64 - 1
-        if tensor is not None:
-            low = tensor.untyped_storage().data_ptr()
-            high = low + tensor.untyped_storage().nbytes()
-        issued = 0
-        seen: dict[tuple[int, bool, int], list[np.ndarray]] = {}
-        for program, is_store, itemsize, addresses in self._accesses:
-            inside = addresses[(addresses >= low) & (addresses < high)]
-            issued += inside.size * itemsize
-            seen.setdefault((program, is_store, itemsize), []).append(inside)
-        distinct = sum(
-            np.unique(np.concatenate(parts)).size * itemsize
-            for (_, _, itemsize), parts in seen.items()
+    def traffic(self, tensor: Tensor | None = None, stores: bool | None = None) -> Traffic:
+        """Bytes moved so far, within `tensor` if one is given; only written, or only read."""
+        low, high = (0, 2**64 - 1) if tensor is None else _extent(tensor)
+        return _add_up(
+            access._replace(addresses=_within(access.addresses, low, high))
+            for access in self._accesses
+            if stores is None or access.is_store == stores
         )
-        return Traffic(issued, distinct)
 
-    def _record(self, ptrs: Any, mask: Any, *, is_store: bool) -> None:
+    def by_tensor(self, smallest: int) -> dict[tuple[str, str, bool], Traffic]:
+        """(kernel, argument, written) -> bytes; tensors below `smallest` bytes are one."""
+        parts: dict[tuple[str, str, bool], list[Access]] = {}
+        for access in self._accesses:
+            launch = self.launches[access.launch]
+            left = access.addresses
+            for name, (low, high) in launch.extents.items():
+                inside = _within(left, low, high)
+                left = left[(left < low) | (left >= high)]
+                if inside.size:
+                    label = name if high - low >= smallest else VECTORS
+                    key = (launch.kernel, label, access.is_store)
+                    parts.setdefault(key, []).append(access._replace(addresses=inside))
+        return {key: _add_up(some) for key, some in parts.items()}
+
+    def _record(self, ptrs: Any, mask: Any, *stores: bool) -> None:
         """Notes the addresses of one instruction."""
         itemsize = ptrs.get_element_ty().primitive_bitwidth // 8
-        addresses = ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)]
-        self._accesses.append((self._program, is_store, itemsize, addresses.ravel()))
+        addresses = ptrs.data
+        if mask is not None:
+            addresses = addresses[np.broadcast_to(mask.data, addresses.shape)]
+        for is_store in stores:
+            self._accesses.append(
+                Access(len(self.launches) - 1, self._program, is_store, itemsize, addresses.ravel())
+            )
 
 
-def bytes_per_logit(call: Callable[[], object], logits: int) -> tuple[float, float]:
-    """(issued, distinct) bytes of the kernels of one call, over its number of logits."""
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """(first byte, one behind the last) of a tensor, gaps between its rows included."""
+    if not tensor.numel():
+        return tensor.data_ptr(), tensor.data_ptr()
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize
+
+
+def _within(addresses: np.ndarray, low: int, high: int) -> np.ndarray:
+    """Those in [low, high)."""
+    return addresses[(addresses >= low) & (addresses < high)]
+
+
+def _add_up(accesses: Iterator[Access] | list[Access]) -> Traffic:
+    """All of them, and each address once per program and direction."""
+    issued = 0
+    seen: dict[tuple[int, bool, int], list[np.ndarray]] = {}
+    for _, program, is_store, itemsize, addresses in accesses:
+        issued += addresses.size * itemsize
+        seen.setdefault((program, is_store, itemsize), []).append(addresses)
+    distinct = sum(
+        np.unique(np.concatenate(parts)).size * itemsize for (_, _, itemsize), parts in seen.items()
+    )
+    return Traffic(issued, distinct)
+
+
+def bytes_per_logit(
+    call_at: Callable[[int], Callable[[], object]], V: int, rows: tuple[int, int]
+) -> dict[tuple[str, str, bool], tuple[float, float]]:
+    """(issued, distinct) bytes that one more row of logits costs, by kernel, tensor and direction.
+
+    Args:
+        call_at: N -> the call over N rows of V logits.
+        rows: two sizes; what does not grow with the rows cancels in their difference.
+    """
+    few, many = (_metered(call_at(N)).by_tensor(smallest=2 * V) for N in rows)
+    logits = (rows[1] - rows[0]) * V
+    return {
+        key: ((traffic[0] - few[key][0]) / logits, (traffic[1] - few[key][1]) / logits)
+        for key, traffic in many.items()
+    }
+
+
+def _metered(call: Callable[[], object]) -> KernelMeter:
+    """The meter after one call."""
     with KernelMeter() as meter:
         call()
-    traffic = meter.traffic()
-    return traffic.issued / logits, traffic.distinct / logits
-
-
-@cache
-def kernel_bytes_per_logit() -> dict[str, tuple[float, float]]:
-    """(issued, distinct) for "float32, forward" and so on, from a process that interprets."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    printed = subprocess.run(
-        [sys.executable, "-m", "bench.kernel_meter"],
-        cwd=Path(__file__).parent.parent,
-        env=environment,
-        capture_output=True,
-        check=True,
-        text=True,
-    ).stdout
-    return {case: (issued, distinct) for case, (issued, distinct) in json.loads(printed).items()}
+    return meter
 
 
 def _main() -> None:
-    """Prints the bytes per logit of every dtype and direction."""
-    from bench.paths import Batch, Contender, Direction, dtype_name, ours
+    """Prints every contender with kernels: launches, and bytes per logit by tensor."""
+    from bench.counted import CASES, ROWS, V, case_name
+    from bench.counted import call_at as call_of
+    from bench.paths import contenders
 
-    kernels = Contender("ours-triton", partial(ours, backend="triton"))
-    directions: tuple[Direction, ...] = ("forward", "forward + backward")
-    found = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        batch = Batch.draw(N, V, dtype, "cpu")
-        for direction in directions:
-            case = f"{dtype_name(dtype)}, {direction}"
-            found[case] = bytes_per_logit(kernels.call(batch, direction), N * V)
-    print(json.dumps(found))
+    for recipe, direction in CASES:
+        print(f"\n{case_name(recipe, direction)}, bfloat16: bytes per logit, issued (distinct)")
+        for contender in contenders("interpreter", direction):
+            if not contender.kernels:
+                continue
+            call = call_of(contender, recipe, direction)
+            meter = _metered(call(ROWS[0]))
+            starts = [launch.kernel for launch in meter.launches]
+            moved = bytes_per_logit(call, V, ROWS)
+            total = [sum(part) for part in zip(*moved.values(), strict=True)]
+            print(f"  {contender.name:<28}{total[0]:17.2f} ({total[1]:.2f})")
+            for kernel in dict.fromkeys(starts):
+                print(f"    {kernel}, {starts.count(kernel)} launched")
+                for (of, tensor, written), (issued, distinct) in moved.items():
+                    if of == kernel and issued >= SHOWN:
+                        how = "written" if written else "read"
+                        print(f"      {tensor:<26}{how:<8}{issued:7.2f} ({distinct:.2f})")
 
 
 if __name__ == "__main__":
+    os.environ.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     _main()

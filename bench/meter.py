@@ -6,6 +6,7 @@ Calls that launch our Triton kernels move bytes unseen from here: see `kernel_me
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ from torch.utils._pytree import tree_leaves
 
 # reserve memory and leave it untouched
 ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+# the host needs a value, or a size that follows from values
+WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique"}
 # overwrite their first argument without reading it
 OVERWRITES = {"copy_", "fill_", "zero_"}
 
@@ -52,6 +55,8 @@ def peak_extra_bytes(call: Callable[[], object], device: str) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    # what earlier calls left in cycles must not be freed, and so be taken off, within this one
+    gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded, one_thread():
         call()
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -71,6 +76,8 @@ class OperandMeter(TorchDispatchMode):
         issued: bytes of all operands.
         large: bytes of operands in storages of at least `threshold` bytes; what is smaller
             may stay in a cache between one operation and the next.
+        operations: those that read or write at all; on a GPU each starts a kernel or more.
+        waits: those for which the host would wait for a GPU.
     """
 
     def __init__(self, threshold: int) -> None:
@@ -78,6 +85,8 @@ class OperandMeter(TorchDispatchMode):
         self.threshold = threshold
         self.issued = 0
         self.large = 0
+        self.operations = 0
+        self.waits = 0
 
     def __torch_dispatch__(
         self,
@@ -87,7 +96,10 @@ class OperandMeter(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        for tensor, nbytes in _traffic(func, args, kwargs or {}, result):
+        moved = list(_traffic(func, args, kwargs or {}, result))
+        self.operations += bool(moved)
+        self.waits += func._schema.name.removeprefix("aten::") in WAITS
+        for tensor, nbytes in moved:
             self.issued += nbytes
             if tensor.untyped_storage().nbytes() >= self.threshold:
                 self.large += nbytes
@@ -100,9 +112,11 @@ class CompiledMeter:
     Attributes:
         accessed: bytes of all operands of its kernels, each counted once per kernel; None when
             nothing was compiled or the code came from a cache without that number.
+        kernels: how many it generated.
     """
 
     accessed: int | None = None
+    kernels: int = 0
 
     def __enter__(self) -> CompiledMeter:
         # inductor counts only for this log
@@ -120,6 +134,7 @@ class CompiledMeter:
     ) -> None:
         self._log.setLevel(self._level)
         self.accessed = inductor_metrics.num_bytes_accessed or None
+        self.kernels = inductor_metrics.generated_kernel_count
 
 
 def _traffic(

@@ -1,76 +1,146 @@
-"""The table at the end of a bench run: one block per case, one line per contender."""
+"""A run of the benchmarks as a page: python -m bench.report FILE.json [--folder FOLDER].
+
+Reads what `pytest bench/ --benchmark-only --benchmark-json FILE.json` wrote, and writes report.md
+with a table per case and, where matplotlib is installed, three figures: time, bandwidth, memory.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
+Run = Mapping[str, Any]
 MIB = 2**20
 LEGEND = """\
-x clone     median over that of logits.clone(), x copy over that of copying the logits into memory
-            already in use; both timed before every round, with the same clock
-vs naive    how many times faster than naive in the same block
-peak extra  most bytes held at one time beyond those before the call, the gradient included; on a
-            CPU with one thread: each further one of ours-torch holds its own scratch
-B/logit     bytes moved per logit: operands of every operation, as inductor counts them for
-            compiled; for our kernels every lane of every load and store
-large       of those, what no cache is meant to hold: operands in storages at least half as large
-            as the logits; for our kernels each address once per program"""
+*GB/s*: bytes that have to move (one reading of the logits; one writing more for the gradient; one
+reading more where the ratio of a sequence waits for all its tokens) over the median time; *of copy*
+is its share of what a copy of the logits reached, before every round of the same run. *peak*: most
+memory held beyond that before the call, the gradient included, over that of the logits. *bytes*:
+moved per logit, counted and not sampled; see bench/README.md.
+"""
 
 
-def table(runs: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Lines of at most 100 columns.
+@dataclass(frozen=True)
+class Report:
+    """The runs of one session, and what they were taken on."""
 
-    Args:
-        runs: per benchmark its group, contender, median (seconds) and `extra_info`.
-    """
-    lines = []
-    for group, members in groupby(runs, key=lambda run: run["group"]):
-        block = list(members)
-        first = block[0]
-        lines += [
-            "",
-            f"{group}   logits {first['logits_bytes'] / MIB:,.0f} MiB, "
-            f"clone {_milliseconds(first['clone_seconds'])}, "
-            f"copy {_milliseconds(first['copy_seconds'])}",
-            f"  {'contender':<20}{'median':>11}{'x clone':>9}{'x copy':>8}{'vs naive':>10}"
-            f"{'peak extra':>14}{'x logits':>9}{'B/logit':>8}{'large':>7}",
+    runs: list[Run]
+    taken_on: str
+    absent: list[str]
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """From the JSON of pytest-benchmark."""
+        record = json.loads(path.read_text())
+        machine = record["machine_info"]
+        runs = [
+            {"median": one["stats"]["median"], "group": one["group"], **one["extra_info"]}
+            for one in record["benchmarks"]
         ]
-        naive = next((run["median"] for run in block if run["contender"] == "naive"), None)
-        lines += [_line(run, naive) for run in block]
-    return [*lines, "", *LEGEND.splitlines()] if lines else []
+        versions = f"torch {machine['torch']}, triton {machine.get('triton') or 'absent'}"
+        taken_on = f"{machine['device']}, {versions}, {record['datetime'][:10]}"
+        return cls(runs, taken_on, machine.get("missing_peers", []))
+
+    def cases(self) -> list[tuple[str, str]]:
+        """(case, dtype), in the order of the runs' cases."""
+        order = list(dict.fromkeys(run["case"] for run in self.runs))
+        pairs = dict.fromkeys((run["case"], run["dtype"]) for run in self.runs)
+        return sorted(pairs, key=lambda pair: (pair[1], order.index(pair[0])))
+
+    def of(self, case: str, dtype: str) -> list[Run]:
+        """The runs of one case."""
+        return [run for run in self.runs if (run["case"], run["dtype"]) == (case, dtype)]
 
 
-def kernel_lines(bytes_per_logit: Mapping[str, tuple[float, float]]) -> list[str]:
-    """What the Triton kernels would move on a GPU, for machines that cannot time them."""
-    return [
+def bandwidth(run: Run) -> float:
+    """Bytes per second of what has to move."""
+    return run["necessary_bytes"] / run["median"]
+
+
+def copy_bandwidth(run: Run) -> float:
+    """Bytes per second of copying the logits, in the rounds of this run."""
+    return 2 * run["logits_bytes"] / run["copy_seconds"]
+
+
+def size_name(run: Run) -> str:
+    """Rows and vocabulary."""
+    return f"{run['N']:,} x {run['V']:,}"
+
+
+def markdown(report: Report, figures: Iterable[str]) -> list[str]:
+    """The page, a line at a time."""
+    lines = ["# From logits to the loss", "", f"Taken on {report.taken_on}.", ""]
+    lines += LEGEND.splitlines()
+    if report.absent:
+        lines += ["", f"Absent: {', '.join(report.absent)}."]
+    for case, dtype in report.cases():
+        runs = sorted(report.of(case, dtype), key=lambda run: (run["V"], run["N"]))
+        lines += ["", f"## {case}, {dtype}"]
+        for size, members in groupby(runs, key=size_name):
+            lines += _table(size, list(members))
+    shown = [f"![{name.split('.')[0]}]({name})" for name in figures]
+    return [*lines, "", "## Figures", "", *shown] if shown else lines
+
+
+def _table(size: str, runs: list[Run]) -> list[str]:
+    """The contenders at one size."""
+    naive = next((run["median"] for run in runs if run["contender"] == "naive"), None)
+    copy = max(map(copy_bandwidth, runs)) / 1e9
+    lines = [
         "",
-        "The Triton kernels need a GPU to be timed; counted in the interpreter, they move",
-        *(
-            f"  {case:<30}{issued:5.1f} bytes per logit, {distinct:.1f} if rows stay in a cache"
-            for case, (issued, distinct) in bytes_per_logit.items()
-        ),
+        f"**{size}**, logits of {runs[0]['logits_bytes'] / MIB:,.0f} MiB, "
+        f"copied at {copy:,.0f} GB/s",
+        "",
+        "| contender | median | vs naive | GB/s | of copy | peak | bytes |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
+    for run in runs:
+        speedup = f"{naive / run['median']:.1f}x" if naive else ""
+        share = bandwidth(run) / copy_bandwidth(run)
+        moved = run["bytes_per_logit"] or run["bytes_per_logit_issued"]
+        name = f"**{run['contender']}**" if is_ours(run["contender"]) else run["contender"]
+        lines.append(
+            f"| {name} | {_milliseconds(run['median'])} | {speedup} | {bandwidth(run) / 1e9:,.0f} "
+            f"| {share:.0%} | {run['peak_extra_bytes'] / run['logits_bytes']:.2f} "
+            f"| {'' if moved is None else format(moved, '.1f')} |"
+        )
+    return lines
 
 
-def _line(run: Mapping[str, Any], naive: float | None) -> str:
-    """One contender."""
-    speedup = f"{naive / run['median']:.2f}" if naive else "-"
-    peak = run["peak_extra_bytes"]
-    return (
-        f"  {run['contender']:<20}{_milliseconds(run['median']):>11}{run['ratio_to_clone']:>9.2f}"
-        f"{run['ratio_to_copy']:>8.1f}{speedup:>10}{peak / MIB:>10,.1f} MiB"
-        f"{peak / run['logits_bytes']:>9.2f}{_count(run['bytes_per_logit_issued']):>8}"
-        f"{_count(run['bytes_per_logit']):>7}"
-    )
-
-
-def _count(bytes_per_logit: float | None) -> str:
-    """A dash where nobody counted."""
-    return "-" if bytes_per_logit is None else f"{bytes_per_logit:.1f}"
+def is_ours(contender: str) -> bool:
+    """Whether a contender is this repository's."""
+    return contender.startswith("ours")
 
 
 def _milliseconds(seconds: float) -> str:
-    """Four digits or so."""
-    return f"{seconds * 1e3:,.1f} ms"
+    """Three digits."""
+    return f"{seconds * 1e3:,.3g} ms" if seconds < 1 else f"{seconds * 1e3:,.0f} ms"
+
+
+def _main() -> None:
+    """Writes the page and its figures beside the JSON, in a folder of its name."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path, help="of --benchmark-json")
+    parser.add_argument("--folder", type=Path, help="default: FILE without .json")
+    given = parser.parse_args()
+    folder = given.folder or given.file.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    report = Report.read(given.file)
+    figures: list[str] = []
+    if find_spec("matplotlib"):
+        from bench.figures import draw
+
+        figures = draw(report, folder)
+    text = "\n".join(markdown(report, figures)) + "\n"
+    (folder / "report.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    _main()

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.paths import Batch, Outcome
+from bench.batch import Batch, Outcome, Recipe
 from grpo_core.reference import reference_loss
 
-SAMPLE_ROWS = 8
+# evenly spaced ones of the first and of the last sequence
+SAMPLE_ROWS = 4
 # float32 roundings of a log-probability near 12 nats and of what is computed from it
 RELATIVE = 2e-5
 # of the largest number: a hundredth of the gradient at a word of average probability
@@ -24,47 +25,61 @@ class WrongResult(AssertionError):
 class Truth(NamedTuple):
     """The float64 reference over a whole batch; vectors and gradient at `rows` only."""
 
-    rows: Tensor  # [SAMPLE_ROWS] int64
+    rows: Tensor  # [R] int64
+    valid: Tensor  # [R] bool, where logp and entropy mean something
     loss: Tensor  # 0-dim
-    logp: Tensor  # [SAMPLE_ROWS]
-    entropy: Tensor  # [SAMPLE_ROWS]
-    dlogits: Tensor  # [SAMPLE_ROWS, V]
+    logp: Tensor  # [R]
+    entropy: Tensor  # [R]
+    dlogits: Tensor  # [R, V]
 
 
-def find_truth(batch: Batch) -> Truth:
-    """Loss of every row, a few at a time, and the gradient of evenly spaced ones."""
-    N = batch.target.numel()
-    sample = torch.arange(0, N, max(1, N // SAMPLE_ROWS), device=batch.target.device)[:SAMPLE_ROWS]
-    chunks = torch.arange(N, device=batch.target.device).split(2 * SAMPLE_ROWS)
-    loss = torch.stack([_reference(batch, rows, gradient=False)[0] for rows in chunks]).sum()
-    return Truth(sample, loss, *_reference(batch, sample, gradient=True)[1:])
+def find_truth(batch: Batch, recipe: Recipe = "dapo") -> Truth:
+    """Loss of every row, a sequence at a time, and the gradient of some rows of two sequences."""
+    spaced = torch.linspace(0, batch.T - 1, min(SAMPLE_ROWS, batch.T)).long()
+    sampled = [0] if batch.B == 1 else [0, batch.B - 1]
+    losses, vectors = [], []
+    for nth in range(batch.B):
+        loss, *sample = _reference(batch, nth, recipe, spaced if nth in sampled else None)
+        losses.append(loss)
+        vectors += [sample] if sample else []
+    rows = torch.cat([spaced + nth * batch.T for nth in sampled]).to(batch.target.device)
+    logp, entropy, dlogits = (torch.cat(part) for part in zip(*vectors, strict=True))
+    return Truth(rows, batch.valid[rows], torch.stack(losses).sum(), logp, entropy, dlogits)
 
 
 def refuse_wrong(name: str, outcome: Outcome, truth: Truth) -> None:
     """Raises WrongResult, naming the contender and the quantity, unless `outcome` is right."""
     _compare(f"{name}: loss", outcome.loss, truth.loss, torch.float32)
-    _compare(f"{name}: logp", outcome.logp[truth.rows], truth.logp, torch.float32)
-    if outcome.entropy is not None:
-        _compare(f"{name}: entropy", outcome.entropy[truth.rows], truth.entropy, torch.float32)
+    for what, found, right in (
+        ("logp", outcome.logp, truth.logp),
+        ("entropy", outcome.entropy, truth.entropy),
+    ):
+        if found is not None:
+            scored = truth.valid
+            _compare(f"{name}: {what}", found[truth.rows][scored], right[scored], torch.float32)
     if outcome.dlogits is not None:
-        dlogits = outcome.dlogits[truth.rows]
+        dlogits = outcome.dlogits.view(-1, outcome.dlogits.shape[-1])[truth.rows]
         _compare(f"{name}: dlogits", dlogits, truth.dlogits, dlogits.dtype)
 
 
-def _reference(batch: Batch, rows: Tensor, *, gradient: bool) -> tuple[Tensor, ...]:
-    """(loss, logp, entropy, dlogits) of some rows as part of the whole batch's mean."""
-    logits = batch.pristine[rows].double().requires_grad_(gradient)
+def _reference(batch: Batch, nth: int, recipe: Recipe, sample: Tensor | None) -> tuple[Tensor, ...]:
+    """Loss of a sequence as part of the batch's mean; logp, entropy, dlogits of sampled rows."""
+    rows = slice(nth * batch.T, (nth + 1) * batch.T)
+    logits = batch.pristine[rows].double().requires_grad_(sample is not None)
     out = reference_loss(
         logits,
         batch.target[rows],
-        objective="dapo",
+        objective=recipe,
         advantage=batch.advantage[rows],
         old_logp=batch.old_logp[rows],
-        sequence_id=torch.zeros_like(rows),
-        normalizer=float(batch.target.numel()),
+        sequence_id=torch.zeros_like(batch.target[rows]),
+        normalizer=float(batch.scored if recipe == "dapo" else batch.B),
     )
-    dlogits = torch.autograd.grad(out.loss, logits) if gradient else ()
-    return out.loss.detach(), out.logp, out.entropy, *dlogits
+    if sample is None:
+        return (out.loss,)
+    (dlogits,) = torch.autograd.grad(out.loss, logits)
+    at = sample.to(logits.device)
+    return out.loss.detach(), out.logp[at], out.entropy[at], dlogits[at]
 
 
 def _compare(what: str, value: Tensor, truth: Tensor, dtype: torch.dtype) -> None:

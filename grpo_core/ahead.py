@@ -208,6 +208,7 @@ def as_if_on(card: str) -> Iterator[list[Launch]]:
         # what the dispatch and `row_layout` look at
         patch.object(Tensor, "is_cuda", True),
         patch.object(torch.version, "hip", hip),
+        patch("grpo_core.kernels.launch.architecture", lambda device: card),
         triton.knobs.amd.scope(),
     ):
         # four rows are less than the 2 GiB from which on AMD's compiler addresses differently

@@ -54,7 +54,8 @@ class Tokens(TokenVectors):
     def couples_sequences(self) -> bool:
         """Whether a token's loss waits for tokens of other sequences."""
         factor = self.objective.factor
-        return factor.top_entropy < 1 or (factor.sampler is not None and self.old_logp is None)
+        waits = factor.needs_sampler and factor.waits_for_logp(self.old_logp)
+        return factor.top_entropy < 1 or waits
 
     @property
     def terms(self) -> Terms:

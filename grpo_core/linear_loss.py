@@ -147,7 +147,7 @@ def fused_linear_loss(
     finds_old, finds_ref = old_hidden is not None, ref_hidden is not None and reference is None
     tokens = door(later if finds_old else old_logp, later if finds_ref else ref_logp)
     if finds_old or finds_ref:
-        samples = spec.factor.sampler is not None
+        samples = spec.factor.needs_sampler
         at = tokens.given if samples or all_logp else tokens.given & ~tokens.still()
         if finds_old:
             assert old_hidden is not None

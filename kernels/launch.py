@@ -1,12 +1,14 @@
 """How a kernel is laid out on the device: the only home of block sizes and warps.
 
-Keyed by vocabulary and element size alone. Nothing that depends on the number of rows may enter:
-a row must give the same bits in every batch.
+Keyed by vocabulary, dtype and architecture alone. Nothing that depends on the number of rows may
+enter: a row must give the same bits in every batch. All row kernels share an entry, so that it
+gives them in every plan, too.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,6 +20,46 @@ from .records import Rows
 LOAD_BYTES = 16
 # one token per lane in the kernels over [N] vectors
 VECTOR_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What may be chosen of a layout by measuring: an entry of `TUNED`, a candidate of bench/tune.
+
+    Attributes:
+        warps: of 32 threads, which share a row.
+        tiles: loaded in one step; None means the rule of `row_layout`.
+        num_stages: of the compiler's software pipeline; None leaves it to the compiler.
+    """
+
+    warps: int
+    tiles: int | None = None
+    num_stages: int | None = None
+
+
+# (architecture, dtype, bucket of V) -> what was fastest there; written by `python -m bench.tune`
+TUNED: dict[tuple[str, str, int], Tuning] = {}
+
+
+def tuning_bucket(V: int) -> int:
+    """The power of two that a vocabulary fills at most: neighbours share an entry of `TUNED`."""
+    return 1 << (V - 1).bit_length()
+
+
+def tuning_key(device: torch.device, dtype: torch.dtype, V: int) -> tuple[str, str, int]:
+    """Where `TUNED` holds the entry of some logits."""
+    return architecture(device), str(dtype).removeprefix("torch."), tuning_bucket(V)
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """sm_90, gfx942, ...; cpu where kernels are interpreted."""
+    if device.type != "cuda":
+        return device.type
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 @dataclass(frozen=True)
@@ -34,11 +76,12 @@ class RowLayout:
     TILES: int
     ALIGNMENT: int
     num_warps: int
+    num_stages: int | None = None
 
     @property
     def keywords(self) -> dict[str, int]:
         """As a launch takes them."""
-        return vars(self)
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 def lies_aligned(logits: torch.Tensor) -> bool:
@@ -53,21 +96,28 @@ def lies_aligned(logits: torch.Tensor) -> bool:
 
 
 def row_layout(rows: Rows) -> RowLayout:
-    """Layout of the row kernels, from vocabulary and dtype alone."""
+    """Layout of the row kernels, from vocabulary, dtype and architecture alone."""
     width = LOAD_BYTES // rows.logits.element_size()
     vector = rows.V % width == 0
-    warps = 4 if rows.V <= 8192 else 8
+    key = tuning_key(rows.logits.device, rows.logits.dtype, rows.V)
+    tuning = TUNED.get(key) or untuned(rows.V)
     # AMD's wavefronts have 64 lanes; tiles, and so results, stay those of 32
     lanes = 64 if torch.version.hip else 32
     return RowLayout(
-        THREADS=32 * warps,
+        THREADS=32 * tuning.warps,
         WIDTH=width,
         VECTOR=vector,
         # as many loads in flight as registers allow; narrow loads take more of them
-        TILES=4 if vector else 2,
+        TILES=tuning.tiles or (4 if vector else 2),
         ALIGNMENT=width if vector else 1,
-        num_warps=max(1, 32 * warps // lanes),
+        num_warps=max(1, 32 * tuning.warps // lanes),
+        num_stages=tuning.num_stages,
     )
+
+
+def untuned(V: int) -> Tuning:
+    """The rule for cards that nobody has measured."""
+    return Tuning(warps=4 if V <= 8192 else 8)
 
 
 def launch(kernel: Any, programs: int, on: torch.Tensor, **arguments: Any) -> None:

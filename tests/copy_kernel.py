@@ -1,4 +1,4 @@
-"""A kernel whose traffic is counted by hand."""
+"""Kernels whose traffic is counted by hand."""
 
 import torch
 import triton
@@ -18,6 +18,19 @@ def copy_twice(source: torch.Tensor, sink: torch.Tensor) -> None:
     """Copies `[N, V]`, reading it twice."""
     N, V = source.shape
     _copy_twice_kernel[(N,)](source, sink, V, BLOCK=triton.next_power_of_2(V))
+
+
+@triton.jit
+def _add_up_kernel(source_ptr, total_ptr, V, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    row = tl.load(source_ptr + tl.program_id(0) * V + at, mask=at < V, other=0.0)
+    tl.atomic_add(total_ptr, tl.sum(row, 0))
+
+
+def add_up(source: torch.Tensor, total: torch.Tensor) -> None:
+    """Adds `[N, V]` to a single number."""
+    N, V = source.shape
+    _add_up_kernel[(N,)](source, total, V, BLOCK=triton.next_power_of_2(V))
 
 
 @triton.jit

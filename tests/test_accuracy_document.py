@@ -10,7 +10,7 @@ import torch
 from bench.accuracy.contenders import OURS
 from bench.accuracy.document import MODERATE, Table, number, read, tables, write
 from bench.accuracy.measure import MARGINS, Measured, measure
-from bench.paths import dtype_name
+from bench.batch import dtype_name
 from grpo_core.accuracy import FLOOR
 from tests.conftest import HAS_GPU, HAS_TRITON
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,18 @@ import torch
 from torch import Tensor
 
 from bench import conftest as bench_setup
-from bench.kernel_meter import KernelMeter, Traffic
+from bench import report
+from bench.batch import Batch
+from bench.counted import CASES, RESULTS, case_name, count, markdown
+from bench.kernel_meter import VECTORS, KernelMeter, Traffic, bytes_per_logit
 from bench.meter import OperandMeter, one_thread, peak_extra_bytes
-from bench.paths import Batch, Contender, contenders, naive, ours
-from bench.report import kernel_lines, table
+from bench.paths import Contender, contenders, naive, ours
+from bench.table import kernel_lines, table
 from bench.truth import WrongResult, find_truth, refuse_wrong
+from grpo_core import RECIPES, fused_loss, token_logp
+from grpo_core.kernels import launch
+from grpo_core.kernels.launch import Tuning
+from grpo_core.kernels.records import Rows
 from tests.conftest import HAS_GPU, HAS_TRITON
 
 interpreted = pytest.mark.skipif(HAS_GPU or not HAS_TRITON, reason="counts interpreted kernels")
@@ -103,27 +113,201 @@ def test_kernel_meter_counts_lanes_and_addresses():
 
 
 @interpreted
+def test_kernel_meter_tells_tensors_kernels_and_launches_apart():
+    from tests.copy_kernel import copy_twice
+
+    source, sink = torch.randn(2, 12), torch.empty(2, 12)
+    with KernelMeter() as meter, OperandMeter(0) as operands:
+        copy_twice(source, sink)
+        copy_twice(sink, source)
+    assert [launch.kernel for launch in meter.launches] == ["_copy_twice_kernel"] * 2
+    name = "_copy_twice_kernel"
+    assert meter.by_tensor(smallest=96) == {
+        (name, "source_ptr", False): Traffic(4 * 96, 2 * 96),
+        (name, "sink_ptr", True): Traffic(2 * 96, 2 * 96),
+    }
+    assert {label for _, label, _ in meter.by_tensor(smallest=97)} == {VECTORS}
+    # the interpreter's own handling of tensors is nobody's operation
+    assert operands.operations == 0
+
+
+@interpreted
+def test_an_atomic_operation_reads_and_writes():
+    from tests.copy_kernel import add_up
+
+    source, total = torch.ones(2, 12), torch.zeros(1)
+    with KernelMeter() as meter:
+        add_up(source, total)
+    assert total.item() == 24
+    assert meter.traffic(total, stores=False) == Traffic(issued=8, distinct=8)
+    assert meter.traffic(total, stores=True) == Traffic(issued=8, distinct=8)
+
+
+@interpreted
+def test_bytes_per_logit_leave_out_what_does_not_grow():
+    from tests.copy_kernel import copy_twice
+
+    def call_at(N: int) -> Any:
+        tensors = torch.randn(N, 12), torch.empty(N, 12)
+        return lambda: copy_twice(*tensors)
+
+    moved = bytes_per_logit(call_at, 12, (2, 5))
+    assert set(moved.values()) == {(8.0, 4.0), (4.0, 4.0)}
+
+
+class Metered:
+    """Distinct readings and writings of every row of some logits by a call of ours, in rows."""
+
+    N, V = 5, 4099
+
+    def __init__(self, dtype: torch.dtype, **given: Any) -> None:
+        self.logits = torch.randn(self.N, self.V).to(dtype).requires_grad_()
+        self.target = torch.randint(self.V, (self.N,))
+        self.given: dict[str, Any] = {
+            "objective": "dapo",
+            "advantage": torch.randn(self.N),
+            "sequence_id": torch.zeros(self.N, dtype=torch.int64),
+            "old_logp": token_logp(self.logits.detach(), self.target, backend="torch").logp,
+            "validate": False,
+            **given,
+        }
+        with KernelMeter() as self.meter:
+            out = fused_loss(self.logits, self.target, backend="triton", **self.given)
+            (self.dlogits,) = torch.autograd.grad(out.loss, self.logits)
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """Distinct readings of each row."""
+        return self._times(tensor, False)
+
+    def written(self) -> Tensor:
+        """Distinct writings of each row of the gradient."""
+        return self._times(self.dlogits, True)
+
+    def issued(self, tensor: Tensor) -> Tensor:
+        """Readings issued of each row, but for those of the target beside its tile."""
+        bytes_of_row = [self.meter.traffic(row, False).issued for row in tensor.detach()]
+        return torch.tensor(bytes_of_row) // (self.V * tensor.itemsize)
+
+    @property
+    def kernels(self) -> list[str]:
+        """Launched, in order."""
+        return [launch.kernel.strip("_") for launch in self.meter.launches]
+
+    def _times(self, tensor: Tensor, stores: bool) -> Tensor:
+        rows = [self.meter.traffic(row, stores).distinct for row in tensor.detach()]
+        return torch.tensor(rows) / (self.V * tensor.itemsize)
+
+
+ONCE, TWICE = torch.ones(Metered.N), torch.full((Metered.N,), 2.0)
+
+
+@interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_our_kernel_reads_and_writes_every_logit_once(dtype: torch.dtype):
-    batch = Batch.draw(3, 4099, dtype, "cpu")
-    kernels = Contender("ours", partial(ours, backend="triton", inplace=True))
-    with KernelMeter() as forward:
-        kernels.call(batch, "forward")()
-    with KernelMeter() as both:
-        kernels.call(batch, "forward + backward")()
-    assert forward.traffic(batch.logits).distinct == batch.logits.nbytes
-    assert both.traffic(batch.logits).distinct == 2 * batch.logits.nbytes
+@pytest.mark.parametrize("inplace", [False, True])
+def test_one_pass_reads_and_writes_every_logit_once(inplace: bool, dtype: torch.dtype):
+    step = Metered(dtype, inplace=inplace)
+    assert torch.equal(step.read(step.logits), ONCE)
+    assert torch.equal(step.written(), ONCE)
+    assert (step.dlogits.data_ptr() == step.logits.data_ptr()) == inplace
+    assert step.kernels == ["row_loss_kernel", "row_scale_kernel"]
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_statistics_read_every_logit_once_and_write_none(dtype: torch.dtype):
+    logits, target = torch.randn(3, 4099).to(dtype), torch.randint(4099, (3,))
+    with KernelMeter() as meter:
+        token_logp(logits, target, backend="triton")
+    assert meter.traffic(logits, stores=False).distinct == logits.nbytes
+    assert meter.traffic(logits, stores=True).distinct == 0
+
+
+@interpreted
+def test_two_phases_read_twice_and_write_once():
+    step = Metered(torch.bfloat16, objective=RECIPES["gspo"])
+    assert torch.equal(step.read(step.logits), TWICE)
+    assert torch.equal(step.written(), ONCE)
+
+
+@interpreted
+def test_the_exact_kl_reads_the_reference_once_more():
+    ref = torch.randn(Metered.N, Metered.V).bfloat16()
+    objective = RECIPES["dapo"].replace(kl="exact", beta=0.1)
+    step = Metered(torch.bfloat16, objective=objective, ref_logits=ref)
+    assert torch.equal(step.read(step.logits), ONCE)
+    assert torch.equal(step.read(ref), ONCE)
+    assert torch.equal(step.written(), ONCE)
+
+
+@interpreted
+@pytest.mark.parametrize("recipe", ["dapo", "gspo"])
+def test_masked_rows_are_not_read(recipe: str):
+    mask = torch.tensor([1, 0, 1, 1, 0])
+    step = Metered(torch.bfloat16, objective=RECIPES[recipe], mask=mask)
+    readings = 1 if recipe == "dapo" else 2
+    assert torch.equal(step.read(step.logits), readings * mask.float())
+    assert torch.equal(step.written(), ONCE)
+
+
+@interpreted
+@pytest.mark.parametrize("recipe", ["dapo", "gspo"])
+def test_rows_without_a_gradient_are_not_read_again(recipe: str):
+    advantage = torch.tensor([1.0, 0.0, -1.0, 0.0, 2.0])
+    if recipe == "gspo":
+        advantage[:] = 0
+    step = Metered(torch.bfloat16, objective=RECIPES[recipe], advantage=advantage)
+    again = (advantage != 0).long()
+    assert torch.equal(step.issued(step.logits), 1 + again)
+    assert torch.equal(step.read(step.logits), ONCE)
+    assert torch.equal(step.written(), ONCE)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("name", "package", "one_pass", "two_phases"),
+    [("liger", "liger_kernel", 6.0, 8.0), ("trl", "trl", 6.0, 6.0), ("ours-triton", "", 4.0, 6.0)],
+)
+def test_bytes_of_other_peoples_kernels(
+    name: str, package: str, one_pass: float, two_phases: float
+):
+    if package:
+        pytest.importorskip(package)
+    named = {one.name: one for one in contenders("interpreter", "forward + backward")}
+    for (recipe, direction), expected in zip(CASES[1:], (one_pass, two_phases), strict=True):
+        figures = count(named[name], recipe, direction, torch.bfloat16)
+        assert figures["distinct"] == pytest.approx(expected, abs=0.03)
+        assert figures["waits"] == 0
+        assert figures["peak"] == pytest.approx(2, abs=0.03)
+
+
+@interpreted
+def test_the_published_counts_of_ours_are_those_of_now():
+    kept = json.loads((RESULTS / "counted.json").read_text())["figures"]
+    assert (RESULTS / "counted.md").read_text().endswith("\n".join(markdown(kept)) + "\n")
+    for recipe, direction in CASES:
+        named = {one.name: one for one in contenders("interpreter", direction)}
+        now = count(named["ours-triton"], recipe, direction, torch.bfloat16)
+        case = case_name(recipe, direction)
+        (then,) = (
+            one
+            for one in kept
+            if (one["case"], one["contender"], one["dtype"]) == (case, "ours-triton", "bfloat16")
+        )
+        assert now == then, "python -m bench.counted writes bench/results/counted.md anew"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("direction", ["forward", "forward + backward"])
 def test_every_contender_computes_the_same(direction: Any, dtype: torch.dtype):
     batch = Batch.draw(12, 3001, dtype, "cpu")
-    truth = find_truth(batch)
-    for contender in contenders("cpu", direction):
-        if not contender.compiled:
-            batch.logits.copy_(batch.pristine)
-            refuse_wrong(contender.name, contender.call(batch, direction)(), truth)
+    for recipe in ("dapo", "gspo"):
+        truth = find_truth(batch, recipe)
+        for contender in contenders(
+            "interpreter" if HAS_TRITON and not HAS_GPU else "cpu", direction
+        ):
+            if not contender.compiled:
+                batch.logits.copy_(batch.pristine)
+                refuse_wrong(contender.name, contender.call(batch, direction, recipe)(), truth)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +332,7 @@ def test_a_gradient_without_its_softmax_is_refused():
     batch = Batch.draw(8, 20_001, torch.bfloat16, "cpu")
     outcome = Contender("x", naive).call(batch, "forward + backward")()
     at_target = torch.zeros_like(outcome.dlogits).scatter(
-        1, batch.target[:, None], outcome.dlogits.gather(1, batch.target[:, None])
+        1, batch.word[:, None], outcome.dlogits.gather(1, batch.word[:, None])
     )
     with pytest.raises(WrongResult, match="dlogits"):
         refuse_wrong("x", outcome._replace(dlogits=at_target), find_truth(batch))
@@ -159,7 +343,7 @@ def test_a_gradient_without_its_softmax_is_refused():
 def test_rows_follow_from_memory(gibibytes: int, rows: int, monkeypatch: pytest.MonkeyPatch):
     pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": gibibytes * 2**30 // 4096}
     monkeypatch.setattr(os, "sysconf", pages.__getitem__)
-    assert bench_setup.twelfth_of_memory(151_936) == rows
+    assert bench_setup.fitting_rows(151_936, 512) == rows
 
 
 def a_run(**changes: Any) -> dict[str, Any]:
@@ -203,8 +387,15 @@ def test_table_starts_a_block_per_group_and_needs_no_naive():
 
 
 def test_kernel_counts_are_shown_where_kernels_cannot_be_timed():
-    lines = kernel_lines({"bfloat16, forward + backward": (6.0, 4.0)})
-    assert lines[-1].split(maxsplit=4)[-1] == "6.0 bytes per logit, 4.0 if rows stay in a cache"
+    figures = {"contender": "liger", "case": "one pass (dapo), forward", "dtype": "bfloat16"}
+    moved = {"issued": 6.0, "distinct": 4.0}
+    other = figures | moved | {"dtype": "float32"}
+    naive = figures | moved | {"contender": "naive"}
+    lines = kernel_lines([naive, figures | moved, other])
+    assert lines[2:] == [
+        "  one pass (dapo), forward",
+        "    liger                   4.0 from memory,  6.0 issued",
+    ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts on the CPU")
@@ -224,6 +415,130 @@ def test_what_other_threads_do_is_counted():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_report_says_what_it_was_taken_on_and_shows_every_figure(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    from bench.figures import draw
+
+    info = a_run(case="one pass (dapo), forward", dtype="float32", N=512, V=151_936)
+    info |= {"necessary_bytes": 2**30, "copy_seconds": 2.0}
+    del info["median"], info["group"]
+    fast = info | {"contender": "ours-triton", "bytes_per_logit": None}
+    record = {
+        "datetime": "2026-11-25T02:00:00",
+        "machine_info": {"device": "a card", "torch": "2.13.0", "missing_peers": ["trl (no trl)"]},
+        "benchmarks": [
+            {"group": "", "stats": {"median": median}, "extra_info": one}
+            for median, one in ((4.0, info), (1.0, fast))
+        ],
+    }
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(record))
+    found = report.Report.read(file)
+    figures = draw(found, tmp_path)
+    assert figures == ["time.png", "bandwidth.png", "memory.png"]
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in figures)
+    text = "\n".join(report.markdown(found, figures))
+    assert "Taken on a card, torch 2.13.0, triton absent, 2026-11-25." in text
+    assert "Absent: trl (no trl)." in text
+    assert "copied at 1 GB/s" in text
+    # 1 GiB in 1 s, where a copy moves 2 GiB in 2 s
+    assert "| **ours-triton** | 1,000 ms | 4.0x | 1 | 100% | 0.50 | 24.0 |" in text
+    assert all(f"({name})" in text for name in figures)
+
+
+@interpreted
+def test_a_sweep_chooses_the_fastest_right_layout_and_writes_it_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from bench import tune
+
+    try_out = tune.try_out
+
+    def spoil_the_fastest(plans: Any, tuning: Tuning, timer: Any) -> Any:
+        trial = try_out(plans, tuning, timer)
+        return replace(trial, failure="another result") if tuning.warps == 32 else trial
+
+    monkeypatch.setattr(tune, "try_out", spoil_the_fastest)
+    seconds = {32: 0.1, 8: 0.5}
+    trials = tune.run_sweep(
+        (2000, 2001), (torch.bfloat16,), 2, "cpu", lambda _, tuning: seconds.get(tuning.warps, 1.0)
+    )
+    assert {trial.V for trial in trials} == {2000, 2001}
+    chosen = tune.choose(trials)
+    assert chosen == {("cpu", "bfloat16", 2048): Tuning(warps=8)}
+    table = chosen | {("sm_90", "float32", 2**18): Tuning(warps=16, num_stages=2)}
+    copy = tmp_path / "launch_copy.py"
+    copy.write_text(tune.rewrite_table(tune.TABLE.read_text(), table))
+    spec = spec_from_file_location("grpo_core.kernels.launch_copy", copy)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    written = {key: vars(tuning) for key, tuning in module.TUNED.items()}
+    assert written == {key: vars(tuning) for key, tuning in table.items()}
+    rows = Rows.of(torch.empty(2, 2000, dtype=torch.bfloat16))
+    eight_warps = {"THREADS": 256, "num_warps": 8}
+    assert module.row_layout(rows).keywords == launch.row_layout(rows).keywords | eight_warps
+    # nothing but the table differs
+    before, after = tune.TABLE.read_text(), copy.read_text()
+    assert tune.rewrite_table(after, {}) == tune.rewrite_table(before, {})
+
+
+@interpreted
+def test_a_layout_with_another_result_is_found_out(monkeypatch: pytest.MonkeyPatch):
+    from bench import tune
+
+    plans = tune.Plans(2, 2000, torch.bfloat16, "cpu")
+    right = plans.calls["one pass"]
+
+    def wrong_with_eight_warps() -> Any:
+        logp, *rest = right()
+        tuning = launch.TUNED.get(plans.key)
+        return (logp + 1e-3 if tuning and tuning.warps == 8 else logp, *rest)
+
+    monkeypatch.setitem(plans.calls, "one pass", wrong_with_eight_warps)
+    assert tune.try_out(plans, Tuning(8), lambda *_: 1.0).failure == "one pass: another result"
+    assert tune.try_out(plans, Tuning(16), lambda *_: 1.0).total == 3.0
+    assert plans.key not in launch.TUNED
+
+
+@pytest.mark.parametrize("V", [1, 2, 4096, 4097, 151_669, 262_144])
+def test_vocabularies_share_an_entry_up_to_the_next_power_of_two(V: int):
+    bucket = launch.tuning_bucket(V)
+    assert V <= bucket < 2 * V
+    assert bucket & (bucket - 1) == 0
+
+
+@pytest.mark.slow
+@interpreted
+def test_the_command_for_a_gpu_walks_through_every_part_without_one(tmp_path: Path):
+    pytest.importorskip("pytest_benchmark")
+    alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    run = subprocess.run(
+        ["bash", "bench/gpu.sh", "--dry-run", "all"],
+        cwd=Path(__file__).parent.parent,
+        env={**alone, "PYTHON": sys.executable, "OUT": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr[-4000:]
+    summary = (tmp_path / "summary.md").read_text()
+    for part in ("tests", "ceilings", "bench", "peers", "tune"):
+        assert f"| {part} | done |" in summary
+    assert re.search(r"\| verify \| (done|skipped)", summary)
+    assert (tmp_path / "bench" / "report.md").exists()
+    assert json.loads((tmp_path / "tune.json").read_text())["dry_run"]
+    assert "TUNED: dict" in (tmp_path / "launch.py").read_text()
+
+
+@pytest.mark.parametrize("argument", ["", "everything"])
+def test_the_command_for_a_gpu_wants_a_part_it_knows(argument: str):
+    command = ["bash", "bench/gpu.sh", *argument.split()]
+    root = Path(__file__).parent.parent
+    assert subprocess.run(command, cwd=root, capture_output=True, check=False).returncode == 2
 
 
 @pytest.mark.slow
@@ -248,8 +563,8 @@ def test_a_small_run_from_start_to_end(tmp_path: Path):
     assert run.returncode == 0, run.stdout + run.stderr
     timed = json.loads(found.read_text())["benchmarks"]
     assert {one["group"] for one in timed} == {
-        f"{direction}, {dtype}, 8 x 3,001"
-        for direction in ("forward", "forward + backward")
+        f"{case_name(*case)}, {dtype}, 8 x 3,001"
+        for case in CASES
         for dtype in ("float32", "bfloat16")
     }
     for one in timed:

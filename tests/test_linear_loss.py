@@ -115,7 +115,7 @@ def needed(
         del arguments["ref_logp"]
         other = changed(head, lambda x: x + (0.1 * torch.randn(x.shape)).to(x.dtype))
         reference = (hidden + (0.1 * torch.randn(hidden.shape)).to(hidden.dtype), other)
-    if objective.factor.sampler is not None:
+    if objective.factor.needs_sampler:
         old_logp = arguments["old_logp"]
         arguments["sampler_logp"] = old_logp + 0.2 * torch.randn(old_logp.shape)
         arguments["sampler_logp"][0, 0] = torch.nan

@@ -62,7 +62,7 @@ def batch(objective: Objective, path: str) -> Batch:
         given["ref_logits"] = logits + 0.3 * torch.randn(B, T, V)
     else:
         given["ref_logp"] = logp + 0.2 * torch.randn(B, T)
-    if objective.factor.sampler is not None:
+    if objective.factor.needs_sampler:
         given["sampler_logp"] = given["old_logp"] + 0.2 * torch.randn(B, T)
     return given
 

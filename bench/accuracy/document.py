@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from bench.accuracy.contenders import CONTENDERS, OURS, UNSAID
 from bench.accuracy.measure import DTYPES, OFFSETS, QUANTITIES, Measured
-from bench.paths import dtype_name
+from bench.batch import dtype_name
 
 DOCUMENT = Path(__file__).parents[2] / "docs/accuracy.md"
 START, END = "<!-- python -m bench.accuracy -->\n", "<!-- end -->"

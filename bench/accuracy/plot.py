@@ -9,7 +9,7 @@ import torch
 
 from bench.accuracy.document import DOCUMENT
 from bench.accuracy.measure import Measured
-from bench.paths import dtype_name
+from bench.batch import dtype_name
 from grpo_core.plot import INK, QUIET, STYLE
 
 PICTURE = DOCUMENT.parent / "images/accuracy.png"

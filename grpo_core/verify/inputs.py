@@ -37,7 +37,7 @@ def one_per_plan(names: list[str]) -> list[str]:
     plans: dict[tuple[bool, ...], str] = {}
     for name in names:
         spec = OBJECTIVES[name]
-        exact, sampled = spec.kl == "exact", spec.factor.sampler is not None
+        exact, sampled = spec.kl == "exact", spec.factor.needs_sampler
         plan = (spec.is_token_level, exact, spec.entropy_coef != 0, sampled)
         plans.setdefault(plan, name)
     return list(plans.values())
@@ -102,7 +102,7 @@ class Batch:
     def needed(self, objective: Objective) -> dict[str, Any]:
         """The arguments that this objective takes."""
         given = dict(self.arguments)
-        exact, sampled = objective.kl == "exact", objective.factor.sampler is not None
+        exact, sampled = objective.kl == "exact", objective.factor.needs_sampler
         del given["ref_logp" if exact else "ref_logits"]
         if not sampled:
             del given["sampler_logp"]
