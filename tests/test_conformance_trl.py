@@ -434,6 +434,20 @@ def test_every_number_reaches_the_formula(loss_type: str) -> None:
     assert max(worst.loss, worst.metric) <= SINGLE, str(worst)
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_row_without_tokens_is_not_clipped(level: str) -> None:
+    """All others are: of sequences it is then TRL's smallest, and has a part in its mean."""
+    given = problem(7)
+    given = dataclasses.replace(given, old_logp=given.logp.detach() + 1)
+    options: dict[str, Any] = {"loss_type": "grpo", "importance_sampling_level": level}
+    case = given.case(advantages=torch.full((B,), -1.0, dtype=torch.float64))
+    theirs = trl_loss(case, **options).metrics
+    ours = preset("trl", **options)
+    metrics = ours.metrics(reference_loss(given.logits, **given.arguments(ours, case)))
+    assert theirs["clip_ratio/low_min"] == (0 if level == "sequence" else 1)
+    assert {k: float(v) for k, v in metrics.items()} == pytest.approx(theirs, rel=SINGLE)
+
+
 NONE = math.nan
 REWARDS = {
     "plain": [[1.0, 0.5], [0.0, 0.25], [3.0, 1.0], [0.25, -1.0], [2.0, 1.0], [2.5, 0.0]],

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo_core import Estimator, GroupNorm, Objective, clip, fused_loss, preset
+from grpo_core import RECIPES, Estimator, GroupNorm, Objective, clip, fused_loss, preset
 from grpo_core.presets import Preset
 from grpo_core.presets.trl_options import AGGREGATIONS as TRL_LOSSES
 from grpo_core.presets.trl_options import TrlOptions
 from grpo_core.presets.verl_options import LOSSES as VERL_LOSSES
 from grpo_core.presets.verl_options import VerlOptions
 from grpo_core.recipes import cispo, dppo_tv
+from grpo_core.recipes.catalogue import ORIGINS
 
 B, T, V = 4, 3, 7
 
@@ -83,6 +84,25 @@ def test_normalizer_and_metrics_never_wait(ours: Any) -> None:
     assert fused_loss(**arguments | {"normalizer": divisor}).loss.isfinite()
     with pytest.raises(AssertionError), NothingWaits():
         float(out.loss.detach())
+
+
+@pytest.mark.parametrize("ours", every_preset(), ids=lambda p: type(p).__name__)
+def test_packed_rows_log_what_the_padded_batch_does(ours: Any) -> None:
+    """Masked tokens left out, as long as no row of the batch is empty."""
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [0, 1, 0], [1, 0, 1]])
+    arguments = call(ours, mask=mask)
+    padded = ours.metrics(fused_loss(**arguments))
+    keep = mask.bool()
+    arguments["advantage"] = arguments["advantage"][:, None].expand(B, T)
+    packed = {
+        name: value[keep] if isinstance(value, Tensor) and value.ndim > 1 else value
+        for name, value in arguments.items()
+        if name != "mask"
+    }
+    sequence_id = torch.arange(B)[:, None].expand(B, T)[keep]
+    logged = ours.metrics(fused_loss(**packed, sequence_id=sequence_id))
+    assert logged.keys() == padded.keys()
+    assert all(torch.isclose(logged[name], padded[name]) for name in logged)
 
 
 @pytest.mark.parametrize("ours", every_preset(), ids=lambda p: type(p).__name__)
@@ -177,8 +197,19 @@ def test_trls_rewards(changes: dict[str, Any], expected: GroupNorm | Estimator) 
     ],
 )
 def test_verls_rewards(changes: dict[str, Any], expected: GroupNorm | Estimator) -> None:
-    found = preset("verl", **changes).objective.advantage
-    assert found == expected or found.replace(epsilon=expected.epsilon) == expected
+    assert preset("verl", **changes).objective.advantage == expected
+
+
+@pytest.mark.parametrize("name", ORIGINS)
+def test_the_table_of_methods_says_what_frameworks_mean(name: str) -> None:
+    """Its options of a framework give the recipe itself, but for ε, which is the framework's."""
+    recipe, origin = RECIPES[name], ORIGINS[name]
+    if origin.trl is not None:
+        assert preset("trl", **origin.trl).objective == recipe
+    if origin.verl is not None:
+        found = preset("verl", **origin.verl).objective
+        of_verl = dataclasses.replace(found.advantage, epsilon=recipe.advantage.epsilon)
+        assert found.replace(advantage=of_verl) == recipe
 
 
 def test_bounds_of_the_same_name_are_not_the_same() -> None:
