@@ -38,7 +38,8 @@ def one_per_plan(names: list[str]) -> list[str]:
     for name in names:
         spec = OBJECTIVES[name]
         exact, sampled = spec.kl == "exact", spec.factor.needs_sampler
-        plan = (spec.is_token_level, exact, spec.entropy_coef != 0, sampled)
+        of_token = spec.is_token_level and spec.factor.sequence_weight is None
+        plan = (of_token, exact, spec.entropy_coef != 0, sampled)
         plans.setdefault(plan, name)
     return list(plans.values())
 
