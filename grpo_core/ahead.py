@@ -151,6 +151,7 @@ def _calls(
             out.loss.backward()
 
     token, sequence = RECIPES["grpo"], RECIPES["gspo"].replace(kl="k3", beta=0.04)
+    waiting = token.replace(factor=PolicyFactor(off_policy_delta=1.0))
     yield "", lambda: token_logp(logits, index)
     yield "", lambda: group_advantages(vector, 2)
     variants: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -160,7 +161,7 @@ def _calls(
         ("exact KL, entropy", {"kl": "exact", "entropy_coef": 0.01}),
     )
     for variant, changes in (*variants, *(_formulas() if every_formula else ())):
-        for level in (token, sequence):
+        for level in (token, sequence, waiting):
             objective = level.replace(**changes)
             yield variant, partial(loss, objective, old_logp=vector)
     yield "on policy", lambda: loss(RECIPES["dapo"])
@@ -176,6 +177,9 @@ def _formulas() -> Iterator[tuple[str, dict[str, Any]]]:
                 changes = {"surrogate": surrogate, "kl": kl, "kl_times_ratio": True}
                 yield f"{function.__name__} {kl}", changes
     yield "factor", {"factor": PolicyFactor(off_policy_delta=1.0)}
+    yield "token clip", {"token_clip": (0.4, 0.4)}
+    yield "sequence token", {"ratio_level": "sequence_token"}
+    yield "token sum", {"aggregation": "token_sum"}
 
 
 @contextmanager
@@ -235,7 +239,8 @@ def _examine(card: str, variant: str, dtype: torch.dtype, V: int, launch: Launch
         registers=registers,
         spills=spills,
         shared=launch.compiled.metadata.shared,
-        loops=found,
+        # vectors of [N] are small beside a vocabulary: their loops are nobody's concern
+        loops=found if found is None or "THREADS" in constants else [],
     )
 
 

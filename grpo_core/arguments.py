@@ -7,15 +7,24 @@ masked tokens marked once, by `valid`, and a weight for every token.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from grpo_core import weights
 from grpo_core.advantages import estimate_advantages
 from grpo_core.backends import Backend
-from grpo_core.kernels.records import Terms, TokenVectors
+from grpo_core.kernels.records import (
+    GivenTokens,
+    LaidTokens,
+    Level,
+    Spans,
+    Terms,
+    TokenVectors,
+)
 from grpo_core.objective import Objective
 from grpo_core.recipes import find_objective
 from grpo_core.sequence_ratio import SequenceRatio
@@ -30,19 +39,28 @@ LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tokens(TokenVectors):
-    """Everything a loss needs beside the logits, as vectors over N tokens."""
+class Measured:
+    """What the metrics of a loss need beside its results."""
 
     objective: Objective
-    valid: Tensor  # [N] bool
     given: Tensor  # [N] bool, valid before a sampler correction
     bad_target: Tensor  # [N] bool, neither a word nor IGNORE
-    sequence: Tensor  # [N] int64 in [0, sequences)
-    sequences: int
-    width: int | None  # of a padded batch
-    normalizer: Tensor | float | None
+    advantage: Tensor  # [N]
+    old_logp: Tensor | None = None  # [N], nats
     sampler_logp: Tensor | None = None  # [N], nats
     groups: tuple[Tensor, int | Tensor] | None = None  # rewards [B], and whose they are
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens(Measured, TokenVectors):
+    """Everything a loss needs beside the logits, as vectors over N tokens."""
+
+    valid: Tensor  # [N] bool
+    sequence_id: Tensor | None  # [N] integers, of packed rows
+    sequences: int  # upper bound on their number
+    width: int | None  # of a padded batch
+    normalizer: Tensor | float | None
+    spans: Spans | None = None
 
     @property
     def needs_statistics(self) -> bool:
@@ -93,19 +111,31 @@ class Tokens(TokenVectors):
         given: dict[str, Any] = vars(self)
         vectors = {k: v for k, v in given.items() if isinstance(v, Tensor) and v.ndim == 1}
         some: dict[str, Any] = {k: v[place] for k, v in vectors.items()}
-        return replace(self, **some)
+        some["sequence_id"] = self.sequence[place]
+        return replace(self, spans=None, **some)
 
-    def sequence_ratio(self) -> SequenceRatio:
-        """The objective's map from tokens' log-ratios to those of its level."""
+    @property
+    def level(self) -> Level:
+        """Whose ratio the objective's surrogate sees."""
         spec = self.objective
-        return SequenceRatio(
+        return Level(
             spec.ratio_level,
             spec.token_clip,
             self.valid,
-            self.sequence,
+            self.sequence_id,
             self.sequences,
-            self.advantage,
+            self.width,
+            self.spans,
         )
+
+    @property
+    def sequence(self) -> Tensor:
+        """[N] int64 in [0, sequences): the sequence of each token."""
+        return self.level.sequence
+
+    def sequence_ratio(self) -> SequenceRatio:
+        """The objective's map from tokens' log-ratios to those of its level."""
+        return SequenceRatio.of(self.level, self.advantage)
 
     def multiplied(self, factor: Tensor) -> Tokens:
         """With another factor of the surrogate."""
@@ -168,12 +198,11 @@ def check_logits(logits: Tensor, temperature: float, dtypes: tuple[torch.dtype, 
 
 def check_target(
     logits: Tensor, target: Tensor, mask: Tensor | None, validate: bool | None
-) -> tuple[Tensor, Tensor]:
-    """(valid, bad_target), both [N] bool: tokens that count, and tokens whose target is no word.
+) -> None:
+    """Raises ValueError for targets or a mask that do not go with the logits.
 
-    Raises:
-        ValueError: a wrong shape, dtype or device; with `validate` (None: on the CPU) a target
-            that is neither a word nor -100.
+    That is a wrong shape, dtype or device; with `validate` (None: on the CPU) also a target that
+    is neither a word nor -100.
     """
     shape, V = logits.shape[:-1], logits.shape[-1]
     if isinstance(target, Tensor) and target.shape != shape and target.ndim == len(shape):
@@ -182,14 +211,13 @@ def check_target(
             f"{list(target.shape)}; position t predicts token t + 1: give logits[:, :-1], or pad "
             f"the shifted target with {IGNORE}"
         )
-    target = _vector("target", target, (shape,), logits, integer=True).reshape(-1).long()
-    valid = target != IGNORE
+    _vector("target", target, (shape,), logits, integer=True)
     if mask is not None:
-        valid = valid & (_vector("mask", mask, (shape,), logits).reshape(-1) != 0)
-    bad_target = valid & ((target < 0) | (target >= V))
-    if must_validate(validate, logits) and bad_target.any():
-        _raise_first("target", f"{IGNORE} or a word in [0, V = {V})", target, bad_target)
-    return valid & ~bad_target, bad_target
+        _vector("mask", mask, (shape,), logits)
+    if must_validate(validate, logits):
+        bad = present(target, mask) & ((target < 0) | (target >= V)).reshape(-1)
+        if bad.any():
+            _raise_first("target", f"{IGNORE} or a word in [0, V = {V})", target.reshape(-1), bad)
 
 
 def check_loss_arguments(
@@ -211,8 +239,11 @@ def check_loss_arguments(
     backend: Backend | None,
     validate: bool | None,
     dtype: torch.dtype = torch.float32,
+    lay_out: Callable[[GivenTokens], LaidTokens] = weights.lay_out,
 ) -> Tokens:
     """The token vectors and their objective, in `dtype`; arguments as in `fused_loss`.
+
+    `lay_out` computes them, by one kernel where the backend has one.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
@@ -226,18 +257,17 @@ def check_loss_arguments(
         if grouping is not None and rewards is None:
             raise ValueError(f"{name}: expected None without rewards, got {grouping!r}")
     _check_references(spec, logits, ref_logp, ref_logits, sampler_logp)
-    valid, bad_target = check_target(logits, target, mask, validate)
+    check_target(logits, target, mask, validate)
     old_logp = _floats("old_logp", old_logp, (shape,), logits, dtype)
     ref_logp = _floats("ref_logp", ref_logp, (shape,), logits, dtype)
     sampler_logp = _floats("sampler_logp", sampler_logp, (shape,), logits, dtype)
     normalizer = _check_normalizer(normalizer, spec, logits, validate)
-    sequence, sequences, valid = _sequences(logits, sequence_id, valid, validate)
-
+    _check_sequences(logits, sequence_id, target, mask, rewards, validate)
     groups: tuple[Tensor, int | Tensor] | None = None
     if rewards is not None:
-        advantage, valid = _advantage_of_rewards(
-            rewards, spec, group_size, group_id, logits, sequence, valid, backend, validate
-        )
+        advantage = estimate_advantages(
+            rewards, spec.advantage, group_size, group_id, backend=backend, validate=validate
+        ).to(dtype)
         whose = group_size if group_id is None else group_id
         assert whose is not None
         groups = (rewards.detach(), whose)
@@ -245,57 +275,48 @@ def check_loss_arguments(
         shapes = (shape,) if packed else (shape, shape[:1])
         advantage = _floats("advantage", advantage, shapes, logits, dtype)
         assert advantage is not None
-        if advantage.numel() != valid.numel():
-            advantage = advantage[sequence]
-
+    given = GivenTokens(
+        target=target,
+        V=logits.shape[-1],
+        ignore=IGNORE,
+        mask=mask,
+        sequence_id=sequence_id,
+        sequences=shape[0],
+        advantage=advantage,
+        advantage_of_sequence=rewards is not None or advantage.numel() != target.numel(),
+        aggregation=spec.aggregation,
+        normalizer=normalizer,
+        entropy_coef=spec.entropy_coef,
+        wants_spans=not spec.is_token_level,
+    )
+    laid = lay_out(given)
+    entropy_weight = laid.entropy_weight
+    if spec.entropy_coef and spec.entropy_aggregation is not None:
+        apart = replace(given, aggregation=spec.entropy_aggregation, normalizer=None)
+        entropy_weight = lay_out(apart).entropy_weight
     tokens = Tokens(
         objective=spec,
-        target=torch.where(valid, target.reshape(-1).long(), IGNORE),
-        valid=valid,
-        given=valid,
-        bad_target=bad_target,
-        weight=advantage,
-        advantage=advantage.to(dtype),
+        target=laid.target,
+        valid=laid.valid,
+        given=laid.valid,
+        bad_target=laid.bad_target,
+        weight=laid.weight,
+        entropy_weight=entropy_weight,
+        advantage=laid.advantage,
         old_logp=old_logp,
         ref_logp=ref_logp,
-        sequence=sequence,
-        sequences=sequences,
+        ticket=laid.ticket,
+        sequence_id=sequence_id,
+        sequences=shape[0],
         width=None if packed else shape[1],
         normalizer=normalizer,
+        spans=laid.spans,
         sampler_logp=sampler_logp,
         groups=groups,
-    ).weighed()
+    )
     if old_logp is None or spec.factor.waits_for_logp(old_logp):
         return tokens
     return spec.factor.of_sampler(tokens, old_logp)
-
-
-def _advantage_of_rewards(
-    rewards: Tensor,
-    spec: Objective,
-    group_size: int | None,
-    group_id: Tensor | None,
-    logits: Tensor,
-    sequence: Tensor,
-    valid: Tensor,
-    backend: Backend | None,
-    validate: bool | None,
-) -> tuple[Tensor, Tensor]:
-    """(advantage [N], valid [N]) of tokens whose sequences have rewards."""
-    packed = logits.ndim == 2
-    _vector("rewards", rewards, None if packed else (logits.shape[:1],), logits)
-    if valid.numel() and not rewards.numel():
-        raise ValueError("rewards: expected one for every sequence, got [0]")
-    if packed and must_validate(validate, logits):
-        _check_per_sequence(rewards, sequence)
-    known = sequence < rewards.numel()
-    if must_validate(validate, logits) and (valid & ~known).any():
-        want = f"ids below the {rewards.numel()} rewards"
-        _raise_first("sequence_id", want, sequence, valid & ~known)
-    advantage = estimate_advantages(
-        rewards, spec.advantage, group_size, group_id, backend=backend, validate=validate
-    )
-    return advantage[sequence.clamp(max=max(rewards.numel() - 1, 0))], valid & known
 
 
 def _check_references(
@@ -328,33 +349,48 @@ def _check_references(
         raise ValueError(f"sampler_logp: expected a tensor for factor.{name}, got None")
 
 
-def _check_per_sequence(rewards: Tensor, sequence: Tensor) -> None:
-    """Raises ValueError for rewards of packed rows that look as if they were one per token."""
-    N = sequence.numel()
-    if N and rewards.numel() == N and int(sequence.max()) + 1 < N:
+def present(target: Tensor, mask: Tensor | None) -> Tensor:
+    """[N] bool: tokens that are not masked."""
+    present = target.reshape(-1) != IGNORE
+    return present if mask is None else present & (mask.reshape(-1) != 0)
+
+
+def _check_sequences(
+    logits: Tensor,
+    sequence_id: Tensor | None,
+    target: Tensor,
+    mask: Tensor | None,
+    rewards: Tensor | None,
+    validate: bool | None,
+) -> None:
+    """Raises ValueError unless packed rows, and only they, say whose they are, each rewarded."""
+    packed, N = logits.ndim == 2, logits.shape[0]
+    if not packed and sequence_id is not None:
+        raise ValueError("sequence_id: expected None for logits [B, T, V], got a tensor")
+    if packed and sequence_id is None:
+        raise ValueError("sequence_id: expected [N] for packed logits [N, V], got None")
+    if sequence_id is not None:
+        _vector("sequence_id", sequence_id, ((N,),), logits, integer=True)
+    if rewards is not None:
+        _vector("rewards", rewards, None if packed else (logits.shape[:1],), logits)
+        if target.numel() and not rewards.numel():
+            raise ValueError("rewards: expected one for every sequence, got [0]")
+    if sequence_id is None or not must_validate(validate, logits):
+        return
+    outside = (sequence_id < 0) | (sequence_id >= N)
+    if outside.any():
+        _raise_first("sequence_id", f"integers in [0, N = {N})", sequence_id, outside)
+    if rewards is None:
+        return
+    if N and rewards.numel() == N and int(sequence_id.max()) + 1 < N:
         raise ValueError(
             f"rewards: expected one per sequence, got {N}, one per token, for "
-            f"{int(sequence.max()) + 1} sequences"
+            f"{int(sequence_id.max()) + 1} sequences"
         )
-
-
-def _sequences(
-    logits: Tensor, sequence_id: Tensor | None, valid: Tensor, validate: bool | None
-) -> tuple[Tensor, int, Tensor]:
-    """(sequence [N] int64, upper bound on their number, valid [N]) of padded or packed rows."""
-    if logits.ndim == 3:
-        if sequence_id is not None:
-            raise ValueError("sequence_id: expected None for logits [B, T, V], got a tensor")
-        B, T = logits.shape[:2]
-        return torch.arange(B, device=logits.device).repeat_interleave(T), B, valid
-    N = logits.shape[0]
-    if sequence_id is None:
-        raise ValueError("sequence_id: expected [N] for packed logits [N, V], got None")
-    sequence = _vector("sequence_id", sequence_id, ((N,),), logits, integer=True).long()
-    inside = (sequence >= 0) & (sequence < N)
-    if must_validate(validate, logits) and not inside.all():
-        _raise_first("sequence_id", f"integers in [0, N = {N})", sequence, ~inside)
-    return sequence.clamp(0, max(N - 1, 0)), N, valid & inside
+    unknown = present(target, mask) & (sequence_id >= rewards.numel())
+    if unknown.any():
+        want = f"ids below the {rewards.numel()} rewards"
+        _raise_first("sequence_id", want, sequence_id, unknown)
 
 
 def _vector(

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from grpo_core.arguments import Tokens
-from grpo_core.kernels.records import RowLoss, Rows, RowStats
+from grpo_core.arguments import IGNORE, LOGIT_DTYPES, Tokens, check_logits, check_target
+from grpo_core.backends import Backend, choose_backend
+from grpo_core.kernels.records import RowLoss, Rows, RowStats, Terms
+from grpo_core.layout import readable
 
 CONTIGUOUS = torch.contiguous_format
 
@@ -67,46 +69,76 @@ def loss_of_statistics(
     stats: RowStats, given: Tokens, kernels: ModuleType
 ) -> tuple[RowLoss, Tokens]:
     """The loss on vectors, once every row it waits for has been read; tokens with their factor."""
-    logp, entropy, exact_kl, state = stats
-    terms = given.terms
-    tokens = given.objective.factor.of_statistics(given, logp, entropy)
-    token_ratio = logp - (logp if tokens.old_logp is None else tokens.old_logp)
-    level = tokens.sequence_ratio()
-    log_ratio = level.forward(token_ratio)
-    found = kernels.token_loss(logp, log_ratio, tokens, entropy, exact_kl, terms)
-    dlogp = found.dlogp + level.backward(token_ratio, found.dlog_ratio)
-    dlogp = torch.where(found.dropped, 0.0, dlogp)
-    ratio = log_ratio.exp() * tokens.valid
+    spec, logp, entropy = given.objective, stats.logp, stats.entropy
+    tokens = spec.factor.of_statistics(given, logp, entropy)
+    if spec.is_token_level:
+        result = _of_tokens(stats, tokens, given.terms, kernels)
+    else:
+        result = kernels.sequence_loss(stats, tokens, tokens.level, given.terms)
     if tokens.valid is not given.valid:
         # some were rejected after their row had been read
         logp, entropy = (torch.where(tokens.valid, v, 0.0) for v in (logp, entropy))
-    result = RowLoss(logp, entropy, ratio, found.kl, found.loss, dlogp, found.dropped, state)
+        result = result._replace(logp=logp, entropy=entropy)
     return result, tokens
+
+
+def _of_tokens(stats: RowStats, tokens: Tokens, terms: Terms, kernels: ModuleType) -> RowLoss:
+    """The loss of tokens whose ratio is their own."""
+    logp, entropy, exact_kl, state = stats
+    log_ratio = logp - (logp if tokens.old_logp is None else tokens.old_logp)
+    found = kernels.token_loss(logp, log_ratio, tokens, entropy, exact_kl, terms)
+    dlogp, ratio = found.dlogp + found.dlog_ratio, log_ratio.exp() * tokens.valid
+    loss, total = found.loss, found.loss.sum()
+    return RowLoss(logp, entropy, ratio, found.kl, loss, dlogp, found.dropped, state, total)
+
+
+def evaluate(rows: Rows, call: Call, dlogits: Tensor | None) -> tuple[RowLoss, Tokens]:
+    """The loss of every row by the plan that its objective needs, and the tokens as they ended."""
+    plan = _two_phases if call.tokens.needs_statistics else _one_pass
+    return plan(rows, call, dlogits)
+
+
+def logp_of_rows(
+    logits: Tensor,
+    target: Tensor,
+    temperature: float,
+    mask: Tensor | None,
+    backend: Backend | None,
+    validate: bool | None,
+) -> tuple[Tensor, Tensor]:
+    """(logp, entropy) `[N]` of every target, nats; arguments as in `token_logp`."""
+    check_logits(logits, temperature, LOGIT_DTYPES)
+    check_target(logits, target, mask, validate)
+    kernels = choose_backend(backend, logits)
+    # one that is no word is passed over where the row would be read
+    target = target.reshape(-1).long()
+    if mask is not None:
+        target = torch.where(mask.reshape(-1) != 0, target, IGNORE)
+    stats = kernels.row_stats(Rows.of(readable(logits, kernels)), target, float(temperature))
+    return stats.logp, stats.entropy
 
 
 class FusedLoss(torch.autograd.Function):
     """Loss and dlogits in the forward; grad_output in the backward."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, call: Call) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, logits: Tensor, call: Call) -> tuple[Tensor | None, ...]:
         rows = Rows.of(logits.detach())
         now = call.wants_gradient and logits.dtype != torch.float16
         dlogits = _room_for_gradient(rows.logits, call) if now else None
-        plan = _two_phases if call.tokens.needs_statistics else _one_pass
-        result, tokens = plan(rows, call, dlogits)
+        result, tokens = evaluate(rows, call, dlogits)
         if dlogits is rows.logits:
             # an operation upstream that saved these logits must notice that they are gone
             increment_version(logits)
-        ctx.call, ctx.result, ctx.dlogits, ctx.spent = call, result, dlogits, False
-        ctx.target = tokens.target
-        ctx.slopes = tokens.slopes(result.dlogp, result.dropped, call.exact_beta)
+        ctx.call, ctx.tokens, ctx.result = call, tokens, result
+        ctx.dlogits, ctx.spent = dlogits, False
         ctx.save_for_backward(*(() if dlogits is rows.logits else (logits,)))
-        factor = torch.ones_like(result.logp) if tokens.factor is None else tokens.factor
-        vectors = (result.logp, result.entropy, result.ratio, result.kl, result.dropped)
-        outputs = (*vectors, factor, tokens.valid.clone())
-        ctx.mark_non_differentiable(*outputs)
+        shown = (result.logp, result.entropy, result.ratio, result.kl, result.dropped)
+        # what the statistics have changed; None where all is as it was given
+        found = (tokens.factor, None if tokens is call.tokens else tokens.valid.clone())
+        ctx.mark_non_differentiable(*shown, *(vector for vector in found if vector is not None))
         ctx.set_materialize_grads(False)
-        return result.loss.sum(), *outputs
+        return result.total, *shown, *found
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: None) -> tuple[Tensor, None]:
@@ -125,11 +157,12 @@ class FusedLoss(torch.autograd.Function):
         (logits,) = ctx.saved_tensors
         rows = Rows.of(logits.detach())
         dlogits = _room_for_gradient(rows.logits, call)
+        slopes = ctx.tokens.slopes(result.dlogp, result.dropped, call.exact_beta)
         call.kernels.row_dlogits(
             rows,
-            ctx.target,
+            ctx.tokens.target,
             call.temperature,
-            ctx.slopes.times(grad_output),
+            slopes.times(grad_output),
             result,
             dlogits,
             call.ref_rows,

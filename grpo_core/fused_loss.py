@@ -8,24 +8,16 @@ statistics, a small step over `[N]` vectors, `row_dlogits`. Both plans are in `a
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from grpo_core.arguments import (
-    IGNORE,
-    LOGIT_DTYPES,
-    Tokens,
-    check_logits,
-    check_loss_arguments,
-    check_target,
-)
-from grpo_core.autograd import Call, FusedLoss
+from grpo_core import in_graph
+from grpo_core.arguments import LOGIT_DTYPES, Measured, check_logits, check_loss_arguments
+from grpo_core.autograd import Call, FusedLoss, logp_of_rows
 from grpo_core.backends import Backend, choose_backend
-from grpo_core.kernels.records import Rows
+from grpo_core.layout import readable, readable_in_place, reference_rows
 from grpo_core.metrics import loss_metrics
 from grpo_core.objective import Objective
 
@@ -47,7 +39,6 @@ class LossOutput:
         entropy: of the distribution at temperature T, nats.
         ratio: π / π_old; with a sequence-level objective that of the sequence.
         kl: the objective's estimate of KL(π ‖ π_ref), nats.
-        factor: what the surrogate was multiplied by, see `policy_factor`; 1 without one.
     """
 
     loss: Tensor
@@ -55,27 +46,36 @@ class LossOutput:
     entropy: Tensor = field(repr=False)
     ratio: Tensor = field(repr=False)
     kl: Tensor = field(repr=False)
-    factor: Tensor = field(repr=False)
-    _tokens: Tokens = field(repr=False)
+    _factor: Tensor | None = field(repr=False)
+    _tokens: Measured = field(repr=False)
     _valid: Tensor = field(repr=False)
     _dropped: Tensor = field(repr=False)
     _skipped: int | None = field(default=None, repr=False)
+    _metrics: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
-    @cached_property
+    @property
+    def factor(self) -> Tensor:
+        """What the surrogate was multiplied by, see `policy_factor`; 1 without one."""
+        return torch.ones_like(self.logp) if self._factor is None else self._factor
+
+    @property
     def metrics(self) -> dict[str, Tensor]:
         """Figures of this call, see `metrics.METRICS`; computed when first asked for."""
-        return loss_metrics(
-            self._tokens,
-            loss=self.loss.detach(),
-            logp=self.logp.reshape(-1),
-            entropy=self.entropy.reshape(-1),
-            ratio=self.ratio.reshape(-1),
-            kl=self.kl.reshape(-1),
-            factor=self.factor.reshape(-1),
-            valid=self._valid,
-            dropped=self._dropped,
-            skipped=self._skipped,
-        )
+        if not self._metrics:
+            found = loss_metrics(
+                self._tokens,
+                loss=self.loss.detach(),
+                logp=self.logp.reshape(-1),
+                entropy=self.entropy.reshape(-1),
+                ratio=self.ratio.reshape(-1),
+                kl=self.kl.reshape(-1),
+                factor=self.factor.reshape(-1),
+                valid=self._valid,
+                dropped=self._dropped,
+                skipped=self._skipped,
+            )
+            self._metrics.update(found)
+        return self._metrics
 
 
 def fused_loss(
@@ -144,7 +144,8 @@ def fused_loss(
         inplace: write the gradient, if one is wanted, over the logits. Needs the least memory;
             the logits are gone after the call, and backward runs once. The `.grad` of logits
             that are a leaf is then the same memory. Not for logits whose producer keeps its
-            output for its own backward (a tanh soft cap): torch then raises.
+            output for its own backward (a tanh soft cap): torch then raises. Not inside
+            `torch.compile`, see `operators`.
         backend: "triton", "torch", or None for triton on a GPU and torch elsewhere.
         validate: look at values for bad targets, sequence ids and rewards. None means on the CPU
             only: on a GPU the host would wait, so there a bad row gets weight 0 and is counted.
@@ -158,45 +159,51 @@ def fused_loss(
 
     Source: GRPO: DeepSeekMath (arXiv 2402.03300, eq. 3); the recipes name their own.
     """
+    arguments: dict[str, Any] = {
+        "objective": objective,
+        "advantage": advantage,
+        "rewards": rewards,
+        "group_size": group_size,
+        "group_id": group_id,
+        "old_logp": old_logp,
+        "ref_logp": ref_logp,
+        "ref_logits": ref_logits,
+        "sampler_logp": sampler_logp,
+        "mask": mask,
+        "sequence_id": sequence_id,
+        "normalizer": normalizer,
+        "backend": backend,
+        "validate": validate,
+    }
+    if torch.compiler.is_compiling():
+        outcome, measured = in_graph.loss_in_graph(
+            logits, target, temperature=temperature, inplace=inplace, **arguments
+        )
+        shown = (vector.view(target.shape) for vector in outcome[1:6])
+        logp, entropy, ratio, kl, factor = shown
+        loss, valid, dropped = outcome.loss, outcome.valid, outcome.dropped
+        return LossOutput(loss, logp, entropy, ratio, kl, factor, measured, valid, dropped)
     check_logits(logits, temperature, LOGIT_DTYPES)
     kernels = choose_backend(backend, logits)
-    readable = _readable_in_place(logits, kernels)
-    if inplace and not readable:
+    if inplace and not readable_in_place(logits, kernels):
         raise ValueError(
             "inplace: expected logits with a contiguous last axis, separate rows and, on a GPU, "
             f"rows aligned to 16 bytes; got strides {logits.stride()}"
         )
-    tokens = check_loss_arguments(
-        logits,
-        target,
-        objective=objective,
-        advantage=advantage,
-        rewards=rewards,
-        group_size=group_size,
-        group_id=group_id,
-        old_logp=old_logp,
-        ref_logp=ref_logp,
-        ref_logits=ref_logits,
-        sampler_logp=sampler_logp,
-        mask=mask,
-        sequence_id=sequence_id,
-        normalizer=normalizer,
-        backend=backend,
-        validate=validate,
-    )
+    tokens = check_loss_arguments(logits, target, **arguments, lay_out=kernels.lay_out)
     call = Call(
         tokens,
-        _reference_rows(ref_logits, logits, inplace, kernels),
+        reference_rows(ref_logits, logits, inplace, kernels),
         temperature=float(temperature),
         inplace=inplace,
         wants_gradient=logits.requires_grad and torch.is_grad_enabled(),
         kernels=kernels,
     )
-    if not readable:
-        logits = logits.clone(memory_format=torch.contiguous_format)
-    loss, *vectors, dropped, factor, valid = FusedLoss.apply(logits, call)
-    logp, entropy, ratio, kl, factor = (v.view(target.shape) for v in (*vectors, factor))
-    return LossOutput(loss, logp, entropy, ratio, kl, factor, tokens, valid, dropped)
+    loss, *four, dropped, factor, valid = FusedLoss.apply(readable(logits, kernels), call)
+    logp, entropy, ratio, kl = (vector.view(target.shape) for vector in four)
+    shaped = None if factor is None else factor.view(target.shape)
+    valid = tokens.valid if valid is None else valid
+    return LossOutput(loss, logp, entropy, ratio, kl, shaped, tokens, valid, dropped)
 
 
 @torch.no_grad()
@@ -222,49 +229,8 @@ def token_logp(
     Raises:
         ValueError, NotImplementedError: as `fused_loss`.
     """
-    check_logits(logits, temperature, LOGIT_DTYPES)
-    valid, _ = check_target(logits, target, mask, validate)
-    kernels = choose_backend(backend, logits)
-    if not _readable_in_place(logits, kernels):
-        logits = logits.clone(memory_format=torch.contiguous_format)
-    rows = torch.where(valid, target.reshape(-1).long(), IGNORE)
-    logp, entropy, *_ = kernels.row_stats(Rows.of(logits), rows, float(temperature))
-    return TokenLogp(logp.view(target.shape), entropy.view(target.shape))
-
-
-def _reference_rows(
-    ref_logits: Tensor | None, logits: Tensor, inplace: bool, kernels: ModuleType
-) -> Tensor | None:
-    """The reference's logits as the kernels can read them.
-
-    Raises:
-        ValueError: a gradient that is written over the logits would overwrite them.
-    """
-    if ref_logits is None:
-        return None
-    if inplace and ref_logits.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr():
-        raise ValueError("ref_logits: expected memory of its own with inplace=True, got the logits")
-    ref_logits = ref_logits.detach()
-    if ref_logits.dtype not in LOGIT_DTYPES:
-        ref_logits = ref_logits.float()
-    alike = ref_logits.dtype == logits.dtype and _readable_in_place(ref_logits, kernels)
-    return ref_logits if alike else ref_logits.contiguous()
-
-
-def _readable_in_place(logits: Tensor, kernels: ModuleType) -> bool:
-    """Whether the kernels can read the logits, and write over them, where they lie."""
-    return _rows_lie_apart(logits) and kernels.lies_aligned(logits)
-
-
-def _rows_lie_apart(logits: Tensor) -> bool:
-    """Whether the last axis is contiguous and no row overlaps another."""
-    V = logits.shape[-1]
-    if V > 1 and logits.stride(-1) != 1:
-        return False
-    extent = V
-    axes = zip(logits.stride()[:-1], logits.shape[:-1], strict=True)
-    for stride, size in sorted(axis for axis in axes if axis[1] > 1):
-        if stride < extent:
-            return False
-        extent += stride * (size - 1)
-    return True
+    arguments = (temperature, mask, backend, validate)
+    found = (in_graph.logp_in_graph if torch.compiler.is_compiling() else logp_of_rows)(
+        logits, target, *arguments
+    )
+    return TokenLogp(*(vector.view(target.shape) for vector in found))

@@ -9,7 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_core.arguments import Tokens, check_logits, check_loss_arguments, check_target
+from grpo_core.arguments import (
+    Tokens,
+    check_logits,
+    check_loss_arguments,
+    check_target,
+    present,
+)
 from grpo_core.backends import Backend, choose_backend
 from grpo_core.fused_loss import LossOutput, TokenLogp
 from grpo_core.linear_head import HEAD_DTYPES, LinearHead, check_head, check_hidden
@@ -202,7 +208,8 @@ def linear_token_logp(
     kernels = choose_backend(backend, hidden)
     logits = _stand_in(hidden, head.V)
     check_logits(logits, temperature, HEAD_DTYPES)
-    valid, _ = check_target(logits, target, mask, validate)
+    check_target(logits, target, mask, validate)
+    valid = present(target, mask) & ((target >= 0) & (target < head.V)).reshape(-1)
     logp, entropy = scored_rows(
         hidden,
         head,

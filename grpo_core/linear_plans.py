@@ -260,7 +260,8 @@ class Sweep:
 
     def _keep(self, place: slice, found: RowLoss) -> None:
         """Files what is known of some rows."""
-        for vector, value in zip(self.result[:-1], found[:-1], strict=True):
+        # neither the state, which no one reads again, nor a total of part of the rows
+        for vector, value in zip(self.result[:-2], found[:-2], strict=True):
             vector[place] = value
 
     def _write_dlogits(self, target: Tensor, slopes: Slopes, stats: RowStats) -> None:

@@ -12,9 +12,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_core.arguments import Tokens
+from grpo_core.arguments import Measured
 from grpo_core.estimators import equal_reward_groups
-from grpo_core.torch_formula import as_torch
 
 
 class Metric(NamedTuple):
@@ -57,7 +56,7 @@ METRICS: dict[str, Metric] = {
 
 
 def loss_metrics(
-    tokens: Tokens,
+    tokens: Measured,
     *,
     loss: Tensor,
     logp: Tensor,
@@ -79,9 +78,7 @@ def loss_metrics(
     # a ratio of 0 is one too small for float32, not one of log −∞
     log_ratio = torch.log(ratio.clamp(min=torch.finfo(ratio.dtype).tiny))
     surrogate = tokens.objective.surrogate
-    _, dlogp, dlog_ratio = as_torch(surrogate.function)(
-        logp, log_ratio, tokens.advantage, *surrogate.args
-    )
+    _, dlogp, dlog_ratio = surrogate.plain(logp, log_ratio, tokens.advantage, *surrogate.args)
     moved = counts & (tokens.advantage != 0)
     clipped = moved & (dlogp == 0) & (dlog_ratio == 0)
     ratio_mean, ratio_square = _mean(ratio, counts), _mean(ratio * ratio, counts)
@@ -137,7 +134,7 @@ def merge_metrics(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: merged[name] for name in columns}
 
 
-def _sampler_metrics(tokens: Tokens, logp: Tensor, counts: Tensor) -> dict[str, Tensor]:
+def _sampler_metrics(tokens: Measured, logp: Tensor, counts: Tensor) -> dict[str, Tensor]:
     """How far the sampler is from the trainer, over the tokens that both have scored."""
     assert tokens.sampler_logp is not None
     finite = tokens.sampler_logp.isfinite()

@@ -16,16 +16,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
+
+import torch
 
 from grpo_core.advantages import GroupNorm
 from grpo_core.estimators import Estimator
 from grpo_core.kernels import kl as kl_estimators
 from grpo_core.policy_factor import PolicyFactor
 from grpo_core.sequence_ratio import RatioLevel
+from grpo_core.torch_formula import as_torch
 from grpo_core.weights import Aggregation
+
+# objectives by what is left of them without their numbers: a key for each structure ever made
+_STRUCTURES: dict[str, Objective] = {}
 
 KL = Literal["k1", "absolute", "k2", "k3", "k1_plus", "absolute_plus", "k3_plus", "exact"]
 
@@ -36,15 +42,20 @@ class Surrogate:
 
     `homogeneous` promises that it scales with the advantage: where that is 0, so are value and
     gradient, and the row need not be read.
+
+    Attributes:
+        plain: the function over tensors; bound here, since a graph cannot trace the binding.
     """
 
     function: Callable
     args: tuple[float, ...] = ()
     homogeneous: bool = False
+    plain: Callable = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # an int would become a constant of the kernel, and every new one a compilation
         object.__setattr__(self, "args", tuple(float(number) for number in self.args))
+        object.__setattr__(self, "plain", as_torch(self.function))
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,9 @@ class Objective:
         factor: what scales the surrogate of a token, and nothing else; see `policy_factor`.
         token_clip: (low, high), bounds of a token's log-ratio before its sequence's mean (GMPO).
 
+    Attributes:
+        key: what stands for the objective, but for its `numbers`, in a compiled graph.
+
     Raises:
         ValueError: an unknown name, a negative or infinite beta, beta without a KL estimator, a
             ratio times the exact KL (which has no sampled token).
@@ -84,6 +98,7 @@ class Objective:
     entropy_aggregation: Aggregation | None = None
     factor: PolicyFactor = field(default_factory=PolicyFactor)
     token_clip: tuple[float, float] | None = None
+    key: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.surrogate, Surrogate):
@@ -109,6 +124,12 @@ class Objective:
 
         if self.token_clip is not None and not all(0 <= b < math.inf for b in self.token_clip):
             raise ValueError(f"token_clip: expected two numbers >= 0, got {self.token_clip!r}")
+        object.__setattr__(self, "key", _register(self))
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """What may change from call to call: beta, entropy_coef, the surrogate's parameters."""
+        return (self.beta, self.entropy_coef, *self.surrogate.args)
 
     @property
     def is_token_level(self) -> bool:
@@ -124,6 +145,35 @@ class Objective:
     def replace(self, **changes: Any) -> Objective:
         """The same objective with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+def objective_of(key: str, numbers: Sequence[float] | None = None) -> Objective:
+    """The objective of a key, with other numbers if they are given."""
+    objective = _STRUCTURES[key]
+    if numbers is None or tuple(numbers) == objective.numbers:
+        return objective
+    beta, entropy_coef, *args = numbers
+    surrogate = dataclasses.replace(objective.surrogate, args=tuple(args))
+    return objective.replace(surrogate=surrogate, beta=beta, entropy_coef=entropy_coef)
+
+
+def _register(objective: Objective) -> str:
+    """The key of an objective's structure; "" inside a graph, whose effects come too late."""
+    if torch.compiler.is_compiling():
+        return ""
+    function = objective.surrogate.function
+    plain = getattr(function, "fn", function)
+    values = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective) if f.init}
+    surrogate = objective.surrogate
+    values["surrogate"] = (
+        f"{plain.__module__}.{plain.__qualname__}, {len(surrogate.args)}, {surrogate.homogeneous}"
+    )
+    values |= {"beta": objective.beta != 0, "entropy_coef": objective.entropy_coef != 0}
+    key = ", ".join(f"{name}={value}" for name, value in values.items())
+    # a function may be defined anew under its name
+    while _STRUCTURES.setdefault(key, objective).surrogate.function is not function:
+        key += "'"
+    return key
 
 
 def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:

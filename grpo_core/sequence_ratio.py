@@ -20,6 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from grpo_core.kernels.records import Level
+
 RatioLevel = Literal["token", "sequence", "sequence_token"]
 
 
@@ -36,12 +38,24 @@ class SequenceRatio:
         advantage: [N], only its sign is looked at.
     """
 
-    level: RatioLevel
+    level: str
     token_clip: tuple[float, float] | None
     valid: Tensor
     sequence: Tensor
     sequences: int
     advantage: Tensor
+
+    @classmethod
+    def of(cls, level: Level, advantage: Tensor) -> SequenceRatio:
+        """The map of a level over its tokens."""
+        return cls(
+            level.name,
+            level.token_clip,
+            level.valid,
+            level.sequence,
+            level.sequences,
+            advantage,
+        )
 
     def forward(self, log_ratio: Tensor) -> Tensor:
         """[N] log-ratios of tokens, nats -> [N] log-ratios of the level; differentiable."""

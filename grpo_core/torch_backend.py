@@ -14,6 +14,7 @@ from torch import Tensor
 
 from grpo_core.kernels.kl import times_ratio
 from grpo_core.kernels.records import (
+    Level,
     RowLoss,
     Rows,
     RowStats,
@@ -24,7 +25,9 @@ from grpo_core.kernels.records import (
 )
 from grpo_core.row_chunks import Chunk, for_each_chunk
 from grpo_core.row_softmax import RowSoftmax
+from grpo_core.sequence_ratio import SequenceRatio
 from grpo_core.torch_formula import as_torch
+from grpo_core.weights import lay_out as lay_out
 
 
 def row_stats(
@@ -70,7 +73,7 @@ def row_loss(
         dlogp = token.dlogp + token.dlog_ratio
         ratio = log_ratio.double().exp().float()
         values = (logp, found.entropy, ratio, token.kl, token.loss, dlogp, token.dropped)
-        for vector, value in zip(result[:-1], values, strict=True):
+        for vector, value in zip(result[:-2], values, strict=True):
             vector[at] = value
         if dlogits is not None:
             exact_beta = None if found.kl is None else terms.beta
@@ -79,7 +82,7 @@ def row_loss(
     wanted = (tokens.weight != 0) & _readable(target, rows.V)
     scratch = partial(RowSoftmax, temperature)
     for_each_chunk(pass_over, scratch, rows, wanted, dlogits, ref_rows)
-    return result
+    return result._replace(total=result.loss.sum())
 
 
 def row_dlogits(
@@ -150,6 +153,19 @@ def token_loss(
     loss, dlogp, dlog_ratio = (torch.where(alive & usable, part, 0.0) for part in weighted)
     kl_value = torch.where(alive, kl_value.float(), 0.0)
     return TokenLoss(loss, dlogp, dlog_ratio, kl_value, dropped=alive & ~usable)
+
+
+def sequence_loss(stats: RowStats, tokens: TokenVectors, level: Level, terms: Terms) -> RowLoss:
+    """Loss of every token and its derivative by logp, where ratios are those of sequences."""
+    logp, entropy, exact_kl, state = stats
+    token_ratio = logp - (logp if tokens.old_logp is None else tokens.old_logp)
+    ratios = SequenceRatio.of(level, tokens.advantage)
+    log_ratio = ratios.forward(token_ratio)
+    token = token_loss(logp, log_ratio, tokens, entropy, exact_kl, terms)
+    dlogp = token.dlogp + ratios.backward(token_ratio, token.dlog_ratio)
+    dlogp = torch.where(token.dropped, 0.0, dlogp)
+    ratio, total = log_ratio.exp() * level.valid, token.loss.sum()
+    return RowLoss(logp, entropy, ratio, token.kl, token.loss, dlogp, token.dropped, state, total)
 
 
 def group_norm(

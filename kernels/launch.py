@@ -20,6 +20,12 @@ from .records import Rows
 LOAD_BYTES = 16
 # one token per lane in the kernels over [N] vectors
 VECTOR_BLOCK = 256
+# the one program that walks over all tokens: two to a thread, so that nothing spills
+TOKENS_BLOCK, TOKENS_WARPS = 1024, 16
+# a program to a sequence: two tokens to a thread
+SEQUENCE_BLOCK, SEQUENCE_WARPS = 256, 4
+# a program's last act: few registers, beside those of a row
+SUM_BLOCK = 512
 
 
 @dataclass(frozen=True)

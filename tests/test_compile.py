@@ -48,8 +48,8 @@ def check_every_kernel_is_there(records: list[Record]) -> None:
 
 
 def check_every_formula_is_there(records: list[Record]) -> None:
-    """In the one pass and in the second of two phases."""
-    for kernel in ("row_loss", "token_loss"):
+    """In the one pass and in the second of two phases, of tokens and of sequences."""
+    for kernel in ("row_loss", "token_loss", "sequence_loss"):
         constants = [r["constants"] for r in records if r["kernel"] == kernel]
         formulas = {(c["SURROGATE"], c["KL"]) for c in constants}
         assert {(surrogate, "k3") for surrogate, _ in SURROGATES} <= formulas
@@ -60,7 +60,9 @@ def check_counts_are_those_of_one_tile(records: list[Record]) -> None:
     """A whole tile reads WIDTH logits a thread, and raises two to each of them, once."""
     for record in records:
         width, rows = record["constants"].get("WIDTH"), record["rows_read"]
-        roles: dict[str, Any] = {loop["role"]: loop for loop in record["loops"]}
+        # beside them, one that sums the losses
+        ascending = sorted(record["loops"], key=lambda loop: sum(loop["loads"]))
+        roles: dict[str, Any] = {loop["role"]: loop for loop in ascending}
         reads = record["kernel"] in ("row_stats", "row_loss")
         assert reads == ("forward" in roles), record
         if reads:

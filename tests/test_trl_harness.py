@@ -147,7 +147,7 @@ def test_a_token_counts_as_clipped_by_its_ratio_and_sign() -> None:
         ({"top_entropy_quantile": 0.5, "off_policy_mask_threshold": 0.1}, CLIPPED),
         ({"use_vllm": True}, CLIPPED),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else f"{len(value)} names",
 )
 def test_what_trl_logs(options: dict[str, Any], names: set[str]) -> None:
     """`entropy` always, the rest by option; and nothing stays for the next call."""

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from grpo_core.arguments import Tokens
 from grpo_core.fused_loss import LossOutput
 from grpo_core.objective import Objective
 
@@ -143,6 +144,8 @@ class Tally:
 
     def __init__(self, out: LossOutput) -> None:
         self.valid, self.advantage = out._valid & ~out._dropped, out._tokens.advantage
+        if not isinstance(out._tokens, Tokens):
+            raise NotImplementedError("metrics: of a loss in a compiled graph, use out.metrics")
         self.tokens = dataclasses.replace(out._tokens, valid=self.valid)
         vectors = (out.logp, out.entropy, out.ratio, out.kl)
         self.logp, self.entropy, self.ratio, self.kl = (v.reshape(-1) for v in vectors)

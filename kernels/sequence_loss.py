@@ -1,0 +1,253 @@
+"""The loss of tokens whose ratio is that of their sequence: one program to a sequence.
+
+It walks over its tokens three times, from the caches after the first: to sum their log-ratios, to
+evaluate surrogate and KL, and to hand the gradient back through the mean. Reads and writes a few
+floats per token, nothing of vocabulary size.
+
+    s_i = mean_t d_t  (or another level of `sequence_ratio`),  d_t = logp_t − old_logp_t
+    dL/dlogp_t = weight_t·∂ℓ/∂logp + Σ_{u∈i} weight_u·∂ℓ_u/∂s_i · ∂s_i/∂d_t
+
+Sums run over a sequence's own tokens in their order, so their bits do not depend on the batch.
+"""
+
+from .language import tl, triton
+from .launch import SEQUENCE_BLOCK, SEQUENCE_WARPS, SUM_BLOCK, launch
+from .records import Level, RowLoss, RowStats, Terms, TokenVectors
+from .scalar_math import is_finite
+from .sum_by_the_last import new_ticket, sum_by_the_last
+from .token_loss import token_terms
+from .token_weights import sequence_of
+
+
+@triton.jit
+def log_ratios(at, mine, logp_ptr, old_logp_ptr, advantage_ptr, low, high, CLIPPED: tl.constexpr):
+    """(logp, d, d after token_clip) of some tokens."""
+    logp = tl.load(logp_ptr + at, mask=mine, other=0.0)
+    old_logp = logp
+    if old_logp_ptr is not None:
+        old_logp = tl.load(old_logp_ptr + at, mask=mine, other=0.0)
+    log_ratio = logp - old_logp
+    bounded = log_ratio
+    if CLIPPED:
+        gains = tl.load(advantage_ptr + at, mask=mine, other=0.0) > 0
+        above = tl.where(log_ratio > high, high, log_ratio)
+        below = tl.where(log_ratio < -low, -low, log_ratio)
+        bounded = tl.where(gains, above, below)
+    return logp, log_ratio, bounded
+
+
+@triton.jit(
+    do_not_specialize=["N", "T", "S"],
+    # scalars of a row: their alignment, which changes with N, must not recompile
+    do_not_specialize_on_alignment=[
+        "logp_ptr",
+        "entropy_ptr",
+        "exact_kl_ptr",
+        "valid_ptr",
+        "weight_ptr",
+        "advantage_ptr",
+        "old_logp_ptr",
+        "ref_logp_ptr",
+        "factor_ptr",
+        "entropy_weight_ptr",
+        "sequence_ptr",
+        "first_ptr",
+        "last_ptr",
+        "ratio_ptr",
+        "kl_ptr",
+        "loss_ptr",
+        "dlogp_ptr",
+        "dropped_ptr",
+        "total_ptr",
+        "ticket_ptr",
+    ],
+)
+def _sequence_loss_kernel(
+    logp_ptr,
+    entropy_ptr,
+    exact_kl_ptr,
+    valid_ptr,
+    weight_ptr,
+    advantage_ptr,
+    old_logp_ptr,
+    ref_logp_ptr,
+    factor_ptr,
+    entropy_weight_ptr,
+    sequence_ptr,
+    first_ptr,
+    last_ptr,
+    ratio_ptr,
+    kl_ptr,
+    loss_ptr,
+    dlogp_ptr,
+    dropped_ptr,
+    total_ptr,
+    ticket_ptr,
+    N,
+    T,
+    S,
+    low,
+    high,
+    beta,
+    surrogate_args,
+    SURROGATE: tl.constexpr,
+    KL: tl.constexpr,
+    KL_TIMES_RATIO: tl.constexpr,
+    LEVEL: tl.constexpr,
+    CLIPPED: tl.constexpr,
+    SUM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    sequence = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    # tokens, unlike logits, are counted by 32 bits
+    begin = (sequence * T).to(tl.int32)
+    end = begin + T
+    if first_ptr is not None:
+        begin = tl.load(first_ptr + sequence)
+        end = tl.load(last_ptr + sequence) + 1
+
+    total = tl.zeros([BLOCK], tl.float32)
+    length = tl.zeros([BLOCK], tl.int32)
+    for start in range(begin, end, BLOCK):
+        at = start + lane
+        mine = at < end
+        if sequence_ptr is not None:
+            mine = mine & (sequence_of(at, sequence_ptr, T, S, mine) == sequence)
+        mine = mine & (tl.load(valid_ptr + at, mask=mine, other=0) != 0)
+        logp, log_ratio, bounded = log_ratios(
+            at, mine, logp_ptr, old_logp_ptr, advantage_ptr, low, high, CLIPPED
+        )
+        total += tl.where(mine, bounded, 0.0)
+        length += mine.to(tl.int32)
+    count = tl.maximum(tl.sum(length, 0), 1).to(tl.float32)
+    level = tl.sum(total, 0) / count
+
+    through = tl.zeros([BLOCK], tl.float32)
+    for start in range(begin, end, BLOCK):
+        at = start + lane
+        mine = at < end
+        if sequence_ptr is not None:
+            mine = mine & (sequence_of(at, sequence_ptr, T, S, mine) == sequence)
+        valid = mine & (tl.load(valid_ptr + at, mask=mine, other=0) != 0)
+        logp, log_ratio, bounded = log_ratios(
+            at, valid, logp_ptr, old_logp_ptr, advantage_ptr, low, high, CLIPPED
+        )
+        own = bounded == log_ratio
+        log_ratio = bounded if LEVEL == "token" else tl.zeros([BLOCK], tl.float32) + level
+        advantage = tl.load(advantage_ptr + at, mask=valid, other=0.0)
+        weight = tl.load(weight_ptr + at, mask=valid, other=0.0)
+        loss, dlogp, dlog_ratio, kl = token_terms(
+            logp,
+            log_ratio,
+            advantage,
+            factor_ptr,
+            ref_logp_ptr,
+            at,
+            valid,
+            beta,
+            surrogate_args,
+            SURROGATE,
+            KL,
+            KL_TIMES_RATIO,
+        )
+        if exact_kl_ptr is not None:
+            kl = tl.load(exact_kl_ptr + at, mask=valid, other=0.0)
+            if beta != 0:
+                loss += beta * kl
+        loss *= weight
+        if entropy_weight_ptr is not None:
+            entropy = tl.load(entropy_ptr + at, mask=valid, other=0.0)
+            loss -= tl.load(entropy_weight_ptr + at, mask=valid, other=0.0) * entropy
+        ratio = tl.exp(log_ratio)
+        usable = is_finite(logp) & is_finite(log_ratio) & is_finite(ratio)
+        usable = usable & is_finite(loss) & is_finite(dlogp) & is_finite(dlog_ratio)
+        alive = valid & (weight != 0)
+        kept = alive & usable
+        dlogp = tl.where(kept, weight * dlogp, 0.0)
+        dlog_ratio = tl.where(kept, weight * dlog_ratio, 0.0)
+        if (LEVEL == "token") | (LEVEL == "sequence_token"):
+            dlogp += tl.where(kept & own, dlog_ratio, 0.0)
+        else:
+            through += dlog_ratio
+        tl.store(ratio_ptr + at, tl.where(valid, ratio, 0.0), mask=mine)
+        tl.store(kl_ptr + at, tl.where(alive, kl, 0.0), mask=mine)
+        tl.store(loss_ptr + at, tl.where(kept, loss, 0.0), mask=mine)
+        tl.store(dlogp_ptr + at, dlogp, mask=mine)
+        tl.store(dropped_ptr + at, alive & (usable == 0), mask=mine)
+
+    if LEVEL == "sequence":
+        back = tl.sum(through, 0) / count
+        # what is read again another thread may have written
+        tl.debug_barrier()
+        for start in range(begin, end, BLOCK):
+            at = start + lane
+            mine = at < end
+            if sequence_ptr is not None:
+                mine = mine & (sequence_of(at, sequence_ptr, T, S, mine) == sequence)
+            mine = mine & (tl.load(valid_ptr + at, mask=mine, other=0) != 0)
+            mine = mine & (tl.load(dropped_ptr + at, mask=mine, other=1) == 0)
+            logp, log_ratio, bounded = log_ratios(
+                at, mine, logp_ptr, old_logp_ptr, advantage_ptr, low, high, CLIPPED
+            )
+            own = bounded == log_ratio
+            dlogp = tl.load(dlogp_ptr + at, mask=mine, other=0.0)
+            tl.store(dlogp_ptr + at, dlogp + tl.where(own, back, 0.0), mask=mine)
+    sum_by_the_last(loss_ptr, total_ptr, ticket_ptr, N, tl.num_programs(0), SUM)
+
+
+def sequence_loss(stats: RowStats, tokens: TokenVectors, level: Level, terms: Terms) -> RowLoss:
+    """Loss of every token and its derivative by logp, where ratios are those of sequences.
+
+    Args:
+        stats: of every row.
+        tokens: weights, advantages and what else is given of each.
+        level: whose ratio the surrogate sees, and which tokens are whose.
+        terms: the objective's formulas.
+    """
+    N = stats.logp.numel()
+    result = RowLoss.empty(N, stats.logp.device, stats.state)
+    result = result._replace(logp=stats.logp, entropy=stats.entropy)
+    spans = level.spans or (None if level.sequence_id is None else level.find_spans())
+    low, high = level.token_clip or (0.0, 0.0)
+    launch(
+        _sequence_loss_kernel,
+        level.sequences if N else 0,
+        on=stats.logp,
+        logp_ptr=stats.logp,
+        entropy_ptr=None if tokens.entropy_weight is None else stats.entropy,
+        exact_kl_ptr=stats.kl,
+        valid_ptr=level.valid,
+        weight_ptr=tokens.weight,
+        advantage_ptr=tokens.advantage,
+        old_logp_ptr=tokens.old_logp,
+        ref_logp_ptr=tokens.ref_logp,
+        factor_ptr=tokens.factor,
+        entropy_weight_ptr=tokens.entropy_weight,
+        sequence_ptr=level.sequence_id,
+        first_ptr=None if spans is None else spans.first,
+        last_ptr=None if spans is None else spans.last,
+        ratio_ptr=result.ratio,
+        kl_ptr=result.kl,
+        loss_ptr=result.loss,
+        dlogp_ptr=result.dlogp,
+        dropped_ptr=result.dropped,
+        total_ptr=result.total,
+        ticket_ptr=new_ticket(result.total) if tokens.ticket is None else tokens.ticket,
+        N=N,
+        T=level.width or N,
+        S=level.sequences,
+        low=float(low),
+        high=float(high),
+        beta=terms.beta,
+        surrogate_args=terms.surrogate_args,
+        SURROGATE=terms.surrogate,
+        KL=terms.kl,
+        KL_TIMES_RATIO=terms.kl_times_ratio,
+        LEVEL=level.name,
+        CLIPPED=level.token_clip is not None,
+        SUM=SUM_BLOCK,
+        BLOCK=SEQUENCE_BLOCK,
+        num_warps=SEQUENCE_WARPS,
+    )
+    return result
