@@ -32,7 +32,7 @@ from grpo_core.hot_loops import Loop, loops
 from grpo_core.machine_code import amdgcn, sass
 from grpo_core.objective import KL, Objective
 from grpo_core.policy_factor import PolicyFactor
-from grpo_core.recipes import RECIPES
+from grpo_core.recipes import RECIPES, dppo_kl
 
 # registers, spills and loops; None is unknown
 Figures = tuple[int | None, int | None, list[Loop] | None]
@@ -170,7 +170,10 @@ def _calls(
 
 def _formulas() -> Iterator[tuple[str, dict[str, Any]]]:
     """(variant, changes of an objective): every surrogate, and with clip every KL estimator."""
-    surrogates = {recipe.surrogate.function: recipe.surrogate for recipe in RECIPES.values()}
+    used = [recipe.surrogate for recipe in RECIPES.values()]
+    # the one surrogate that no recipe has
+    used.append(dppo_kl(0.05, 0.05))
+    surrogates = {surrogate.function: surrogate for surrogate in used}
     for function, surrogate in surrogates.items():
         for kl in get_args(KL) if function.__name__ == "clip" else ("k3",):
             if kl != "exact":

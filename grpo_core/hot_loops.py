@@ -50,7 +50,8 @@ class Loop:
     def role(self) -> str:
         """What the loop is for, by what it reads, writes and computes."""
         if not self.stores:
-            return "forward"
+            # what reads a vocabulary raises two to its logits; the sum of the losses does not
+            return "forward" if self.special else "sum"
         if not self.loads:
             return "zeros"
         return "gradient" if self.special else "scale"

@@ -22,8 +22,8 @@ LOAD_BYTES = 16
 VECTOR_BLOCK = 256
 # the one program that walks over all tokens: two to a thread, so that nothing spills
 TOKENS_BLOCK, TOKENS_WARPS = 1024, 16
-# a program to a sequence: two tokens to a thread
-SEQUENCE_BLOCK, SEQUENCE_WARPS = 256, 4
+# a program to a sequence: two tokens to a thread, of at most so many registers
+SEQUENCE_BLOCK, SEQUENCE_WARPS, SEQUENCE_REGISTERS = 512, 8, 64
 # a program's last act: few registers, beside those of a row
 SUM_BLOCK = 512
 
@@ -131,6 +131,11 @@ def launch(kernel: Any, programs: int, on: torch.Tensor, **arguments: Any) -> No
     if programs:
         with torch.cuda.device_of(on):
             kernel[(programs,)](**arguments)
+
+
+def at_most_registers(most: int) -> dict[str, int]:
+    """Lets NVIDIA's assembler use that many, where left alone it would spill to use fewer."""
+    return {} if torch.version.hip else {"maxnreg": most}
 
 
 def vector_programs(N: int) -> int:

@@ -11,7 +11,14 @@ Sums run over a sequence's own tokens in their order, so their bits do not depen
 """
 
 from .language import tl, triton
-from .launch import SEQUENCE_BLOCK, SEQUENCE_WARPS, SUM_BLOCK, launch
+from .launch import (
+    SEQUENCE_BLOCK,
+    SEQUENCE_REGISTERS,
+    SEQUENCE_WARPS,
+    SUM_BLOCK,
+    at_most_registers,
+    launch,
+)
 from .records import Level, RowLoss, RowStats, Terms, TokenVectors
 from .scalar_math import is_finite
 from .sum_by_the_last import new_ticket, sum_by_the_last
@@ -249,5 +256,6 @@ def sequence_loss(stats: RowStats, tokens: TokenVectors, level: Level, terms: Te
         SUM=SUM_BLOCK,
         BLOCK=SEQUENCE_BLOCK,
         num_warps=SEQUENCE_WARPS,
+        **at_most_registers(SEQUENCE_REGISTERS),
     )
     return result
