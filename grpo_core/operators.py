@@ -112,7 +112,8 @@ def fused_loss(*arguments: Any) -> tuple[Tensor, ...]:
         dlogp=slopes.dlogp,
         dentropy=none if slopes.dentropy is None else slopes.dentropy,
         dkl=none if slopes.dkl is None else slopes.dkl,
-        state=result.state,
+        # the torch backend, which finds it again, may have found it for once
+        state=result.state[: _states(logits, given["ref_logits"], given["backend"])],
     )
     # an operator's results share memory neither with its arguments nor with each other
     return tuple(vector.clone() for vector in outcome)
@@ -142,7 +143,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
         dlogp=torch.empty_like(floats),
         dentropy=torch.empty_like(floats) if spec.entropy_coef else none,
         dkl=torch.empty_like(floats) if spec.beta and ref_logits is not None else none.clone(),
-        state=_state_like(logits, ref_logits, given["backend"]),
+        state=floats.new_empty(_states(logits, ref_logits, given["backend"]), N),
     )
 
 
@@ -245,8 +246,7 @@ def _(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return logp, torch.empty_like(logp)
 
 
-def _state_like(logits: Tensor, ref_logits: Tensor | None, backend: Backend | None) -> Tensor:
-    """Room for the softmax state that a backend keeps."""
+def _states(logits: Tensor, ref_logits: Tensor | None, backend: Backend | None) -> int:
+    """Vectors of softmax state that a backend's second reading takes from the first."""
     backend = backend or ("triton" if logits.is_cuda else "torch")
-    states = 0 if backend == "torch" else 2 if ref_logits is None else 4
-    return logits.new_empty((states, math.prod(logits.shape[:-1])), dtype=torch.float32)
+    return 0 if backend == "torch" else 2 if ref_logits is None else 4
