@@ -1,10 +1,9 @@
 """The softmax of a few rows in cache: statistics of their targets, then their gradient.
 
 What `kernels/online_softmax.py` is to the kernels this is to the torch backend. The target is left
-out of the sum here, too. Torch's softmax treats every row alike wherever it stands in a chunk; its
-exp does not (the last elements of an array take another instruction). So powers come from softmax,
-and scalars of a row are computed in float64: a row's log-probability has the same bits in every
-batch.
+out of the sum here, too. A row's log-probability has the same bits in every batch: sums run over a
+row's own parts, its scalars are computed in float64, and no logit's power is taken at the end of an
+array, where torch may use another instruction.
 """
 
 from __future__ import annotations
@@ -21,6 +20,10 @@ from grpo_core.row_chunks import Chunk
 
 # more than there are threads to share a row among
 ROW_PARTS = 256
+# numbers that torch's vectorised loops take at a time, or a divisor of it
+STRIDE = 64
+# a sum of powers below this says that the target outweighs all others: they are centred anew
+LEAST_SUM = 1e-20
 
 
 @dataclass(frozen=True)
@@ -62,22 +65,23 @@ class RowSoftmax:
         """
         assert chunk.dlogits is not None
         policy, home, hole = self.policy, chunk.dlogits, found.target[:, None]
-        others, z = policy.others, found.z
+        powers, z = policy.powers, found.z
         still = ~slopes.any
         # a dropped row may hold NaN, which no factor removes
-        others.index_fill_(0, still.nonzero().squeeze(1), 0.0)
+        dropped = still.nonzero().squeeze(1)
+        powers.index_fill_(0, dropped, 0.0)
         share, mine = torch.sigmoid(z), torch.sigmoid(-z)
         at_target = slopes.dlogp.double() * share
         factor = -at_target
         extra = None
         if slopes.dentropy is not None:
             slope = slopes.dentropy.double()
-            spread = torch.where(share > 0, logsigmoid(z) + found.entropy, 0.0)
+            spread = torch.where(share > 0, logsigmoid(z) + found.entropy - policy.lse, 0.0)
             of_target = mine * (logsigmoid(-z) + found.entropy)
             at_target = at_target - torch.where(mine > 0, slope * of_target, 0.0)
+            # q·log q of the softmax among the others, log q = `centred` − lse
             factor = factor - slope * share * spread
-            # q·log q of the softmax among the others
-            extra = torch.xlogy(others, others, out=policy.centred)
+            extra = policy.weighted()[0].index_fill_(0, dropped, 0.0)
             extra.mul_(policy.scaled(-slope * share, still))
         if slopes.dkl is not None:
             assert found.kl is not None and found.ref_z is not None
@@ -87,39 +91,41 @@ class RowSoftmax:
             of_target = mine * (logsigmoid(-z) - logsigmoid(-found.ref_z) - found.kl)
             at_target = at_target + torch.where(mine > 0, slope * of_target, 0.0)
             factor = factor + torch.where(share > 0, slope * share * gap, 0.0)
-            excess = reference.others.mul_(policy.scaled(slope * share, still))
-            excess.index_fill_(0, still.nonzero().squeeze(1), 0.0)
+            excess = reference.powers.mul_(policy.scaled(slope * share, still))
+            excess.index_fill_(0, dropped, 0.0)
             extra = excess if extra is None else extra.add_(excess)
-        at_target, factor = policy.scaled(at_target, still), policy.scaled(factor, still)
+        at_target = (at_target / policy.temperature).float().masked_fill(still, 0.0)[:, None]
+        factor = policy.scaled(factor, still)
         if isinstance(chunk.inside, slice) and home.dtype == torch.float32 and extra is None:
-            torch.mul(others, factor, out=home).scatter_(1, hole, at_target)
+            torch.mul(powers, factor, out=home).scatter_(1, hole, at_target)
             return
-        others.mul_(factor)
+        powers.mul_(factor)
         if extra is not None:
-            others.add_(extra)
-        others.scatter_(1, hole, at_target)
+            powers.add_(extra)
+        powers.scatter_(1, hole, at_target)
         if isinstance(chunk.inside, slice):
-            home.copy_(others)
+            home.copy_(powers)
         else:
-            home.index_copy_(0, chunk.inside, others.to(home.dtype))
+            home.index_copy_(0, chunk.inside, powers.to(home.dtype))
 
 
 class _Others:
-    """The softmax over every word but the target, of one policy."""
+    """The softmax over every word but the target, of one policy: `powers` over their sum."""
 
     def __init__(self, temperature: float) -> None:
         self.temperature = temperature
-        self.centred = torch.empty(0)  # [n, V], logits over T less the row's largest; 0 at y
-        self.others = torch.empty(0)  # [n, V], the softmax; 0 at y
-        self.lse = torch.empty(0)  # [n] float64, of `centred` without y
-        self.largest = torch.empty(0)  # [n], of the logits
+        self.arrays = torch.empty(2, 0)  # what the next two are views of
+        self.centred = torch.empty(0)  # [n, V], logits over T less the row's centre; 0 at y
+        self.powers = torch.empty(0)  # [n, V], exp of `centred`; 0 at y
+        self.total = torch.empty(0)  # [n] float64, Σ of `powers`
+        self.lse = torch.empty(0)  # [n] float64, its logarithm
+        self.centre = torch.empty(0)  # [n] float64, nats
+        self.moment: Tensor | None = None  # [n], Σ of `centred` times `powers`, once it is known
 
     def read(self, logits: Tensor, target: Tensor) -> Tensor:
         """z = log Σ_{j≠y} exp(x_j − x_y) of rows `[n, V]`, float64 `[n]`."""
-        if self.others.shape != logits.shape:
-            self.centred = logits.new_empty(logits.shape, dtype=torch.float32)
-            self.others = torch.empty_like(self.centred)
-        centred, others, hole = self.centred, self.others, target[:, None]
+        self._make_room(logits)
+        centred, hole = self.centred, target[:, None]
         if logits.dtype == torch.float32:
             largest = logits.amax(1, keepdim=True)
             torch.sub(logits, largest, out=centred)
@@ -127,53 +133,81 @@ class _Others:
             centred.copy_(logits)
             largest = centred.amax(1, keepdim=True)
             centred.sub_(largest)
-        self.largest = largest.squeeze(1)
         if self.temperature != 1:
             centred.mul_(1 / self.temperature)
-        gap = centred.gather(1, hole).squeeze(1).double()
+        # in float64, since `centred` is rounded where it is large
+        mine = logits.gather(1, hole).squeeze(1).double() / self.temperature
+        self.centre = largest.squeeze(1).double() / self.temperature
         centred.scatter_(1, hole, -math.inf)
-        peak = centred.amax(1).double()
-        alone = peak == -math.inf
-        torch.softmax(centred, 1, out=others)
-        others.index_fill_(0, alone.nonzero().squeeze(1), 0.0)
-        # the likeliest of the others has probability 1/S
-        log_rest = -others.amax(1).double().log()
+        self._sum_powers()
+        if (self.total < LEAST_SUM).any():
+            self._centre_anew()
+        self.moment = None
+        # powers at the hole are 0 and stay so; no other product with them is to be NaN
         centred.scatter_(1, hole, 0.0)
-        self.lse = peak + log_rest
-        return torch.where(alone & ~gap.isnan(), -math.inf, self.lse - gap)
+        self.lse = self.total.log()
+        gap = mine - self.centre
+        return torch.where((self.total == 0) & ~gap.isnan(), -math.inf, self.lse - gap)
 
     def state(self) -> Tensor:
         """M and S of `online_softmax` of every row, float32 `[2, n]`."""
-        exact = self.largest.double() / self.temperature
-        peak = (exact / math.log(2)).float()
-        rest = torch.exp(self.lse + exact - peak.double() * math.log(2))
+        peak = (self.centre / math.log(2)).float()
+        rest = torch.exp(self.lse + self.centre - peak.double() * math.log(2))
         return torch.stack([peak, rest.float()])
 
     def entropy(self) -> Tensor:
         """Entropy of the softmax over the other words, nats, float64 `[n]`; uses up `centred`."""
-        moment = _row_sums(self.centred.mul_(self.others))
-        # 0·(−inf): a forbidden word has no entropy; a NaN among the logits shows in z
-        if moment.isnan().any():
-            moment = _row_sums(self.centred.nan_to_num_(nan=0.0))
-        return self.lse - moment.double()
+        return self.lse - self.weighted()[1].double() / self.total
 
     def divergence_from(self, reference: _Others) -> Tensor:
         """KL between the two softmaxes over the other words, nats, float64 `[n]`.
 
-        Leaves its integrand, Σ of which this is but for the two sums, in `reference.others`.
+        Leaves its integrand, Σ of which over `total` this is but for the two sums, in
+        `reference.powers`.
         """
-        excess = torch.sub(self.centred, reference.centred, out=reference.others)
-        excess.mul_(self.others)
+        excess = torch.sub(self.centred, reference.centred, out=reference.powers)
+        excess.mul_(self.powers)
         cross = _row_sums(excess)
         if cross.isnan().any():
             # what π forbids adds nothing, whatever π_ref says of it
-            excess.masked_fill_(self.others == 0, 0.0)
+            excess.masked_fill_(self.powers == 0, 0.0)
             cross = _row_sums(excess)
-        return cross.double() - (self.lse - reference.lse)
+        return cross.double() / self.total - (self.lse - reference.lse)
+
+    def weighted(self) -> tuple[Tensor, Tensor]:
+        """`centred` times `powers`, in the place of `centred`, and its row sums `[n]`."""
+        if self.moment is None:
+            self.moment = _row_sums(self.centred.mul_(self.powers))
+            # 0·(−inf): a forbidden word has no entropy; a NaN among the logits shows in z
+            if self.moment.isnan().any():
+                self.moment = _row_sums(self.centred.nan_to_num_(nan=0.0))
+        return self.centred, self.moment
 
     def scaled(self, vector: Tensor, still: Tensor) -> Tensor:
-        """A row's derivative over T, float32 `[n, 1]`, 0 where nothing moves."""
-        return (vector / self.temperature).float().masked_fill(still, 0.0)[:, None]
+        """A row's derivative by T over the sum, float32 `[n, 1]`, 0 where nothing moves."""
+        still = still | (self.total == 0)
+        return (vector / (self.temperature * self.total)).float().masked_fill(still, 0.0)[:, None]
+
+    def _make_room(self, logits: Tensor) -> None:
+        """Scratch for such rows, and for powers behind them that nobody reads."""
+        if self.powers.shape != logits.shape:
+            numbers = logits.numel()
+            room = -(-numbers // STRIDE) * STRIDE
+            self.arrays = torch.zeros(2, room, dtype=torch.float32, device=logits.device)
+            self.centred, self.powers = self.arrays[:, :numbers].view(2, *logits.shape)
+
+    def _sum_powers(self) -> None:
+        torch.exp(self.arrays[0], out=self.arrays[1])
+        self.total = _row_sums(self.powers).double()
+
+    def _centre_anew(self) -> None:
+        """Moves the centre of rows whose sum is too small to the likeliest of the others."""
+        peak = self.centred.amax(1)
+        small = (self.total < LEAST_SUM) & (peak > -math.inf)
+        moved = torch.where(small, peak, 0.0)
+        self.centred.sub_(moved[:, None])
+        self.centre = self.centre + moved.double()
+        self._sum_powers()
 
 
 def _row_sums(matrix: Tensor) -> Tensor:

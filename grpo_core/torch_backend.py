@@ -60,9 +60,7 @@ def row_loss(
 ) -> RowLoss:
     """Loss of every row, and the gradient of every logit into `dlogits`, in one pass."""
     target = tokens.target
-    result = RowLoss.empty(rows.N, target.device, state=tokens.weight.new_empty(0, rows.N))
-    for vector in result:
-        vector.zero_()
+    vectors = target.new_zeros(7, rows.N, dtype=torch.float32)
 
     def pass_over(chunk: Chunk, softmax: RowSoftmax) -> None:
         at, some = chunk.at, tokens.at(chunk.at)
@@ -73,8 +71,7 @@ def row_loss(
         dlogp = token.dlogp + token.dlog_ratio
         ratio = log_ratio.double().exp().float()
         values = (logp, found.entropy, ratio, token.kl, token.loss, dlogp, token.dropped)
-        for vector, value in zip(result[:-2], values, strict=True):
-            vector[at] = value
+        vectors[:, at] = torch.stack(values)
         if dlogits is not None:
             exact_beta = None if found.kl is None else terms.beta
             softmax.write_gradient(chunk, some.slopes(dlogp, token.dropped, exact_beta), found)
@@ -82,7 +79,9 @@ def row_loss(
     wanted = (tokens.weight != 0) & _readable(target, rows.V)
     scratch = partial(RowSoftmax, temperature)
     for_each_chunk(pass_over, scratch, rows, wanted, dlogits, ref_rows)
-    return result._replace(total=result.loss.sum())
+    logp, entropy, ratio, kl, loss, dlogp, dropped = vectors
+    state = vectors.new_empty(0, rows.N)
+    return RowLoss(logp, entropy, ratio, kl, loss, dlogp, dropped.bool(), state, loss.sum())
 
 
 def row_dlogits(
@@ -132,8 +131,9 @@ def token_loss(
     if tokens.factor is not None:
         policy = tuple(tokens.factor.double() * part for part in policy)
     loss, dlogp, dlog_ratio = policy
-    kl_value = torch.zeros_like(logp) if exact_kl is None else exact_kl.double()
-    dkl = dkl_ratio = torch.zeros_like(logp)
+    kl_value = dkl = dkl_ratio = torch.zeros_like(logp)
+    if exact_kl is not None:
+        kl_value = exact_kl.double()
     if tokens.ref_logp is not None and terms.kl is not None:
         kl_value, dkl = as_torch(terms.kl)(logp, tokens.ref_logp.double())
         if terms.kl_times_ratio:
@@ -147,9 +147,8 @@ def token_loss(
         loss = loss - tokens.entropy_weight.double() * entropy.double()
     weighted = [part.float() for part in (loss, weight * dlogp, weight * dlog_ratio)]
     alive = weight != 0
-    usable = logp.isfinite() & log_ratio.isfinite() & log_ratio.exp().float().isfinite()
-    for part in weighted:
-        usable &= part.isfinite()
+    # at once, as a chunk has few rows and many operations
+    usable = torch.stack([logp, log_ratio, log_ratio.exp().float(), *weighted]).isfinite().all(0)
     loss, dlogp, dlog_ratio = (torch.where(alive & usable, part, 0.0) for part in weighted)
     kl_value = torch.where(alive, kl_value.float(), 0.0)
     return TokenLoss(loss, dlogp, dlog_ratio, kl_value, dropped=alive & ~usable)

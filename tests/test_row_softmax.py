@@ -1,0 +1,77 @@
+"""The torch backend's softmax where a target outweighs all others, and where chunks end."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from grpo_core import RECIPES, fused_loss, token_logp
+from grpo_core.reference import reference_loss
+from grpo_core.row_softmax import RowSoftmax
+
+BONUS = RECIPES["dapo"].replace(entropy_coef=0.1)
+
+
+def dominated(margin: float, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """(logits [4, 300], target): the target lies `margin` nats above words of all kinds."""
+    torch.manual_seed(0)
+    logits, target = torch.randn(4, 300, dtype=torch.float64) * 3, torch.arange(4) * 50
+    logits[3, 7] = -math.inf
+    logits.scatter_(1, target[:, None], logits.amax(1, keepdim=True) + margin)
+    return logits.to(dtype), target
+
+
+@pytest.mark.parametrize("margin", [40.0, 50.0, 80.0, 110.0, 700.0])
+def test_a_target_far_above_all_others(margin: float) -> None:
+    """Its log-probability, −Σ of the others' odds, has all its digits; the gradient likewise."""
+    logits, target = dominated(margin)
+    exact = logits.double()
+    mine = exact.gather(1, target[:, None])
+    others = exact.scatter(1, target[:, None], -math.inf) - mine
+    logp = -torch.log1p(others.exp().sum(1))
+    torch.testing.assert_close(
+        token_logp(logits, target, backend="torch").logp.double(),
+        # below the least float32 number there is only 0
+        torch.where(logp > -1e-45, 0.0, logp),
+        rtol=5e-6,
+        atol=2e-45,
+    )
+    leaf = logits.clone().requires_grad_()
+    given = {"objective": BONUS, "advantage": torch.ones(4), "sequence_id": torch.arange(4)}
+    fused_loss(leaf, target, backend="torch", **given).loss.backward()
+    double = exact.requires_grad_()
+    reference_loss(double, target, **given).loss.backward()
+    # the target's own, 1 − p, is beyond float64; a row's gradients sum to 0
+    others = double.grad.scatter(1, target[:, None], 0.0)
+    expected = others.scatter(1, target[:, None], -others.sum(1, keepdim=True))
+    torch.testing.assert_close(leaf.grad.double(), expected, rtol=2e-5, atol=1e-38)
+
+
+def test_nothing_but_the_target_is_allowed() -> None:
+    """All others −inf: probability 1, no entropy, no gradient, nothing dropped."""
+    logits, target = torch.full((2, 70), -math.inf), torch.tensor([3, 69])
+    logits.scatter_(1, target[:, None], 5.0).requires_grad_()
+    out = fused_loss(
+        logits, target, objective=BONUS, advantage=torch.ones(2), sequence_id=torch.arange(2)
+    )
+    out.loss.backward()
+    assert out.logp.tolist() == out.entropy.tolist() == [0.0, 0.0]
+    assert out.metrics["nonfinite_rows"] == 0
+    assert not logits.grad.any()
+
+
+@pytest.mark.parametrize("V", [1, 63, 64, 65, 300])
+def test_powers_do_not_depend_on_where_a_row_ends(V: int) -> None:
+    """Torch may treat the end of an array differently; no word of a vocabulary lies there."""
+    torch.manual_seed(1)
+    softmax, rows = RowSoftmax(0.7), torch.randn(9, V)
+    softmax.policy.read(rows, torch.zeros(9, dtype=torch.int64))
+    together = softmax.policy.powers.clone()
+    assert softmax.policy.arrays.shape[1] % 64 == 0
+    for row, powers in zip(rows, together, strict=True):
+        alone = RowSoftmax(0.7).policy
+        alone.read(row[None], torch.zeros(1, dtype=torch.int64))
+        assert torch.equal(alone.powers[0], powers)
