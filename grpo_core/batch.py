@@ -8,12 +8,13 @@ those rows alone, so logits are [N, V] and not [S, T, V].
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo_core.rollout import Rollout
+from grpo_core.rollout import Rollout, evaluation_mode
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,16 @@ class Rows:
         """Predictions [N, V]: the backbone over all tokens, the output matrix over the rows."""
         # Left padding must not shift positions; padded places get 0 and are never attended to.
         position_ids = (self.attention.long().cumsum(1) - 1).clamp(min=0)
-        hidden = model.base_model(
+        # peft puts its own model around the one that has a backbone
+        peft = hasattr(model, "peft_config")
+        whole: Any = model.get_base_model() if peft else model  # type: ignore[operator]
+        hidden = whole.base_model(
             input_ids=self.ids,
             attention_mask=self.attention.long(),
             position_ids=position_ids,
             use_cache=False,
         ).last_hidden_state  # [S, T, D]
-        return model.get_output_embeddings()(hidden[self.sequence, self.column])
+        return whole.get_output_embeddings()(hidden[self.sequence, self.column])
 
 
 def rows_of(ids: Tensor, attention: Tensor, is_target: Tensor) -> Rows:
@@ -105,8 +109,9 @@ def check_output_matrix(model: PreTrainedModel) -> None:
     """Raises ValueError unless logits are a plain product (Gemma 2 caps them, Granite scales)."""
     ids = torch.arange(4, device=model.device)[None] % model.config.vocab_size
     everything = torch.ones_like(ids, dtype=torch.bool)
-    ours = rows_of(ids, everything, everything).logits(model)
-    theirs = model(input_ids=ids).logits[0, :-1]
+    with evaluation_mode(model):
+        ours = rows_of(ids, everything, everything).logits(model)
+        theirs = model(input_ids=ids).logits[0, :-1]
     if not torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=1e-2):
         raise ValueError(
             "model: expected logits = get_output_embeddings()(hidden states), got logits that are "

@@ -50,6 +50,16 @@ class Watch:
         self.warned: set[str] = set()
         self.zero_std_streak = 0
 
+    @property
+    def state(self) -> dict[str, Any]:
+        """What it remembers, for a checkpoint."""
+        return {"warned": sorted(self.warned), "zero_std_streak": self.zero_std_streak}
+
+    @state.setter
+    def state(self, state: dict[str, Any]) -> None:
+        self.warned = set(state["warned"])
+        self.zero_std_streak = state["zero_std_streak"]
+
     def __call__(self, metrics: Metrics) -> None:
         """Looks at one step's metrics."""
         if metrics["truncated"] > TRUNCATED_LIMIT:
@@ -112,6 +122,27 @@ def update_metrics(updates: Sequence[Metrics]) -> Metrics:
 
 
 def append_json(path: Path, record: Metrics) -> None:
-    """One more line of a JSON-lines file."""
+    """One more line of a JSON-lines file, made with its folder if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
+
+
+def drop_records(path: Path, label: str, after_step: int) -> None:
+    """Takes back what was written of a stage after a step, and half a line if there is one.
+
+    A run that goes on from a checkpoint does those steps again.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record["stage"] != label or record.get("step", 0) <= after_step:
+            kept.append(line + "\n")
+    beside = path.with_suffix(".part")
+    beside.write_text("".join(kept), "utf-8")
+    beside.replace(path)

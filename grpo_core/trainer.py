@@ -13,8 +13,8 @@ import copy
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,11 +32,24 @@ from grpo_core import (
 )
 from grpo_core.advantages import estimate_advantages
 from grpo_core.batch import Batch, Rows, check_output_matrix, pack
+from grpo_core.checkpoint import (
+    STATE,
+    Interrupted,
+    Request,
+    checkpoints,
+    load_weights,
+    random_states,
+    save_checkpoint,
+    set_random_states,
+    step_of,
+    stop_request,
+)
 from grpo_core.monitor import (
     Clock,
     Metrics,
     Watch,
     append_json,
+    drop_records,
     rollout_metrics,
     sampler_mismatch,
     update_metrics,
@@ -71,9 +84,13 @@ class TrainerConfig:
     shuffle_rewards: bool = False  # the control: every completion gets another one's reward
     evaluate_every: int = 5
     seed: int = 0
+    checkpoint_every: int = 10  # steps, where there is a folder for checkpoints
+    keep_checkpoints: int = 2
+    max_skipped_updates: int = 8  # in a row; one more stops the run
 
     def __post_init__(self) -> None:
-        for name in ("steps", "prompts_per_step", "minibatches", "epochs", "evaluate_every"):
+        counts = ("steps", "prompts_per_step", "minibatches", "epochs", "evaluate_every")
+        for name in (*counts, "checkpoint_every", "keep_checkpoints", "max_skipped_updates"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.group_size < 2:
@@ -90,6 +107,13 @@ class TrainerConfig:
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature: expected more than 0 to train on, got 0")
 
+    def identity(self) -> dict[str, str]:
+        """What may not change between a checkpoint and the run that goes on from it."""
+        free = ("checkpoint_every", "keep_checkpoints", "max_skipped_updates", "evaluate_every")
+        named = {name: repr(value) for name, value in vars(self).items() if name not in free}
+        numbers = ", ".join(map(str, self.objective.numbers))
+        return named | {"objective": f"{self.objective.key} ({numbers})"}
+
 
 class Trainer:
     """Trains a causal language model in place.
@@ -101,6 +125,8 @@ class Trainer:
         reward: scores completions; see `grpo_core.rewards.Reward`.
         config: the run.
         metrics_path: JSON-lines file to append each step's record to.
+        checkpoints: folder for checkpoints, of this run alone. With it, SIGINT (Ctrl-C) and SIGTERM
+            end a run after the step it is in, saved; `resume` goes on.
         label: the run's name in records and on the progress bar.
     """
 
@@ -112,6 +138,7 @@ class Trainer:
         config: TrainerConfig,
         *,
         metrics_path: Path | None = None,
+        checkpoints: Path | None = None,
         label: str = "grpo",
     ) -> None:
         check_output_matrix(model)
@@ -120,6 +147,7 @@ class Trainer:
         self.reward = reward
         self.config = config
         self.metrics_path = metrics_path
+        self.checkpoints = checkpoints
         self.label = label
         self.reference = frozen_copy(model) if config.objective.beta > 0 else None
         self.optimizer = torch.optim.AdamW(
@@ -127,20 +155,86 @@ class Trainer:
         )
         self.steps_done = 0
         self.skipped_updates = 0
+        self.skipped_in_a_row = 0
         self.watch = Watch()
 
     def train(self, evaluation: Callable[[], Metrics] | None = None) -> list[Metrics]:
-        """All steps, with a progress bar; `evaluation()` before, now and then, and at the end."""
-        history = [self.record({"step": 0}, evaluation)]
-        progress = tqdm(range(self.config.steps), desc=self.label, unit="step")
-        for _ in progress:
-            metrics = self.step()
-            due = self.steps_done % self.config.evaluate_every == 0
-            last = self.steps_done == self.config.steps
-            history.append(self.record(metrics, evaluation if due or last else None))
-            shown = {name: metrics[name] for name in ("reward", "length", "kl")}
-            progress.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
+        """The steps that are left, with a progress bar, and a record of each.
+
+        Args:
+            evaluation: called before the first step, now and then, and at the end.
+
+        Raises:
+            Interrupted: after a signal, once the step is done and saved.
+            FloatingPointError: too many updates in a row were not finite, see `update`.
+        """
+        config, history = self.config, []
+        if not self.steps_done:
+            history.append(self.record({"step": 0}, evaluation))
+        progress = tqdm(
+            range(self.steps_done, config.steps),
+            desc=self.label,
+            unit="step",
+            initial=self.steps_done,
+            total=config.steps,
+        )
+        with stop_request() if self.checkpoints else nullcontext(Request()) as request:
+            for _ in progress:
+                metrics = self.step()
+                due = self.steps_done % config.evaluate_every == 0
+                last = self.steps_done == config.steps
+                history.append(self.record(metrics, evaluation if due or last else None))
+                shown = {name: metrics[name] for name in ("reward", "length", "kl")}
+                progress.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
+                if self.checkpoints and (self.steps_done % config.checkpoint_every == 0 or last):
+                    self.save(self.checkpoints)
+                if self.checkpoints and request.number and not last:
+                    raise Interrupted(request.number, self.save(self.checkpoints))
         return history
+
+    def save(self, directory: Path) -> Path:
+        """Everything the run needs to go on, as a checkpoint under `directory`."""
+        state = {
+            "config": self.config.identity(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": random_states(),
+            "skipped_updates": self.skipped_updates,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "watch": self.watch.state,
+        }
+        keep = self.config.keep_checkpoints
+        return save_checkpoint(directory, self.steps_done, self.model, state, keep)
+
+    def resume(self) -> int:
+        """Goes on from the last checkpoint, if there is one; returns the steps that are done.
+
+        The trainer must be made as it was for the run's start, from the model it started from: that
+        is the reference of the KL. On a CPU what follows is then what a straight run gives, bit for
+        bit. Records of later steps are taken out of the metrics file.
+
+        Raises:
+            ValueError: the checkpoint is of a run with other settings.
+        """
+        found = checkpoints(self.checkpoints) if self.checkpoints else []
+        if not found:
+            return 0
+        state = torch.load(found[-1] / STATE, map_location="cpu", weights_only=True)
+        mine, theirs = self.config.identity(), state["config"]
+        for name, value in mine.items():
+            if theirs.get(name) != value:
+                raise ValueError(
+                    f"{name}: expected {theirs.get(name)} as in {found[-1]}, got {value}"
+                )
+        load_weights(found[-1], self.model)
+        self.optimizer.load_state_dict(state["optimizer"])
+        set_random_states(state["random"])
+        self.skipped_updates = state["skipped_updates"]
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+        self.watch.state = state["watch"]
+        self.steps_done = step_of(found[-1])
+        if self.metrics_path is not None:
+            drop_records(self.metrics_path, self.label, self.steps_done)
+        return self.steps_done
 
     def step(self) -> Metrics:
         """One rollout and the updates made of it."""
@@ -195,7 +289,11 @@ class Trainer:
         return replace(minibatch, old_logp=old_logp, ref_logp=ref_logp)
 
     def update(self, minibatch: Batch, clock: Clock) -> Metrics:
-        """One optimizer step; skipped and counted if the loss or its gradient is not finite."""
+        """One optimizer step; skipped and counted if the loss or its gradient is not finite.
+
+        Raises:
+            FloatingPointError: that happened too often in a row; names the file of the inputs.
+        """
         with clock.phase("loss"):
             out = self.loss(minibatch)
             out.loss.backward()
@@ -209,10 +307,28 @@ class Trainer:
             metrics = dict(zip(figures, values, strict=True))
             if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
                 self.optimizer.step()
+                self.skipped_in_a_row = 0
             else:
                 self.skipped_updates += 1
+                self.skipped_in_a_row += 1
             self.optimizer.zero_grad()
+        if self.skipped_in_a_row > self.config.max_skipped_updates:
+            self.give_up(minibatch, metrics)
         return metrics
+
+    def give_up(self, minibatch: Batch, metrics: Metrics) -> None:
+        """Raises FloatingPointError; leaves the inputs of the update beside the checkpoints."""
+        step, where = self.steps_done + 1, "there is no folder for checkpoints to save them in"
+        if self.checkpoints:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            file = self.checkpoints / f"not-finite-{step:06d}.pt"
+            torch.save(asdict(minibatch), file)
+            where = f"they lie in {file}"
+        raise FloatingPointError(
+            f"step {step}: {self.skipped_in_a_row} updates in a row had a loss or gradient that is "
+            f"not finite (loss {metrics['loss']}, gradient norm {metrics['grad_norm']}); as for "
+            f"the last one's inputs, {where}"
+        )
 
     def loss(self, minibatch: Batch) -> LossOutput:
         """The objective on packed rows, in one pass over the logits or as plain PyTorch."""
