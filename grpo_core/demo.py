@@ -25,7 +25,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from grpo_core import RECIPES, Objective, decimals
 from grpo_core.evaluate import evaluate
-from grpo_core.monitor import append_json
+from grpo_core.monitor import append_json, keep_records
 from grpo_core.rewards import TextReward
 from grpo_core.rollout import Problem, Sampling
 from grpo_core.supervised import Example, SupervisedConfig, train_supervised
@@ -48,7 +48,8 @@ class DemoConfig:
     """Options of the embedded run; the defaults are the run the README reports."""
 
     output: str = option(
-        "runs/demo", "Run directory; its base model is used again, all else replaced."
+        "runs/demo",
+        "Run directory; its base model is used again, all else replaced, except with --resume.",
     )
     seed: int = option(0, "Seed of everything random: weights, corpus, prompts, sampling.")
     stages: Literal["zero", "r1", "both"] = option("both", "Which way from the base to go.")
@@ -68,6 +69,7 @@ class DemoConfig:
     gate: float = option(0.9, "Greedy accuracy off the traps that the base must reach to go on.")
     threads: int = option(0, "CPU threads; 0: as torch likes. Take 1 on a busy machine.")
     plot: bool = option(True, "Draw curves.png (needs matplotlib); --no_plot does not.")
+    resume: bool = option(False, "Go on with an interrupted run of the same options.")
 
     def __post_init__(self) -> None:
         if self.objective not in RECIPES:
@@ -114,24 +116,49 @@ class Demo:
         self.stages: list[Stage] = []
 
     def run(self) -> list[Stage]:
-        """Every stage asked for, in order; measured, saved and recorded as it is done."""
+        """Every stage asked for, in order; measured, saved and recorded as it is done.
+
+        Raises:
+            ValueError: the base is too weak, see `check_base`.
+            Interrupted: by a signal in the middle of reinforcement learning, which is saved.
+        """
         self.directory.mkdir(parents=True, exist_ok=True)
-        # an earlier run's results must not pass for this one's; its base may
+        if self.config.resume:
+            self.read_stages()
+        else:
+            self.clear()
+        way = {"zero": ["R1-Zero"], "r1": ["SFT", "R1"], "both": ["R1-Zero", "SFT", "R1"]}
+        done = [stage.name for stage in self.stages]
+        for name in ["base", *way[self.config.stages]]:
+            if name not in done:
+                self.measure(name, self.build(name))
+            if name == "base":
+                self.check_base()
+        return self.stages
+
+    def build(self, name: str) -> PreTrainedModel:
+        """The model of a stage, from that of the stage before it."""
+        if name == "base":
+            return self.base_model()
+        if name == "SFT":
+            return self.cold_start(self.base_model())
+        if name == "R1-Zero":
+            return self.reinforce(self.base_model(), name)
+        return self.reinforce(LlamaForCausalLM.from_pretrained(self.directory / "sft"), name)
+
+    def clear(self) -> None:
+        """An earlier run's results must not pass for this one's; its base may."""
         for name in ("metrics.jsonl", "results.json", "report.md", "curves.png"):
             (self.directory / name).unlink(missing_ok=True)
-        for name in ("r1-zero", "sft", "r1"):
+        for name in ("r1-zero", "sft", "r1", "checkpoints"):
             shutil.rmtree(self.directory / name, ignore_errors=True)
-        stages = self.config.stages
-        self.measure("base", self.base_model())
-        self.check_base()
-        if stages in ("zero", "both"):
-            self.measure("R1-Zero", self.reinforce(self.base_model(), "R1-Zero"))
-        if stages in ("r1", "both"):
-            self.measure("SFT", model := self.cold_start(self.base_model()))
-            self.measure("R1", self.reinforce(model, "R1"))
-        results = [asdict(stage) for stage in self.stages]
-        (self.directory / "results.json").write_text(json.dumps(results, indent=2), "utf-8")
-        return self.stages
+
+    def read_stages(self) -> None:
+        """The stages that an interrupted run has finished; what it noted of others is forgotten."""
+        if (results := self.directory / "results.json").exists():
+            self.stages = [Stage(**stage) for stage in json.loads(results.read_text("utf-8"))]
+        done = [stage.name for stage in self.stages]
+        keep_records(self.metrics_path, lambda r: r["stage"] in done or "result" not in r)
 
     def base_model(self) -> PreTrainedModel:
         """A model of the whole corpus: built once, then read from the run directory."""
@@ -192,8 +219,11 @@ class Demo:
                 seed=config.seed,
             ),
             metrics_path=self.metrics_path,
+            checkpoints=self.directory / "checkpoints" / name.lower(),
             label=name,
         )
+        if config.resume:
+            trainer.resume()
         trainer.train(lambda: self.progress(model))
         return model
 
@@ -204,16 +234,23 @@ class Demo:
         return {**sampled, "greedy_accuracy/trap": greedy["accuracy"]}
 
     def measure(self, name: str, model: PreTrainedModel) -> None:
-        """Full held-out figures and the showcase's answers; the model is saved under its name."""
+        """Full held-out figures and the showcase's answers; the model is saved under its name.
+
+        With results.json a stage counts as finished, so that is written last and in one go.
+        """
         greedy = evaluate(model, self.held_out, self.reward, GREEDY)
         sampled = evaluate(model, self.held_out, self.reward, SAMPLED)
         shown = greedy.completions[: len(decimals.SHOWCASE)]
         answers = self.tokenizer.batch_decode(shown, skip_special_tokens=True)
         self.stages.append(Stage(name, greedy.metrics, sampled.metrics, answers))
-        figures = {"greedy": greedy.metrics, "sampled": sampled.metrics}
-        append_json(self.metrics_path, {"stage": name, "result": figures})
         if name != "base":
             self.save(model, name)
+        figures = {"greedy": greedy.metrics, "sampled": sampled.metrics}
+        append_json(self.metrics_path, {"stage": name, "result": figures})
+        results, beside = self.directory / "results.json", self.directory / "results.part"
+        beside.write_text(json.dumps([asdict(stage) for stage in self.stages], indent=2), "utf-8")
+        beside.replace(results)
+        shutil.rmtree(self.directory / "checkpoints" / name.lower(), ignore_errors=True)
 
     def check_base(self) -> None:
         """Raises ValueError if the base has not learnt the easy pairs.

@@ -6,7 +6,7 @@ import json
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -128,10 +128,10 @@ def append_json(path: Path, record: Metrics) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def drop_records(path: Path, label: str, after_step: int) -> None:
-    """Takes back what was written of a stage after a step, and half a line if there is one.
+def keep_records(path: Path, wanted: Callable[[Metrics], bool]) -> None:
+    """Takes out of a JSON-lines file what is not wanted, and half a line if there is one.
 
-    A run that goes on from a checkpoint does those steps again.
+    A run that goes on from a checkpoint does again what came after it.
     """
     if not path.exists():
         return
@@ -141,7 +141,7 @@ def drop_records(path: Path, label: str, after_step: int) -> None:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if record["stage"] != label or record.get("step", 0) <= after_step:
+        if wanted(record):
             kept.append(line + "\n")
     beside = path.with_suffix(".part")
     beside.write_text("".join(kept), "utf-8")

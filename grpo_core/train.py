@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import torch
 import transformers
 from transformers import HfArgumentParser
 
+from grpo_core.checkpoint import Interrupted
 from grpo_core.demo import Demo, DemoConfig
 from grpo_core.plot import plot
 from grpo_core.report import markdown, show
@@ -40,13 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"\nstopped: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except FloatingPointError as error:
+        print(f"\nstopped: {error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, Interrupted) as stop:
         print(
             f"\ninterrupted; what was finished lies in {demo.directory}/, and the same command "
-            "begins again from its base model",
+            "with --resume True goes on from there",
             file=sys.stderr,
         )
-        return 130
+        return 128 + (stop.number if isinstance(stop, Interrupted) else signal.SIGINT)
     (demo.directory / "report.md").write_text(markdown(stages), "utf-8")
     show(stages)
     if config.plot:
@@ -57,8 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def save_config(config: DemoConfig, directory: Path) -> None:
-    """config.json: the options as resolved, and what they ran on."""
+    """config.json: the options as resolved, and what they ran on.
+
+    Raises:
+        ValueError: with --resume, another option than the interrupted run had.
+    """
     directory.mkdir(parents=True, exist_ok=True)
+    if config.resume:
+        check_options(config, directory / "config.json")
     environment = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -66,6 +77,16 @@ def save_config(config: DemoConfig, directory: Path) -> None:
     }
     record = {"options": asdict(config), "environment": environment}
     (directory / "config.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+
+
+def check_options(config: DemoConfig, file: Path) -> None:
+    """Raises ValueError unless the run in `file` had these options, but for how it is shown."""
+    if not file.exists():
+        raise ValueError(f"resume: expected an interrupted run, found no {file}")
+    before = json.loads(file.read_text("utf-8"))["options"]
+    for name, value in asdict(config).items():
+        if name not in ("resume", "threads", "plot", "output") and before.get(name) != value:
+            raise ValueError(f"{name}: expected {before.get(name)} as in {file}, got {value}")
 
 
 def draw(directory: Path) -> None:

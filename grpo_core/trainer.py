@@ -49,7 +49,7 @@ from grpo_core.monitor import (
     Metrics,
     Watch,
     append_json,
-    drop_records,
+    keep_records,
     rollout_metrics,
     sampler_mismatch,
     update_metrics,
@@ -217,6 +217,7 @@ class Trainer:
         """
         found = checkpoints(self.checkpoints) if self.checkpoints else []
         if not found:
+            self.forget_steps(after=-1)
             return 0
         state = torch.load(found[-1] / STATE, map_location="cpu", weights_only=True)
         mine, theirs = self.config.identity(), state["config"]
@@ -232,9 +233,17 @@ class Trainer:
         self.skipped_in_a_row = state["skipped_in_a_row"]
         self.watch.state = state["watch"]
         self.steps_done = step_of(found[-1])
-        if self.metrics_path is not None:
-            drop_records(self.metrics_path, self.label, self.steps_done)
+        self.forget_steps(after=self.steps_done)
         return self.steps_done
+
+    def forget_steps(self, after: int) -> None:
+        """Takes the records of later steps out of the metrics file."""
+
+        def wanted(record: Metrics) -> bool:
+            return record["stage"] != self.label or record.get("step", 0) <= after
+
+        if self.metrics_path is not None:
+            keep_records(self.metrics_path, wanted)
 
     def step(self) -> Metrics:
         """One rollout and the updates made of it."""

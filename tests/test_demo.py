@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from grpo_core.demo import Demo, DemoConfig
 from grpo_core.train import main
+from grpo_core.trainer import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*ran into max_new_tokens")
 
@@ -140,6 +144,57 @@ def test_an_interrupted_run_says_what_is_left(
     assert "interrupted; what was finished lies in" in capsys.readouterr().err
     assert not (tmp_path / "results.json").exists()
     assert not (tmp_path / "r1").exists()
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stopped once in R1-Zero's first step and once before R1: the same records and models."""
+    straight, parts = tmp_path / "straight", tmp_path / "parts"
+    assert main([*SHORT, "--no_plot", "--output", str(straight)]) == 0
+    again = [*SHORT, "--no_plot", "--output", str(parts)]
+
+    step, reinforce = Trainer.step, Demo.reinforce
+
+    def terminated(self: Trainer) -> dict[str, Any]:
+        signal.raise_signal(signal.SIGTERM)
+        return step(self)
+
+    def interrupted(self: Demo, model: PreTrainedModel, name: str) -> PreTrainedModel:
+        if name == "R1":
+            raise KeyboardInterrupt
+        return reinforce(self, model, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", terminated)
+        assert main(again) == 128 + signal.SIGTERM
+    assert "with --resume True goes on" in capsys.readouterr().err
+    again += ["--resume", "True"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Demo, "reinforce", interrupted)
+        assert main(again) == 128 + signal.SIGINT
+    with pytest.raises(SystemExit):
+        main([*again, "--seed", "5"])
+    assert "seed: expected 0 as in" in capsys.readouterr().err
+    assert main(again) == 0
+
+    without_times = [
+        [{k: v for k, v in r.items() if k != "seconds"} for r in records(directory)]
+        for directory in (straight, parts)
+    ]
+    assert without_times[0] == without_times[1]
+    for name in ("r1-zero", "sft", "r1"):
+        weights = [(run / name / "model.safetensors").read_bytes() for run in (straight, parts)]
+        assert weights[0] == weights[1]
+    assert not any((parts / "checkpoints").iterdir())
+
+
+def test_there_must_be_something_to_go_on_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*SHORT, "--output", str(tmp_path / "new"), "--resume", "True"])
+    assert "resume: expected an interrupted run, found no" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
