@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from grpo_core.monitor import means
 from grpo_core.rewards import Reward
 from grpo_core.rollout import Problem, Sampling, rollout
 
@@ -48,12 +49,11 @@ def evaluate(
     completions = drawn.completions()
     scores = reward(problems, completions)
 
-    metrics = {"reward": scores.total.mean().item()}
-    for name, part in scores.parts.items():
-        metrics[name] = part.mean().item()
-        for tag in sorted({problem.tag for problem in problems} - {""}):
-            tagged = torch.tensor([problem.tag == tag for problem in problems])
-            metrics[f"{name}/{tag}"] = part[tagged].mean().item()
+    metrics = {"reward": scores.total.mean().item(), **means(scores.parts)}
+    for tag in sorted({problem.tag for problem in problems} - {""}):
+        tagged = torch.tensor([problem.tag == tag for problem in problems])
+        parts = {f"{name}/{tag}": part[tagged] for name, part in scores.parts.items()}
+        metrics |= means(parts)
     metrics["length"] = drawn.completion_mask.sum(1).float().mean().item()
     metrics["truncated"] = drawn.truncated.float().mean().item()
     return Evaluation(completions, metrics)

@@ -6,7 +6,7 @@ import json
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,11 @@ def rollout_metrics(drawn: Rollout, rewards: Tensor, group_size: int) -> Metrics
         "truncated": drawn.truncated.float().mean().item(),
         "zero_std": (spread == 0).float().mean().item(),
     }
+
+
+def means(parts: Mapping[str, Tensor]) -> dict[str, float]:
+    """Of every reward over the completions it applies to; without one it has no mean."""
+    return {name: part.nanmean().item() for name, part in parts.items() if not part.isnan().all()}
 
 
 def sampler_mismatch(minibatches: Sequence[Batch]) -> Metrics:

@@ -8,9 +8,9 @@ never [S, T, V].
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,11 +25,19 @@ from transformers import (
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt, what a right completion says, and a tag by which evaluation groups its figures."""
+    """A prompt, what a right completion says, and a tag by which evaluation groups its figures.
+
+    Attributes:
+        prompt: token ids.
+        columns: whatever else rewards may want to know of it, by name.
+        source: the prompt as it was given, a string or chat messages.
+    """
 
     prompt: tuple[int, ...]
     answer: Any = None
     tag: str = ""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    source: Any = None
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ from grpo_core.monitor import (
     Watch,
     append_json,
     keep_records,
+    means,
     rollout_metrics,
     sampler_mismatch,
     update_metrics,
@@ -201,6 +202,8 @@ class Trainer:
             "skipped_updates": self.skipped_updates,
             "skipped_in_a_row": self.skipped_in_a_row,
             "watch": self.watch.state,
+            # of problems that are drawn one after the other, see `data.Epochs`
+            "position": getattr(self.draw_problems, "position", None),
         }
         keep = self.config.keep_checkpoints
         return save_checkpoint(directory, self.steps_done, self.model, state, keep)
@@ -232,6 +235,8 @@ class Trainer:
         self.skipped_updates = state["skipped_updates"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
         self.watch.state = state["watch"]
+        if state["position"] is not None:
+            self.draw_problems.position = state["position"]  # type: ignore[attr-defined]
         self.steps_done = step_of(found[-1])
         self.forget_steps(after=self.steps_done)
         return self.steps_done
@@ -275,7 +280,7 @@ class Trainer:
         metrics = {
             "step": self.steps_done,
             **rollout_metrics(drawn, rewards, config.group_size),
-            **{name: part.mean().item() for name, part in scores.parts.items()},
+            **means(scores.parts),
             **sampler_mismatch(minibatches),
             **update_metrics(updates),
             "learning_rate": rate,

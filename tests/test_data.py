@@ -1,0 +1,153 @@
+"""Files of prompts and conversations: what is read, how it is encoded, and in which order drawn."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from grpo_core.data import Epochs, encode_prompt, examples_of, problems_of, read_records
+from grpo_core.decimals import build_tokenizer
+from grpo_core.rollout import Problem
+
+RECORDS = [
+    {"prompt": "3.8 and 3.11", "answer": "3.8", "level": 1, "tag": ""},
+    {"prompt": "9.9 and 9.11", "answer": "9.9", "level": 2, "tag": "trap"},
+]
+# a digit for each role, since the tokenizer knows few letters; the end token, then a blank
+TEMPLATE = (
+    "{% for m in messages %}{{ {'system': 1, 'user': 2, 'assistant': 3}[m.role] }}={{ m.content }}"
+    "{% if m.role == 'assistant' %}<eos>{% endif %} {% endfor %}"
+    "{% if add_generation_prompt %}3={% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerBase:
+    return build_tokenizer()
+
+
+@pytest.fixture
+def chat(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def write(path: Path, kind: str) -> Path:
+    """The records in a file of that kind."""
+    file = path / f"records.{kind}"
+    if kind == "jsonl":
+        file.write_text("\n\n".join(map(json.dumps, RECORDS)) + "\n")
+    elif kind == "json":
+        file.write_text(json.dumps(RECORDS))
+    else:
+        datasets = pytest.importorskip("datasets")
+        rows = datasets.Dataset.from_list(RECORDS)
+        rows.to_parquet(str(file)) if kind == "parquet" else rows.save_to_disk(str(file))
+    return file
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "folder"])
+def test_every_kind_of_file_gives_the_same(kind: str, tmp_path: Path) -> None:
+    read = read_records(write(tmp_path, kind))
+    assert [{k: v for k, v in r.items() if v is not None} for r in read] == RECORDS
+
+
+def test_without_datasets_it_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install datasets"):
+        read_records(tmp_path / "some.parquet")
+    assert read_records(write(tmp_path, "jsonl")) == RECORDS
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"prompt": 1}\n{"prompt"', r"records\.jsonl:2: expected a record in JSON"),
+        ("[1]", r"records\.jsonl:1: expected a record, got list"),
+    ],
+)
+def test_a_line_that_is_no_record_is_named(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "records.jsonl"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_records(file)
+
+
+def test_problems_carry_their_columns(tokenizer: PreTrainedTokenizerBase) -> None:
+    problems = problems_of(RECORDS, tokenizer, template="{prompt}?")
+    assert tokenizer.decode(list(problems[0].prompt)) == "3.8 and 3.11?"
+    assert [p.answer for p in problems] == ["3.8", "9.9"]
+    assert [p.tag for p in problems] == ["", "trap"]
+    assert [p.columns for p in problems] == [{"level": 1}, {"level": 2}]
+
+
+def test_messages_go_through_the_chat_template(chat: PreTrainedTokenizerBase) -> None:
+    messages = [{"role": "user", "content": "3.8 and 3.11"}]
+    (problem,) = problems_of([{"prompt": messages}], chat)
+    assert chat.decode(list(problem.prompt)) == "2=3.8 and 3.11 3="
+    assert problem.source == messages
+    (problem,) = problems_of([{"prompt": "3.8"}], chat, system="9.9")
+    assert chat.decode(list(problem.prompt)) == "1=9.9 2=3.8 3="
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "3.8", "completion": "<answer>3.8</answer>"},
+        {
+            "prompt": [{"role": "user", "content": "3.8"}],
+            "completion": [{"role": "assistant", "content": "<answer>3.8</answer>"}],
+        },
+        {
+            "messages": [
+                {"role": "user", "content": "3.8"},
+                {"role": "assistant", "content": "<answer>3.8</answer>"},
+            ]
+        },
+    ],
+)
+def test_what_is_learnt_ends_with_one_end_token(
+    record: dict[str, Any], chat: PreTrainedTokenizerBase
+) -> None:
+    (example,) = examples_of([record], chat)
+    assert example.prompt == encode_prompt(
+        record.get("prompt", record.get("messages", [])[:1]), chat
+    )
+    assert chat.decode(example.completion, skip_special_tokens=True).strip() == (
+        "<answer>3.8</answer>"
+    )
+    assert example.completion.count(chat.eos_token_id) == 1
+
+
+def test_bad_records_are_named(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(ValueError, match=r"record 1: expected a prompt, .* got None"):
+        problems_of([RECORDS[0], {"answer": "x"}], tokenizer)
+    with pytest.raises(ValueError, match="at least one prompt of at most 2 tokens, got none"):
+        problems_of(RECORDS, tokenizer, longest_prompt=2)
+    with pytest.raises(ValueError, match="has no chat template"):
+        problems_of([{"prompt": [{"role": "user", "content": "3"}]}], tokenizer)
+    with pytest.raises(ValueError, match="record 0: expected prompt and completion, or messages"):
+        examples_of([{"prompt": "3"}], tokenizer)
+
+
+def test_epochs_draw_everything_once_and_remember_where_they_are() -> None:
+    problems = [Problem((n,)) for n in range(5)]
+    draw, rng = Epochs(problems, seed=1), random.Random(0)
+    drawn = [p.prompt[0] for _ in range(5) for p in draw(3, rng)]
+    epochs = [drawn[:5], drawn[5:10], drawn[10:]]
+    assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    again = Epochs(problems, seed=1)
+    again.position = 6
+    assert [p.prompt[0] for p in again(9, rng)] == drawn[6:]
+    assert rng.random() == random.Random(0).random()
+    with pytest.raises(ValueError, match="problems: expected at least one"):
+        Epochs([])
