@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from types import MethodType
 from typing import Any, NamedTuple, TypeVar
 
@@ -50,7 +51,7 @@ class HeadOutput(NamedTuple):
 
     @property
     def logp(self) -> Tensor:
-        """log π(target), nats, shaped like target, float32, detached; so is:"""
+        """log π(target), nats, shaped like target, float32, detached; so are the others."""
         return self.sealed.content.logp
 
     @property
@@ -59,15 +60,30 @@ class HeadOutput(NamedTuple):
         return self.sealed.content.entropy
 
     @property
-    def details(self) -> LossOutput:
-        """The rest of it: ratio, kl, factor."""
-        assert isinstance(self.sealed.content, LossOutput), "a request for log-probabilities alone"
-        return self.sealed.content
+    def ratio(self) -> Tensor:
+        """π / π_old."""
+        return self._of_loss.ratio
+
+    @property
+    def kl(self) -> Tensor:
+        """The objective's estimate of KL(π ‖ π_ref), nats."""
+        return self._of_loss.kl
+
+    @property
+    def factor(self) -> Tensor:
+        """What the surrogate was multiplied by."""
+        return self._of_loss.factor
 
     @property
     def metrics(self) -> dict[str, Tensor]:
         """Figures of this call, see `metrics.METRICS`."""
-        return self.details.metrics
+        return self._of_loss.metrics
+
+    @property
+    def _of_loss(self) -> LossOutput:
+        if isinstance(self.sealed.content, TokenLogp):
+            raise AttributeError("expected the answer to a LossRequest, got a LogpRequest's")
+        return self.sealed.content
 
 
 class _Request:
@@ -148,7 +164,8 @@ class FusedLinearLossHead:
             return content.logp.new_zeros(1, 1, 1)
         # hooks on what is returned are to fire when the loss is differentiated
         seen = content.loss.reshape(1, 1, 1).clone()
-        self.found = HeadOutput(seen.sum(), Sealed(content))
+        content = replace(content, loss=seen.sum())
+        self.found = HeadOutput(content.loss, Sealed(content))
         return seen
 
 
@@ -194,6 +211,11 @@ def without_fused_head(model: Model) -> Model:
     _restore_forward(module, _head_forward)
     del module.__dict__["fused_head"]
     return model
+
+
+def has_fused_head(model: nn.Module) -> bool:
+    """Whether a request may be made of the model."""
+    return hasattr(_output_embedding(model), "fused_head")
 
 
 def _model_forward(plain: Callable, self: nn.Module, *args: Any, **kwargs: Any) -> Any:

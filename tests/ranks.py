@@ -174,7 +174,7 @@ def mixed(rank: int) -> dict[str, Any]:
         found[name] = {
             "loss": out.loss.dtype,
             "metrics": float(out.metrics["loss"]),
-            "ratio_error": float((ratio - out.details.ratio)[valid].abs().amax()),
+            "ratio_error": float((ratio - out.ratio)[valid].abs().amax()),
             "gradient": all(bool(p.grad.to_local().isfinite().all()) for p in model.parameters()),
         }
     return found

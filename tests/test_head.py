@@ -78,6 +78,8 @@ def test_every_family(family: str) -> None:
     assert torch.allclose(asked.logp, scored.logp, rtol=0, atol=2e-6)
     assert torch.allclose(asked.entropy, scored.entropy, rtol=0, atol=2e-6)
     assert asked.loss is None
+    with pytest.raises(AttributeError, match="LogpRequest"):
+        asked.ratio  # noqa: B018
     without_fused_head(model)
     assert torch.equal(model(input_ids=ids).logits, before)
     assert "forward" not in vars(model) | vars(model.get_output_embeddings())
@@ -118,7 +120,7 @@ def test_rows_become_packed_ones() -> None:
     assert torch.allclose(packed.loss, padded.loss, rtol=1e-6)
     assert torch.equal(packed.logp, padded.logp[rows])
     assert_close(gradients(model, packed.loss), gradients(model, padded.loss))
-    assert packed.details.ratio.shape == packed.logp.shape
+    assert packed.ratio.shape == packed.logp.shape
     assert packed.metrics["tokens"] == rows.sum()
     with pytest.raises(ValueError, match=r"rows: expected bool of shape \[4, 9\]"):
         fused(model, ids, arguments | flat | {"rows": rows[:, 1:]})
