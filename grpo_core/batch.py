@@ -2,7 +2,7 @@
 
 A language model predicts token t + 1 from the hidden state at t. `Rows` lists the N places where
 that prediction counts; prompt and padding tokens never become rows. The output matrix is applied to
-those rows alone, so logits are [N, V] and not [S, T, V].
+those rows alone.
 """
 
 from __future__ import annotations
@@ -31,19 +31,30 @@ class Rows:
         """The token to be predicted, [N] int64."""
         return self.ids[self.sequence, self.column + 1]
 
+    @property
+    def places(self) -> Tensor:
+        """[S, T] bool: the hidden states that become rows, which are in this order."""
+        places = torch.zeros_like(self.attention)
+        places[self.sequence, self.column] = True
+        return places
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What a model's forward takes."""
+        return {
+            "input_ids": self.ids,
+            "attention_mask": self.attention.long(),
+            # Left padding must not shift positions; padded places get 0 and are never attended to.
+            "position_ids": (self.attention.long().cumsum(1) - 1).clamp(min=0),
+            "use_cache": False,
+        }
+
     def logits(self, model: PreTrainedModel) -> Tensor:
         """Predictions [N, V]: the backbone over all tokens, the output matrix over the rows."""
-        # Left padding must not shift positions; padded places get 0 and are never attended to.
-        position_ids = (self.attention.long().cumsum(1) - 1).clamp(min=0)
         # peft puts its own model around the one that has a backbone
         peft = hasattr(model, "peft_config")
         whole: Any = model.get_base_model() if peft else model  # type: ignore[operator]
-        hidden = whole.base_model(
-            input_ids=self.ids,
-            attention_mask=self.attention.long(),
-            position_ids=position_ids,
-            use_cache=False,
-        ).last_hidden_state  # [S, T, D]
+        hidden = whole.base_model(**self.inputs).last_hidden_state  # [S, T, D]
         return whole.get_output_embeddings()(hidden[self.sequence, self.column])
 
 

@@ -53,7 +53,9 @@ class DemoConfig:
     )
     seed: int = option(0, "Seed of everything random: weights, corpus, prompts, sampling.")
     stages: Literal["zero", "r1", "both"] = option("both", "Which way from the base to go.")
-    loss: Literal["fused", "naive"] = option("fused", "One pass over the logits, or plain PyTorch.")
+    loss: Literal["fused", "logits", "naive"] = option(
+        "fused", "From hidden states, from logits in one pass, or from logits by plain PyTorch."
+    )
     objective: str = option("dapo", f"Recipe of the loss: {', '.join(RECIPES)}.")
     beta: float = option(0.01, "Weight of the KL to the model that learning starts from; 0: none.")
     steps: int = option(40, "Steps of reinforcement learning, of one rollout and 4 updates each.")

@@ -36,8 +36,8 @@ class Problem:
     prompt: tuple[int, ...]
     answer: Any = None
     tag: str = ""
-    columns: Mapping[str, Any] = field(default_factory=dict)
-    source: Any = None
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    source: Any = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,14 @@ from transformers import PreTrainedModel
 
 from grpo_core import (
     RECIPES,
+    HeadOutput,
+    LogpRequest,
     LossOutput,
+    LossRequest,
     Objective,
     fused_loss,
     token_logp,
+    with_fused_head,
 )
 from grpo_core.advantages import estimate_advantages
 from grpo_core.batch import Batch, Rows, check_output_matrix, pack
@@ -44,6 +48,7 @@ from grpo_core.checkpoint import (
     step_of,
     stop_request,
 )
+from grpo_core.head import has_fused_head
 from grpo_core.monitor import (
     Clock,
     Metrics,
@@ -79,7 +84,8 @@ class TrainerConfig:
     warmup_steps: int = 5
     max_grad_norm: float = 1.0
     sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=40))
-    loss: Literal["fused", "naive"] = "fused"
+    # From hidden states inside the model's forward; from its logits; from them in plain PyTorch.
+    loss: Literal["fused", "logits", "naive"] = "fused"
     # Where the ratio's denominator comes from: one more forward pass, or what the sampler noted.
     old_logp: Literal["trainer", "sampler"] = "trainer"
     shuffle_rewards: bool = False  # the control: every completion gets another one's reward
@@ -120,8 +126,8 @@ class Trainer:
     """Trains a causal language model in place.
 
     Args:
-        model: the policy; any `transformers` model whose logits are its output matrix times its
-            hidden states.
+        model: the policy; any causal language model of `transformers`. It gets a fused head, see
+            `with_fused_head`; for the other losses its logits have to be the plain product.
         draw_problems: `draw_problems(count, rng)` -> training problems.
         reward: scores completions; see `grpo_core.rewards.Reward`.
         config: the run.
@@ -142,7 +148,10 @@ class Trainer:
         checkpoints: Path | None = None,
         label: str = "grpo",
     ) -> None:
-        check_output_matrix(model)
+        if config.loss != "fused":
+            check_output_matrix(model)
+        elif not has_fused_head(model):
+            with_fused_head(model)
         self.model = model
         self.draw_problems = draw_problems
         self.reward = reward
@@ -294,13 +303,22 @@ class Trainer:
         """The minibatch with the log-probabilities its ratio and KL are measured against."""
         config, rows = self.config, minibatch.rows
         if config.old_logp == "trainer":
-            old_logp = frozen_logp(self.model, rows, config.sampling.temperature)
+            old_logp = self.frozen_logp(self.model, rows)
         else:
             old_logp = minibatch.sampler_logp
         ref_logp = None
         if self.reference is not None:
-            ref_logp = frozen_logp(self.reference, rows, config.sampling.temperature)
+            ref_logp = self.frozen_logp(self.reference, rows)
         return replace(minibatch, old_logp=old_logp, ref_logp=ref_logp)
+
+    @torch.no_grad()
+    def frozen_logp(self, model: PreTrainedModel, rows: Rows) -> Tensor:
+        """The target's log-probability at each row, [N] float32, without gradient."""
+        temperature = self.config.sampling.temperature
+        if self.config.loss != "fused":
+            return token_logp(rows.logits(model), rows.target, temperature=temperature).logp
+        request = LogpRequest(rows.target, rows=rows.places, temperature=temperature)
+        return model(**rows.inputs, request=request).logp
 
     def update(self, minibatch: Batch, clock: Clock) -> Metrics:
         """One optimizer step; skipped and counted if the loss or its gradient is not finite.
@@ -310,6 +328,7 @@ class Trainer:
         """
         with clock.phase("loss"):
             out = self.loss(minibatch)
+            assert out.loss is not None
             out.loss.backward()
         with clock.phase("optimizer"):
             grad_norm = torch.nn.utils.clip_grad_norm_(
@@ -344,8 +363,8 @@ class Trainer:
             f"the last one's inputs, {where}"
         )
 
-    def loss(self, minibatch: Batch) -> LossOutput:
-        """The objective on packed rows, in one pass over the logits or as plain PyTorch."""
+    def loss(self, minibatch: Batch) -> HeadOutput | LossOutput:
+        """The objective on packed rows: by the model itself, or from its logits."""
         config, rows = self.config, minibatch.rows
         normalizer = None
         if config.objective.aggregation == "constant_length":
@@ -360,6 +379,9 @@ class Trainer:
             "normalizer": normalizer,
             "temperature": config.sampling.temperature,
         }
+        if config.loss == "fused":
+            request = LossRequest(rows.target, rows=rows.places, **terms)
+            return self.model(**rows.inputs, request=request)
         logits = rows.logits(self.model)
         if config.loss == "naive":
             return reference_loss(logits, rows.target, **terms)
@@ -387,12 +409,6 @@ class Trainer:
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     """The reference model: the policy as it is now."""
     return copy.deepcopy(model).requires_grad_(False).eval()
-
-
-@torch.no_grad()
-def frozen_logp(model: PreTrainedModel, rows: Rows, temperature: float) -> Tensor:
-    """The target's log-probability at each row, [N] float32, without gradient."""
-    return token_logp(rows.logits(model), rows.target, temperature=temperature).logp
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from grpo_core import RECIPES
 from grpo_core.rewards import Scores
@@ -61,19 +62,34 @@ def test_shuffled_rewards_teach_nothing() -> None:
 
 
 @pytest.mark.parametrize("objective", [WITH_KL, *RECIPES.values()], ids=["kl", *RECIPES])
-def test_fused_and_naive_loss_train_the_same_model(objective: Any) -> None:
+def test_every_loss_trains_the_same_model(objective: Any) -> None:
     models, rewards = [], []
-    for loss in ("fused", "naive"):
+    for loss in ("naive", "logits", "fused"):
         model = micro_model()
         settings = config(objective=objective, loss=loss, steps=5, learning_rate=1e-3)
         trainer = Trainer(model, draw_problems, share_of_sevens, settings)
         rewards.append([trainer.step()["reward"] for _ in range(5)])
         models.append(model)
 
-    assert rewards[0] == rewards[1]
-    for fused, naive in zip(*(model.parameters() for model in models), strict=True):
-        # 20 AdamW updates of up to 1e-3 each; float32 rounding moves them by a hundredth of one.
-        torch.testing.assert_close(fused, naive, rtol=0, atol=1e-5)
+    assert rewards[0] == rewards[1] == rewards[2]
+    for naive, *others in zip(*(model.parameters() for model in models), strict=True):
+        for other in others:
+            # 20 AdamW updates of up to 1e-3 each; float32 rounding moves them by a hundredth of one
+            torch.testing.assert_close(other, naive, rtol=0, atol=1e-5)
+
+
+def test_a_model_that_caps_its_logits_trains_from_hidden_states_only() -> None:
+    def capped() -> Gemma2ForCausalLM:
+        torch.manual_seed(0)
+        sizes = micro_model().config.to_dict() | {"head_dim": 16, "num_key_value_heads": 2}
+        return Gemma2ForCausalLM(Gemma2Config(**sizes, final_logit_softcapping=3.0)).eval()
+
+    with pytest.raises(ValueError, match="scaled or capped afterwards"):
+        Trainer(capped(), draw_problems, share_of_sevens, config(loss="logits"))
+    trainer = Trainer(capped(), draw_problems, share_of_sevens, config(objective=WITH_KL))
+    metrics = [trainer.step() for _ in range(30)]
+    assert metrics[0]["sampler_mismatch_max"] < 1e-5
+    assert metrics[0]["reward"] < 0.15 and metrics[-1]["reward"] > 0.85
 
 
 def test_the_same_seed_gives_the_same_metrics_and_weights(tmp_path: Path) -> None:

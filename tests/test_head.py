@@ -1,0 +1,338 @@
+"""A model with a fused head against logits -> `fused_loss`; see test_distributed for many ranks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from grpo_core import (
+    LogpRequest,
+    LossRequest,
+    fused_loss,
+    token_logp,
+    with_fused_head,
+    without_fused_head,
+)
+from tests.tiny_models import FAMILIES, V, batch, tiny
+
+Gradients = dict[str, Tensor]
+
+
+def gradients(model: nn.Module, loss: Tensor) -> Gradients:
+    """What a backward gives to each trained parameter."""
+    model.zero_grad()
+    loss.backward()
+    return {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+
+
+def dense(model: Any, ids: Tensor, arguments: dict[str, Any], V: int | None = None) -> Any:
+    """The loss from the model's own logits."""
+    return fused_loss(model(input_ids=ids).logits[..., :V], backend="torch", **arguments)
+
+
+def fused(model: Any, ids: Tensor, arguments: dict[str, Any]) -> Any:
+    """The loss by a request."""
+    return model(input_ids=ids, request=LossRequest(backend="torch", **arguments))
+
+
+def assert_close(ours: Gradients, plain: Gradients, tolerance: float = 2e-6) -> None:
+    """Every gradient to a few roundings of its largest number."""
+    assert ours.keys() == plain.keys()
+    for name, gradient in plain.items():
+        size = float(gradient.abs().amax())
+        # a key's bias has no gradient but rounding
+        error = float((ours[name] - gradient).abs().amax())
+        assert error <= tolerance * size + 1e-8, f"{name}: {error} of {size}"
+
+
+def assert_same_loss(model: Any, V: int | None = None) -> None:
+    """Loss, log-probabilities and every gradient are those of logits -> `fused_loss`."""
+    ids, arguments = batch()
+    plain, ours = dense(model, ids, arguments, V), fused(model, ids, arguments)
+    assert torch.allclose(ours.loss, plain.loss, rtol=2e-6, atol=1e-7)
+    assert torch.allclose(ours.logp, plain.logp, rtol=0, atol=2e-6)
+    found = gradients(model, ours.loss)
+    assert any("embed" in name for name in found) or hasattr(model, "peft_config")
+    assert_close(found, gradients(model, plain.loss))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family: str) -> None:
+    """Also log-probabilities alone, and the model's own logits as if nothing were."""
+    model = tiny(family)
+    ids, arguments = batch()
+    before = model(input_ids=ids).logits
+    assert with_fused_head(model) is model
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert_same_loss(model)
+    target = arguments["target"]
+    asked = model(input_ids=ids, request=LogpRequest(target, temperature=0.9))
+    scored = token_logp(before, target, temperature=0.9)
+    assert torch.allclose(asked.logp, scored.logp, rtol=0, atol=2e-6)
+    assert torch.allclose(asked.entropy, scored.entropy, rtol=0, atol=2e-6)
+    assert asked.loss is None
+    with pytest.raises(AttributeError, match="LogpRequest"):
+        asked.ratio  # noqa: B018
+    without_fused_head(model)
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert "forward" not in vars(model) | vars(model.get_output_embeddings())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+def test_tied_embeddings_get_both_gradients(family: str, tied: bool) -> None:
+    model = with_fused_head(tiny(family, tie_word_embeddings=tied))
+    weight = model.get_output_embeddings().weight
+    assert (weight is model.get_input_embeddings().weight) is tied
+    assert_same_loss(model)
+
+
+def test_bias_and_padded_vocabulary() -> None:
+    model = tiny()
+    model.lm_head = nn.Linear(32, 128)
+    model.get_output_embeddings().bias.data.normal_()
+    with_fused_head(model, vocabulary=V)
+    assert_same_loss(model, V)
+
+
+def test_rows_become_packed_ones() -> None:
+    """The same loss and gradient as the padded batch's."""
+    model = with_fused_head(tiny())
+    ids, arguments = batch()
+    padded = fused(model, ids, arguments)
+    rows = arguments["target"] != -100
+    sequence = torch.arange(len(ids))[:, None].expand_as(ids)[rows]
+    flat = {
+        "target": arguments["target"][rows],
+        "old_logp": arguments["old_logp"][rows],
+        "advantage": arguments["advantage"][sequence],
+        "sequence_id": sequence,
+        "rows": rows,
+    }
+    packed = fused(model, ids, arguments | flat)
+    assert torch.allclose(packed.loss, padded.loss, rtol=1e-6)
+    assert torch.equal(packed.logp, padded.logp[rows])
+    assert_close(gradients(model, packed.loss), gradients(model, padded.loss))
+    assert packed.ratio.shape == packed.logp.shape
+    assert packed.metrics["tokens"] == rows.sum()
+    with pytest.raises(ValueError, match=r"rows: expected bool of shape \[4, 9\]"):
+        fused(model, ids, arguments | flat | {"rows": rows[:, 1:]})
+
+
+LORA: dict[str, dict[str, Any]] = {
+    "backbone": {"target_modules": ["q_proj", "v_proj"]},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "whole head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("where", LORA)
+def test_adapters(where: str) -> None:
+    """Merged, and switched off for a reference pass, too."""
+    model = get_peft_model(tiny("Granite"), LoraConfig(r=3, lora_alpha=5, **LORA[where]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    with_fused_head(model)
+    assert_same_loss(model)
+    ids, arguments = batch()
+    trained = gradients(model, fused(model, ids, arguments).loss)
+    assert all("lora" in name or "modules_to_save" in name for name in trained)
+    assert any("lm_head" in name for name in trained) is (where != "backbone")
+    target = arguments["target"]
+    with torch.no_grad(), model.disable_adapter():
+        asked = model(input_ids=ids, request=LogpRequest(target))
+        plain = token_logp(model(input_ids=ids).logits, target)
+    assert torch.allclose(asked.logp, plain.logp, rtol=0, atol=2e-6)
+    model.merge_adapter()
+    merged = model(input_ids=ids, request=LogpRequest(target))
+    assert torch.allclose(
+        merged.logp, token_logp(model(input_ids=ids).logits, target).logp, rtol=0, atol=2e-6
+    )
+    without_fused_head(model)
+
+
+def test_adapters_it_cannot_follow() -> None:
+    """A clear error instead of another gradient."""
+    head = {"r": 3, "target_modules": ["lm_head"]}
+    with pytest.raises(
+        ValueError, match="lm_head: expected a plain LoRA adapter, got one with a v"
+    ):
+        with_fused_head(get_peft_model(tiny(), LoraConfig(use_dora=True, **head)))
+    model = with_fused_head(get_peft_model(tiny(), LoraConfig(lora_dropout=0.5, **head)).eval())
+    ids, arguments = batch()
+    fused(model, ids, arguments)
+    with pytest.raises(ValueError, match="lm_head: expected a plain LoRA adapter, got one with dr"):
+        fused(model.train(), ids, arguments)
+    # an adapter of the head that came later would be left out
+    model = get_peft_model(with_fused_head(tiny()), LoraConfig(**head))
+    with pytest.raises(ValueError, match="model: expected the head that with_fused_head has seen"):
+        fused(model, ids, arguments)
+
+
+def shifted(model: PreTrainedModel) -> None:
+    """Its forward adds to the logits."""
+    plain = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        outputs = plain(*args, **kwargs)
+        outputs.logits = outputs.logits + 0.5
+        return outputs
+
+    model.forward = forward
+
+
+def squared(model: PreTrainedModel) -> None:
+    """Its head is more than a matrix."""
+
+    class Squared(nn.Linear):
+        def forward(self, hidden: Tensor) -> Tensor:
+            return super().forward(hidden) ** 2
+
+    model.lm_head = Squared(32, V, bias=False)
+
+
+def uncapped(model: PreTrainedModel) -> None:
+    """It caps by a number that its config does not name."""
+    model.config.final_logit_softcapping = None
+    plain = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        outputs = plain(*args, **kwargs)
+        outputs.logits = 20 * torch.tanh(outputs.logits / 20)
+        return outputs
+
+    model.forward = forward
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (shifted, r"model: expected logits = cap\(scale · lm_head\(hidden\)\)"),
+        (uncapped, r"model: expected logits = cap\(scale · lm_head\(hidden\)\)"),
+        (squared, "lm_head: expected a matrix, a bias and LoRA at most, got Squared"),
+    ],
+)
+def test_a_head_that_does_something_else(
+    change: Callable[[PreTrainedModel], None], message: str
+) -> None:
+    """Refused, and the model is as it was."""
+    model = tiny()
+    change(model)
+    before = set(vars(model)) | set(vars(model.lm_head))
+    with pytest.raises(ValueError, match=message):
+        with_fused_head(model)
+    assert set(vars(model)) | set(vars(model.lm_head)) == before
+
+
+def test_misuse_is_told() -> None:
+    ids, arguments = batch()
+    model = tiny()
+    with pytest.raises(ValueError, match="model: expected one with a fused head"):
+        without_fused_head(model)
+    with_fused_head(model)
+    with pytest.raises(ValueError, match="model: expected one without a fused head"):
+        with_fused_head(model)
+    with pytest.raises(ValueError, match="labels: expected None with a request"):
+        model(input_ids=ids, labels=ids, request=LossRequest(**arguments))
+    with pytest.raises(TypeError, match="advantages"):
+        LossRequest(arguments["target"], advantages=arguments["advantage"])
+    with pytest.raises(TypeError, match="old_logp"):
+        LogpRequest(arguments["target"], old_logp=arguments["old_logp"])
+    with pytest.raises(ValueError, match="target: expected shape"):
+        fused(model, ids[:, :-1], arguments)
+    # a request that failed is not left waiting
+    assert model(input_ids=ids).logits.shape == (*ids.shape, V)
+    with pytest.raises(ValueError, match=r"model: expected get_output_embeddings\(\) of Linear"):
+        with_fused_head(nn.Linear(2, 3))
+
+
+def test_a_copy_is_a_model_of_its_own() -> None:
+    """Also where something else had replaced the model's forward before."""
+    model = tiny()
+    model.forward = model.forward
+    with_fused_head(model)
+    ids, arguments = batch()
+    other = copy.deepcopy(model)
+    before = fused(other, ids, arguments).loss
+    for parameter in model.parameters():
+        parameter.data.mul_(2)
+    assert torch.equal(fused(other, ids, arguments).loss, before)
+    assert not torch.equal(fused(model, ids, arguments).loss, before)
+    found = gradients(other, fused(other, ids, arguments).loss)
+    assert len(found) == len(list(other.parameters()))
+    assert model.state_dict().keys() == tiny().state_dict().keys()
+
+
+def test_generation_goes_on() -> None:
+    """The forward's signature, which generation reads, is the model's own."""
+    model = tiny().eval()
+    ids, _ = batch()
+    options = {"max_new_tokens": 4, "do_sample": False}
+    mask = torch.ones_like(ids)
+    before = model.generate(ids, attention_mask=mask, **options)
+    with_fused_head(model)
+    assert torch.equal(model.generate(ids, attention_mask=mask, **options), before)
+
+
+def test_checkpointing_of_the_backbone() -> None:
+    model = with_fused_head(tiny()).train()
+    ids, arguments = batch()
+    plain = gradients(model, fused(model, ids, arguments).loss)
+    model.gradient_checkpointing_enable()
+    assert_close(gradients(model, fused(model, ids, arguments).loss), plain)
+
+
+def test_accumulation_and_scaled_and_second_backward() -> None:
+    """Two halves under a global count add up; the loss may be scaled, and differentiated twice."""
+    model = with_fused_head(tiny())
+    ids, arguments = batch()
+    whole = gradients(model, fused(model, ids, arguments).loss)
+    count = float((arguments["target"] != -100).sum())
+    total: Tensor | float = 0.0
+    for half in (slice(0, 2), slice(2, 4)):
+        part = {k: v[half] if isinstance(v, Tensor) else v for k, v in arguments.items()}
+        total = total + fused(model, ids[half], part | {"normalizer": count}).loss
+    assert_close(gradients(model, total), whole)
+    loss = fused(model, ids, arguments).loss
+    model.zero_grad()
+    (0.25 * loss).backward(retain_graph=True)
+    loss.backward()
+    twice = {k: p.grad for k, p in model.named_parameters()}
+    assert_close(twice, {k: 1.25 * gradient for k, gradient in whole.items()})
+
+
+def test_random_numbers_are_left_alone() -> None:
+    model = tiny(attention_dropout=0.5).train()
+    before = torch.random.get_rng_state()
+    with_fused_head(model)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert model.training
+
+
+def test_router_losses_are_not_dropped_silently() -> None:
+    import transformers
+
+    config = transformers.MixtralConfig(
+        vocab_size=V,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+        output_router_logits=True,
+    )
+    model = transformers.MixtralForCausalLM(config)
+    ids, arguments = batch()
+    with pytest.raises(ValueError, match="aux_loss"):
+        fused(with_fused_head(model), ids, arguments)
+    model.config.output_router_logits = False
+    assert fused(model, ids, arguments).loss.requires_grad
