@@ -14,9 +14,9 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,37 +24,24 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from grpo_core import (
-    RECIPES,
     HeadOutput,
     LogpRequest,
     LossOutput,
     LossRequest,
-    Objective,
     fused_loss,
     token_logp,
+    trainer_state,
     with_fused_head,
 )
 from grpo_core.advantages import estimate_advantages
 from grpo_core.batch import Batch, Rows, check_output_matrix, pack
-from grpo_core.checkpoint import (
-    STATE,
-    Interrupted,
-    Request,
-    checkpoints,
-    load_weights,
-    random_states,
-    save_checkpoint,
-    set_random_states,
-    step_of,
-    stop_request,
-)
+from grpo_core.checkpoint import Interrupted, Request, stop_request
 from grpo_core.head import has_fused_head
 from grpo_core.monitor import (
     Clock,
     Metrics,
     Watch,
     append_json,
-    keep_records,
     means,
     rollout_metrics,
     sampler_mismatch,
@@ -62,64 +49,11 @@ from grpo_core.monitor import (
 )
 from grpo_core.reference import reference_loss
 from grpo_core.rewards import Reward
-from grpo_core.rollout import Problem, Sampling, rollout
+from grpo_core.rollout import Problem, evaluation_mode, rollout
 from grpo_core.supervised import learning_rate_share
+from grpo_core.trainer_config import TrainerConfig as TrainerConfig
 
 DrawProblems = Callable[[int, random.Random], Sequence[Problem]]
-
-
-@dataclass(frozen=True)
-class TrainerConfig:
-    """A run. A step is one rollout, and each rollout feeds `minibatches * epochs` updates."""
-
-    objective: Objective = field(
-        default_factory=lambda: RECIPES["dapo"].replace(beta=0.04, kl="k3")
-    )
-    steps: int = 40
-    prompts_per_step: int = 16
-    group_size: int = 8
-    minibatches: int = 2
-    epochs: int = 2
-    learning_rate: float = 1e-4
-    warmup_steps: int = 5
-    max_grad_norm: float = 1.0
-    sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=40))
-    # From hidden states inside the model's forward; from its logits; from them in plain PyTorch.
-    loss: Literal["fused", "logits", "naive"] = "fused"
-    # Where the ratio's denominator comes from: one more forward pass, or what the sampler noted.
-    old_logp: Literal["trainer", "sampler"] = "trainer"
-    shuffle_rewards: bool = False  # the control: every completion gets another one's reward
-    evaluate_every: int = 5
-    seed: int = 0
-    checkpoint_every: int = 10  # steps, where there is a folder for checkpoints
-    keep_checkpoints: int = 2
-    max_skipped_updates: int = 8  # in a row; one more stops the run
-
-    def __post_init__(self) -> None:
-        counts = ("steps", "prompts_per_step", "minibatches", "epochs", "evaluate_every")
-        for name in (*counts, "checkpoint_every", "keep_checkpoints", "max_skipped_updates"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.group_size < 2:
-            raise ValueError(f"group_size: expected at least 2, got {self.group_size}")
-        if self.minibatches > self.prompts_per_step * self.group_size:
-            raise ValueError(
-                f"minibatches: expected at most {self.prompts_per_step * self.group_size}, the "
-                f"completions of a step, got {self.minibatches}"
-            )
-        if not 0 <= self.warmup_steps < self.steps:
-            raise ValueError(
-                f"warmup_steps: expected 0 to {self.steps - 1}, got {self.warmup_steps}"
-            )
-        if self.sampling.temperature == 0:
-            raise ValueError("sampling.temperature: expected more than 0 to train on, got 0")
-
-    def identity(self) -> dict[str, str]:
-        """What may not change between a checkpoint and the run that goes on from it."""
-        free = ("checkpoint_every", "keep_checkpoints", "max_skipped_updates", "evaluate_every")
-        named = {name: repr(value) for name, value in vars(self).items() if name not in free}
-        numbers = ", ".join(map(str, self.objective.numbers))
-        return named | {"objective": f"{self.objective.key} ({numbers})"}
 
 
 class Trainer:
@@ -159,7 +93,7 @@ class Trainer:
         self.metrics_path = metrics_path
         self.checkpoints = checkpoints
         self.label = label
-        self.reference = frozen_copy(model) if config.objective.beta > 0 else None
+        self.reference = reference_of(model) if config.objective.beta > 0 else None
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
         )
@@ -197,25 +131,10 @@ class Trainer:
                 shown = {name: metrics[name] for name in ("reward", "length", "kl")}
                 progress.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
                 if self.checkpoints and (self.steps_done % config.checkpoint_every == 0 or last):
-                    self.save(self.checkpoints)
+                    trainer_state.save(self, self.checkpoints)
                 if self.checkpoints and request.number and not last:
-                    raise Interrupted(request.number, self.save(self.checkpoints))
+                    raise Interrupted(request.number, trainer_state.save(self, self.checkpoints))
         return history
-
-    def save(self, directory: Path) -> Path:
-        """Everything the run needs to go on, as a checkpoint under `directory`."""
-        state = {
-            "config": self.config.identity(),
-            "optimizer": self.optimizer.state_dict(),
-            "random": random_states(),
-            "skipped_updates": self.skipped_updates,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "watch": self.watch.state,
-            # of problems that are drawn one after the other, see `data.Epochs`
-            "position": getattr(self.draw_problems, "position", None),
-        }
-        keep = self.config.keep_checkpoints
-        return save_checkpoint(directory, self.steps_done, self.model, state, keep)
 
     def resume(self) -> int:
         """Goes on from the last checkpoint, if there is one; returns the steps that are done.
@@ -227,37 +146,7 @@ class Trainer:
         Raises:
             ValueError: the checkpoint is of a run with other settings.
         """
-        found = checkpoints(self.checkpoints) if self.checkpoints else []
-        if not found:
-            self.forget_steps(after=-1)
-            return 0
-        state = torch.load(found[-1] / STATE, map_location="cpu", weights_only=True)
-        mine, theirs = self.config.identity(), state["config"]
-        for name, value in mine.items():
-            if theirs.get(name) != value:
-                raise ValueError(
-                    f"{name}: expected {theirs.get(name)} as in {found[-1]}, got {value}"
-                )
-        load_weights(found[-1], self.model)
-        self.optimizer.load_state_dict(state["optimizer"])
-        set_random_states(state["random"])
-        self.skipped_updates = state["skipped_updates"]
-        self.skipped_in_a_row = state["skipped_in_a_row"]
-        self.watch.state = state["watch"]
-        if state["position"] is not None:
-            self.draw_problems.position = state["position"]  # type: ignore[attr-defined]
-        self.steps_done = step_of(found[-1])
-        self.forget_steps(after=self.steps_done)
-        return self.steps_done
-
-    def forget_steps(self, after: int) -> None:
-        """Takes the records of later steps out of the metrics file."""
-
-        def wanted(record: Metrics) -> bool:
-            return record["stage"] != self.label or record.get("step", 0) <= after
-
-        if self.metrics_path is not None:
-            keep_records(self.metrics_path, wanted)
+        return trainer_state.resume(self)
 
     def step(self) -> Metrics:
         """One rollout and the updates made of it."""
@@ -308,7 +197,8 @@ class Trainer:
             old_logp = minibatch.sampler_logp
         ref_logp = None
         if self.reference is not None:
-            ref_logp = self.frozen_logp(self.reference, rows)
+            with adapter_off(self.reference):
+                ref_logp = self.frozen_logp(self.reference, rows)
         return replace(minibatch, old_logp=old_logp, ref_logp=ref_logp)
 
     @torch.no_grad()
@@ -346,22 +236,8 @@ class Trainer:
                 self.skipped_in_a_row += 1
             self.optimizer.zero_grad()
         if self.skipped_in_a_row > self.config.max_skipped_updates:
-            self.give_up(minibatch, metrics)
+            trainer_state.give_up(self, minibatch, metrics)
         return metrics
-
-    def give_up(self, minibatch: Batch, metrics: Metrics) -> None:
-        """Raises FloatingPointError; leaves the inputs of the update beside the checkpoints."""
-        step, where = self.steps_done + 1, "there is no folder for checkpoints to save them in"
-        if self.checkpoints:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            file = self.checkpoints / f"not-finite-{step:06d}.pt"
-            torch.save(asdict(minibatch), file)
-            where = f"they lie in {file}"
-        raise FloatingPointError(
-            f"step {step}: {self.skipped_in_a_row} updates in a row had a loss or gradient that is "
-            f"not finite (loss {metrics['loss']}, gradient norm {metrics['grad_norm']}); as for "
-            f"the last one's inputs, {where}"
-        )
 
     def loss(self, minibatch: Batch) -> HeadOutput | LossOutput:
         """The objective on packed rows: by the model itself, or from its logits."""
@@ -406,9 +282,21 @@ class Trainer:
         return entry
 
 
-def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """The reference model: the policy as it is now."""
+def reference_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The policy as it is now: a copy, or under an adapter the model itself, see `adapter_off`."""
+    if hasattr(model, "peft_config"):
+        return model
     return copy.deepcopy(model).requires_grad_(False).eval()
+
+
+@contextmanager
+def adapter_off(model: PreTrainedModel) -> Iterator[None]:
+    """The model without its adapter, if it has one: then it needs no copy to be the reference."""
+    if not hasattr(model, "peft_config"):
+        yield
+        return
+    with model.disable_adapter(), evaluation_mode(model):  # type: ignore[operator]
+        yield
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from grpo_core import RECIPES
+from grpo_core import RECIPES, trainer_state
 from grpo_core.checkpoint import Interrupted, checkpoints, save_checkpoint, step_of
 from grpo_core.rewards import Scores
 from grpo_core.rollout import Problem, Sampling
@@ -134,7 +134,7 @@ def test_records_after_the_checkpoint_are_taken_back(
     for _ in range(4):
         run.record(run.step(), None)
         if run.steps_done == 2:
-            run.save(tmp_path / "checkpoints")
+            trainer_state.save(run, tmp_path / "checkpoints")
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "grpo", "st')
     run = trainer(tmp_path, checkpoint_every=2)

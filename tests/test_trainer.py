@@ -13,9 +13,10 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from grpo_core import RECIPES
+from grpo_core import RECIPES, token_logp
+from grpo_core.batch import pack
 from grpo_core.rewards import Scores
-from grpo_core.rollout import Problem, Sampling
+from grpo_core.rollout import Problem, Sampling, rollout
 from grpo_core.trainer import Trainer, TrainerConfig
 from tests.micro import MAX_NEW_TOKENS, draw_problems, micro_model, share_of_sevens
 
@@ -263,3 +264,22 @@ def test_problems_depend_on_seed_and_step_alone() -> None:
 def test_config_errors(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(**changes)
+
+
+def test_an_adapter_switched_off_is_the_reference() -> None:
+    """No copy of the model; the KL starts at exactly 0 and is measured to the model beneath."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "lm_head"])
+    model = peft.get_peft_model(micro_model(), settings)
+    trainer = Trainer(model, draw_problems, share_of_sevens, config(objective=WITH_KL, steps=3))
+    assert trainer.reference is model
+    kls = [trainer.step()["kl"] for _ in range(3)]
+    assert kls[-1] > kls[0] > 0
+    drawn = rollout(model, [[3, 4, 5]] * 4, Sampling(MAX_NEW_TOKENS))
+    minibatch = trainer.with_logp(pack(drawn, torch.zeros(4)))
+    beneath = micro_model()
+    rows = minibatch.rows
+    expected = token_logp(rows.logits(beneath), rows.target).logp
+    torch.testing.assert_close(minibatch.ref_logp, expected, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(minibatch.old_logp, expected, atol=1e-3)

@@ -1,0 +1,63 @@
+"""The options of a run, checked before anything is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from grpo_core import RECIPES, Objective
+from grpo_core.rollout import Sampling
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """A run. A step is one rollout, and each rollout feeds `minibatches * epochs` updates."""
+
+    objective: Objective = field(
+        default_factory=lambda: RECIPES["dapo"].replace(beta=0.04, kl="k3")
+    )
+    steps: int = 40
+    prompts_per_step: int = 16
+    group_size: int = 8
+    minibatches: int = 2
+    epochs: int = 2
+    learning_rate: float = 1e-4
+    warmup_steps: int = 5
+    max_grad_norm: float = 1.0
+    sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=40))
+    # From hidden states inside the model's forward; from its logits; from them in plain PyTorch.
+    loss: Literal["fused", "logits", "naive"] = "fused"
+    # Where the ratio's denominator comes from: one more forward pass, or what the sampler noted.
+    old_logp: Literal["trainer", "sampler"] = "trainer"
+    shuffle_rewards: bool = False  # the control: every completion gets another one's reward
+    evaluate_every: int = 5
+    seed: int = 0
+    checkpoint_every: int = 10  # steps, where there is a folder for checkpoints
+    keep_checkpoints: int = 2
+    max_skipped_updates: int = 8  # in a row; one more stops the run
+
+    def __post_init__(self) -> None:
+        counts = ("steps", "prompts_per_step", "minibatches", "epochs", "evaluate_every")
+        for name in (*counts, "checkpoint_every", "keep_checkpoints", "max_skipped_updates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.group_size < 2:
+            raise ValueError(f"group_size: expected at least 2, got {self.group_size}")
+        if self.minibatches > self.prompts_per_step * self.group_size:
+            raise ValueError(
+                f"minibatches: expected at most {self.prompts_per_step * self.group_size}, the "
+                f"completions of a step, got {self.minibatches}"
+            )
+        if not 0 <= self.warmup_steps < self.steps:
+            raise ValueError(
+                f"warmup_steps: expected 0 to {self.steps - 1}, got {self.warmup_steps}"
+            )
+        if self.sampling.temperature == 0:
+            raise ValueError("sampling.temperature: expected more than 0 to train on, got 0")
+
+    def identity(self) -> dict[str, str]:
+        """What may not change between a checkpoint and the run that goes on from it."""
+        free = ("checkpoint_every", "keep_checkpoints", "max_skipped_updates", "evaluate_every")
+        named = {name: repr(value) for name, value in vars(self).items() if name not in free}
+        numbers = ", ".join(map(str, self.objective.numbers))
+        return named | {"objective": f"{self.objective.key} ({numbers})"}

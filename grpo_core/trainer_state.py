@@ -1,0 +1,89 @@
+"""What a trainer keeps in a checkpoint, takes out of one, and leaves behind when it gives up."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from grpo_core.batch import Batch
+from grpo_core.checkpoint import (
+    STATE,
+    checkpoints,
+    load_weights,
+    random_states,
+    save_checkpoint,
+    set_random_states,
+    step_of,
+)
+from grpo_core.monitor import Metrics, keep_records
+
+if TYPE_CHECKING:
+    from grpo_core.trainer import Trainer
+
+
+def save(trainer: Trainer, directory: Path) -> Path:
+    """Everything the run needs to go on, as a checkpoint under `directory`."""
+    state = {
+        "config": trainer.config.identity(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "random": random_states(),
+        "skipped_updates": trainer.skipped_updates,
+        "skipped_in_a_row": trainer.skipped_in_a_row,
+        "watch": trainer.watch.state,
+        # of problems that are drawn one after the other, see `data.Epochs`
+        "position": getattr(trainer.draw_problems, "position", None),
+    }
+    keep = trainer.config.keep_checkpoints
+    return save_checkpoint(directory, trainer.steps_done, trainer.model, state, keep)
+
+
+def resume(trainer: Trainer) -> int:
+    """See `Trainer.resume`."""
+    found = checkpoints(trainer.checkpoints) if trainer.checkpoints else []
+    if not found:
+        _forget_steps(trainer, after=-1)
+        return 0
+    last = found[-1]
+    state = torch.load(last / STATE, map_location="cpu", weights_only=True)
+    for name, value in trainer.config.identity().items():
+        if (before := state["config"].get(name)) != value:
+            raise ValueError(f"{name}: expected {before} as in {last}, got {value}")
+    load_weights(last, trainer.model)
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    set_random_states(state["random"])
+    trainer.skipped_updates = state["skipped_updates"]
+    trainer.skipped_in_a_row = state["skipped_in_a_row"]
+    trainer.watch.state = state["watch"]
+    if state["position"] is not None:
+        trainer.draw_problems.position = state["position"]  # type: ignore[attr-defined]
+    trainer.steps_done = step_of(last)
+    _forget_steps(trainer, after=trainer.steps_done)
+    return trainer.steps_done
+
+
+def give_up(trainer: Trainer, minibatch: Batch, metrics: Metrics) -> None:
+    """Raises FloatingPointError; leaves the inputs of the update beside the checkpoints."""
+    step, where = trainer.steps_done + 1, "there is no folder for checkpoints to save them in"
+    if trainer.checkpoints:
+        trainer.checkpoints.mkdir(parents=True, exist_ok=True)
+        file = trainer.checkpoints / f"not-finite-{step:06d}.pt"
+        torch.save(asdict(minibatch), file)
+        where = f"they lie in {file}"
+    raise FloatingPointError(
+        f"step {step}: {trainer.skipped_in_a_row} updates in a row had a loss or gradient that is "
+        f"not finite (loss {metrics['loss']}, gradient norm {metrics['grad_norm']}); as for the "
+        f"last one's inputs, {where}"
+    )
+
+
+def _forget_steps(trainer: Trainer, after: int) -> None:
+    """Takes the records of later steps out of the metrics file."""
+
+    def wanted(record: Metrics) -> bool:
+        return record["stage"] != trainer.label or record.get("step", 0) <= after
+
+    if trainer.metrics_path is not None:
+        keep_records(trainer.metrics_path, wanted)
