@@ -7,7 +7,7 @@ those rows alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -94,24 +94,67 @@ class Batch:
             ref_logp=None if self.ref_logp is None else self.ref_logp[kept],
         )
 
+    def microbatches(self, tokens: int) -> list[Batch]:
+        """Parts of at most `tokens` places, padding included, of sequences of like length.
+
+        A sequence longer than that is a part of its own. 0 leaves everything together.
+        """
+        if not tokens:
+            return [self]
+        attention = self.rows.attention.long()
+        firsts = attention.argmax(1)
+        ends = attention.shape[1] - attention.flip(1).argmax(1)
+        parts: list[list[int]] = []
+        first, end = 0, 0
+        for sequence in (ends - firsts).argsort(descending=True, stable=True).tolist():
+            mine = int(firsts[sequence]), int(ends[sequence])
+            wider = min(first, mine[0]), max(end, mine[1])
+            if not parts or (wider[1] - wider[0]) * (len(parts[-1]) + 1) > tokens:
+                parts.append([])
+                wider = mine
+            parts[-1].append(sequence)
+            first, end = wider
+        device = attention.device
+        return [self.select(torch.tensor(part, device=device)).trimmed() for part in parts]
+
+    def trimmed(self) -> Batch:
+        """Without the columns that are padding in every sequence."""
+        seen = self.rows.attention.any(0).nonzero().squeeze(1)
+        first, end = (int(seen[0]), int(seen[-1]) + 1) if seen.numel() else (0, 0)
+        rows = self.rows
+        trimmed = Rows(
+            ids=rows.ids[:, first:end],
+            attention=rows.attention[:, first:end],
+            sequence=rows.sequence,
+            column=rows.column - first,
+        )
+        return replace(self, rows=trimmed)
+
     def split(self, count: int, order: Tensor) -> list[Batch]:
         """`count` minibatches of whole sequences, dealt out in the given order [S] int64."""
         return [self.select(part) for part in order.chunk(count)]
 
 
-def pack(rollout: Rollout, advantage: Tensor) -> Batch:
-    """Completions and their advantages [S] float32, as rows."""
+def pack(rollout: Rollout, advantage: Tensor, *, mask_truncated: bool = False) -> Batch:
+    """Completions and their advantages [S] float32, as rows.
+
+    With `mask_truncated` those that ran into the length limit are not learnt from (DAPO,
+    arXiv 2503.14476, section 3.4).
+    """
     no_prompt = torch.zeros_like(rollout.prompt_mask)
+    learnt = rollout.completion_mask
+    if mask_truncated:
+        learnt = learnt & ~rollout.truncated[:, None]
     rows = rows_of(
         ids=torch.cat([rollout.prompt, rollout.completion], dim=1),
         attention=torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1),
-        is_target=torch.cat([no_prompt, rollout.completion_mask], dim=1),
+        is_target=torch.cat([no_prompt, learnt], dim=1),
     )
     return Batch(
         rows=rows,
         advantage=advantage[rows.sequence],
         # A boolean mask and `nonzero` walk the completions in the same order.
-        sampler_logp=rollout.sampler_logp[rollout.completion_mask],
+        sampler_logp=rollout.sampler_logp[learnt],
     )
 
 

@@ -102,12 +102,17 @@ def means(parts: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def sampler_mismatch(minibatches: Sequence[Batch]) -> Metrics:
-    """Distance of the sampler's log-probabilities from the trainer's, nats: mean and largest."""
+    """Distance of the sampler's log-probabilities from the trainer's, nats: mean and largest.
+
+    Nothing where the trainer did not need its own before an update.
+    """
     gaps = [
         (batch.sampler_logp - batch.old_logp).abs()
         for batch in minibatches
         if batch.old_logp is not None
     ]
+    if not gaps:
+        return {}
     gap = torch.cat(gaps)
     return {"sampler_mismatch": gap.mean().item(), "sampler_mismatch_max": gap.max().item()}
 

@@ -37,6 +37,7 @@ from grpo_core.advantages import estimate_advantages
 from grpo_core.batch import Batch, Rows, check_output_matrix, pack
 from grpo_core.checkpoint import Interrupted, Request, stop_request
 from grpo_core.head import has_fused_head
+from grpo_core.metrics import merge_metrics
 from grpo_core.monitor import (
     Clock,
     Metrics,
@@ -167,19 +168,20 @@ class Trainer:
         )
 
         with clock.phase("reference"):
-            minibatches = pack(drawn, advantage).split(config.minibatches, order)
-            minibatches = [self.with_logp(minibatch) for minibatch in minibatches]
+            packed = pack(drawn, advantage, mask_truncated=config.mask_truncated)
+            minibatches = [
+                [self.with_logp(part) for part in whole.microbatches(config.tokens_per_microbatch)]
+                for whole in packed.split(config.minibatches, order)
+            ]
 
         rate = self.set_learning_rate()
-        updates = [
-            self.update(minibatch, clock) for _ in range(config.epochs) for minibatch in minibatches
-        ]
+        updates = [self.update(parts, clock) for _ in range(config.epochs) for parts in minibatches]
         self.steps_done += 1
         metrics = {
             "step": self.steps_done,
             **rollout_metrics(drawn, rewards, config.group_size),
             **means(scores.parts),
-            **sampler_mismatch(minibatches),
+            **sampler_mismatch([part for parts in minibatches for part in parts]),
             **update_metrics(updates),
             "learning_rate": rate,
             "skipped_updates": self.skipped_updates,
@@ -188,43 +190,50 @@ class Trainer:
         self.watch(metrics)
         return metrics
 
-    def with_logp(self, minibatch: Batch) -> Batch:
-        """The minibatch with the log-probabilities its ratio and KL are measured against."""
-        config, rows = self.config, minibatch.rows
-        if config.old_logp == "trainer":
+    def with_logp(self, part: Batch) -> Batch:
+        """The microbatch with the log-probabilities its ratio and KL are measured against."""
+        config, rows = self.config, part.rows
+        old_logp = ref_logp = None
+        if config.old_logp == "sampler":
+            old_logp = part.sampler_logp
+        elif not config.on_policy:
             old_logp = self.frozen_logp(self.model, rows)
-        else:
-            old_logp = minibatch.sampler_logp
-        ref_logp = None
         if self.reference is not None:
             with adapter_off(self.reference):
                 ref_logp = self.frozen_logp(self.reference, rows)
-        return replace(minibatch, old_logp=old_logp, ref_logp=ref_logp)
+        return replace(part, old_logp=old_logp, ref_logp=ref_logp)
 
     @torch.no_grad()
     def frozen_logp(self, model: PreTrainedModel, rows: Rows) -> Tensor:
         """The target's log-probability at each row, [N] float32, without gradient."""
         temperature = self.config.sampling.temperature
         if self.config.loss != "fused":
-            return token_logp(rows.logits(model), rows.target, temperature=temperature).logp
+            with self.precision():
+                logits = rows.logits(model)
+            return token_logp(logits, rows.target, temperature=temperature).logp
         request = LogpRequest(rows.target, rows=rows.places, temperature=temperature)
-        return model(**rows.inputs, request=request).logp
+        with self.precision():
+            return model(**rows.inputs, request=request).logp
 
-    def update(self, minibatch: Batch, clock: Clock) -> Metrics:
+    def update(self, parts: Sequence[Batch], clock: Clock) -> Metrics:
         """One optimizer step; skipped and counted if the loss or its gradient is not finite.
 
         Raises:
             FloatingPointError: that happened too often in a row; names the file of the inputs.
         """
+        found = []
         with clock.phase("loss"):
-            out = self.loss(minibatch)
-            assert out.loss is not None
-            out.loss.backward()
+            divisor = self.divisor(parts)
+            for part in parts:
+                out = self.loss(part, divisor)
+                assert out.loss is not None
+                out.loss.backward()
+                found.append(out.metrics)
         with clock.phase("optimizer"):
             grad_norm = torch.nn.utils.clip_grad_norm_(
                 self.model.parameters(), self.config.max_grad_norm
             )
-            figures = {**out.metrics, "grad_norm": grad_norm}
+            figures = {**merge_metrics(found), "grad_norm": grad_norm}
             # The one place where the host waits for the device.
             values = torch.stack([figure.float() for figure in figures.values()]).tolist()
             metrics = dict(zip(figures, values, strict=True))
@@ -236,33 +245,51 @@ class Trainer:
                 self.skipped_in_a_row += 1
             self.optimizer.zero_grad()
         if self.skipped_in_a_row > self.config.max_skipped_updates:
-            trainer_state.give_up(self, minibatch, metrics)
+            trainer_state.give_up(self, parts, metrics)
         return metrics
 
-    def loss(self, minibatch: Batch) -> HeadOutput | LossOutput:
-        """The objective on packed rows: by the model itself, or from its logits."""
-        config, rows = self.config, minibatch.rows
-        normalizer = None
-        if config.objective.aggregation == "constant_length":
+    def divisor(self, parts: Sequence[Batch]) -> float | None:
+        """What the losses of a minibatch's parts are divided by: that of the whole."""
+        sequences = sum(len(part.rows.ids) for part in parts)
+        aggregation = self.config.objective.aggregation
+        if aggregation == "constant_length":
             # The longest a completion may be, which packed rows no longer show.
-            normalizer = float(len(rows.ids) * config.sampling.max_new_tokens)
+            return float(sequences * self.config.sampling.max_new_tokens)
+        if len(parts) == 1 or aggregation == "token_sum":
+            return None
+        if aggregation == "token_mean":
+            return float(max(1, sum(len(part.rows.sequence) for part in parts)))
+        return float(max(1, sum(part.rows.sequence.unique().numel() for part in parts)))
+
+    def loss(self, part: Batch, divisor: float | None) -> HeadOutput | LossOutput:
+        """The objective on packed rows: by the model itself, or from its logits."""
+        config, rows = self.config, part.rows
         terms: dict[str, Any] = {
             "objective": config.objective,
-            "advantage": minibatch.advantage,
-            "old_logp": minibatch.old_logp,
-            "ref_logp": minibatch.ref_logp,
+            "advantage": part.advantage,
+            "old_logp": part.old_logp,
+            "ref_logp": part.ref_logp,
             "sequence_id": rows.sequence,
-            "normalizer": normalizer,
+            "normalizer": divisor,
             "temperature": config.sampling.temperature,
         }
+        if config.objective.factor.needs_sampler:
+            terms["sampler_logp"] = part.sampler_logp
         if config.loss == "fused":
             request = LossRequest(rows.target, rows=rows.places, **terms)
-            return self.model(**rows.inputs, request=request)
-        logits = rows.logits(self.model)
+            with self.precision():
+                return self.model(**rows.inputs, request=request)
+        with self.precision():
+            logits = rows.logits(self.model)
         if config.loss == "naive":
             return reference_loss(logits, rows.target, **terms)
         # Nobody else reads these logits, so their gradient may take their place.
         return fused_loss(logits, rows.target, inplace=True, **terms)
+
+    def precision(self) -> torch.autocast:
+        """Of the matrix products; weights, optimizer and loss are float32 as ever."""
+        device = self.model.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.config.autocast)
 
     def set_learning_rate(self) -> float:
         """Warm-up, then linear decay to 0 after the last step; returns the rate in force."""

@@ -29,6 +29,11 @@ class TrainerConfig:
     loss: Literal["fused", "logits", "naive"] = "fused"
     # Where the ratio's denominator comes from: one more forward pass, or what the sampler noted.
     old_logp: Literal["trainer", "sampler"] = "trainer"
+    # Places of a forward and backward, padding included; 0 takes a minibatch as a whole. It decides
+    # about memory: parts of a minibatch share its divisor, and so make the same update.
+    tokens_per_microbatch: int = 0
+    mask_truncated: bool = False  # learn nothing from completions that ran into the length limit
+    autocast: bool = False  # the trainer's matrix products in bfloat16
     shuffle_rewards: bool = False  # the control: every completion gets another one's reward
     evaluate_every: int = 5
     seed: int = 0
@@ -41,6 +46,10 @@ class TrainerConfig:
         for name in (*counts, "checkpoint_every", "keep_checkpoints", "max_skipped_updates"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.tokens_per_microbatch < 0:
+            raise ValueError(
+                f"tokens_per_microbatch: expected 0 or more, got {self.tokens_per_microbatch}"
+            )
         if self.group_size < 2:
             raise ValueError(f"group_size: expected at least 2, got {self.group_size}")
         if self.minibatches > self.prompts_per_step * self.group_size:
@@ -54,6 +63,11 @@ class TrainerConfig:
             )
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature: expected more than 0 to train on, got 0")
+
+    @property
+    def on_policy(self) -> bool:
+        """One update to a rollout: the policy that sampled is the one that is trained."""
+        return self.minibatches * self.epochs == 1
 
     def identity(self) -> dict[str, str]:
         """What may not change between a checkpoint and the run that goes on from it."""

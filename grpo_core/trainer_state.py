@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,13 +65,13 @@ def resume(trainer: Trainer) -> int:
     return trainer.steps_done
 
 
-def give_up(trainer: Trainer, minibatch: Batch, metrics: Metrics) -> None:
+def give_up(trainer: Trainer, parts: Sequence[Batch], metrics: Metrics) -> None:
     """Raises FloatingPointError; leaves the inputs of the update beside the checkpoints."""
     step, where = trainer.steps_done + 1, "there is no folder for checkpoints to save them in"
     if trainer.checkpoints:
         trainer.checkpoints.mkdir(parents=True, exist_ok=True)
         file = trainer.checkpoints / f"not-finite-{step:06d}.pt"
-        torch.save(asdict(minibatch), file)
+        torch.save([asdict(part) for part in parts], file)
         where = f"they lie in {file}"
     raise FloatingPointError(
         f"step {step}: {trainer.skipped_in_a_row} updates in a row had a loss or gradient that is "

@@ -272,6 +272,6 @@ def test_updates_that_are_never_finite_stop_the_run(tmp_path: Path) -> None:
         run.train()
     for mine, theirs in zip(run.model.parameters(), before, strict=True):
         assert torch.equal(mine, theirs)
-    inputs = torch.load(tmp_path / "checkpoints/not-finite-000002.pt")
+    (inputs,) = torch.load(tmp_path / "checkpoints/not-finite-000002.pt")
     assert inputs["rows"]["ids"].dtype == torch.int64
     assert inputs["advantage"].shape == inputs["old_logp"].shape

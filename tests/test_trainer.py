@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from grpo_core import RECIPES, token_logp
+from grpo_core import RECIPES, PolicyFactor, SamplerCorrection, token_logp
 from grpo_core.batch import pack
 from grpo_core.rewards import Scores
 from grpo_core.rollout import Problem, Sampling, rollout
@@ -116,8 +116,8 @@ def test_the_first_update_is_on_policy_and_later_ones_are_not() -> None:
     seen = []
 
     class Watched(Trainer):
-        def loss(self, minibatch: Any) -> Any:
-            out = super().loss(minibatch)
+        def loss(self, part: Any, divisor: Any) -> Any:
+            out = super().loss(part, divisor)
             seen.append(out)
             return out
 
@@ -283,3 +283,101 @@ def test_an_adapter_switched_off_is_the_reference() -> None:
     expected = token_logp(rows.logits(beneath), rows.target).logp
     torch.testing.assert_close(minibatch.ref_logp, expected, rtol=1e-6, atol=1e-6)
     assert not torch.allclose(minibatch.old_logp, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("loss", ["fused", "logits"])
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "gspo", "luspo", "vespo", "rloo"])
+def test_parts_of_a_minibatch_make_the_same_update(name: str, loss: str) -> None:
+    """Divisors are those of the whole; a part has at most so many places, and whole sequences."""
+    grads, metrics = [], []
+    for tokens in (0, 40):
+        trainer = Trainer(
+            micro_model(),
+            draw_problems,
+            share_of_sevens,
+            config(
+                objective=RECIPES[name],
+                loss=loss,
+                steps=3,
+                tokens_per_microbatch=tokens,
+                max_grad_norm=1e9,
+                learning_rate=1e-3,
+            ),
+        )
+        parts: list[int] = []
+        update = trainer.update
+
+        def counted(batches: Any, clock: Any, update: Any = update, parts: Any = parts) -> Any:
+            parts.extend(batch.rows.ids.numel() for batch in batches)
+            return update(batches, clock)
+
+        trainer.update = counted  # type: ignore[method-assign]
+        found = trainer.step()
+        metrics.append([found[key] for key in ("loss", "tokens", "ratio_max", "entropy")])
+        grads.append([weight.detach() for weight in trainer.model.parameters()])
+        assert tokens == 0 or (max(parts) <= tokens and len(parts) > 4)
+    assert metrics[0] == pytest.approx(metrics[1], rel=1e-5, abs=1e-6)
+    for whole, summed in zip(*grads, strict=True):
+        # four AdamW updates of up to 1e-3; rounding moves them by a hundredth of one
+        torch.testing.assert_close(whole, summed, rtol=0, atol=4e-5)
+
+
+def test_in_parts_the_first_update_is_on_policy_too() -> None:
+    settings = config(steps=3, minibatches=1, epochs=2, tokens_per_microbatch=50)
+    trainer = Trainer(micro_model(), draw_problems, share_of_sevens, settings)
+    ratios = []
+    update = trainer.update
+    trainer.update = lambda *a: ratios.append(update(*a)) or ratios[-1]  # type: ignore[method-assign]
+    trainer.step()
+    assert (ratios[0]["ratio_min"], ratios[0]["ratio_max"]) == (1, 1)
+    assert ratios[1]["ratio_max"] > 1
+
+
+def test_one_update_to_a_rollout_needs_no_old_log_probabilities() -> None:
+    """The same gradient without the forward pass that would have made them."""
+    weights = []
+    for old_logp in ("trainer", "sampler"):
+        settings = config(steps=3, minibatches=1, epochs=1, old_logp=old_logp, learning_rate=1e-3)
+        trainer = Trainer(micro_model(), draw_problems, share_of_sevens, settings)
+        metrics = trainer.step()
+        assert ("sampler_mismatch" in metrics) == (old_logp == "sampler")
+        weights.append(list(trainer.model.parameters()))
+    for mine, theirs in zip(*weights, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+
+
+def test_truncated_completions_can_be_left_out() -> None:
+    """The micro model always runs into its limit: then there is nothing to learn from."""
+    model = micro_model()
+    with torch.no_grad():
+        model.lm_head.weight[1] = 0
+        model.lm_head.weight[1, :] = -100 * model.lm_head.weight.abs().amax()
+    settings = config(steps=3, mask_truncated=True)
+    trainer = Trainer(model, draw_problems, share_of_sevens, settings)
+    before = [weight.clone() for weight in model.parameters()]
+    metrics = trainer.step()
+    share = metrics["truncated"]
+    assert metrics["tokens"] <= (1 - share) * 64 * MAX_NEW_TOKENS * 2
+    if share == 1:
+        for mine, theirs in zip(model.parameters(), before, strict=True):
+            assert torch.equal(mine, theirs)
+
+
+def test_autocast_computes_in_bfloat16_and_learns_in_float32() -> None:
+    settings = config(steps=3, autocast=True, objective=WITH_KL)
+    trainer = Trainer(micro_model(), draw_problems, share_of_sevens, settings)
+    seen = []
+    trainer.model.model.layers[0].mlp.register_forward_hook(lambda *a: seen.append(a[2].dtype))
+    trainer.step()
+    assert torch.bfloat16 in seen
+    assert all(weight.dtype == torch.float32 for weight in trainer.model.parameters())
+
+
+def test_the_sampler_correction_gets_its_log_probabilities() -> None:
+    """The sampler's are the trainer's to rounding, so truncating at 2 changes nothing."""
+    correction = PolicyFactor(SamplerCorrection("token", "truncate", high=2.0))
+    settings = config(steps=3, objective=RECIPES["dapo"].replace(factor=correction))
+    trainer = Trainer(micro_model(), draw_problems, share_of_sevens, settings)
+    metrics = trainer.step()
+    assert metrics["factor_mean"] == pytest.approx(1, abs=1e-5)
+    assert 0 <= metrics["sampler_gap_max"] < 1e-4
