@@ -37,6 +37,7 @@ from grpo_core.advantages import estimate_advantages
 from grpo_core.batch import Batch, Rows, check_output_matrix, pack
 from grpo_core.checkpoint import Interrupted, Request, stop_request
 from grpo_core.head import has_fused_head
+from grpo_core.loggers import Logger
 from grpo_core.metrics import merge_metrics
 from grpo_core.monitor import (
     Clock,
@@ -70,6 +71,7 @@ class Trainer:
         checkpoints: folder for checkpoints, of this run alone. With it, SIGINT (Ctrl-C) and SIGTERM
             end a run after the step it is in, saved; `resume` goes on.
         label: the run's name in records and on the progress bar.
+        loggers: take each step's record as well, see `loggers`.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Trainer:
         metrics_path: Path | None = None,
         checkpoints: Path | None = None,
         label: str = "grpo",
+        loggers: Sequence[Logger] = (),
     ) -> None:
         if config.loss != "fused":
             check_output_matrix(model)
@@ -94,6 +97,7 @@ class Trainer:
         self.metrics_path = metrics_path
         self.checkpoints = checkpoints
         self.label = label
+        self.loggers = loggers
         self.reference = reference_of(model) if config.objective.beta > 0 else None
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
@@ -306,6 +310,8 @@ class Trainer:
             entry["held_out"] = evaluation()
         if self.metrics_path is not None:
             append_json(self.metrics_path, entry)
+        for log in self.loggers:
+            log(entry)
         return entry
 
 

@@ -1,0 +1,258 @@
+"""`python -m grpo_core.reinforce`: reinforcement learning of a model of yours on prompts of yours.
+
+    python -m grpo_core.reinforce --model Qwen/Qwen3-0.6B --data train.jsonl --rewards math format
+    python -m grpo_core.reinforce run.yaml
+
+A run's directory holds config.json, metrics.jsonl, samples.jsonl, checkpoints, and at the end
+results.json and the model in the `transformers` format (or peft's, for an adapter).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from grpo_core.checkpoint import Interrupted
+from grpo_core.data import Epochs, problems_of, read_records
+from grpo_core.evaluate import evaluate
+from grpo_core.loggers import open_logger
+from grpo_core.monitor import Metrics, append_json
+from grpo_core.rewards import FunctionReward, Rule, accuracy, brevity, strict_format
+from grpo_core.rollout import Problem, Sampling
+from grpo_core.run_config import RunConfig, check_resumed, clear
+from grpo_core.tasks import math_accuracy, reasoning_gym_task
+from grpo_core.trainer import Trainer
+
+GYM = "reasoning_gym:"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs it; returns the exit status."""
+    parser = HfArgumentParser(RunConfig, prog="python -m grpo_core.reinforce")  # type: ignore[arg-type]
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if given and given[0].endswith((".yaml", ".yml")):
+            # what follows on the command line counts more
+            file = parser.parse_yaml_file(given[0])[0]
+            given = [*_as_arguments(asdict(file)), *given[1:]]
+        config = parser.parse_args_into_dataclasses(given)[0]
+        run = Run(config)
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        parser.error(str(error))
+    try:
+        run.train()
+    except FloatingPointError as error:
+        print(f"\nstopped: {error}", file=sys.stderr)
+        return 1
+    except (Interrupted, KeyboardInterrupt) as stop:
+        print("\ninterrupted; the same command with --resume True goes on", file=sys.stderr)
+        return 128 + (stop.number if isinstance(stop, Interrupted) else signal.SIGINT)
+    return 0
+
+
+class Run:
+    """Model, data and reward of a run, made and checked before anything is trained."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config, self.directory = config, Path(config.output)
+        if config.resume:
+            check_resumed(config, self.directory)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.tokenizer = AutoTokenizer.from_pretrained(config.model)
+        problems, self.reward = self.task()
+        self.held_out, self.training = problems[: config.held_out], problems[config.held_out :]
+        if not self.training:
+            raise ValueError(
+                f"held_out: expected fewer than the {len(problems)} problems, got {config.held_out}"
+            )
+        self.model = load_model(config, self.tokenizer)
+        self.sampling = Sampling(config.max_new_tokens, config.temperature)
+        loggers = [open_logger(name, self.directory, asdict(config)) for name in config.log]
+        self.trainer = Trainer(
+            self.model,
+            Epochs(self.training, config.seed),
+            self.reward,
+            config.trainer(self.sampling),
+            metrics_path=self.directory / "metrics.jsonl",
+            checkpoints=self.directory / "checkpoints",
+            loggers=loggers,
+        )
+
+    def task(self) -> tuple[list[Problem], FunctionReward]:
+        """Problems and their reward, from a file or from reasoning-gym."""
+        config, tokenizer = self.config, self.tokenizer
+        functions = {name: find_reward(name) for name in config.rewards}
+        if config.data.startswith(GYM):
+            problems, reward = reasoning_gym_task(
+                config.data.removeprefix(GYM),
+                tokenizer,
+                size=config.held_out + config.steps * config.prompts,
+                seed=config.seed,
+                chat=tokenizer.chat_template is not None,
+            )
+            # its own scoring takes the place of comparing answers
+            others = {k: v for k, v in functions.items() if k not in ("accuracy", "math")}
+            functions = {**reward.functions, **others}
+        else:
+            problems = problems_of(
+                read_records(config.data),
+                tokenizer,
+                system=config.system or None,
+                template=config.template or None,
+                longest_prompt=config.longest_prompt or None,
+            )
+        weights = dict(zip(config.rewards, config.reward_weights, strict=False))
+        weights = {name: weight for name, weight in weights.items() if name in functions}
+        return problems, FunctionReward(tokenizer, functions, weights)
+
+    def train(self) -> None:
+        """From the start or the last checkpoint to results.json and the model."""
+        before, results = self.directory / "before.json", self.directory / "results.json"
+        if self.config.resume:
+            self.trainer.resume()
+        else:
+            clear(self.directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        record = json.dumps(asdict(self.config), indent=2)
+        (self.directory / "config.json").write_text(record + "\n", "utf-8")
+        if self.held_out and not self.trainer.steps_done:
+            before.write_text(json.dumps(self.measured()), "utf-8")
+        self.trainer.train(self.look if self.held_out else None)
+        self.model.save_pretrained(self.directory / "model")
+        self.tokenizer.save_pretrained(self.directory / "model")
+        if self.held_out:
+            stages = {"before": json.loads(before.read_text("utf-8")), "after": self.measured()}
+            results.write_text(json.dumps(stages, indent=2) + "\n", "utf-8")
+            print("\n".join(table(stages)))
+        print(f"all of it in {self.directory}/")
+
+    def look(self) -> Metrics:
+        """Held-out figures on the way, at the temperature of the rollouts; keeps some answers."""
+        found = evaluate(self.model, self.held_out, self.reward, self.sampling)
+        chosen = found.completions[: self.config.samples]
+        texts = self.tokenizer.batch_decode(chosen, skip_special_tokens=True)
+        for problem, text in zip(self.held_out, texts, strict=False):
+            shown = {"prompt": problem.source, "completion": text, "answer": problem.answer}
+            step = self.trainer.steps_done
+            append_json(self.directory / "samples.jsonl", {"step": step, **shown})
+        return found.metrics
+
+    def measured(self) -> dict[str, Metrics]:
+        """Held-out figures, greedy and sampled."""
+        greedy = Sampling(self.config.max_new_tokens, temperature=0.0)
+        return {
+            name: evaluate(self.model, self.held_out, self.reward, sampling).metrics
+            for name, sampling in (("greedy", greedy), ("sampled", self.sampling))
+        }
+
+
+def load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The policy: whole, or beneath an adapter; with the tokenizer's end and padding tokens."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model: Any = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+    model.to(device)
+    generation = model.generation_config
+    if generation.eos_token_id is None:
+        generation.eos_token_id = tokenizer.eos_token_id
+    if generation.pad_token_id is None:
+        generation.pad_token_id = tokenizer.pad_token_id
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    if config.lora_rank:
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ModuleNotFoundError as missing:
+            raise ModuleNotFoundError("lora_rank: needs peft: pip install peft") from missing
+        torch.manual_seed(config.seed)
+        adapter = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=2 * config.lora_rank,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+        if config.gradient_checkpointing:
+            model.enable_input_require_grads()
+        model = get_peft_model(model, adapter)
+    policy: PreTrainedModel = model
+    return policy
+
+
+def find_reward(name: str) -> Callable[..., Sequence[float | None]]:
+    """A reward by its name, or from a file as path.py:function.
+
+    Raises:
+        ValueError: neither.
+    """
+    if name == "math":
+        return math_accuracy
+    if name in RULES:
+        return _over(RULES[name])
+    path, colon, function = name.rpartition(":")
+    if not colon or not path.endswith(".py"):
+        raise ValueError(
+            f"rewards: expected math, {', '.join(RULES)} or path.py:function, got {name!r}"
+        )
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, function):
+        raise ValueError(f"rewards: {path} has no function {function!r}")
+    found: Callable[..., Sequence[float | None]] = getattr(module, function)
+    return found
+
+
+RULES: dict[str, Rule] = {"accuracy": accuracy, "format": strict_format, "brevity": brevity}
+
+
+def _over(rule: Rule) -> Callable[..., list[float]]:
+    """A rule as a function over columns."""
+
+    def reward(completions: Sequence[str], answer: Sequence[Any], **_: Any) -> list[float]:
+        pairs = zip(completions, answer, strict=True)
+        return [rule(text, str(true)) for text, true in pairs]
+
+    return reward
+
+
+def table(stages: dict[str, dict[str, Metrics]]) -> list[str]:
+    """Every held-out figure before and after, greedy and sampled."""
+    heads = [f"{when} {how}" for how in ("greedy", "sampled") for when in ("before", "after")]
+    lines = [f"{'held out':24}" + "".join(f"{head:>16}" for head in heads)]
+    for name in stages["before"]["greedy"]:
+        values = [
+            stages[when][how][name] for how in ("greedy", "sampled") for when in ("before", "after")
+        ]
+        lines.append(f"{name:24}" + "".join(f"{value:16.3f}" for value in values))
+    return lines
+
+
+def _as_arguments(options: dict[str, Any]) -> list[str]:
+    """Options as a command line has them."""
+    words = []
+    for name, value in options.items():
+        values = value if isinstance(value, list) else [value]
+        if values:
+            words += [f"--{name}", *map(str, values)]
+    return words
+
+
+if __name__ == "__main__":
+    sys.exit(main())

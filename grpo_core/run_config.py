@@ -1,0 +1,136 @@
+"""The options of `python -m grpo_core.reinforce`, on the command line or in a YAML file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from grpo_core.demo import option
+from grpo_core.objective import Objective
+from grpo_core.recipes import RECIPES
+from grpo_core.rollout import Sampling
+from grpo_core.trainer_config import TrainerConfig
+
+# what may differ between a run and the command that goes on with it
+FREE = ("resume", "threads", "log", "output", "checkpoint_every", "keep_checkpoints")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Reinforcement learning of a causal language model on verifiable rewards."""
+
+    model: str = option("", "Folder or hub name of a causal language model of transformers.")
+    data: str = option(
+        "",
+        "Prompts: a .jsonl, .json or .parquet file with prompt and answer, a data set of datasets, "
+        "or reasoning_gym:NAME.",
+    )
+    output: str = option("runs/reinforce", "Run directory; replaced, except with --resume.")
+    held_out: int = option(
+        0, "The first so many problems measure the model and are not trained on."
+    )
+    rewards: list[str] = field(
+        default_factory=lambda: ["math", "format"],
+        metadata={"help": "Of math, accuracy, format, brevity, or path.py:function."},
+    )
+    reward_weights: list[float] = field(
+        default_factory=lambda: [1.0, 0.2],
+        metadata={"help": "Of each reward in turn; 1 where missing."},
+    )
+    system: str = option("", "System message before every prompt (needs a chat template).")
+    template: str = option("", 'What a string prompt stands in, such as "Question: {prompt}".')
+    longest_prompt: int = option(0, "Prompts of more tokens are left out; 0: none are.")
+    objective: str = option("dapo", f"Recipe of the loss: {', '.join(RECIPES)}.")
+    beta: float = option(0.0, "Weight of the KL to the model that learning starts from; 0: none.")
+    loss: Literal["fused", "logits", "naive"] = option(
+        "fused", "From hidden states, from the logits, or plain PyTorch."
+    )
+    steps: int = option(100, "Steps, of one rollout each.")
+    prompts: int = option(16, "Prompts per step.")
+    group_size: int = option(8, "Completions of each prompt.")
+    minibatches: int = option(2, "Updates an epoch makes of a rollout.")
+    epochs: int = option(1, "How often a rollout is gone through.")
+    learning_rate: float = option(1e-6, "Peak learning rate of AdamW.")
+    warmup_steps: int = option(5, "Steps of linear warm-up; then it falls linearly to 0.")
+    max_new_tokens: int = option(512, "Longest completion; keep the truncated share below 20 %.")
+    temperature: float = option(1.0, "Of rollouts and loss alike.")
+    mask_truncated: bool = option(False, "Learn nothing from completions cut off by the limit.")
+    tokens_per_microbatch: int = option(
+        0, "Places of one forward and backward, padding included; 0: a minibatch as a whole."
+    )
+    autocast: bool = option(False, "Matrix products in bfloat16; weights stay float32.")
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward.")
+    lora_rank: int = option(0, "Train an adapter of this rank (needs peft); 0: the whole model.")
+    evaluate_every: int = option(10, "Steps between looks at the held-out problems.")
+    samples: int = option(4, "Held-out answers kept in samples.jsonl at every look.")
+    checkpoint_every: int = option(10, "Steps between checkpoints.")
+    keep_checkpoints: int = option(2, "How many of them stay.")
+    resume: bool = option(False, "Go on from the last checkpoint of the run in --output.")
+    log: list[str] = field(
+        default_factory=list, metadata={"help": "Also to tensorboard, trackio, wandb."}
+    )
+    seed: int = option(0, "Seed of sampling, order and adapters.")
+    threads: int = option(0, "CPU threads; 0: as torch likes.")
+
+    def __post_init__(self) -> None:
+        for name in ("model", "data"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: expected a value, got nothing")
+        if self.objective not in RECIPES:
+            raise ValueError(f"objective: expected one of {list(RECIPES)}, got {self.objective!r}")
+        if not self.rewards:
+            raise ValueError("rewards: expected at least one, got none")
+        for name in ("held_out", "longest_prompt", "lora_rank", "samples", "threads"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        self.trainer(Sampling(self.max_new_tokens, self.temperature))
+
+    def trainer(self, sampling: Sampling) -> TrainerConfig:
+        """The part that the trainer wants to know."""
+        return TrainerConfig(
+            objective=self.build_objective(),
+            steps=self.steps,
+            prompts_per_step=self.prompts,
+            group_size=self.group_size,
+            minibatches=self.minibatches,
+            epochs=self.epochs,
+            learning_rate=self.learning_rate,
+            warmup_steps=self.warmup_steps,
+            sampling=sampling,
+            loss=self.loss,
+            tokens_per_microbatch=self.tokens_per_microbatch,
+            mask_truncated=self.mask_truncated,
+            autocast=self.autocast,
+            evaluate_every=self.evaluate_every,
+            seed=self.seed,
+            checkpoint_every=self.checkpoint_every,
+            keep_checkpoints=self.keep_checkpoints,
+        )
+
+    def build_objective(self) -> Objective:
+        """The recipe with this run's KL term."""
+        recipe = RECIPES[self.objective]
+        kl = (recipe.kl or "k3") if self.beta > 0 else None
+        return recipe.replace(beta=self.beta, kl=kl)
+
+
+def check_resumed(config: RunConfig, directory: Path) -> None:
+    """Raises ValueError unless an interrupted run in `directory` had these options."""
+    file = directory / "config.json"
+    if not file.exists():
+        raise ValueError(f"resume: expected an interrupted run, found no {file}")
+    before = json.loads(file.read_text("utf-8"))
+    for name, value in asdict(config).items():
+        if name not in FREE and before.get(name) != value:
+            raise ValueError(f"{name}: expected {before.get(name)} as in {file}, got {value}")
+
+
+def clear(directory: Path) -> None:
+    """Takes an earlier run out of a run directory."""
+    for name in ("metrics.jsonl", "samples.jsonl", "before.json", "results.json"):
+        (directory / name).unlink(missing_ok=True)
+    for name in ("checkpoints", "model"):
+        shutil.rmtree(directory / name, ignore_errors=True)

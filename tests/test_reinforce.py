@@ -1,0 +1,193 @@
+"""`python -m grpo_core.reinforce` on a model and prompts that are made here."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from grpo_core import decimals
+from grpo_core.loggers import flat, open_logger
+from grpo_core.reinforce import main
+from grpo_core.trainer import Trainer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*ran into max_new_tokens"),
+    pytest.mark.filterwarnings("ignore:.*had equal rewards"),
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with model/, train.jsonl and rewards.py."""
+    folder = tmp_path_factory.mktemp("files")
+    tokenizer = decimals.build_tokenizer()
+    decimals.build_model(tokenizer, seed=0).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    pairs = decimals.held_out_pairs(20)
+    records = [{"prompt": pair.question, "answer": pair.answer} for pair in pairs]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (folder / "rewards.py").write_text(
+        "def digits(completions, **_):\n"
+        "    return [sum(c.isdigit() for c in text) / 8 for text in completions]\n"
+    )
+    return folder
+
+
+def options(files: Path, output: Path, *more: str) -> list[str]:
+    """A run of three steps of two prompts."""
+    given: dict[str, Any] = {
+        "model": files / "model",
+        "data": files / "train.jsonl",
+        "output": output,
+        "held_out": 4,
+        "steps": 3,
+        "prompts": 2,
+        "group_size": 4,
+        "warmup_steps": 1,
+        "learning_rate": 1e-3,
+        "max_new_tokens": 8,
+        "checkpoint_every": 1,
+        "evaluate_every": 2,
+    }
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    return [*words, "--rewards", f"{files / 'rewards.py'}:digits", "format", *more]
+
+
+def records(directory: Path) -> list[dict[str, Any]]:
+    lines = (directory / "metrics.jsonl").read_text("utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def straight(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run from start to end."""
+    output = tmp_path_factory.mktemp("runs") / "straight"
+    assert main(options(files, output)) == 0
+    return output
+
+
+def test_a_run_leaves_behind_what_it_promises(straight: Path, files: Path) -> None:
+    assert json.loads((straight / "config.json").read_text())["steps"] == 3
+    logged = records(straight)
+    assert [record["step"] for record in logged] == [0, 1, 2, 3]
+    reward = next(name for name in logged[1] if name.endswith(":digits"))
+    expected = logged[1][reward] + 0.2 * logged[1]["format"]
+    assert logged[1]["reward"] == pytest.approx(expected, rel=1e-5)
+    assert ["held_out" in record for record in logged] == [True, False, True, True]
+    samples = [json.loads(line) for line in (straight / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [0] * 4 + [2] * 4 + [3] * 4
+    results = json.loads((straight / "results.json").read_text())
+    assert results["before"]["sampled"]["reward"] == logged[0]["held_out"]["reward"]
+    trained = AutoModelForCausalLM.from_pretrained(straight / "model")
+    start = AutoModelForCausalLM.from_pretrained(files / "model")
+    assert not torch.equal(trained.lm_head.weight, start.lm_head.weight)
+    assert [path.name for path in sorted((straight / "checkpoints").iterdir())] == [
+        "step-000002",
+        "step-000003",
+    ]
+
+
+def test_an_interrupted_run_goes_on(
+    files: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Problems are drawn on from where they were; all is as in a straight run."""
+    step = Trainer.step
+
+    def terminated(self: Trainer) -> dict[str, Any]:
+        signal.raise_signal(signal.SIGTERM)
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", terminated)
+        assert main(options(files, tmp_path / "run")) == 128 + signal.SIGTERM
+    assert main(options(files, tmp_path / "run", "--resume", "True")) == 0
+    assert records(tmp_path / "run") == records(straight)
+    ours, theirs = (run / "model/model.safetensors" for run in (tmp_path / "run", straight))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_another_run_or_none_cannot_be_resumed(
+    files: Path, straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for output, more, message in (
+        (straight, ["--seed", "3"], "seed: expected 0 as in"),
+        (tmp_path, [], "resume: expected an interrupted run, found no"),
+    ):
+        with pytest.raises(SystemExit):
+            main(options(files, output, "--resume", "True", *more))
+        assert message in capsys.readouterr().err
+    assert (straight / "results.json").exists()
+
+
+def test_options_from_a_file_and_an_adapter(files: Path, tmp_path: Path) -> None:
+    """YAML first, then what stands behind it; LoRA leaves an adapter."""
+    pytest.importorskip("peft")
+    file = tmp_path / "run.yaml"
+    settings = {
+        "model": str(files / "model"),
+        "data": str(files / "train.jsonl"),
+        "rewards": ["accuracy", "format"],
+        "steps": 9,
+        "prompts": 2,
+        "group_size": 2,
+        "warmup_steps": 0,
+        "max_new_tokens": 6,
+        "lora_rank": 2,
+        "beta": 0.1,
+        "tokens_per_microbatch": 40,
+        "gradient_checkpointing": True,
+        "autocast": True,
+    }
+    file.write_text(json.dumps(settings))
+    run = tmp_path / "run"
+    assert main([str(file), "--steps", "1", "--output", str(run)]) == 0
+    assert json.loads((run / "config.json").read_text())["steps"] == 1
+    assert (run / "model/adapter_model.safetensors").exists()
+    (first,) = records(run)[1:]
+    assert {"accuracy", "format", "kl"} <= first.keys()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--rewards", "speed"], "rewards: expected math, accuracy, format, brevity or path"),
+        (["--objective", "none"], "objective: expected one of"),
+        (["--held_out", "20"], "held_out: expected fewer than the 20 problems, got 20"),
+        (["--log", "paper"], "log: expected one of"),
+        (["--temperature", "0"], "temperature: expected more than 0"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--model", ""], "model: expected a value"),
+        (["--system", "Think."], "no chat template"),
+    ],
+)
+def test_bad_options_are_named_before_anything_is_touched(
+    more: list[str], message: str, files: Path, straight: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(path.name for path in straight.iterdir())
+    with pytest.raises(SystemExit):
+        main([*options(files, straight), *more])
+    assert message in capsys.readouterr().err
+    assert sorted(path.name for path in straight.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb"])
+def test_a_missing_logger_says_what_to_install(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, name, None)
+    with pytest.raises(ModuleNotFoundError, match=f"{name} is not installed: pip install {name}"):
+        open_logger(name, tmp_path, {})
+
+
+def test_a_logger_gets_the_numbers_of_a_record(tmp_path: Path) -> None:
+    record = {"step": 3, "stage": "grpo", "reward": 1, "held_out": {"reward": 0.5}, "bad": None}
+    assert flat(record) == {"reward": 1.0, "held_out/reward": 0.5}
+    pytest.importorskip("tensorboard")
+    open_logger("tensorboard", tmp_path, {})(record)
+    assert list((tmp_path / "tensorboard").iterdir())
