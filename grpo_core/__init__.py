@@ -4,6 +4,7 @@ from grpo_core.advantages import GroupNorm, group_advantages
 from grpo_core.estimators import Estimator
 from grpo_core.fused_loss import LossOutput, TokenLogp, fused_loss, token_logp
 from grpo_core.linear_head import LinearHead
+from grpo_core.linear_logp import linear_logp
 from grpo_core.linear_loss import fused_linear_loss, linear_token_logp
 from grpo_core.metrics import merge_metrics
 from grpo_core.objective import Objective, Surrogate
@@ -32,6 +33,7 @@ __all__ = [
     "fused_linear_loss",
     "fused_loss",
     "group_advantages",
+    "linear_logp",
     "linear_token_logp",
     "merge_metrics",
     "preset",
