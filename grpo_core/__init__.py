@@ -6,6 +6,7 @@ from grpo_core.fused_loss import LossOutput, TokenLogp, fused_loss, token_logp
 from grpo_core.linear_head import LinearHead
 from grpo_core.linear_logp import linear_logp
 from grpo_core.linear_loss import fused_linear_loss, linear_token_logp
+from grpo_core.logp_loss import logp_loss
 from grpo_core.metrics import merge_metrics
 from grpo_core.objective import Objective, Surrogate
 from grpo_core.policy_factor import PolicyFactor
@@ -35,6 +36,7 @@ __all__ = [
     "group_advantages",
     "linear_logp",
     "linear_token_logp",
+    "logp_loss",
     "merge_metrics",
     "preset",
     "token_logp",

@@ -144,13 +144,11 @@ class LinearLogp(torch.autograd.Function):
             raise RuntimeError("linear_logp: its gradient cannot be differentiated (create_graph)")
         hidden, weight, *others = ctx.saved_tensors
         head, wanted = ctx.head.of(weight, *others), ctx.needs_input_grad[2:]
-        if dlogp is None and dentropy is None:
-            return (None,) * len(ctx.needs_input_grad)
-        slopes = Slopes(
-            torch.zeros_like(dentropy) if dlogp is None else dlogp.float(),
-            None if dentropy is None else dentropy.float(),
-            None,
-        )
+        if dlogp is None:
+            if dentropy is None:
+                return (None,) * len(ctx.needs_input_grad)
+            dlogp = torch.zeros_like(dentropy)
+        slopes = Slopes(dlogp, dentropy, None)
         with torch.autocast(hidden.device.type, enabled=False):
             return None, None, *_gradients(ctx.call, head, hidden, slopes, wanted)
 

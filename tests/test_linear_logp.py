@@ -179,7 +179,7 @@ def test_backward_again_and_backward_of_backward() -> None:
     again = torch.autograd.grad(2 * loss, [hidden, weight], retain_graph=True)
     for a, b in zip(once, again, strict=True):
         assert deviation(b, 2 * a.double()) < 1e-6
-    with pytest.raises(RuntimeError, match="linear_logp.*create_graph"):
+    with pytest.raises(RuntimeError, match=r"linear_logp.*create_graph"):
         torch.autograd.grad(loss, hidden, create_graph=True)
 
 
