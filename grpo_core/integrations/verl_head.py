@@ -9,7 +9,8 @@ called by forwards of its own. `patch_log_probs` puts ours in their places:
 | either operator, every model family    | dweight summed in float32, logits in float32, entropy  |
 |                                        | float32; rows without a gradient take no product       |
 | forward of text models, `dense_common` | bias, soft cap and scale of the head take part, which  |
-|                                        | verl's leave out; an adapter on the head is refused    |
+|                                        | verl's leave out; a head that FSDP2 shards apart (not  |
+|                                        | tied) is gathered, where verl's fails                  |
 
 Kept are arguments, shapes, and the wrapped label of the last position.
 """
@@ -26,6 +27,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from grpo_core.linear_head import LinearHead
 from grpo_core.linear_logp import linear_logp
@@ -81,6 +83,7 @@ class FusedLinear(nn.Module):
         temperature: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy of every label, float32, shaped like `input_ids`."""
+        _check_whole("vocab_weights", vocab_weights)
         found = linear_logp(
             hidden_states, vocab_weights, input_ids, temperature=_number(temperature)
         )
@@ -109,6 +112,7 @@ def linear_cross_entropy(
             f"dist_process_group: a head in {size} parts is not supported; use "
             "tensor_model_parallel_size=1, or verl's own kernel without patch_log_probs"
         )
+    _check_whole("weight", weight)
     rows = hidden.reshape(-1, hidden.shape[-1])
     found = linear_logp(rows, weight, labels.reshape(-1), temperature=_number(temperature))
     return found.logp, found.entropy
@@ -162,10 +166,18 @@ def forward_with_torch_backend(
         output_hidden_states=output_hidden_states,
         cache_position=cache_position,
     )
-    found = linear_logp(outputs[0], head_of(self), shift_labels, temperature=_number(temperature))
+    target, T = shift_labels, _number(temperature)
+
+    def scored(hidden: Tensor) -> tuple[Tensor, Tensor]:
+        found = linear_logp(hidden, head_of(self), target, temperature=T)
+        return found.logp, found.entropy
+
+    # as the head's own forward: where FSDP shards it apart, its hooks gather the matrix
+    with patch.object(self.lm_head, "forward", scored):
+        logp, entropy = self.lm_head(outputs[0])
     return verl.CausalLMOutputForPPO(
-        log_probs=found.logp,
-        entropy=found.entropy,
+        log_probs=logp,
+        entropy=entropy,
         past_key_values=outputs.past_key_values,
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
@@ -246,6 +258,15 @@ def _check_parameters(name: str, theirs: Any, ours: Any) -> None:
     found = list(inspect.signature(theirs).parameters)
     if found != expected:
         raise RuntimeError(f"{name}: expected the parameters {expected}, got {found}")
+
+
+def _check_whole(name: str, weight: Tensor) -> None:
+    """Raises NotImplementedError for a matrix that FSDP2 has not gathered."""
+    if isinstance(weight, DTensor):
+        raise NotImplementedError(
+            f"{name}: expected a gathered matrix, got a DTensor: this forward of verl reads a head "
+            "that FSDP2 shards apart from the model; use tied embeddings, or strategy=fsdp"
+        )
 
 
 def _number(temperature: Any) -> float:
