@@ -35,7 +35,7 @@ from grpo_core.linear_logp import linear_logp
 VERSION = "0.9.1"
 INSTALL = (
     f'pip install --no-deps verl=={VERSION}; pip install ray "tensordict>=0.8,<=0.10" hydra-core '
-    'codetiming dill pandas pyarrow datasets torchdata pillow "transformers>=5.5.3,<5.11"'
+    'codetiming dill pandas datasets pillow peft accelerate "transformers>=5.5.3,<5.11"'
 )
 FORWARDS = "verl.models.transformers.dense_common"
 OPERATORS = "verl.utils.experimental.torch_functional"
