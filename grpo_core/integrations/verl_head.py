@@ -49,7 +49,7 @@ def require_verl() -> None:
     try:
         found = import_module("verl").__version__
     except ImportError as missing:
-        what = "it" if missing.name == "verl" else f"{missing.name}, which verl imports"
+        what = "it" if missing.name == "verl" else f"{missing.name}, which verl imports,"
         raise ImportError(
             f"grpo_core.integrations.verl needs verl {VERSION}; {what} is missing: {INSTALL}"
         ) from missing
