@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick bench lint clean
+.PHONY: demo test quick test-verl bench lint clean
 
 demo: $(VENV)/.train          ## train base, R1-Zero, SFT and R1 on the embedded task
 	$(BIN)/python -m grpo_core.train
@@ -14,6 +14,9 @@ test: $(VENV)/.test           ## the whole test-suite
 
 quick: $(VENV)/.test          ## the suite without its slow part
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow"
+
+test-verl: .venv-verl/.ready  ## with the real verl 0.9.1, in an environment of its own; 2 GB
+	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest tests/verl
 
 bench: $(VENV)/.bench         ## what the kernels save, on this machine
 	$(BIN)/python -m pytest bench/ --benchmark-only
@@ -28,5 +31,11 @@ $(VENV)/.%: $(VENV)/bin/python setup.py constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[$*]"
 	touch $@
 
+.venv-verl/.ready: tests/verl/requirements.txt
+	$(PYTHON) -m venv .venv-verl
+	.venv-verl/bin/pip install --quiet --requirement tests/verl/requirements.txt
+	.venv-verl/bin/pip install --quiet --no-deps verl==0.9.1
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) .venv-verl build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .benchmarks

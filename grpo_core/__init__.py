@@ -5,7 +5,9 @@ from grpo_core.estimators import Estimator
 from grpo_core.fused_loss import LossOutput, TokenLogp, fused_loss, token_logp
 from grpo_core.head import HeadOutput, LogpRequest, LossRequest, with_fused_head, without_fused_head
 from grpo_core.linear_head import LinearHead
+from grpo_core.linear_logp import linear_logp
 from grpo_core.linear_loss import fused_linear_loss, linear_token_logp
+from grpo_core.logp_loss import logp_loss
 from grpo_core.metrics import merge_metrics
 from grpo_core.objective import Objective, Surrogate
 from grpo_core.policy_factor import PolicyFactor
@@ -36,7 +38,9 @@ __all__ = [
     "fused_linear_loss",
     "fused_loss",
     "group_advantages",
+    "linear_logp",
     "linear_token_logp",
+    "logp_loss",
     "merge_metrics",
     "preset",
     "token_logp",
