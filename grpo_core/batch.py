@@ -73,6 +73,9 @@ class Batch:
     sampler_logp: Tensor  # [N] float32, nats
     old_logp: Tensor | None = None  # [N] float32, nats
     ref_logp: Tensor | None = None  # [N] float32, nats
+    # of a critic (PPO): its values when the rollout was made, and what they ought to have been
+    value: Tensor | None = None  # [N] float32
+    returns: Tensor | None = None  # [N] float32
 
     def select(self, sequences: Tensor) -> Batch:
         """The part that belongs to the given sequences (int64), renumbered in ascending order."""
@@ -88,10 +91,7 @@ class Batch:
                 sequence=renumbered[rows.sequence[kept]],
                 column=rows.column[kept],
             ),
-            advantage=self.advantage[kept],
-            sampler_logp=self.sampler_logp[kept],
-            old_logp=None if self.old_logp is None else self.old_logp[kept],
-            ref_logp=None if self.ref_logp is None else self.ref_logp[kept],
+            **{name: v[kept] for name, v in vars(self).items() if isinstance(v, Tensor)},
         )
 
     def microbatches(self, tokens: int) -> list[Batch]:

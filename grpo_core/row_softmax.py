@@ -114,7 +114,7 @@ class _Others:
 
     def __init__(self, temperature: float) -> None:
         self.temperature = temperature
-        self.arrays = torch.empty(2, 0)  # what the next two are views of
+        self.arrays = torch.empty(0), torch.empty(0)  # what the next two are views of
         self.centred = torch.empty(0)  # [n, V], logits over T less the row's centre; 0 at y
         self.powers = torch.empty(0)  # [n, V], exp of `centred`; 0 at y
         self.total = torch.empty(0)  # [n] float64, Σ of `powers`
@@ -193,8 +193,13 @@ class _Others:
         if self.powers.shape != logits.shape:
             numbers = logits.numel()
             room = -(-numbers // STRIDE) * STRIDE
-            self.arrays = torch.zeros(2, room, dtype=torch.float32, device=logits.device)
-            self.centred, self.powers = self.arrays[:, :numbers].view(2, *logits.shape)
+            self.arrays = (
+                torch.zeros(room, dtype=torch.float32, device=logits.device),
+                torch.empty(room, dtype=torch.float32, device=logits.device),
+            )
+            self.centred, self.powers = (
+                array[:numbers].view(logits.shape) for array in self.arrays
+            )
 
     def _sum_powers(self) -> None:
         torch.exp(self.arrays[0], out=self.arrays[1])

@@ -51,7 +51,7 @@ from grpo_core.monitor import (
 )
 from grpo_core.reference import reference_loss
 from grpo_core.rewards import Reward
-from grpo_core.rollout import Problem, evaluation_mode, rollout
+from grpo_core.rollout import Problem, Rollout, evaluation_mode, rollout
 from grpo_core.supervised import learning_rate_share
 from grpo_core.trainer_config import TrainerConfig as TrainerConfig
 
@@ -167,16 +167,8 @@ class Trainer:
 
         scores = self.reward(asked, drawn.completions())
         rewards = shuffled(scores.total, rng) if config.shuffle_rewards else scores.total
-        advantage = estimate_advantages(
-            rewards.to(self.model.device), config.objective.advantage, config.group_size, None
-        )
-
         with clock.phase("reference"):
-            packed = pack(drawn, advantage, mask_truncated=config.mask_truncated)
-            minibatches = [
-                [self.with_logp(part) for part in whole.microbatches(config.tokens_per_microbatch)]
-                for whole in packed.split(config.minibatches, order)
-            ]
+            minibatches = self.minibatches(drawn, rewards.to(self.model.device), order)
 
         rate = self.set_learning_rate()
         updates = [self.update(parts, clock) for _ in range(config.epochs) for parts in minibatches]
@@ -193,6 +185,24 @@ class Trainer:
         }
         self.watch(metrics)
         return metrics
+
+    def minibatches(self, drawn: Rollout, rewards: Tensor, order: Tensor) -> list[list[Batch]]:
+        """What the updates are made of: each a list of parts that share an optimizer step.
+
+        Args:
+            drawn: S completions, those of a group side by side.
+            rewards: [S] float32.
+            order: [S] int64, in which they are dealt out.
+        """
+        config = self.config
+        advantage = estimate_advantages(
+            rewards, config.objective.advantage, config.group_size, None
+        )
+        packed = pack(drawn, advantage, mask_truncated=config.mask_truncated)
+        return [
+            [self.with_logp(part) for part in whole.microbatches(config.tokens_per_microbatch)]
+            for whole in packed.split(config.minibatches, order)
+        ]
 
     def with_logp(self, part: Batch) -> Batch:
         """The microbatch with the log-probabilities its ratio and KL are measured against."""
