@@ -49,13 +49,21 @@ class Rows:
             "use_cache": False,
         }
 
+    def hidden(self, model: PreTrainedModel) -> Tensor:
+        """What the output matrix is applied to, [N, D]: the backbone over all tokens."""
+        hidden = beneath(model).base_model(**self.inputs).last_hidden_state  # [S, T, D]
+        rows: Tensor = hidden[self.sequence, self.column]
+        return rows
+
     def logits(self, model: PreTrainedModel) -> Tensor:
         """Predictions [N, V]: the backbone over all tokens, the output matrix over the rows."""
-        # peft puts its own model around the one that has a backbone
-        peft = hasattr(model, "peft_config")
-        whole: Any = model.get_base_model() if peft else model  # type: ignore[operator]
-        hidden = whole.base_model(**self.inputs).last_hidden_state  # [S, T, D]
-        return whole.get_output_embeddings()(hidden[self.sequence, self.column])
+        logits: Tensor = beneath(model).get_output_embeddings()(self.hidden(model))
+        return logits
+
+
+def beneath(model: PreTrainedModel) -> Any:
+    """The model that has a backbone and a head: peft puts its own around it."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
 
 
 def rows_of(ids: Tensor, attention: Tensor, is_target: Tensor) -> Rows:

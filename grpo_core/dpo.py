@@ -1,0 +1,160 @@
+"""DPO on pairs that the model has sampled itself: preferences without reinforcement learning.
+
+`sample_pairs` answers every prompt several times and keeps the best and the worst, where the reward
+tells them apart. `train_preferences` learns from those pairs (arXiv 2305.18290, eq. 7), with the
+log-probabilities from hidden states, so that no logits of all tokens exist.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from grpo_core.batch import Rows, beneath, check_output_matrix
+from grpo_core.head_reading import Around, read_head
+from grpo_core.linear_logp import linear_logp
+from grpo_core.preference import dpo_loss, sequence_logp
+from grpo_core.rewards import Reward
+from grpo_core.rollout import Problem, Sampling, rollout
+from grpo_core.supervised import Example, learning_rate_share, pad_examples
+from grpo_core.trainer import adapter_off, reference_of
+
+
+class Pair(NamedTuple):
+    """Two answers to one prompt, token ids with their end token, the first the better one."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
+@dataclass(frozen=True)
+class PreferenceConfig:
+    """A run of `train_preferences`.
+
+    Attributes:
+        steps, batch_size: updates, of so many pairs each.
+        beta: of DPO, how much a nat of log-ratio counts.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int = 5
+    beta: float = 0.1
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not 0 <= self.warmup_steps < self.steps:
+            raise ValueError(
+                f"warmup_steps: expected 0 to {self.steps - 1}, got {self.warmup_steps}"
+            )
+
+
+def sample_pairs(
+    model: PreTrainedModel,
+    problems: Sequence[Problem],
+    reward: Reward,
+    sampling: Sampling,
+    *,
+    group_size: int,
+    seed: int = 0,
+) -> list[Pair]:
+    """A pair for every problem whose answers differ in reward: the best and the worst of them.
+
+    Args:
+        model: what answers.
+        problems: each answered `group_size` times.
+        reward: tells answers apart.
+        sampling: how they are drawn.
+        group_size: at least 2.
+        seed: of the sampler; the global generator is left as it was found.
+
+    Raises:
+        ValueError: group_size is too small.
+    """
+    if group_size < 2:
+        raise ValueError(f"group_size: expected at least 2, got {group_size}")
+    asked = [problem for problem in problems for _ in range(group_size)]
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        drawn = rollout(model, [problem.prompt for problem in asked], sampling)
+    completions = drawn.completions()
+    scores = reward(asked, completions).total.view(-1, group_size)
+    pairs = []
+    for group, problem in enumerate(problems):
+        best, worst = int(scores[group].argmax()), int(scores[group].argmin())
+        if scores[group, best] > scores[group, worst]:
+            answers = completions[group * group_size :]
+            pairs.append(Pair(list(problem.prompt), answers[best], answers[worst]))
+    return pairs
+
+
+def train_preferences(
+    model: PreTrainedModel,
+    pairs: Sequence[Pair],
+    config: PreferenceConfig,
+    *,
+    seed: int = 0,
+    label: str = "DPO",
+) -> list[dict[str, float]]:
+    """Trains in place by AdamW with warm-up, linear decay and clipping; a new order every epoch.
+
+    Returns:
+        Of every step: "loss"; "accuracy", the share of pairs whose better answer has the larger
+        implied reward; "margin", the mean difference of those.
+
+    Raises:
+        ValueError: there are no pairs, or the model does more to its logits than a product.
+    """
+    if not pairs:
+        raise ValueError("pairs: expected at least one, got none: the rewards of all are equal")
+    check_output_matrix(model)
+    reference = reference_of(model)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+    )
+    rng, queue, history = random.Random(seed), list[Pair](), []
+    progress = tqdm(range(config.steps), desc=label, unit="step")
+    for step in progress:
+        if len(queue) < config.batch_size:
+            queue = rng.sample(list(pairs), len(pairs))
+        some = [queue.pop() for _ in range(min(config.batch_size, len(queue)))]
+        share = learning_rate_share(step, config.steps, config.warmup_steps, final=0.0)
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * share
+
+        answers = [Example(pair.prompt, pair.chosen) for pair in some]
+        answers += [Example(pair.prompt, pair.rejected) for pair in some]
+        rows = pad_examples(answers, prompt_loss=False, device=model.device)
+        with torch.no_grad(), adapter_off(reference):
+            ref_chosen, ref_rejected = answer_logp(reference, rows).chunk(2)
+        chosen, rejected = answer_logp(model, rows).chunk(2)
+        out = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=config.beta)
+        out.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        margin = out.reward_chosen - out.reward_rejected
+        figures = torch.stack([out.loss.detach(), (margin > 0).float().mean(), margin.mean()])
+        history.append(dict(zip(("loss", "accuracy", "margin"), figures.tolist(), strict=True)))
+        progress.set_postfix(loss=f"{history[-1]['loss']:.3f}", refresh=False)
+    return history
+
+
+def answer_logp(model: PreTrainedModel, rows: Rows) -> Tensor:
+    """Σ log π over each answer's tokens, [S] float32, differentiable."""
+    head = read_head(beneath(model).get_output_embeddings(), Around())
+    found = linear_logp(rows.hidden(model), head, rows.target)
+    everything = torch.ones_like(rows.target, dtype=torch.bool)
+    return sequence_logp(found.logp, everything, rows.sequence, sequences=len(rows.ids))
