@@ -6,21 +6,20 @@ Calls that launch our Triton kernels move bytes unseen from here: see `kernel_me
 
 from __future__ import annotations
 
-import gc
 import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import accumulate
 from types import TracebackType
 from typing import Any
 
 import torch
 import torch._inductor.metrics as inductor_metrics
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from grpo_core.live_bytes import LiveBytes
 
 # reserve memory and leave it untouched
 ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
@@ -42,26 +41,10 @@ def one_thread() -> Iterator[None]:
 
 
 def peak_extra_bytes(call: Callable[[], object], device: str) -> int:
-    """Largest number of bytes held at one time that were not held before the call.
-
-    The result counts, as the caller has to hold it. On the CPU every allocation passes PyTorch's
-    allocator, the scratch inside an operator and that of compiled code included, and the profiler
-    writes each down; a dispatch mode would see neither.
-    """
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    """Most bytes held at one time that were not held before; the result is held by the caller."""
+    with LiveBytes(device) as live, one_thread():
         call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    # what earlier calls left in cycles must not be freed, and so be taken off, within this one
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded, one_thread():
-        call()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(accumulate((event.nbytes() for event in events), initial=0))
+    return live.peak
 
 
 class OperandMeter(TorchDispatchMode):
