@@ -96,7 +96,7 @@ def register(name: str, objective: str | Objective) -> PolicyLoss:
     ) -> tuple[Tensor, dict[str, Any]]:
         """The policy term of the objective; arguments and results are those of verl's losses."""
         _check_config(name, spec, loss_agg_mode, config)
-        options = preset("verl", loss_agg_mode=loss_agg_mode)
+        options = _preset("vanilla", loss_agg_mode, _options(config), weighted=False)
         out = logp_loss(
             log_prob,
             objective=spec,

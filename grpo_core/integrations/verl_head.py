@@ -236,9 +236,8 @@ def patch_log_probs() -> ExitStack:
     places += [
         (m, "linear_cross_entropy", linear_cross_entropy) for m in MEGATRON if m in sys.modules
     ]
-    originals = {(module, name): getattr(import_module(module), name) for module, name, _ in places}
-    for (module, name), theirs in originals.items():
-        ours = next(o for m, n, o in places if (m, n) == (module, name))
+    for module, name, ours in places:
+        theirs = getattr(import_module(module), name)
         if theirs is not ours:
             _check_parameters(f"{module}.{name}", theirs, ours)
     with ExitStack() as stack:
@@ -249,13 +248,10 @@ def patch_log_probs() -> ExitStack:
 
 def _check_parameters(name: str, theirs: Any, ours: Any) -> None:
     """Raises RuntimeError unless both are called in the same way."""
-    if name.endswith("linear_cross_entropy"):
-        # verl's is the `apply` of an autograd function, whose forward has the names
-        theirs = theirs.__self__.forward
-        expected = ["ctx", *inspect.signature(ours).parameters]
-    else:
-        expected = list(inspect.signature(ours).parameters)
-    found = list(inspect.signature(theirs).parameters)
+    # the `apply` of an autograd function shows no names, its forward does
+    theirs = getattr(getattr(theirs, "__self__", None), "forward", theirs)
+    found, expected = (list(inspect.signature(called).parameters) for called in (theirs, ours))
+    found = found[1:] if found[:1] == ["ctx"] else found
     if found != expected:
         raise RuntimeError(f"{name}: expected the parameters {expected}, got {found}")
 
@@ -265,7 +261,8 @@ def _check_whole(name: str, weight: Tensor) -> None:
     if isinstance(weight, DTensor):
         raise NotImplementedError(
             f"{name}: expected a gathered matrix, got a DTensor: this forward of verl reads a head "
-            "that FSDP2 shards apart from the model; use tied embeddings, or strategy=fsdp"
+            "that FSDP2 shards apart from the model, where its own operator fails, too; set "
+            "use_fused_kernels=False"
         )
 
 

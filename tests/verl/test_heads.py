@@ -194,6 +194,26 @@ def test_the_two_operators() -> None:
     assert flat[0].shape == flat[1].shape == (10,)
 
 
+def test_dweight_of_many_chunks_in_bfloat16() -> None:
+    """Summed in float32 and rounded once, where verl's torch operator rounds at every chunk."""
+    hidden = torch.randn(1024, 16).bfloat16().requires_grad_()
+    weight = torch.randn(67, 16).bfloat16().requires_grad_()
+    label, upstream = torch.randint(0, 67, (1024,)), torch.randn(1024)
+    exact = torch.log_softmax(hidden.double() @ weight.double().T, -1)
+    exact = exact.gather(1, label[:, None]).squeeze(1)
+    (wanted,) = torch.autograd.grad((exact * upstream).sum(), weight)
+    errors = []
+    for operator in (ours.FusedLinear(), torch_functional.FusedLinearForPPO(chunk_size=32)):
+        logp, _ = operator(hidden, weight, label)
+        (got,) = torch.autograd.grad((logp * upstream).sum(), weight)
+        assert got.dtype == torch.bfloat16
+        gap = (got.double() - wanted).norm() / wanted.norm()
+        errors.append((float(gap), float((logp - exact).detach().abs().max())))
+    print(f"(dweight, logp): ours {errors[0]}, verl's {errors[1]}")
+    assert errors[0][0] < 3e-3 < 2 * errors[1][0] and errors[0][0] < errors[1][0] / 2
+    assert errors[0][1] < 1e-4 < errors[1][1]
+
+
 def test_patching_and_undoing() -> None:
     places = [
         (torch_functional, "FusedLinearForPPO"),

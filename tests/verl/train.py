@@ -41,7 +41,10 @@ from grpo_core.decimals import build_tokenizer
 from grpo_core.integrations.verl import patch_log_probs
 
 B, PROMPT, RESPONSE, V = 8, 3, 6, 61
-SINGLE = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+PRECISIONS = {
+    "float32": {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
+    "bfloat16": {"param_dtype": "bf16", "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
+}
 
 
 def save_model(path: Path, *, tied: bool) -> None:
@@ -63,7 +66,7 @@ def save_model(path: Path, *, tied: bool) -> None:
 
 
 def build_engine(path: Path, run: dict[str, Any]) -> FSDPEngineWithLMHead:
-    """verl's engine in float32, with or without a fused head."""
+    """verl's engine, with or without a fused head."""
     fused = run["head"] != "logits"
     shared = {"use_remove_padding": run["packed"], "use_fused_kernels": fused}
     engine = FSDPEngineWithLMHead(
@@ -72,13 +75,14 @@ def build_engine(path: Path, run: dict[str, Any]) -> FSDPEngineWithLMHead:
             fused_kernel_options={"impl_backend": run["head"]},
             override_config={"attn_implementation": "eager"},
             enable_gradient_checkpointing=run["checkpointing"],
+            lora_rank=run["lora_rank"],
             **shared,
         ),
         engine_config=FSDPEngineConfig(
             strategy="fsdp2",
             model_dtype="fp32",
-            mixed_precision=SINGLE,
-            dtype="float32",
+            mixed_precision=PRECISIONS[run["dtype"]],
+            dtype=run["dtype"],
             use_torch_compile=False,
             **shared,
         ),
@@ -147,6 +151,8 @@ def train(path: Path, run: dict[str, Any]) -> dict[str, Any]:
         policy_loss=PolicyLossConfig(loss_mode=run["loss_mode"], dro_beta=0.1),
         **run["actor"],
     )
+    # of an adapter's first weights
+    torch.manual_seed(0)
     engine = build_engine(path, run)
     metrics = []
     with engine.train_mode():
