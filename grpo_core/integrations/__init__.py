@@ -1,0 +1,1 @@
+"""Our losses inside the trainers people already use: one module each, docs/integrations.md."""
