@@ -6,6 +6,7 @@ Stock TRL and ours are built from the same directory, so they start from the sam
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib.metadata
 import random
@@ -23,6 +24,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer import grpo_trainer
 
 WORDS = ["<pad>", "<eos>", *(f"w{i}" for i in range(29))]
 PAD, EOS = 0, 1
@@ -67,6 +69,7 @@ def save_model(directory: Path, tied: bool = False) -> None:
     tokenizer().save_pretrained(directory)
 
 
+@functools.cache
 def tokenizer() -> PreTrainedTokenizerFast:
     """A word is a token."""
     vocabulary = {word: i for i, word in enumerate(WORDS)}
@@ -81,11 +84,28 @@ def reward(completions: list[str], **_: Any) -> list[float]:
     return [sum(n < 12 for n in found) / 4 - len(found) / 8 for found in numbers]
 
 
+@functools.cache
+def _model(directory: str) -> Qwen2ForCausalLM:
+    """The model of a directory, read once."""
+    return Qwen2ForCausalLM.from_pretrained(directory)
+
+
+def _copy(directory: str, **_: Any) -> Qwen2ForCausalLM:
+    """In the place of TRL's reading it from disk for every trainer."""
+    return copy.deepcopy(_model(directory))
+
+
+@functools.cache
+def _prompts(times: int) -> Dataset:
+    return Dataset.from_dict({"prompt": PROMPTS * times})
+
+
 @contextlib.contextmanager
 def quick() -> Iterator[None]:
     """Without telemetry, and without reading the same files again and again."""
     with (
         mock.patch.object(GRPOTrainer, "_send_telemetry", create=True),
+        mock.patch.object(grpo_trainer, "create_model_from_path", _copy, create=True),
         mock.patch.object(importlib.metadata, "metadata", _metadata),
     ):
         yield
@@ -122,8 +142,8 @@ def make_trainer(
             model=str(home(tied)),
             reward_funcs=reward,
             args=GRPOConfig(**chosen),
-            train_dataset=Dataset.from_dict({"prompt": PROMPTS * 4}),
-            eval_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+            train_dataset=_prompts(4),
+            eval_dataset=_prompts(1),
             processing_class=tokenizer(),
             peft_config=peft,
         )
