@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import importlib
 import importlib.metadata
 import random
 import tempfile
@@ -22,9 +23,19 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    MixtralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Trainer,
+    TrainingArguments,
+)
 from trl import GRPOConfig, GRPOTrainer
-from trl.trainer import grpo_trainer
 
 WORDS = ["<pad>", "<eos>", *(f"w{i}" for i in range(29))]
 PAD, EOS = 0, 1
@@ -34,34 +45,43 @@ _metadata = functools.cache(importlib.metadata.metadata)
 
 
 @functools.cache
-def home(tied: bool = False) -> Path:
-    """A directory with the model and its tokenizer, removed at exit."""
+def home(name: str = "qwen2") -> Path:
+    """A directory with one of `CONFIGS`' models and its tokenizer, removed at exit."""
     directory = tempfile.TemporaryDirectory(prefix="trl-training-")
     _kept.append(directory)
-    save_model(Path(directory.name), tied)
+    save_model(Path(directory.name), name)
     return Path(directory.name)
 
 
 _kept: list[tempfile.TemporaryDirectory[str]] = []
+CONFIGS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "qwen2": (Qwen2Config, {}),
+    "tied": (Qwen2Config, {"tie_word_embeddings": True}),
+    # a soft cap of the logits; a scale of theirs; the loss of a router
+    "gemma2": (Gemma2Config, {"head_dim": 8, "final_logit_softcapping": 4.0}),
+    "cohere": (CohereConfig, {"logit_scale": 0.4, "tie_word_embeddings": False}),
+    "mixtral": (MixtralConfig, {"num_local_experts": 2, "router_aux_loss_coef": 0.3}),
+}
 
 
-def save_model(directory: Path, tied: bool = False) -> None:
+def save_model(directory: Path, name: str) -> None:
     """Writes model and tokenizer."""
+    kind, options = CONFIGS[name]
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        config = Qwen2Config(
-            vocab_size=len(WORDS),
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            tie_word_embeddings=tied,
-            pad_token_id=PAD,
-            eos_token_id=EOS,
-            bos_token_id=None,
-        )
-        model = Qwen2ForCausalLM(config)
+        shared: dict[str, Any] = {
+            "vocab_size": len(WORDS),
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "tie_word_embeddings": False,
+            "pad_token_id": PAD,
+            "eos_token_id": EOS,
+            "bos_token_id": None,
+        }
+        model = AutoModelForCausalLM.from_config(kind(**shared | options))
         # logits that tell words apart
         with torch.no_grad():
             model.get_output_embeddings().weight.mul_(12)
@@ -85,12 +105,12 @@ def reward(completions: list[str], **_: Any) -> list[float]:
 
 
 @functools.cache
-def _model(directory: str) -> Qwen2ForCausalLM:
+def _model(directory: str) -> PreTrainedModel:
     """The model of a directory, read once."""
-    return Qwen2ForCausalLM.from_pretrained(directory)
+    return AutoModelForCausalLM.from_pretrained(directory)
 
 
-def _copy(directory: str, **_: Any) -> Qwen2ForCausalLM:
+def _copy(directory: str, **_: Any) -> PreTrainedModel:
     """In the place of TRL's reading it from disk for every trainer."""
     return copy.deepcopy(_model(directory))
 
@@ -103,25 +123,40 @@ def _prompts(times: int) -> Dataset:
 @contextlib.contextmanager
 def quick() -> Iterator[None]:
     """Without telemetry, and without reading the same files again and again."""
-    with (
-        mock.patch.object(GRPOTrainer, "_send_telemetry", create=True),
-        mock.patch.object(grpo_trainer, "create_model_from_path", _copy, create=True),
-        mock.patch.object(importlib.metadata, "metadata", _metadata),
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(importlib.metadata, "metadata", _metadata))
+        for name in ("grpo", "rloo", "dpo", "kto", "sft"):
+            module = importlib.import_module(f"trl.trainer.{name}_trainer")
+            trainer = getattr(module, f"{name.upper()}Trainer")
+            for owner, attribute, value in (
+                (trainer, "_send_telemetry", mock.DEFAULT),
+                (module, "create_model_from_path", _copy),
+            ):
+                if hasattr(owner, attribute):
+                    stack.enter_context(mock.patch.object(owner, attribute, value))
         yield
 
 
 def make_trainer(
-    kind: type[GRPOTrainer], output: Path, *, tied: bool = False, peft: Any = None, **options: Any
-) -> GRPOTrainer:
+    kind: type[Trainer],
+    output: Path,
+    *,
+    model: str = "qwen2",
+    peft: Any = None,
+    config: type[TrainingArguments] = GRPOConfig,
+    more: dict[str, Any] | None = None,
+    **options: Any,
+) -> Any:
     """A trainer of that class on the CPU in float32.
 
     Args:
         kind: TRL's or ours.
         output: where it may write.
-        tied: the head is the embedding.
+        model: a name out of `CONFIGS`.
         peft: a `peft.LoraConfig`, or None.
-        options: of `GRPOConfig`.
+        config: of its options.
+        more: arguments of the trainer; None means those of GRPO.
+        options: of `config`.
     """
     chosen: dict[str, Any] = {
         "output_dir": str(output),
@@ -132,30 +167,32 @@ def make_trainer(
         "disable_tqdm": True,
         "logging_steps": 1,
         "save_strategy": "no",
-        "num_generations": 2,
         "per_device_train_batch_size": 4,
-        "max_completion_length": 6,
-        "learning_rate": 0.01,
-    } | options
+        "per_device_eval_batch_size": 4,
+        # Adam would blow up the rounding of gradients that are 0
+        "optim": "sgd",
+        "learning_rate": 0.3,
+    }
+    if more is None:
+        chosen |= {"num_generations": 2, "max_completion_length": 6}
+        more = {"reward_funcs": reward, "train_dataset": _prompts(4), "eval_dataset": _prompts(1)}
     with quick():
         return kind(
-            model=str(home(tied)),
-            reward_funcs=reward,
-            args=GRPOConfig(**chosen),
-            train_dataset=_prompts(4),
-            eval_dataset=_prompts(1),
+            model=str(home(model)),
+            args=config(**chosen | options),
             processing_class=tokenizer(),
             peft_config=peft,
+            **more,
         )
 
 
-def parameters(trainer: GRPOTrainer) -> dict[str, Tensor]:
+def parameters(trainer: Trainer) -> dict[str, Tensor]:
     """Copies of all that may be trained."""
     named = trainer.accelerator.unwrap_model(trainer.model).named_parameters()
     return {name: p.detach().clone() for name, p in named if p.requires_grad}
 
 
-def logged(trainer: GRPOTrainer) -> list[dict[str, float]]:
+def logged(trainer: Trainer) -> list[dict[str, float]]:
     """What it logged, step by step, but for times."""
     timed = ("step_time", "runtime", "per_second", "total_flos")
     return [

@@ -13,6 +13,7 @@ _LOSS = frozenset(field.name for field in dataclasses.fields(TrlOptions))
 # these are TRL's own doing: before the loss, around it, or in its metrics
 _AROUND = (
     "cache_implementation, cast_lm_head_to_fp32, chat_template_kwargs, disable_dropout, "
+    "ds3_gather_for_generation, "
     "entropy_coef_delta, entropy_coef_max, entropy_coef_min, entropy_target, "
     "generation_batch_size, generation_kwargs, log_completions, log_completions_hub_repo, "
     "log_multimodal, log_unique_prompts, mask_truncated_completions, max_tool_calling_iterations, "
