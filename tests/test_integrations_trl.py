@@ -44,6 +44,7 @@ from tests.trl_training import (
     parameters,
     quick,
 )
+from tests.trl_two_processes import train_on_two
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -528,3 +529,14 @@ def test_generate_and_the_plain_forward_are_untouched(tmp_path: Path) -> None:
         plain = [t.model(input_ids=ids).logits for t in (stock, ours)]
         words = [t.model.generate(ids, max_new_tokens=4, do_sample=False) for t in (stock, ours)]
     assert torch.equal(*plain) and torch.equal(*words)
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path: Path) -> None:
+    """DDP over gloo: parameters and log of stock TRL's two processes; different ones from one's."""
+    options = TRAININGS["dapo"] | {"entropy_coef": 0.01, "per_device_train_batch_size": 2}
+    stock, ours = train_on_two(tmp_path, ["stock", "ours"], options)
+    assert stock["wrapped"] == ours["wrapped"] == "DistributedDataParallel"
+    assert stock["agree"] and ours["agree"]
+    results = (Training(r["before"], r["after"], r["log"]) for r in (ours, stock))
+    assert_same_training(*results, CLOSE)
