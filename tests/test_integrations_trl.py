@@ -44,7 +44,7 @@ from tests.trl_training import (
     parameters,
     quick,
 )
-from tests.trl_two_processes import train_on_two
+from tests.trl_two_processes import on_two
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -533,10 +533,13 @@ def test_generate_and_the_plain_forward_are_untouched(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
-    """DDP over gloo: parameters and log of stock TRL's two processes; different ones from one's."""
+    """Gloo: a training under DDP and a loss under FSDP2 are stock TRL's on two processes."""
     options = TRAININGS["dapo"] | {"entropy_coef": 0.01, "per_device_train_batch_size": 2}
-    stock, ours = train_on_two(tmp_path, ["stock", "ours"], options)
+    found = on_two(tmp_path, options)
+    stock, ours = found["ddp"]
     assert stock["wrapped"] == ours["wrapped"] == "DistributedDataParallel"
     assert stock["agree"] and ours["agree"]
     results = (Training(r["before"], r["after"], r["log"]) for r in (ours, stock))
     assert_same_training(*results, CLOSE)
+    stock, ours = found["fsdp"]
+    assert_equal(ours, stock)
