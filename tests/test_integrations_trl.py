@@ -205,7 +205,7 @@ def test_other_heads(tmp_path: Path, calls: dict[str, int], model: str, compact:
     assert stock.aux_loss_enabled == (model == "mixtral")
     for batch in BATCHES:
         inputs = micro_batch(stock, batch)
-        with mock.patch("trl.trainer.utils._use_triton", lambda device: compact):
+        with mock.patch("trl.trainer.utils._use_triton", lambda device: compact, create=True):
             found, wanted = (outcome(t, inputs, 2, True) for t in (ours, stock))
         assert_equal(found, wanted, batch)
     assert calls["fused_linear_loss"] == len(BATCHES)
@@ -216,7 +216,7 @@ def test_a_batch_without_tokens_touches_every_parameter(tmp_path: Path, compact:
     """Else a rank would wait for the others' gradients for ever."""
     _, ours = pair(tmp_path)
     inputs = micro_batch(ours, Batch(lengths=(0, 0, 0, 0)))
-    with mock.patch("trl.trainer.utils._use_triton", lambda device: compact):
+    with mock.patch("trl.trainer.utils._use_triton", lambda device: compact, create=True):
         found = outcome(ours, inputs, 1, True)
     assert found.loss == 0
     assert all(g is not None and (g == 0).all() for g in found.gradients.values())

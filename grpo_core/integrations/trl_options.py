@@ -48,8 +48,6 @@ def refused(trainer: Any) -> tuple[str, str] | None:
             return name, "not known here"
     if args.torch_compile:
         return "torch_compile", "the loss cannot be part of a compiled forward"
-    if trainer.is_deepspeed_enabled:
-        return "deepspeed", "not tested here"
     try:
         options_of(trainer)
     except ValueError as error:
