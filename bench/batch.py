@@ -61,22 +61,28 @@ class Batch:
     @classmethod
     def draw(cls, N: int, V: int, dtype: torch.dtype, device: str) -> Batch:
         """A batch of random logits and advantages, slightly off policy."""
-        T = SEQUENCE_ROWS if N % SEQUENCE_ROWS == 0 else N
-        B = N // T
         generator = torch.Generator(device).manual_seed(0)
-        normal = partial(torch.randn, generator=generator, device=device)
         logits = torch.empty(N, V, dtype=dtype, device=device)
         for row in logits:
-            row.copy_(normal(V) * 2)
-        target = torch.randint(V, (B, T), generator=generator, device=device)
+            row.copy_(torch.randn(V, generator=generator, device=device) * 2)
+        words = torch.randint(V, (N,), generator=generator, device=device)
+        return cls.of(words, token_logp(logits, words).logp, logits, generator)
+
+    @classmethod
+    def of(cls, words: Tensor, logp: Tensor, logits: Tensor, generator: torch.Generator) -> Batch:
+        """A batch of given words [N] of known log-probability, in sequences of one length."""
+        N, device = len(words), words.device
+        T = SEQUENCE_ROWS if N % SEQUENCE_ROWS == 0 else N
+        B = N // T
+        normal = partial(torch.randn, generator=generator, device=device)
+        target = words.view(B, T).clone()
         target[:, -1] = MASKED
         drift = TOKEN_SPREAD * normal(B, T)
         drift -= drift[:, :-1].mean(1, keepdim=True)
         nth = torch.arange(B, device=device)
         drift += torch.where(nth % EVERY == EVERY - 1, SEQUENCE_OUTSIDE, SEQUENCE_INSIDE)[:, None]
         valid, word = target != MASKED, target.clamp(min=0)
-        logp = token_logp(logits, target.flatten()).logp.view(B, T)
-        old_logp = (logp - drift) * valid
+        old_logp = (logp.view(B, T) - drift) * valid
         advantage = normal(B)
         return cls(
             logits=logits,

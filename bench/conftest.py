@@ -13,9 +13,12 @@ import torch
 
 from bench.batch import Batch, Recipe, dtype_name
 from bench.counted import published
+from bench.hidden import HiddenBatch
+from bench.hidden_truth import HiddenTruth
+from bench.hidden_truth import find_truth as find_hidden_truth
 from bench.machine import describe, device_name, versions
 from bench.peers import missing_peers
-from bench.table import kernel_lines, table
+from bench.table import hidden_table, kernel_lines, table
 from bench.truth import Truth, find_truth
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,6 +35,16 @@ SHAPES = {
         (8192, 262_144),
     ),
     "cpu": ((512, 151_936), (512, 32_000)),
+}
+# (rows, V, D) from hidden states: 8,192 rows of Llama 2, Llama 3, Qwen 3; on a CPU few of them
+HIDDEN_SHAPES = {
+    "cuda": (
+        (8192, 151_936, 4096),
+        (8192, 151_936, 2048),
+        (8192, 128_256, 4096),
+        (8192, 32_000, 4096),
+    ),
+    "cpu": ((1024, 32_000, 512), (128, 151_936, 512)),
 }
 DTYPES = {"cuda": (torch.bfloat16,), "cpu": (torch.float32, torch.bfloat16)}
 # the most demanding contender holds three times the float32 logits from bfloat16 ones, and six
@@ -61,6 +74,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench", "shapes of bench/")
     group.addoption("--rows", type=int, help="rows of logits instead of what fits")
     group.addoption("--vocabulary", type=int, action="append", help="may be given repeatedly")
+    group.addoption("--hidden", type=int, help="size of the hidden states")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -71,6 +85,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One batch for every vocabulary and dtype."""
+    if "hidden_batch" in metafunc.fixturenames:
+        _generate_hidden(metafunc)
     if "batch" not in metafunc.fixturenames:
         return
     given = metafunc.config.option
@@ -81,6 +97,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     shapes = [(N, V, dtype) for N, V in fitting for dtype in DTYPES[DEVICE]]
     names = [f"{N}x{V}-{dtype_name(dtype)}" for N, V, dtype in shapes]
     metafunc.parametrize("batch", shapes, ids=names, indirect=True, scope="module")
+
+
+def _generate_hidden(metafunc: pytest.Metafunc) -> None:
+    """One batch of hidden states for every shape."""
+    given = metafunc.config.option
+    standard = HIDDEN_SHAPES[DEVICE]
+    sizes = [(V, D) for _, V, D in standard]
+    if given.vocabulary:
+        sizes = [(V, standard[0][2]) for V in given.vocabulary]
+    rows = dict((V, N) for N, V, _ in standard)
+    shapes = [
+        (given.rows or rows.get(V, standard[0][0]), V, given.hidden or D, DTYPES[DEVICE][0])
+        for V, D in sizes
+    ]
+    shapes = list(dict.fromkeys(shapes))
+    names = [f"{N}x{V}x{D}-{dtype_name(dtype)}" for N, V, D, dtype in shapes]
+    metafunc.parametrize("hidden_batch", shapes, ids=names, indirect=True, scope="module")
 
 
 def _rows_of(V: int) -> list[int]:
@@ -96,6 +129,20 @@ def batch(request: pytest.FixtureRequest) -> Iterator[Batch]:
     yield Batch.draw(N, V, dtype, DEVICE)
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="module")
+def hidden_batch(request: pytest.FixtureRequest) -> Iterator[HiddenBatch]:
+    """The input of a case from hidden states."""
+    yield HiddenBatch.draw(*request.param, DEVICE)
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="module")
+def hidden_truth(hidden_batch: HiddenBatch) -> Callable[[], HiddenTruth]:
+    """What every contender has to find."""
+    return cache(partial(find_hidden_truth, hidden_batch))
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +168,11 @@ def pytest_terminal_summary(
     runs = [{"group": run.group, "median": run["median"], **run.extra_info} for run in timed]
     if runs:
         terminalreporter.section(f"{device_name()}, torch {torch.__version__}")
-        lines = table(runs)
+        lines = hidden_table(run for run in runs if "hidden_case" in run)
+        if runs := [run for run in runs if "hidden_case" not in run]:
+            lines += table(runs)
         if DEVICE == "cpu":
-            lines += kernel_lines(published())
+            lines += kernel_lines(published()) if runs else []
         elif missing := missing_peers():
             lines += ["", f"Absent: {', '.join(missing)}"]
         for line in lines:

@@ -6,6 +6,7 @@
 #   ceilings  bandwidth of copying, reading, writing                   needs triton
 #   bench     time, memory, bytes of ours and naive, every vocabulary  needs pytest-benchmark
 #   peers     the same with torch.compile, two vocabularies            needs pytest-benchmark
+#   hidden    from hidden states: ours, naive, Liger, TRL, products   needs pytest-benchmark
 #   tune      sweeps the layouts, writes a launch.py to copy back      needs triton
 #   all       these, in this order
 #
@@ -16,7 +17,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-PARTS=(tests verify ceilings bench peers tune)
+PARTS=(tests verify ceilings bench peers hidden tune)
 LIMIT=${LIMIT:-560}
 DRY=
 WANTED=()
@@ -24,11 +25,11 @@ for argument in "$@"; do
     case $argument in
         --dry-run) DRY=1 ;;
         all) WANTED+=("${PARTS[@]}") ;;
-        tests | verify | ceilings | bench | peers | tune) WANTED+=("$argument") ;;
+        tests | verify | ceilings | bench | peers | hidden | tune) WANTED+=("$argument") ;;
         *) echo "unknown part '$argument': expected --dry-run, all, ${PARTS[*]}" >&2 && exit 2 ;;
     esac
 done
-[[ ${#WANTED[@]} -gt 0 ]] || { sed -n '2,16p' "$0" | cut -c3- && exit 2; }
+[[ ${#WANTED[@]} -gt 0 ]] || { sed -n '2,17p' "$0" | cut -c3- && exit 2; }
 
 if [[ -z ${PYTHON:-} ]]; then
     PYTHON=python3
@@ -84,12 +85,12 @@ part_ceilings() {
     "$PYTHON" -m bench.ceilings --json "$RESULTS/ceilings.json" ${DRY:+--dry-run}
 }
 
-timed() { # NAME, options of pytest: a run of the benchmarks, and its report
-    local name=$1 rc
-    shift
+timed() { # NAME, FILE, options of pytest: a run of some benchmarks, and its report
+    local name=$1 file=$2 rc
+    shift 2
     has pytest pytest_benchmark || return 77
     # shellcheck disable=SC2086
-    "$PYTHON" -m pytest bench/ --benchmark-only --benchmark-json "$RESULTS/$name.json" $PLAIN "$@"
+    "$PYTHON" -m pytest "bench/$file.py" --benchmark-only --benchmark-json "$RESULTS/$name.json" $PLAIN "$@"
     rc=$?
     # a run that was interrupted has written what it had
     [[ -s $RESULTS/$name.json ]] && "$PYTHON" -m bench.report "$RESULTS/$name.json" >/dev/null
@@ -99,14 +100,20 @@ timed() { # NAME, options of pytest: a run of the benchmarks, and its report
 part_bench() {
     local sizes=()
     [[ -n $DRY ]] && sizes=(--rows 8 --vocabulary 3001 --vocabulary 5003)
-    timed bench -k "not compiled" "${sizes[@]}"
+    timed bench bench_loss -k "not compiled" "${sizes[@]}"
 }
 
 part_peers() {
     local sizes=(--rows 8192 --vocabulary 151936 --vocabulary 32000)
     # compiling takes most of a minute and shows nothing on the way
     [[ -n $DRY ]] && sizes=(--rows 8 --vocabulary 3001 -k "naive and not entropy")
-    timed peers "${sizes[@]}"
+    timed peers bench_loss "${sizes[@]}"
+}
+
+part_hidden() {
+    local sizes=()
+    [[ -n $DRY ]] && sizes=(--rows 8 --vocabulary 3001 --hidden 32 -k "ours or naive")
+    timed hidden bench_hidden "${sizes[@]}"
 }
 
 part_tune() {
@@ -149,7 +156,7 @@ print(", ".join(f"{name} {version}" for name, version in m.versions().items() if
         tail -n 40 "$RESULTS/$part.txt"
         printf '```\n'
     done
-    for name in bench peers; do
+    for name in bench peers hidden; do
         [[ -s $RESULTS/$name/report.md && " ${WANTED[*]} " == *" $name "* ]] || continue
         printf '\n'
         sed "s/^# /## /; s/^## Figures/### Figures/; s#](#]($name/#" "$RESULTS/$name/report.md"

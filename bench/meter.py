@@ -28,6 +28,9 @@ WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "uniqu
 # overwrite their first argument without reading it
 OVERWRITES = {"copy_", "fill_", "zero_"}
 
+# matrix products, and where their left factor stands among the arguments
+FACTORS = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1, "baddbmm_": 1}
+
 
 @contextmanager
 def one_thread() -> Iterator[None]:
@@ -87,6 +90,30 @@ class OperandMeter(TorchDispatchMode):
             if tensor.untyped_storage().nbytes() >= self.threshold:
                 self.large += nbytes
         return result
+
+
+class ProductMeter(TorchDispatchMode):
+    """Adds up the operations of matrix products, also of those that FlopCounterMode passes over.
+
+    Attributes:
+        operations: multiplications and additions.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        at = FACTORS.get(func._schema.name.removeprefix("aten::"))
+        if at is not None:
+            self.operations += 2 * args[at].numel() * args[at + 1].shape[-1]
+        return func(*args, **(kwargs or {}))
 
 
 class CompiledMeter:

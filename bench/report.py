@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+from bench.table import hidden_table
 
 Run = Mapping[str, Any]
 MIB = 2**20
@@ -33,6 +35,7 @@ class Report:
     runs: list[Run]
     taken_on: str
     absent: list[str]
+    hidden: list[Run] = field(default_factory=list)
 
     @classmethod
     def read(cls, path: Path) -> Report:
@@ -45,7 +48,9 @@ class Report:
         ]
         versions = f"torch {machine['torch']}, triton {machine.get('triton') or 'absent'}"
         taken_on = f"{machine['device']}, {versions}, {record['datetime'][:10]}"
-        return cls(runs, taken_on, machine.get("missing_peers", []))
+        hidden = [run for run in runs if "hidden_case" in run]
+        runs = [run for run in runs if "hidden_case" not in run]
+        return cls(runs, taken_on, machine.get("missing_peers", []), hidden)
 
     def cases(self) -> list[tuple[str, str]]:
         """(case, dtype), in the order of the runs' cases."""
@@ -75,10 +80,14 @@ def size_name(run: Run) -> str:
 
 def markdown(report: Report, figures: Iterable[str]) -> list[str]:
     """The page, a line at a time."""
-    lines = ["# From logits to the loss", "", f"Taken on {report.taken_on}.", ""]
-    lines += LEGEND.splitlines()
+    taken_on = f"Taken on {report.taken_on}."
+    lines = [] if report.hidden and not report.runs else ["# From logits to the loss", "", taken_on]
+    lines += ["", *LEGEND.splitlines()] if lines else []
     if report.absent:
         lines += ["", f"Absent: {', '.join(report.absent)}."]
+    if report.hidden:
+        lines += ["# From hidden states to the loss", "", taken_on]
+        lines += ["", "```", *hidden_table(report.hidden), "```"]
     for case, dtype in report.cases():
         runs = sorted(report.of(case, dtype), key=lambda run: (run["V"], run["N"]))
         lines += ["", f"## {case}, {dtype}"]
@@ -133,7 +142,7 @@ def _main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     report = Report.read(given.file)
     figures: list[str] = []
-    if find_spec("matplotlib"):
+    if find_spec("matplotlib") and report.runs:
         from bench.figures import draw
 
         figures = draw(report, folder)

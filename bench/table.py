@@ -42,6 +42,47 @@ def table(runs: Iterable[Mapping[str, Any]]) -> list[str]:
     return [*lines, "", *LEGEND.splitlines()] if lines else []
 
 
+HIDDEN_LEGEND = """\
+x products  time over that of the bare matrix products (3 with a trained head, 2 with a frozen one,
+            1 without a gradient), timed before every round into memory already in use: median of
+            the rounds' ratios, and the ratio of the best times
+peak extra  most bytes held at one time beyond those before the call, the gradients included, which
+            'returned' is the size of
+products    counted, in 2 * rows * V * D operations
+off         largest error of loss, logp, dhidden and dweight against float64, of the norm of each"""
+
+
+def hidden_table(runs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Lines of at most 100 columns for the loss from hidden states; see `table`."""
+    lines = []
+    for group, members in groupby(runs, key=lambda run: run["group"]):
+        block = list(members)
+        first = block[0]
+        floor = sorted(run["products_seconds"] for run in block)[len(block) // 2]
+        lines += [
+            "",
+            f"{group}   products {_milliseconds(floor)}, returned "
+            f"{first['returned_bytes'] / MIB:,.0f} MiB",
+            f"  {'contender':<20}{'median':>12}{'x products':>12}{'best':>6}{'vs naive':>10}"
+            f"{'peak extra':>16}{'products':>10}{'off':>9}",
+        ]
+        naive = next((run["median"] for run in block if run["contender"] == "naive"), None)
+        for run in block:
+            speedup = f"{naive / run['median']:.2f}" if naive else "-"
+            lines.append(
+                f"  {run['contender']:<20}{_milliseconds(run['median']):>12}"
+                f"{run['ratio_to_products']:>12.2f}{run['ratio_of_best']:>6.2f}{speedup:>10}"
+                f"{run['peak_extra_bytes'] / MIB:>12,.1f} MiB{run['products']:>10.2f}"
+                f"{largest_error(run):>9.0e}"
+            )
+    return [*lines, "", *HIDDEN_LEGEND.splitlines()] if lines else []
+
+
+def largest_error(run: Mapping[str, Any]) -> float:
+    """Of everything that a contender returned."""
+    return max(value for name, value in run.items() if name.endswith("_error"))
+
+
 def kernel_lines(figures: Iterable[Mapping[str, Any]]) -> list[str]:
     """What Triton kernels would move on a GPU, for machines that cannot time them."""
     lines = ["", "Triton kernels need a GPU to be timed; bytes per bfloat16 logit, as counted:"]

@@ -50,7 +50,7 @@ class LossOutput:
     _tokens: Measured = field(repr=False)
     _valid: Tensor = field(repr=False)
     _dropped: Tensor = field(repr=False)
-    _skipped: int | None = field(default=None, repr=False)
+    _skipped: int | Tensor | None = field(default=None, repr=False)
     _metrics: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property

@@ -42,7 +42,7 @@ def loss_in_graph(
         operators.fused_loss(
             logits,
             target,
-            _host_tensor(temperature, 1.0 if divisor is None else divisor, *spec.numbers),
+            host_tensor(temperature, 1.0 if divisor is None else divisor, *spec.numbers),
             spec.key,
             normalizer=normalizer if divisor is None else None,
             divides=divisor is not None,
@@ -50,22 +50,29 @@ def loss_in_graph(
         )
     )
     outcome = Outcome._make((outcome.loss, *(vector.detach() for vector in outcome[1:])))
+    measured = measured_in_graph(spec, outcome.given, outcome.bad_target, outcome.advantage, given)
+    return outcome, measured
+
+
+def measured_in_graph(
+    spec: Objective, valid: Tensor, bad_target: Tensor, advantage: Tensor, given: dict[str, Any]
+) -> Measured:
+    """What the metrics need, from an operator's results and the arguments of the loss."""
     rewards, group_size, group_id = given["rewards"], given["group_size"], given["group_id"]
     whose = group_size if group_id is None else group_id
 
     def flat(vector: Tensor | None) -> Tensor | None:
         return None if vector is None else vector.detach().float().reshape(-1)
 
-    measured = Measured(
+    return Measured(
         objective=spec,
-        given=outcome.given,
-        bad_target=outcome.bad_target,
-        advantage=outcome.advantage,
+        given=valid,
+        bad_target=bad_target,
+        advantage=advantage,
         old_logp=flat(given["old_logp"]),
         sampler_logp=flat(given["sampler_logp"]),
         groups=None if rewards is None else (rewards.detach(), whose),
     )
-    return outcome, measured
 
 
 def logp_in_graph(
@@ -78,10 +85,10 @@ def logp_in_graph(
 ) -> tuple[Tensor, Tensor]:
     """`token_logp` where `torch.compile` traces it: (logp, entropy) `[N]`."""
     check_logits(logits, temperature, LOGIT_DTYPES)
-    return operators.token_logp(logits, target, _host_tensor(temperature), mask, backend, validate)
+    return operators.token_logp(logits, target, host_tensor(temperature), mask, backend, validate)
 
 
-def _host_tensor(*numbers: float) -> Tensor:
+def host_tensor(*numbers: float) -> Tensor:
     """Numbers as float64 in host memory; a product is what torch keeps a number dynamic in."""
     one = torch.ones((), dtype=torch.float64, device="cpu")
     return torch.stack([one * number for number in numbers])

@@ -26,15 +26,15 @@ class FusedLinearLoss(torch.autograd.Function):
     def forward(
         ctx: Any, call: LinearCall, head: LinearHead, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        swept, gradients = _evaluate(call, head, tensors)
+        swept, gradients = evaluate(call, head, tensors)
         ctx.call, ctx.gradients = call, gradients
         # the record without its tensors: those are saved where autograd looks after them
         ctx.head = head.of(torch.empty(head.weight.shape, device="meta"), None, None, None)
         ctx.save_for_backward(*tensors)
-        outputs = (*swept.result[:4], swept.result.dropped, swept.factor, swept.valid)
+        loss, *outputs = outputs_of(swept)
         ctx.mark_non_differentiable(*outputs)
         ctx.set_materialize_grads(False)
-        return swept.result.loss.sum(), *outputs
+        return loss, *outputs
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: None) -> tuple[Tensor | None, ...]:
@@ -44,7 +44,7 @@ class FusedLinearLoss(torch.autograd.Function):
             )
         tensors, gradients, ctx.gradients = ctx.saved_tensors, ctx.gradients, None
         if gradients is None:
-            gradients = _evaluate(ctx.call, ctx.head, tensors)[1]
+            gradients = evaluate(ctx.call, ctx.head, tensors)[1]
         for k, tensor in enumerate(tensors):
             gradient = gradients[k]
             if gradient is not None and gradient.numel():
@@ -54,8 +54,14 @@ class FusedLinearLoss(torch.autograd.Function):
         return None, None, *gradients
 
 
+def outputs_of(swept: Swept) -> tuple[Tensor, ...]:
+    """Loss, logp, entropy, ratio, kl, dropped, factor, valid."""
+    found = swept.result
+    return found.loss.sum(), *found[:4], found.dropped, swept.factor, swept.valid
+
+
 @torch.no_grad()
-def _evaluate(
+def evaluate(
     call: LinearCall, head: LinearHead, tensors: tuple[Tensor | None, ...]
 ) -> tuple[Swept, Gradients]:
     """A sweep, and its gradients shaped like the tensors."""

@@ -6,8 +6,9 @@ Where a loss waits for its sequence, rows are taken in the order of their sequen
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,20 @@ from grpo_core.linear_plans import LinearCall, dlogits_dtype, linear_stats
 from grpo_core.linear_products import HeadProducts
 
 
+class Run(NamedTuple):
+    """How calls over some hidden states and a head are evaluated."""
+
+    wanted: tuple[bool, ...]
+    evaluate: Callable[[LinearCall], tuple[Tensor, ...]]  # loss and vectors, as FusedLinearLoss
+
+
+def of_autograd(hidden: Tensor, head: LinearHead) -> Run:
+    """With a graph, to what asks for a gradient."""
+    tensors, enabled = (hidden, *head.tensors), torch.is_grad_enabled()
+    wanted = tuple(enabled and x is not None and x.requires_grad for x in tensors)
+    return Run(wanted, lambda call: FusedLinearLoss.apply(call, head, *tensors))
+
+
 def loss_of_rows(
     hidden: Tensor,
     head: LinearHead,
@@ -30,13 +45,17 @@ def loss_of_rows(
     plan: Plan | None,
     memory_budget: int | None,
     all_logp: bool,
+    run: Run | None = None,
     **fields: Any,
 ) -> LossOutput:
-    """The loss of tokens that have passed the door; vectors of all rows from those made."""
+    """The loss of tokens that have passed the door; vectors of all rows from those made.
+
+    Args:
+        run: how a call is evaluated, and which gradients it wants, see `LinearCall`; None means by
+            autograd.
+    """
     still = tokens.still()
-    tensors = (hidden, *head.tensors)
-    enabled = torch.is_grad_enabled()
-    wanted = tuple(enabled and x is not None and x.requires_grad for x in tensors)
+    run = run or of_autograd(hidden, head)
     N, vector = tokens.target.numel(), tokens.advantage
     logp, entropy, ratio, kl = vector.new_zeros(4, N)
     factor = torch.ones_like(vector)
@@ -45,17 +64,17 @@ def loss_of_rows(
     def part(at: Tensor, wanted: tuple[bool, ...]) -> tuple[Tensor, int]:
         """Makes the rows marked in `at` [N] bool and files what they are like; their loss."""
         call = _call(hidden, head, tokens, at, wanted, plan, memory_budget, **fields)
-        loss, *found = FusedLinearLoss.apply(call, head, *tensors)
+        loss, *found = run.evaluate(call)
         homes = (logp, entropy, ratio, kl, dropped, factor, valid)
         place = slice(None) if call.rows is None else call.rows
         for home, value in zip(homes, found, strict=True):
             home[place] = value
         return loss, call.n
 
-    loss, made = part(tokens.valid & ~still, wanted)
+    loss, made = part(tokens.valid & ~still, run.wanted)
     if all_logp and bool(still.any()):
         with torch.no_grad():
-            made += part(still, (False,) * len(wanted))[1]
+            made += part(still, (False,) * len(run.wanted))[1]
     logp, entropy, ratio, kl, factor = (v.view(shape) for v in (logp, entropy, ratio, kl, factor))
     return LossOutput(
         loss, logp, entropy, ratio, kl, factor, tokens, valid, dropped, _skipped=N - made

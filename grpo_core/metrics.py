@@ -66,7 +66,7 @@ def loss_metrics(
     factor: Tensor,
     valid: Tensor,
     dropped: Tensor,
-    skipped: int | None = None,
+    skipped: int | Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The figures of one call, named and explained in `METRICS`.
 
@@ -102,7 +102,7 @@ def loss_metrics(
         "bad_target_rows": tokens.bad_target.sum(),
     }
     if skipped is not None:
-        found["skipped_rows"] = torch.full_like(count, skipped)
+        found["skipped_rows"] = torch.zeros_like(count) + skipped
     if tokens.sampler_logp is not None:
         found |= _sampler_metrics(tokens, logp, counts)
     if tokens.groups is not None:

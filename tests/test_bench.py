@@ -21,6 +21,7 @@ from bench import conftest as bench_setup
 from bench import report
 from bench.batch import Batch
 from bench.counted import CASES, RESULTS, case_name, count, markdown
+from bench.hidden import CASES as hidden_cases
 from bench.kernel_meter import VECTORS, KernelMeter, Traffic, bytes_per_logit
 from bench.meter import OperandMeter, one_thread, peak_extra_bytes
 from bench.paths import Contender, contenders, naive, ours
@@ -526,10 +527,11 @@ def test_the_command_for_a_gpu_walks_through_every_part_without_one(tmp_path: Pa
     )
     assert run.returncode == 0, run.stdout + run.stderr[-4000:]
     summary = (tmp_path / "summary.md").read_text()
-    for part in ("tests", "ceilings", "bench", "peers", "tune"):
+    for part in ("tests", "ceilings", "bench", "peers", "hidden", "tune"):
         assert f"| {part} | done |" in summary
     assert re.search(r"\| verify \| (done|skipped)", summary)
     assert (tmp_path / "bench" / "report.md").exists()
+    assert "ours-lean" in (tmp_path / "hidden" / "report.md").read_text()
     assert json.loads((tmp_path / "tune.json").read_text())["dry_run"]
     assert "TUNED: dict" in (tmp_path / "launch.py").read_text()
 
@@ -547,13 +549,13 @@ def test_a_small_run_from_start_to_end(tmp_path: Path):
     found = tmp_path / "figures.json"
     command = (
         f"{sys.executable} -m pytest bench/ --benchmark-only --benchmark-json {found} "
-        "--rows 8 --vocabulary 3001 -p no:cacheprovider"
+        "--rows 8 --vocabulary 3001 --hidden 32 -p no:cacheprovider"
     )
     # a worker of the suite passes on that it is one, and workers do not time
     alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     run = subprocess.run(
-        # compiling takes most of a minute and adds nothing here
-        [*command.split(), "-k", "not compiled"],
+        # compiling takes most of a minute and adds nothing here; nor do peers, imported slowly
+        [*command.split(), "-k", "not compiled and not liger and not trl"],
         cwd=Path(__file__).parent.parent,
         env=alone,
         capture_output=True,
@@ -562,6 +564,12 @@ def test_a_small_run_from_start_to_end(tmp_path: Path):
     )
     assert run.returncode == 0, run.stdout + run.stderr
     timed = json.loads(found.read_text())["benchmarks"]
+    hidden = [one for one in timed if "hidden_case" in one["extra_info"]]
+    assert {one["group"] for one in hidden} == {
+        f"from hidden states, {case}, float32, 8 x 3,001 x 32" for case in hidden_cases
+    }
+    assert all(one["extra_info"]["ratio_to_products"] > 0 for one in hidden)
+    timed = [one for one in timed if one not in hidden]
     assert {one["group"] for one in timed} == {
         f"{case_name(*case)}, {dtype}, 8 x 3,001"
         for case in CASES

@@ -1,0 +1,235 @@
+"""The door from hidden states: checks, the other policies' log-probabilities, then the rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo_core.arguments import (
+    Tokens,
+    check_logits,
+    check_loss_arguments,
+    check_target,
+    present,
+)
+from grpo_core.backends import Backend, choose_backend
+from grpo_core.fused_loss import LossOutput, TokenLogp
+from grpo_core.linear_head import HEAD_DTYPES, LinearHead, check_head, check_hidden
+from grpo_core.linear_memory import Plan
+from grpo_core.linear_rows import Run, loss_of_rows, scored_rows
+from grpo_core.objective import Objective
+from grpo_core.recipes import find_objective
+
+
+def loss_from_hidden(
+    hidden: Tensor,
+    lm_head: Tensor | LinearHead,
+    target: Tensor,
+    *,
+    objective: str | Objective,
+    advantage: Tensor | None,
+    rewards: Tensor | None,
+    group_size: int | None,
+    group_id: Tensor | None,
+    old_logp: Tensor | None,
+    old_hidden: Tensor | None,
+    old_lm_head: Tensor | LinearHead | None,
+    ref_logp: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_lm_head: Tensor | LinearHead | None,
+    sampler_logp: Tensor | None,
+    mask: Tensor | None,
+    sequence_id: Tensor | None,
+    normalizer: Tensor | float | None,
+    temperature: float,
+    plan: Plan | None,
+    memory_budget: int | None,
+    logits_dtype: torch.dtype | None,
+    all_logp: bool,
+    backend: Backend | None,
+    validate: bool | None,
+    run: Run | None = None,
+) -> LossOutput:
+    """`fused_linear_loss`, whose arguments these are; `run` as in `loss_of_rows`."""
+    head = check_head("lm_head", lm_head, check_hidden("hidden", hidden))
+    check_target_shape(target, hidden)
+    kernels = choose_backend(backend, hidden)
+    spec = find_objective(objective)
+    logits = stand_in(hidden, head.V)
+    check_logits(logits, temperature, HEAD_DTYPES)
+    dtype = dtype_of_logits(logits_dtype)
+    autocast = autocast_dtype(hidden)
+
+    def door(old_logp: Tensor | None, ref_logp: Tensor | None) -> Tokens:
+        exact = spec.kl == "exact" and ref_hidden is not None
+        return check_loss_arguments(
+            logits,
+            target,
+            objective=spec,
+            advantage=advantage,
+            rewards=rewards,
+            group_size=group_size,
+            group_id=group_id,
+            old_logp=old_logp,
+            ref_logp=ref_logp,
+            ref_logits=logits if exact else None,
+            sampler_logp=sampler_logp,
+            mask=mask,
+            sequence_id=sequence_id,
+            normalizer=normalizer,
+            backend=backend,
+            validate=validate,
+        )
+
+    def score(name: str, states: Tensor, matrix: Tensor | LinearHead | None, at: Tensor) -> Tensor:
+        """Log-probabilities under another policy of the rows marked in `at` [N] bool."""
+        other = check_head(f"{name}_lm_head", lm_head if matrix is None else matrix, states)
+        found, _ = scored_rows(
+            states,
+            other,
+            torch.where(at, target.reshape(-1).long(), -100),
+            at,
+            temperature=temperature,
+            plan=plan,
+            memory_budget=memory_budget,
+            dtype=dtype,
+            autocast=autocast,
+            kernels=kernels,
+        )
+        return found.view(target.shape)
+
+    check_policy("old", old_logp, old_hidden, old_lm_head, hidden)
+    check_policy("ref", ref_logp, ref_hidden, ref_lm_head, hidden)
+    reference = None
+    if spec.kl == "exact":
+        if ref_hidden is None and spec.beta:
+            raise ValueError(
+                f"ref_hidden: expected a tensor for kl = 'exact' and beta = {spec.beta}, got None"
+            )
+        if ref_hidden is not None:
+            reference = (ref_hidden.detach(), _reference_head(ref_lm_head, head, ref_hidden))
+    # what is still to be found cannot be told from 0 by any check
+    later = torch.zeros(target.shape, dtype=torch.float32, device=hidden.device)
+    finds_old, finds_ref = old_hidden is not None, ref_hidden is not None and reference is None
+    tokens = door(later if finds_old else old_logp, later if finds_ref else ref_logp)
+    if finds_old or finds_ref:
+        samples = spec.factor.needs_sampler
+        at = tokens.given if samples or all_logp else tokens.given & ~tokens.still()
+        if finds_old:
+            assert old_hidden is not None
+            old_logp = score("old", old_hidden, old_lm_head, at)
+        if finds_ref:
+            assert ref_hidden is not None
+            ref_logp = score("ref", ref_hidden, ref_lm_head, at)
+        tokens = door(old_logp, ref_logp)
+    return loss_of_rows(
+        hidden,
+        head,
+        tokens,
+        target.shape,
+        plan=plan,
+        memory_budget=memory_budget,
+        all_logp=all_logp,
+        logits_dtype=dtype,
+        autocast=autocast,
+        temperature=float(temperature),
+        kernels=kernels,
+        reference=reference,
+        run=run,
+    )
+
+
+@torch.no_grad()
+def logp_from_hidden(
+    hidden: Tensor,
+    lm_head: Tensor | LinearHead,
+    target: Tensor,
+    *,
+    temperature: float,
+    mask: Tensor | None,
+    memory_budget: int | None,
+    logits_dtype: torch.dtype | None,
+    backend: Backend | None,
+    validate: bool | None,
+) -> TokenLogp:
+    """`linear_token_logp`, whose arguments these are."""
+    head = check_head("lm_head", lm_head, check_hidden("hidden", hidden))
+    check_target_shape(target, hidden)
+    kernels = choose_backend(backend, hidden)
+    logits = stand_in(hidden, head.V)
+    check_logits(logits, temperature, HEAD_DTYPES)
+    check_target(logits, target, mask, validate)
+    valid = present(target, mask) & ((target >= 0) & (target < head.V)).reshape(-1)
+    logp, entropy = scored_rows(
+        hidden,
+        head,
+        target.reshape(-1).long(),
+        valid,
+        temperature=float(temperature),
+        plan=None,
+        memory_budget=memory_budget,
+        dtype=dtype_of_logits(logits_dtype),
+        autocast=autocast_dtype(hidden),
+        kernels=kernels,
+    )
+    return TokenLogp(logp.view(target.shape), entropy.view(target.shape))
+
+
+def stand_in(hidden: Tensor, V: int) -> Tensor:
+    """Something of the logits' shape without their memory, for the door to look at."""
+    return hidden.detach().new_zeros(()).expand(*hidden.shape[:-1], V)
+
+
+def check_target_shape(target: Tensor, hidden: Tensor) -> None:
+    """Raises ValueError unless there is a target for every hidden state."""
+    shape = hidden.shape[:-1]
+    if not isinstance(target, Tensor) or target.shape != shape:
+        got = list(target.shape) if isinstance(target, Tensor) else type(target).__name__
+        raise ValueError(
+            f"target: expected shape {list(shape)} for hidden {list(hidden.shape)}, got {got}; "
+            "position t predicts token t + 1: give hidden[:, :-1], or pad the shifted target "
+            "with -100"
+        )
+
+
+def check_policy(
+    name: str,
+    logp: Tensor | None,
+    states: Tensor | None,
+    matrix: Tensor | LinearHead | None,
+    hidden: Tensor,
+) -> None:
+    """Raises ValueError unless another policy is given in one way at most."""
+    if states is None and matrix is not None:
+        raise ValueError(f"{name}_lm_head: expected None without {name}_hidden")
+    if states is not None and logp is not None:
+        raise ValueError(f"{name}_hidden: expected None with {name}_logp, got both")
+    if states is not None:
+        check_hidden(f"{name}_hidden", states, hidden)
+
+
+def _reference_head(
+    matrix: Tensor | LinearHead | None, head: LinearHead, ref_hidden: Tensor
+) -> LinearHead:
+    """The reference's head without a graph, over the same words.
+
+    Raises:
+        ValueError: another number of words.
+    """
+    other = check_head("ref_lm_head", head if matrix is None else matrix, ref_hidden)
+    if head.V != other.V:
+        raise ValueError(f"ref_lm_head: expected V = {head.V} words as in lm_head, got {other.V}")
+    return other.of(other.weight, other.bias, other.lora_A, other.lora_B)
+
+
+def dtype_of_logits(dtype: torch.dtype | None) -> torch.dtype:
+    """float32 unless another is asked for."""
+    if dtype is not None and dtype not in HEAD_DTYPES:
+        raise ValueError(f"logits_dtype: expected one of {HEAD_DTYPES} or None, got {dtype!r}")
+    return dtype or torch.float32
+
+
+def autocast_dtype(hidden: Tensor) -> torch.dtype | None:
+    """The dtype in which torch.autocast wants products, or None."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
