@@ -197,3 +197,9 @@ PANELS = (
         logarithmic=True,
     ),
 )
+
+
+if __name__ == "__main__":
+    from grpo_core.plot_runs import main
+
+    raise SystemExit(main())

@@ -1,0 +1,58 @@
+"""Pictures of runs: which figures are drawn, of how many runs, and what is missing."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_core.plot_runs import main, read_histories
+
+
+def write_run(directory: Path, steps: int, **more: Any) -> Path:
+    """A run that gets better."""
+    directory.mkdir()
+    lines = [{"stage": "grpo", "step": 0, "held_out": {"reward": 0.1, "accuracy": 0.1}}]
+    for step in range(1, steps + 1):
+        share = 1 - math.exp(-step / 10)
+        record = {"stage": "grpo", "step": step, "reward": share, "length": 10 + step, **more}
+        record["seconds"] = {"rollout": 2.0, "reference": 0.5, "loss": 1.0, "optimizer": 0.1}
+        if step % 5 == 0:
+            record["held_out"] = {"reward": share, "accuracy": share / 2}
+        lines.append(record)
+    (directory / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return directory
+
+
+def test_several_runs_in_one_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [write_run(tmp_path / "first", 30, kl=0.1), write_run(tmp_path / "second", 12)]
+    assert main(list(map(str, runs))) == 0
+    picture = runs[0] / "curves.png"
+    assert capsys.readouterr().out.strip() == str(picture)
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert list(read_histories(runs)) == ["first", "second"]
+    assert main([str(runs[1]), "--output", str(tmp_path / "one.png")]) == 0
+    assert (tmp_path / "one.png").stat().st_size < picture.stat().st_size
+
+
+def test_runs_without_steps_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "empty")])
+    assert "metrics.jsonl" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([str(write_run(tmp_path / "none", 0))])
+    assert "runs: expected at least one step" in capsys.readouterr().err
+
+
+def test_without_matplotlib_it_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit):
+        main([str(write_run(tmp_path / "run", 3))])
+    assert "pip install matplotlib" in capsys.readouterr().err
