@@ -19,7 +19,10 @@ setup(
     python_requires=">=3.10",
     packages=[
         "grpo_core",
-        *(f"grpo_core.{part}" for part in ("kernels", "presets", "recipes", "verify")),
+        *(
+            f"grpo_core.{part}"
+            for part in ("integrations", "kernels", "presets", "recipes", "verify")
+        ),
     ],
     install_requires=[
         "torch>=2.9",
@@ -28,12 +31,14 @@ setup(
     ],
     extras_require={
         "train": ["matplotlib", "rich"],
+        "trl": ["trl>=1.15,<1.17"],
         "bench": ["pytest", "pytest-benchmark"],
         "test": [
             "build",
             "hypothesis",
             "matplotlib",
             "mypy",
+            "peft",
             "pytest",
             "pytest-benchmark",
             "pytest-timeout",
