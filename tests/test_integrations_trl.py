@@ -28,6 +28,7 @@ from transformers import TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import grpo_trainer
 
+from bench.trl_head import WAYS, Step
 from grpo_core import Objective, clip
 from grpo_core.integrations import trl_forward, trl_hook
 from grpo_core.integrations.trl import SUPPORTED, FusedGRPOTrainer, patch_log_probs
@@ -529,6 +530,20 @@ def test_generate_and_the_plain_forward_are_untouched(tmp_path: Path) -> None:
         plain = [t.model(input_ids=ids).logits for t in (stock, ours)]
         words = [t.model.generate(ids, max_new_tokens=4, do_sample=False) for t in (stock, ours)]
     assert torch.equal(*plain) and torch.equal(*words)
+
+
+def test_memory_and_products() -> None:
+    """What docs/integrations.md says, at a smaller size; and all four ways compute the same."""
+    step = Step(256, 40_000, 16, "cpu")
+    for trained, wanted in ((True, (3, 4, 4, 3)), (False, (2, 3, 2, 2))):
+        found = [step.figures(way, trained) for way in WAYS]
+        assert tuple(figures.products for figures in found) == wanted
+        logits, stock, safe, fast = (figures.peak for figures in found)
+        assert max(safe, fast) < 0.6 * min(logits, stock)
+        exact, *others = (step.gradients(way, trained) for way in WAYS)
+        for made in others:
+            pairs = zip(made, exact, strict=True)
+            assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in pairs)
 
 
 @pytest.mark.slow
