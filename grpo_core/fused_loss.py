@@ -185,21 +185,21 @@ def fused_loss(
         return LossOutput(loss, logp, entropy, ratio, kl, factor, measured, valid, dropped)
     check_logits(logits, temperature, LOGIT_DTYPES)
     kernels = choose_backend(backend, logits)
-    if inplace and not readable_in_place(logits, kernels):
+    if inplace and not readable_in_place(logits):
         raise ValueError(
-            "inplace: expected logits with a contiguous last axis, separate rows and, on a GPU, "
-            f"rows aligned to 16 bytes; got strides {logits.stride()}"
+            "inplace: expected logits with a contiguous last axis and separate rows, "
+            f"got strides {logits.stride()}"
         )
     tokens = check_loss_arguments(logits, target, **arguments, lay_out=kernels.lay_out)
     call = Call(
         tokens,
-        reference_rows(ref_logits, logits, inplace, kernels),
+        reference_rows(ref_logits, logits, inplace),
         temperature=float(temperature),
         inplace=inplace,
         wants_gradient=logits.requires_grad and torch.is_grad_enabled(),
         kernels=kernels,
     )
-    loss, *four, dropped, factor, valid = FusedLoss.apply(readable(logits, kernels), call)
+    loss, *four, dropped, factor, valid = FusedLoss.apply(readable(logits), call)
     logp, entropy, ratio, kl = (vector.view(target.shape) for vector in four)
     shaped = None if factor is None else factor.view(target.shape)
     valid = tokens.valid if valid is None else valid

@@ -18,6 +18,8 @@ from .records import Rows
 
 # the widest load of one thread, on every GPU at hand
 LOAD_BYTES = 16
+# as many loads in flight as registers allow
+TILES = 4
 # one token per lane in the kernels over [N] vectors
 VECTOR_BLOCK = 256
 # the one program that walks over all tokens: two to a thread, so that nothing spills
@@ -34,7 +36,7 @@ class Tuning:
 
     Attributes:
         warps: of 32 threads, which share a row.
-        tiles: loaded in one step; None means the rule of `row_layout`.
+        tiles: loaded in one step; None means `TILES`.
         num_stages: of the compiler's software pipeline; None leaves it to the compiler.
     """
 
@@ -70,17 +72,15 @@ def architecture(device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class RowLayout:
-    """How one program covers a row, see `online_softmax`; and what the compiler may assume.
+    """How one program covers a row, see `row_tiles`.
 
-    What it may assume decides the order in which it sums, so it must follow from V and dtype, too:
-    rows of an odd vocabulary are never taken for aligned, and others must be (`lies_aligned`).
+    It decides the order in which a row is summed, so it follows from V, dtype and architecture; how
+    rows lie in memory has no say.
     """
 
     THREADS: int
     WIDTH: int
-    VECTOR: bool
     TILES: int
-    ALIGNMENT: int
     num_warps: int
     num_stages: int | None = None
 
@@ -90,32 +90,16 @@ class RowLayout:
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
-def lies_aligned(logits: torch.Tensor) -> bool:
-    """Whether the kernels can read these rows where they lie, in the order that V prescribes."""
-    width = LOAD_BYTES // logits.element_size()
-    if logits.shape[-1] % width:
-        return True
-    *steps, _ = logits.stride()
-    axes = zip(steps, logits.shape, strict=False)
-    apart = all(step % width == 0 for step, size in axes if size > 1)
-    return apart and logits.data_ptr() % LOAD_BYTES == 0
-
-
 def row_layout(rows: Rows) -> RowLayout:
     """Layout of the row kernels, from vocabulary, dtype and architecture alone."""
-    width = LOAD_BYTES // rows.logits.element_size()
-    vector = rows.V % width == 0
     key = tuning_key(rows.logits.device, rows.logits.dtype, rows.V)
     tuning = TUNED.get(key) or untuned(rows.V)
     # AMD's wavefronts have 64 lanes; tiles, and so results, stay those of 32
     lanes = 64 if torch.version.hip else 32
     return RowLayout(
         THREADS=32 * tuning.warps,
-        WIDTH=width,
-        VECTOR=vector,
-        # as many loads in flight as registers allow; narrow loads take more of them
-        TILES=tuning.tiles or (4 if vector else 2),
-        ALIGNMENT=width if vector else 1,
+        WIDTH=LOAD_BYTES // rows.logits.element_size(),
+        TILES=tuning.tiles or TILES,
         num_warps=max(1, 32 * tuning.warps // lanes),
         num_stages=tuning.num_stages,
     )

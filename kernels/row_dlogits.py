@@ -11,8 +11,10 @@ import torch
 
 from .language import tl, triton
 from .launch import launch, row_layout
-from .online_softmax import LOG2E, row_start, target_gap, write_row_gradient, write_row_zeros
+from .online_softmax import LOG2E, target_gap
 from .records import RowLoss, Rows, RowStats, Slopes
+from .row_gradient import write_row_gradient, write_row_zeros
+from .row_tiles import row_start
 
 
 @triton.jit(
@@ -65,13 +67,11 @@ def _row_dlogits_kernel(
     scale,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
-    VECTOR: tl.constexpr,
     TILES: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    start = row_start(row, rows_per_batch, batch_stride, row_stride, ALIGNMENT)
-    out = row_start(row, out_rows_per_batch, out_batch_stride, out_row_stride, ALIGNMENT)
+    start = row_start(row, rows_per_batch, batch_stride, row_stride)
+    out = row_start(row, out_rows_per_batch, out_batch_stride, out_row_stride)
     row_ptr = logits_ptr + start
     target = tl.load(target_ptr + row)
     dlogp = tl.load(dlogp_ptr + row)
@@ -91,7 +91,7 @@ def _row_dlogits_kernel(
         ref = None
         if dkl_ptr is not None:
             ref_ptr = ref_logits_ptr + row_start(
-                row, ref_rows_per_batch, ref_batch_stride, ref_row_stride, ALIGNMENT
+                row, ref_rows_per_batch, ref_batch_stride, ref_row_stride
             )
             ref_peak = tl.load(state_ptr + 2 * N + row)
             ref_rest = tl.load(state_ptr + 3 * N + row)
@@ -109,11 +109,10 @@ def _row_dlogits_kernel(
             dentropy_ptr is not None,
             THREADS,
             WIDTH,
-            VECTOR,
             TILES,
         )
     else:
-        write_row_zeros(dlogits_ptr + out, V, THREADS, WIDTH, VECTOR)
+        write_row_zeros(dlogits_ptr + out, V, THREADS, WIDTH)
 
 
 def row_dlogits(

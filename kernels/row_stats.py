@@ -12,8 +12,9 @@ import torch
 from .exact_kl import exact_kl, row_softmax_pair
 from .language import tl, triton
 from .launch import launch, row_layout
-from .online_softmax import LOG2E, row_softmax, row_start, target_gap, token_statistics
+from .online_softmax import LOG2E, row_softmax, target_gap, token_statistics
 from .records import Rows, RowStats
+from .row_tiles import row_start
 
 
 @triton.jit(
@@ -49,9 +50,7 @@ def _row_stats_kernel(
     scale,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
-    VECTOR: tl.constexpr,
     TILES: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
@@ -64,17 +63,17 @@ def _row_stats_kernel(
     ref_rest = 1.0
     if (target >= 0) & (target < V):
         word = target.to(tl.int32)
-        start = row_start(row, rows_per_batch, batch_stride, row_stride, ALIGNMENT)
+        start = row_start(row, rows_per_batch, batch_stride, row_stride)
         row_ptr = logits_ptr + start
         if ref_logits_ptr is None:
-            peak, rest, moment = row_softmax(row_ptr, V, word, scale, THREADS, WIDTH, VECTOR, TILES)
+            peak, rest, moment = row_softmax(row_ptr, V, word, scale, THREADS, WIDTH, TILES)
             z = target_gap(row_ptr, word, scale, peak, rest)
         else:
             ref_ptr = ref_logits_ptr + row_start(
-                row, ref_rows_per_batch, ref_batch_stride, ref_row_stride, ALIGNMENT
+                row, ref_rows_per_batch, ref_batch_stride, ref_row_stride
             )
             peak, rest, moment, ref_peak, ref_rest, cross = row_softmax_pair(
-                row_ptr, ref_ptr, V, word, scale, THREADS, WIDTH, VECTOR, TILES
+                row_ptr, ref_ptr, V, word, scale, THREADS, WIDTH, TILES
             )
             z = target_gap(row_ptr, word, scale, peak, rest)
             ref_z = target_gap(ref_ptr, word, scale, ref_peak, ref_rest)
