@@ -165,11 +165,14 @@ def absorb(peak, rest, moment, logits, scale):
 
 @triton.jit
 def target_gap(row_ptr, target, scale, peak, rest):
-    """z = log₂ S − (x_y − M): how far the other logits, together, stand above the target."""
+    """z = log₂ S − (x_y − M), how far the others stand above the target; what its rounding lost."""
     target_logit = tl.load(row_ptr + target).to(tl.float32)
-    z = tl.log2(rest) - tl.fma(target_logit, scale, -peak)
+    others, mine = tl.log2(rest), tl.fma(target_logit, scale, -peak)
+    z = others - mine
+    of_mine = z - others
+    lost = (others - (z - of_mine)) - (mine + of_mine)
     # an infinite target would pass for a certain one
-    return tl.where(target_logit == float("inf"), float("nan"), z)
+    return tl.where(target_logit == float("inf"), float("nan"), z), lost
 
 
 @triton.jit
@@ -180,16 +183,17 @@ def sigmoid2(z):
 
 
 @triton.jit
-def log_sides(z):
-    """log p_y and log(1 − p_y), nats, each with full relative precision."""
+def log_sides(z, lost=0.0):
+    """log p_y and log(1 − p_y), nats, each with full relative precision; z may have lost a bit."""
     softplus = log1p(tl.exp2(-tl.abs(z)))
-    return -(tl.maximum(z, 0.0) * LN2 + softplus), -(tl.maximum(-z, 0.0) * LN2 + softplus)
+    logp = -tl.fma(tl.maximum(z, 0.0), LN2, softplus + lost * LN2 * sigmoid2(z))
+    return logp, -tl.fma(tl.maximum(-z, 0.0), LN2, softplus)
 
 
 @triton.jit
-def token_statistics(z, rest, moment):
-    """logp and entropy of a token, in nats, from z, S and Σ 2^c·c."""
-    logp, log_others = log_sides(z)
+def token_statistics(z, lost, rest, moment):
+    """logp and entropy of a token, in nats, from z and what it lost, S and Σ 2^c·c."""
+    logp, log_others = log_sides(z, lost)
     entropy_others = (tl.log2(rest) - moment / rest) * LN2
     others, mine = sigmoid2(z), sigmoid2(-z)
     # 0·log 0 = 0: a target or a remainder of probability 0 has no entropy

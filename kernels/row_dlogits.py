@@ -87,7 +87,7 @@ def _row_dlogits_kernel(
         word = target.to(tl.int32)
         peak = tl.load(state_ptr + row)
         rest = tl.load(state_ptr + N + row)
-        z = target_gap(row_ptr, word, scale, peak, rest)
+        z, _ = target_gap(row_ptr, word, scale, peak, rest)
         ref = None
         if dkl_ptr is not None:
             ref_ptr = ref_logits_ptr + row_start(
@@ -95,7 +95,7 @@ def _row_dlogits_kernel(
             )
             ref_peak = tl.load(state_ptr + 2 * N + row)
             ref_rest = tl.load(state_ptr + 3 * N + row)
-            ref_z = target_gap(ref_ptr, word, scale, ref_peak, ref_rest)
+            ref_z, _ = target_gap(ref_ptr, word, scale, ref_peak, ref_rest)
             ref = (ref_ptr, ref_peak, ref_rest, ref_z, tl.load(kl_ptr + row))
         write_row_gradient(
             row_ptr,

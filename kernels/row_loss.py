@@ -141,9 +141,9 @@ def _row_loss_kernel(
             peak, rest, moment, ref_peak, ref_rest, cross = row_softmax_pair(
                 row_ptr, ref_ptr, V, word, scale, THREADS, WIDTH, TILES
             )
-            ref_z = target_gap(ref_ptr, word, scale, ref_peak, ref_rest)
-        z = target_gap(row_ptr, word, scale, peak, rest)
-        logp, entropy = token_statistics(z, rest, moment)
+            ref_z, _ = target_gap(ref_ptr, word, scale, ref_peak, ref_rest)
+        z, lost = target_gap(row_ptr, word, scale, peak, rest)
+        logp, entropy = token_statistics(z, lost, rest, moment)
         # without an old policy the ratio is exactly 1, yet NaN where logp is not finite
         old_logp = logp
         if old_logp_ptr is not None:

@@ -67,7 +67,7 @@ def _row_stats_kernel(
         row_ptr = logits_ptr + start
         if ref_logits_ptr is None:
             peak, rest, moment = row_softmax(row_ptr, V, word, scale, THREADS, WIDTH, TILES)
-            z = target_gap(row_ptr, word, scale, peak, rest)
+            z, lost = target_gap(row_ptr, word, scale, peak, rest)
         else:
             ref_ptr = ref_logits_ptr + row_start(
                 row, ref_rows_per_batch, ref_batch_stride, ref_row_stride
@@ -75,10 +75,10 @@ def _row_stats_kernel(
             peak, rest, moment, ref_peak, ref_rest, cross = row_softmax_pair(
                 row_ptr, ref_ptr, V, word, scale, THREADS, WIDTH, TILES
             )
-            z = target_gap(row_ptr, word, scale, peak, rest)
-            ref_z = target_gap(ref_ptr, word, scale, ref_peak, ref_rest)
+            z, lost = target_gap(row_ptr, word, scale, peak, rest)
+            ref_z, _ = target_gap(ref_ptr, word, scale, ref_peak, ref_rest)
             kl = exact_kl(z, rest, ref_z, ref_rest, cross)
-        logp, entropy = token_statistics(z, rest, moment)
+        logp, entropy = token_statistics(z, lost, rest, moment)
     tl.store(logp_ptr + row, logp)
     tl.store(entropy_ptr + row, entropy)
     tl.store(state_ptr + row, peak)
