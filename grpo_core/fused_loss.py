@@ -112,10 +112,9 @@ def fused_loss(
 
     Args:
         logits: [B, T, V], or packed [N, V]; float32, bfloat16 or float16. Views such as
-            `logits[:, :-1]` are read where they lie; only a last axis that is not contiguous,
-            rows that overlap, or, on a GPU, a slice of the vocabulary whose rows are no longer
-            aligned to 16 bytes, cost a copy. In float16 the gradient is made in the backward,
-            after the loss scale.
+            `logits[:, :-1]` are read where they lie; only a last axis that is not contiguous, and
+            rows that overlap, cost a copy. In float16 the gradient is made in the backward, after
+            the loss scale.
         target: [B, T] or [N] integers, already shifted; -100 means masked.
         objective: an `Objective`, or the name of one in `RECIPES`.
         advantage: [B], [B, T] or [N]. Or instead:

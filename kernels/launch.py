@@ -20,6 +20,8 @@ from .records import Rows
 LOAD_BYTES = 16
 # as many loads in flight as registers allow
 TILES = 4
+# of one processor
+REGISTERS = 65536
 # one token per lane in the kernels over [N] vectors
 VECTOR_BLOCK = 256
 # the one program that walks over all tokens: two to a thread, so that nothing spills
@@ -88,6 +90,11 @@ class RowLayout:
     def keywords(self) -> dict[str, int]:
         """As a launch takes them."""
         return {name: value for name, value in vars(self).items() if value is not None}
+
+    @property
+    def registers(self) -> int:
+        """Of a thread, at most: of two programs beside each other, or of one as large as they."""
+        return REGISTERS // max(self.THREADS, 512)
 
 
 def row_layout(rows: Rows) -> RowLayout:

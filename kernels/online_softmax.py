@@ -41,8 +41,8 @@ LOWEST = tl.constexpr(-1e30)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # A sum of powers that tells of a good anchor. Below, a few powers underflow that count (2⁻⁴⁶ of the
-# sum); above, the entropy's terms outgrow those of an even softmax over a vocabulary, log₂ V = 17.
-LEAST_SUM, LARGEST_SUM = tl.constexpr(2.0**-80), tl.constexpr(2.0**24)
+# sum); above, the entropy's terms outgrow those of an even softmax over a vocabulary, log₂ V = 18.
+LEAST_SUM, LARGEST_SUM = tl.constexpr(2.0**-80), tl.constexpr(2.0**18)
 
 
 @triton.jit
@@ -170,7 +170,7 @@ def target_gap(row_ptr, target, scale, peak, rest):
     others, mine = tl.log2(rest), tl.fma(target_logit, scale, -peak)
     z = others - mine
     of_mine = z - others
-    lost = (others - (z - of_mine)) - (mine + of_mine)
+    lost = tl.where(tl.abs(z) < float("inf"), (others - (z - of_mine)) - (mine + of_mine), 0.0)
     # an infinite target would pass for a certain one
     return tl.where(target_logit == float("inf"), float("nan"), z), lost
 

@@ -10,7 +10,7 @@ place when both pointers are the same.
 import torch
 
 from .language import tl, triton
-from .launch import launch, row_layout
+from .launch import at_most_registers, launch, row_layout
 from .online_softmax import LOG2E, target_gap
 from .records import RowLoss, Rows, RowStats, Slopes
 from .row_gradient import write_row_gradient, write_row_zeros
@@ -136,6 +136,7 @@ def row_dlogits(
     """
     out, ref = Rows.of(dlogits), ref_rows or rows
     dlogp, dentropy, dkl = slopes
+    layout = row_layout(rows)
     launch(
         _row_dlogits_kernel,
         rows.N,
@@ -162,6 +163,7 @@ def row_dlogits(
         out_batch_stride=out.batch_stride,
         out_row_stride=out.row_stride,
         scale=LOG2E.value / temperature,
-        **row_layout(rows).keywords,
+        **at_most_registers(layout.registers),
+        **layout.keywords,
     )
     return dlogits
