@@ -29,6 +29,7 @@ from .online_softmax import (
 from .row_tiles import (
     boundary,
     is_whole,
+    load_part,
     load_tile,
     load_whole,
     row_lead,
@@ -52,16 +53,14 @@ def row_softmax_pair(
     TILES: tl.constexpr,
 ):
     """(M, S, Σ 2^c·c) of a row without its target, (M, S) of π_ref, Σ 2^c·(c − c_ref)."""
-    anchor = row_anchor(row_ptr, V, target, scale, THREADS, WIDTH)
-    ref_anchor = row_anchor(ref_ptr, V, target, scale, THREADS, WIDTH)
     lead = row_lead(row_ptr, WIDTH)
     if lead == row_lead(ref_ptr, WIDTH):
-        rest, moment, ref_rest, cross = wide_pair(
-            row_ptr, ref_ptr, V, lead, target, scale, anchor, ref_anchor, THREADS, WIDTH, TILES
+        anchor, rest, moment, ref_anchor, ref_rest, cross = wide_pair(
+            row_ptr, ref_ptr, V, lead, target, scale, THREADS, WIDTH, TILES
         )
     else:
-        rest, moment, ref_rest, cross = strided_pair(
-            row_ptr, ref_ptr, V, target, scale, anchor, ref_anchor, THREADS, WIDTH
+        anchor, rest, moment, ref_anchor, ref_rest, cross = strided_pair(
+            row_ptr, ref_ptr, V, target, scale, THREADS, WIDTH
         )
     if not (is_near(rest) & is_near(ref_rest)):
         near = is_near(rest)
@@ -85,26 +84,27 @@ def wide_pair(
     lead,
     target,
     scale,
-    anchor,
-    ref_anchor,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """(S, Σ 2^c·c, S_ref, Σ 2^c·(c − c_ref)) relative to the anchors, of rows that lie alike."""
+    """What `row_softmax_pair` gives, M the anchors: for rows that lie alike."""
     tile: tl.constexpr = THREADS * WIDTH
     step: tl.constexpr = TILES * tile
     places = tile_places(THREADS, WIDTH)
     end, hole = V + lead, target + lead
     row_ptr, ref_ptr = boundary(row_ptr, lead), boundary(ref_ptr, lead)
-    zeros = tl.zeros([THREADS, WIDTH], tl.float32)
-    sums = zeros, zeros, zeros, zeros
-    for first in range(0, end, step):
+    logits = load_part(row_ptr, places, lead, end)
+    ref_logits = load_part(ref_ptr, places, lead, end)
+    anchors, sums = first_pair(
+        row_ptr, ref_ptr, places - lead, logits, ref_logits, hole, lead, scale, THREADS, WIDTH
+    )
+    for first in range(tile, end, step):
         if is_whole(first, step, lead, end) & ((hole < first) | (hole >= first + step)):
             for k in tl.static_range(TILES):
                 logits = load_whole(row_ptr + first + k * tile, THREADS, WIDTH)
                 ref_logits = load_whole(ref_ptr + first + k * tile, THREADS, WIDTH)
-                sums = add_pair(sums, logits, ref_logits, scale, anchor, ref_anchor)
+                sums = add_pair(sums, logits, ref_logits, scale, anchors)
         else:
             for start in range(first, tl.minimum(first + step, end), tile):
                 other = start + places != hole
@@ -112,8 +112,8 @@ def wide_pair(
                 ref_logits = load_tile(ref_ptr, start, lead, end, THREADS, WIDTH)
                 logits = tl.where(other, logits, float("-inf"))
                 ref_logits = tl.where(other, ref_logits, float("-inf"))
-                sums = add_pair(sums, logits, ref_logits, scale, anchor, ref_anchor)
-    return in_order(sums, wide_order(lead, THREADS, WIDTH))
+                sums = add_pair(sums, logits, ref_logits, scale, anchors)
+    return in_order(anchors, sums, wide_order(lead, THREADS, WIDTH))
 
 
 @triton.jit
@@ -123,39 +123,68 @@ def strided_pair(
     V,
     target,
     scale,
-    anchor,
-    ref_anchor,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """What `wide_pair` gives, of rows that lie differently."""
+    """What `wide_pair` gives, for rows that lie differently."""
     columns = strided_columns(THREADS, WIDTH)
-    zeros = tl.zeros([THREADS, WIDTH], tl.float32)
-    sums = zeros, zeros, zeros, zeros
-    for first in range(0, V, THREADS * WIDTH):
+    logits = load_part(row_ptr, columns, 0, V)
+    ref_logits = load_part(ref_ptr, columns, 0, V)
+    anchors, sums = first_pair(
+        row_ptr, ref_ptr, columns, logits, ref_logits, target, 0, scale, THREADS, WIDTH
+    )
+    for first in range(THREADS * WIDTH, V, THREADS * WIDTH):
         logits = load_others(row_ptr, first + columns, V, target)
         ref_logits = load_others(ref_ptr, first + columns, V, target)
-        sums = add_pair(sums, logits, ref_logits, scale, anchor, ref_anchor)
-    return in_order(sums, strided_order(THREADS, WIDTH))
+        sums = add_pair(sums, logits, ref_logits, scale, anchors)
+    return in_order(anchors, sums, strided_order(THREADS, WIDTH))
 
 
 @triton.jit
-def add_pair(sums, logits, ref_logits, scale, anchor, ref_anchor):
+def first_pair(
+    row_ptr,
+    ref_ptr,
+    columns,
+    logits,
+    ref_logits,
+    hole,
+    lead,
+    scale,
+    THREADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The anchors of both rows, and the sums of `add_pair` over their first tiles."""
+    mine, ref_mine = tl.load(row_ptr + hole), tl.load(ref_ptr + hole)
+    anchor = row_anchor(logits, columns, mine, scale, THREADS, WIDTH)
+    ref_anchor = row_anchor(ref_logits, columns, ref_mine, scale, THREADS, WIDTH)
+    anchors = anchor, ref_anchor
+    zeros = tl.zeros([THREADS, WIDTH], tl.float32)
+    sums = zeros, zeros, zeros, zeros
+    other = columns + lead != hole
+    logits = tl.where(other, logits, float("-inf"))
+    ref_logits = tl.where(other, ref_logits, float("-inf"))
+    return anchors, add_pair(sums, logits, ref_logits, scale, anchors)
+
+
+@triton.jit
+def add_pair(sums, logits, ref_logits, scale, anchors):
     """Adds a tile of both rows to (Σ 2^c, Σ 2^c·c, Σ 2^c_ref, Σ 2^c·(c − c_ref))."""
     rest, moment, ref_rest, cross = sums
-    rest, moment, power, centred = add_powers(rest, moment, logits, scale, anchor)
-    ref_centred = tl.fma(ref_logits, scale, -ref_anchor)
+    rest, moment, power, centred = add_powers(rest, moment, logits, scale, anchors[0])
+    ref_centred = tl.fma(ref_logits, scale, -anchors[1])
     cross += weighted_gap(power, centred, ref_centred)
     return rest, moment, ref_rest + tl.exp2(ref_centred), cross
 
 
 @triton.jit
-def in_order(sums, order):
-    """Each of the four sums over its tile, see `sum_in_order`."""
+def in_order(anchors, sums, order):
+    """Anchors and sums as `row_softmax_pair` has them, each of the four summed over its tile."""
     rest, moment, ref_rest, cross = sums
     return (
+        anchors[0],
         sum_in_order(rest, order),
         sum_in_order(moment, order),
+        anchors[1],
         sum_in_order(ref_rest, order),
         sum_in_order(cross, order),
     )

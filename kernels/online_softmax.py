@@ -56,19 +56,20 @@ def row_softmax(
     TILES: tl.constexpr,
 ):
     """(M, S, Σ 2^c·c) of a row without its target, c = x − M."""
-    anchor = row_anchor(row_ptr, V, target, scale, THREADS, WIDTH)
-    rest, moment = anchored_sums(row_ptr, V, target, scale, anchor, THREADS, WIDTH, TILES)
+    anchor, rest, moment = anchored_sums(row_ptr, V, target, scale, THREADS, WIDTH, TILES)
     if not is_near(rest):
         anchor, rest, moment = online_sums(row_ptr, V, target, scale, THREADS, WIDTH)
     return anchor, rest, moment
 
 
 @triton.jit
-def row_anchor(row_ptr, V, target, scale, THREADS: tl.constexpr, WIDTH: tl.constexpr):
-    """The largest scaled logit among the target and the first THREADS·WIDTH."""
-    logits = load_part(row_ptr, strided_columns(THREADS, WIDTH), 0, V)
-    largest = tl.maximum(tl.max(logits), tl.load(row_ptr + target).to(tl.float32))
-    return tl.maximum(largest * scale, LOWEST)
+def row_anchor(logits, columns, mine, scale, THREADS: tl.constexpr, WIDTH: tl.constexpr):
+    """The largest scaled logit among the target's, `mine`, and those of the first tile.
+
+    Only columns that the first tile holds wherever the row lies.
+    """
+    among = tl.where(columns < (THREADS - 1) * WIDTH, logits, float("-inf"))
+    return tl.maximum(tl.maximum(tl.max(among), mine.to(tl.float32)) * scale, LOWEST)
 
 
 @triton.jit
@@ -83,21 +84,24 @@ def anchored_sums(
     V,
     target,
     scale,
-    anchor,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """(S, Σ 2^c·c) of a row without its target, relative to `anchor`."""
+    """(M, S, Σ 2^c·c) of a row without its target, M its anchor."""
     tile: tl.constexpr = THREADS * WIDTH
     step: tl.constexpr = TILES * tile
     places = tile_places(THREADS, WIDTH)
     lead = row_lead(row_ptr, WIDTH)
     end, hole = V + lead, target + lead
     row_ptr = boundary(row_ptr, lead)
-    rest = tl.zeros([THREADS, WIDTH], tl.float32)
-    moment = tl.zeros([THREADS, WIDTH], tl.float32)
-    for first in range(0, end, step):
+    logits = load_part(row_ptr, places, lead, end)
+    mine = tl.load(row_ptr + hole)
+    anchor = row_anchor(logits, places - lead, mine, scale, THREADS, WIDTH)
+    logits = tl.where(places == hole, float("-inf"), logits)
+    zeros = tl.zeros([THREADS, WIDTH], tl.float32)
+    rest, moment, _, _ = add_powers(zeros, zeros, logits, scale, anchor)
+    for first in range(tile, end, step):
         if is_whole(first, step, lead, end) & ((hole < first) | (hole >= first + step)):
             for k in tl.static_range(TILES):
                 logits = load_whole(row_ptr + first + k * tile, THREADS, WIDTH)
@@ -108,7 +112,7 @@ def anchored_sums(
                 logits = tl.where(start + places == hole, float("-inf"), logits)
                 rest, moment, _, _ = add_powers(rest, moment, logits, scale, anchor)
     order = wide_order(lead, THREADS, WIDTH)
-    return sum_in_order(rest, order), sum_in_order(moment, order)
+    return anchor, sum_in_order(rest, order), sum_in_order(moment, order)
 
 
 @triton.jit
