@@ -3,6 +3,12 @@
 Keyed by vocabulary, dtype and architecture alone. Nothing that depends on the number of rows may
 enter: a row must give the same bits in every batch. All row kernels share an entry, so that it
 gives them in every plan, too.
+
+The exception to "at the memory's speed" is few rows. A row is summed by one program, since sharing
+it among several, as their number asks for, would change the order of summation with the batch. With
+fewer rows than twice the processors, processors hold one program or none: 16 KiB are then on their
+way at a time, about 1.1 µs for loading and summing them, which is 15 of the 23 KB/µs that are an
+H100 processor's share. Predicted of its 3 TB/s: two thirds at 128 rows, a sixth at 32.
 """
 
 from __future__ import annotations
@@ -40,11 +46,14 @@ class Tuning:
         warps: of 32 threads, which share a row.
         tiles: loaded in one step; None means `TILES`.
         num_stages: of the compiler's software pipeline; None leaves it to the compiler.
+        registers: of a thread, at most (NVIDIA): fewer let more rows be read at a time; None leaves
+            it to the compiler.
     """
 
     warps: int
     tiles: int | None = None
     num_stages: int | None = None
+    registers: int | None = None
 
 
 # (architecture, dtype, bucket of V) -> what was fastest there; written by `python -m bench.tune`
@@ -85,6 +94,7 @@ class RowLayout:
     TILES: int
     num_warps: int
     num_stages: int | None = None
+    maxnreg: int | None = None
 
     @property
     def keywords(self) -> dict[str, int]:
@@ -92,8 +102,8 @@ class RowLayout:
         return {name: value for name, value in vars(self).items() if value is not None}
 
     @property
-    def registers(self) -> int:
-        """Of a thread, at most: of two programs beside each other, or of one as large as they."""
+    def most_registers(self) -> int:
+        """Of a thread: of two programs beside each other, or of one as large as they."""
         return REGISTERS // max(self.THREADS, 512)
 
 
@@ -109,6 +119,7 @@ def row_layout(rows: Rows) -> RowLayout:
         TILES=tuning.tiles or TILES,
         num_warps=max(1, 32 * tuning.warps // lanes),
         num_stages=tuning.num_stages,
+        maxnreg=None if torch.version.hip else tuning.registers,
     )
 
 

@@ -163,7 +163,6 @@ def row_dlogits(
         out_batch_stride=out.batch_stride,
         out_row_stride=out.row_stride,
         scale=LOG2E.value / temperature,
-        **at_most_registers(layout.registers),
-        **layout.keywords,
+        **(at_most_registers(layout.most_registers) | layout.keywords),
     )
     return dlogits
