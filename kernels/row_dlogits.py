@@ -31,8 +31,11 @@ from .row_tiles import row_start
         "out_batch_stride",
         "out_row_stride",
     ],
-    # scalars of a row: their alignment, which changes with N, must not recompile
+    # no alignment, which changes with N and with a view, may recompile
     do_not_specialize_on_alignment=[
+        "logits_ptr",
+        "ref_logits_ptr",
+        "dlogits_ptr",
         "target_ptr",
         "dlogp_ptr",
         "dentropy_ptr",

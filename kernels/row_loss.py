@@ -43,8 +43,11 @@ from .token_loss import token_terms
         "out_batch_stride",
         "out_row_stride",
     ],
-    # scalars of a row: their alignment, which changes with N, must not recompile
+    # no alignment, which changes with N and with a view, may recompile
     do_not_specialize_on_alignment=[
+        "logits_ptr",
+        "ref_logits_ptr",
+        "dlogits_ptr",
         "target_ptr",
         "weight_ptr",
         "advantage_ptr",

@@ -14,8 +14,8 @@ from .row_tiles import boundary, is_whole, load_part, load_whole, row_lead, row_
 
 @triton.jit(
     do_not_specialize=["V", "rows_per_batch", "batch_stride", "row_stride"],
-    # scalars of a row: their alignment, which changes with N, must not recompile
-    do_not_specialize_on_alignment=["factor_ptr"],
+    # no alignment, which changes with N and with a view, may recompile
+    do_not_specialize_on_alignment=["dlogits_ptr", "factor_ptr"],
 )
 def _row_scale_kernel(
     dlogits_ptr,

@@ -28,8 +28,16 @@ from .row_tiles import row_start
         "ref_batch_stride",
         "ref_row_stride",
     ],
-    # scalars of a row: their alignment, which changes with N, must not recompile
-    do_not_specialize_on_alignment=["target_ptr", "logp_ptr", "entropy_ptr", "kl_ptr", "state_ptr"],
+    # no alignment, which changes with N and with a view, may recompile
+    do_not_specialize_on_alignment=[
+        "logits_ptr",
+        "ref_logits_ptr",
+        "target_ptr",
+        "logp_ptr",
+        "entropy_ptr",
+        "kl_ptr",
+        "state_ptr",
+    ],
 )
 def _row_stats_kernel(
     logits_ptr,
