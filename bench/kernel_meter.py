@@ -28,7 +28,7 @@ class Traffic(NamedTuple):
     """Bytes moved by kernels.
 
     `issued` counts every lane of every load and store that its mask lets through. `distinct`
-    counts an address once per program for reading and once for writing: what memory moves when
+    counts a byte once per program for reading and once for writing: what memory moves when
     the second reading of a row comes from registers or a cache, as it is meant to.
     """
 
@@ -180,15 +180,20 @@ def _within(addresses: np.ndarray, low: int, high: int) -> np.ndarray:
 
 
 def _add_up(accesses: Iterator[Access] | list[Access]) -> Traffic:
-    """All of them, and each address once per program and direction."""
-    issued = 0
-    seen: dict[tuple[int, bool, int], list[np.ndarray]] = {}
+    """All of them, and each byte once per program and direction."""
+    issued = distinct = 0
+    seen: dict[tuple[int, bool], dict[int, list[np.ndarray]]] = {}
     for _, program, is_store, itemsize, addresses in accesses:
         issued += addresses.size * itemsize
-        seen.setdefault((program, is_store, itemsize), []).append(addresses)
-    distinct = sum(
-        np.unique(np.concatenate(parts)).size * itemsize for (_, _, itemsize), parts in seen.items()
-    )
+        seen.setdefault((program, is_store), {}).setdefault(itemsize, []).append(addresses)
+    for by_size in seen.values():
+        # two logits may be read as one word here, and one by one there
+        unit = min(by_size)
+        pieces = [
+            np.add.outer(np.concatenate(parts), np.arange(0, size, unit, np.uint64)).ravel()
+            for size, parts in by_size.items()
+        ]
+        distinct += np.unique(np.concatenate(pieces)).size * unit
     return Traffic(issued, distinct)
 
 

@@ -38,7 +38,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "warps": (4, 8, 16, 32),
     "tiles": (None, 1, 2, 4, 8),
     "num_stages": (None, 1, 2, 4),
-    "evict": (False, True),
+    "registers": (None, 64, 80),
 }
 VOCABULARIES = (32_000, 50_257, 128_256, 151_669, 151_936, 262_144)
 DTYPES = (torch.bfloat16, torch.float32)

@@ -114,7 +114,7 @@ def logp_of_rows(
     target = target.reshape(-1).long()
     if mask is not None:
         target = torch.where(mask.reshape(-1) != 0, target, IGNORE)
-    stats = kernels.row_stats(Rows.of(readable(logits, kernels)), target, float(temperature))
+    stats = kernels.row_stats(Rows.of(readable(logits)), target, float(temperature))
     return stats.logp, stats.entropy
 
 

@@ -112,10 +112,9 @@ def fused_loss(
 
     Args:
         logits: [B, T, V], or packed [N, V]; float32, bfloat16 or float16. Views such as
-            `logits[:, :-1]` are read where they lie; only a last axis that is not contiguous,
-            rows that overlap, or, on a GPU, a slice of the vocabulary whose rows are no longer
-            aligned to 16 bytes, cost a copy. In float16 the gradient is made in the backward,
-            after the loss scale.
+            `logits[:, :-1]` are read where they lie; only a last axis that is not contiguous, and
+            rows that overlap, cost a copy. In float16 the gradient is made in the backward, after
+            the loss scale.
         target: [B, T] or [N] integers, already shifted; -100 means masked.
         objective: an `Objective`, or the name of one in `RECIPES`.
         advantage: [B], [B, T] or [N]. Or instead:
@@ -185,21 +184,21 @@ def fused_loss(
         return LossOutput(loss, logp, entropy, ratio, kl, factor, measured, valid, dropped)
     check_logits(logits, temperature, LOGIT_DTYPES)
     kernels = choose_backend(backend, logits)
-    if inplace and not readable_in_place(logits, kernels):
+    if inplace and not readable_in_place(logits):
         raise ValueError(
-            "inplace: expected logits with a contiguous last axis, separate rows and, on a GPU, "
-            f"rows aligned to 16 bytes; got strides {logits.stride()}"
+            "inplace: expected logits with a contiguous last axis and separate rows, "
+            f"got strides {logits.stride()}"
         )
     tokens = check_loss_arguments(logits, target, **arguments, lay_out=kernels.lay_out)
     call = Call(
         tokens,
-        reference_rows(ref_logits, logits, inplace, kernels),
+        reference_rows(ref_logits, logits, inplace),
         temperature=float(temperature),
         inplace=inplace,
         wants_gradient=logits.requires_grad and torch.is_grad_enabled(),
         kernels=kernels,
     )
-    loss, *four, dropped, factor, valid = FusedLoss.apply(readable(logits, kernels), call)
+    loss, *four, dropped, factor, valid = FusedLoss.apply(readable(logits), call)
     logp, entropy, ratio, kl = (vector.view(target.shape) for vector in four)
     shaped = None if factor is None else factor.view(target.shape)
     valid = tokens.valid if valid is None else valid

@@ -91,9 +91,9 @@ def fused_loss(*arguments: Any) -> tuple[Tensor, ...]:
     logits = given["logits"]
     kernels = choose_backend(given["backend"], logits)
     tokens = check_loss_arguments(**given, lay_out=kernels.lay_out)
-    ref_logits = reference_rows(given["ref_logits"], logits, False, kernels)
+    ref_logits = reference_rows(given["ref_logits"], logits, False)
     call = Call(tokens, ref_logits, temperature, False, False, kernels)
-    result, tokens = evaluate(Rows.of(readable(logits, kernels).detach()), call, None)
+    result, tokens = evaluate(Rows.of(readable(logits).detach()), call, None)
     none = result.logp.new_empty(0)
     slopes = tokens.slopes(result.dlogp, result.dropped, call.exact_beta)
     outcome = Outcome(
@@ -203,9 +203,9 @@ def scaled_dlogits(
     """grad_output times dL/dlogits."""
     kernels = choose_backend(backend, logits)
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    reference = reference_rows(ref_logits, logits, False, kernels)
+    reference = reference_rows(ref_logits, logits, False)
     return kernels.row_dlogits(
-        Rows.of(readable(logits, kernels).detach()),
+        Rows.of(readable(logits).detach()),
         target,
         float(numbers[0]),
         Slopes(dlogp, dentropy, dkl).times(grad_output),

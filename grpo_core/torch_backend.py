@@ -106,11 +106,6 @@ def row_dlogits(
     return dlogits
 
 
-def lies_aligned(logits: Tensor) -> bool:
-    """Always: here the order of summation does not follow from the alignment of a row."""
-    return True
-
-
 def row_scale(rows: Rows, factor: Tensor) -> Tensor:
     """Scales `rows` in place by the 0-dim tensor `factor`; moves nothing when it is 1."""
     return rows.logits if factor == 1 else rows.logits.mul_(factor)

@@ -1,7 +1,6 @@
 """The Triton backend: the host functions of the kernels, gathered under one name."""
 
 from grpo_core.kernels.group_norm import group_norm
-from grpo_core.kernels.launch import lies_aligned
 from grpo_core.kernels.row_dlogits import row_dlogits
 from grpo_core.kernels.row_loss import row_loss
 from grpo_core.kernels.row_scale import row_scale
@@ -13,7 +12,6 @@ from grpo_core.kernels.token_weights import lay_out
 __all__ = [
     "group_norm",
     "lay_out",
-    "lies_aligned",
     "row_dlogits",
     "row_loss",
     "row_scale",

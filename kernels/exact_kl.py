@@ -1,7 +1,9 @@
 """The exact KL(π ‖ π_ref) of a row, over the whole vocabulary, from both rows of logits.
 
 Both rows are read once, side by side; the policy's is summed by the same steps as in
-`online_softmax`, so its log-probability keeps its bits. With the target y apart from the others,
+`online_softmax`, so its log-probability keeps its bits. Where the two lie differently between
+multiples of 16 bytes, they are read by narrow loads, in the same order. With the target y apart
+from the others,
 
     KL = p_y·(log p_y − log q_y) + (1 − p_y)·(log(1 − p_y) − log(1 − q_y) + KL_others)
     dKL/dx_j = p_j·(log p_j − log q_j − KL) / T
@@ -16,12 +18,26 @@ from .online_softmax import (
     LN2,
     LOWEST,
     absorb,
+    add_powers,
+    is_near,
     load_others,
-    load_tiles,
     log_sides,
+    row_anchor,
     sigmoid2,
-    tile_columns,
     weighted_gap,
+)
+from .row_tiles import (
+    boundary,
+    is_whole,
+    load_part,
+    load_tile,
+    load_whole,
+    row_lead,
+    strided_columns,
+    strided_order,
+    sum_in_order,
+    tile_places,
+    wide_order,
 )
 
 
@@ -34,28 +50,166 @@ def row_softmax_pair(
     scale,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
-    VECTOR: tl.constexpr,
     TILES: tl.constexpr,
 ):
     """(M, S, Σ 2^c·c) of a row without its target, (M, S) of π_ref, Σ 2^c·(c − c_ref)."""
+    lead = row_lead(row_ptr, WIDTH)
+    if lead == row_lead(ref_ptr, WIDTH):
+        anchor, rest, moment, ref_anchor, ref_rest, cross = wide_pair(
+            row_ptr, ref_ptr, V, lead, target, scale, THREADS, WIDTH, TILES
+        )
+    else:
+        anchor, rest, moment, ref_anchor, ref_rest, cross = strided_pair(
+            row_ptr, ref_ptr, V, target, scale, THREADS, WIDTH
+        )
+    if not (is_near(rest) & is_near(ref_rest)):
+        near = is_near(rest)
+        peak, others, moments, ref_anchor, ref_rest, cross = online_pair(
+            row_ptr, ref_ptr, V, target, scale, THREADS, WIDTH
+        )
+        # where only π_ref has a bad anchor, π keeps what it has without one
+        shift = tl.where(near, peak - anchor, 0.0)
+        cross = tl.exp2(shift) * (cross + shift * others)
+        anchor = tl.where(near, anchor, peak)
+        rest = tl.where(near, rest, others)
+        moment = tl.where(near, moment, moments)
+    return anchor, rest, moment, ref_anchor, ref_rest, cross
+
+
+@triton.jit
+def wide_pair(
+    row_ptr,
+    ref_ptr,
+    V,
+    lead,
+    target,
+    scale,
+    THREADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """What `row_softmax_pair` gives, M the anchors: for rows that lie alike."""
     tile: tl.constexpr = THREADS * WIDTH
     step: tl.constexpr = TILES * tile
-    columns = tile_columns(THREADS, WIDTH, VECTOR)
+    places = tile_places(THREADS, WIDTH)
+    end, hole = V + lead, target + lead
+    row_ptr, ref_ptr = boundary(row_ptr, lead), boundary(ref_ptr, lead)
+    logits = load_part(row_ptr, places, lead, end)
+    ref_logits = load_part(ref_ptr, places, lead, end)
+    anchors, sums = first_pair(
+        row_ptr, ref_ptr, places - lead, logits, ref_logits, hole, lead, scale, THREADS, WIDTH
+    )
+    for first in range(tile, end, step):
+        if is_whole(first, step, lead, end) & ((hole < first) | (hole >= first + step)):
+            for k in tl.static_range(TILES):
+                logits = load_whole(row_ptr + first + k * tile, THREADS, WIDTH)
+                ref_logits = load_whole(ref_ptr + first + k * tile, THREADS, WIDTH)
+                sums = add_pair(sums, logits, ref_logits, scale, anchors)
+        else:
+            for start in range(first, tl.minimum(first + step, end), tile):
+                other = start + places != hole
+                logits = load_tile(row_ptr, start, lead, end, THREADS, WIDTH)
+                ref_logits = load_tile(ref_ptr, start, lead, end, THREADS, WIDTH)
+                logits = tl.where(other, logits, float("-inf"))
+                ref_logits = tl.where(other, ref_logits, float("-inf"))
+                sums = add_pair(sums, logits, ref_logits, scale, anchors)
+    return in_order(anchors, sums, wide_order(lead, THREADS, WIDTH))
+
+
+@triton.jit
+def strided_pair(
+    row_ptr,
+    ref_ptr,
+    V,
+    target,
+    scale,
+    THREADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """What `wide_pair` gives, for rows that lie differently."""
+    columns = strided_columns(THREADS, WIDTH)
+    logits = load_part(row_ptr, columns, 0, V)
+    ref_logits = load_part(ref_ptr, columns, 0, V)
+    anchors, sums = first_pair(
+        row_ptr, ref_ptr, columns, logits, ref_logits, target, 0, scale, THREADS, WIDTH
+    )
+    for first in range(THREADS * WIDTH, V, THREADS * WIDTH):
+        logits = load_others(row_ptr, first + columns, V, target)
+        ref_logits = load_others(ref_ptr, first + columns, V, target)
+        sums = add_pair(sums, logits, ref_logits, scale, anchors)
+    return in_order(anchors, sums, strided_order(THREADS, WIDTH))
+
+
+@triton.jit
+def first_pair(
+    row_ptr,
+    ref_ptr,
+    columns,
+    logits,
+    ref_logits,
+    hole,
+    lead,
+    scale,
+    THREADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The anchors of both rows, and the sums of `add_pair` over their first tiles."""
+    mine, ref_mine = tl.load(row_ptr + hole), tl.load(ref_ptr + hole)
+    anchor = row_anchor(logits, columns, mine, scale, THREADS, WIDTH)
+    ref_anchor = row_anchor(ref_logits, columns, ref_mine, scale, THREADS, WIDTH)
+    anchors = anchor, ref_anchor
+    zeros = tl.zeros([THREADS, WIDTH], tl.float32)
+    sums = zeros, zeros, zeros, zeros
+    other = columns + lead != hole
+    logits = tl.where(other, logits, float("-inf"))
+    ref_logits = tl.where(other, ref_logits, float("-inf"))
+    return anchors, add_pair(sums, logits, ref_logits, scale, anchors)
+
+
+@triton.jit
+def add_pair(sums, logits, ref_logits, scale, anchors):
+    """Adds a tile of both rows to (Σ 2^c, Σ 2^c·c, Σ 2^c_ref, Σ 2^c·(c − c_ref))."""
+    rest, moment, ref_rest, cross = sums
+    rest, moment, power, centred = add_powers(rest, moment, logits, scale, anchors[0])
+    ref_centred = tl.fma(ref_logits, scale, -anchors[1])
+    cross += weighted_gap(power, centred, ref_centred)
+    return rest, moment, ref_rest + tl.exp2(ref_centred), cross
+
+
+@triton.jit
+def in_order(anchors, sums, order):
+    """Anchors and sums as `row_softmax_pair` has them, each of the four summed over its tile."""
+    rest, moment, ref_rest, cross = sums
+    return (
+        anchors[0],
+        sum_in_order(rest, order),
+        sum_in_order(moment, order),
+        anchors[1],
+        sum_in_order(ref_rest, order),
+        sum_in_order(cross, order),
+    )
+
+
+@triton.jit
+def online_pair(
+    row_ptr,
+    ref_ptr,
+    V,
+    target,
+    scale,
+    THREADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """What `row_softmax_pair` gives, by running maxima as `online_sums`: for any rows."""
+    columns = strided_columns(THREADS, WIDTH)
     peak = tl.full([THREADS], LOWEST, tl.float32)
     zeros = tl.zeros([THREADS], tl.float32)
     # (M, S, Σ 2^c·c) of π, (M, S, Σ 2^c·c) of π_ref, and Σ 2^c·(c − c_ref)
     pair = peak, zeros, zeros, peak, zeros, zeros, zeros
-    for first in range(0, V, step):
-        if (first + step <= V) & ((target < first) | (target >= first + step)):
-            tiles = load_tiles(row_ptr + first, columns, THREADS, WIDTH, VECTOR, TILES)
-            ref_tiles = load_tiles(ref_ptr + first, columns, THREADS, WIDTH, VECTOR, TILES)
-            pair = absorb_pair(pair, tiles, ref_tiles, scale)
-        else:
-            for start in range(first, tl.minimum(first + step, V), tile):
-                at = start + columns
-                logits = load_others(row_ptr, at, V, target, WIDTH, VECTOR)
-                ref_logits = load_others(ref_ptr, at, V, target, WIDTH, VECTOR)
-                pair = absorb_pair(pair, (logits,), (ref_logits,), scale)
+    for first in range(0, V, THREADS * WIDTH):
+        logits = load_others(row_ptr, first + columns, V, target)
+        ref_logits = load_others(ref_ptr, first + columns, V, target)
+        pair = absorb_pair(pair, logits, ref_logits, scale)
 
     peak, rest, moment, ref_peak, ref_rest, _, cross = pair
     row_peak, row_ref_peak = tl.max(peak, 0), tl.max(ref_peak, 0)
@@ -69,20 +223,18 @@ def row_softmax_pair(
 
 
 @triton.jit
-def absorb_pair(pair, tiles, ref_tiles, scale):
-    """Takes the same tiles of both rows into the running sums of `row_softmax_pair`."""
+def absorb_pair(pair, logits, ref_logits, scale):
+    """Takes the same tile of both rows into the running sums of `online_pair`."""
     old_peak, old_rest, moment, old_ref_peak, ref_rest, ref_moment, cross = pair
-    peak, rest, moment = absorb(old_peak, old_rest, moment, tiles, scale)
-    ref_peak, ref_rest, ref_moment = absorb(old_ref_peak, ref_rest, ref_moment, ref_tiles, scale)
+    peak, rest, moment = absorb(old_peak, old_rest, moment, logits, scale)
+    ref_peak, ref_rest, ref_moment = absorb(old_ref_peak, ref_rest, ref_moment, ref_logits, scale)
     shift = old_peak - peak
     moved = shift - (old_ref_peak - ref_peak)
     cross = tl.exp2(shift) * (cross + moved * old_rest)
-    gaps = tl.zeros_like(tiles[0])
-    for k in tl.static_range(len(tiles)):
-        centred = tl.fma(tiles[k], scale, -peak[:, None])
-        ref_centred = tl.fma(ref_tiles[k], scale, -ref_peak[:, None])
-        gaps += weighted_gap(tl.exp2(centred), centred, ref_centred)
-    return peak, rest, moment, ref_peak, ref_rest, ref_moment, cross + tl.sum(gaps, 1)
+    centred = tl.fma(logits, scale, -peak[:, None])
+    ref_centred = tl.fma(ref_logits, scale, -ref_peak[:, None])
+    cross += tl.sum(weighted_gap(tl.exp2(centred), centred, ref_centred), 1)
+    return peak, rest, moment, ref_peak, ref_rest, ref_moment, cross
 
 
 @triton.jit

@@ -3,6 +3,12 @@
 Keyed by vocabulary, dtype and architecture alone. Nothing that depends on the number of rows may
 enter: a row must give the same bits in every batch. All row kernels share an entry, so that it
 gives them in every plan, too.
+
+The exception to "at the memory's speed" is few rows. A row is summed by one program, since sharing
+it among several, as their number asks for, would change the order of summation with the batch. With
+fewer rows than twice the processors, processors hold one program or none: 16 KiB are then on their
+way at a time, about 1.1 µs for loading and summing them, which is 15 of the 23 KB/µs that are an
+H100 processor's share. Predicted of its 3 TB/s: two thirds at 128 rows, a sixth at 32.
 """
 
 from __future__ import annotations
@@ -18,6 +24,10 @@ from .records import Rows
 
 # the widest load of one thread, on every GPU at hand
 LOAD_BYTES = 16
+# as many loads in flight as registers allow
+TILES = 4
+# of one processor
+REGISTERS = 65536
 # one token per lane in the kernels over [N] vectors
 VECTOR_BLOCK = 256
 # the one program that walks over all tokens: two to a thread, so that nothing spills
@@ -34,13 +44,16 @@ class Tuning:
 
     Attributes:
         warps: of 32 threads, which share a row.
-        tiles: loaded in one step; None means the rule of `row_layout`.
+        tiles: loaded in one step; None means `TILES`.
         num_stages: of the compiler's software pipeline; None leaves it to the compiler.
+        registers: of a thread, at most (NVIDIA): fewer let more rows be read at a time; None leaves
+            it to the compiler.
     """
 
     warps: int
     tiles: int | None = None
     num_stages: int | None = None
+    registers: int | None = None
 
 
 # (architecture, dtype, bucket of V) -> what was fastest there; written by `python -m bench.tune`
@@ -70,54 +83,43 @@ def architecture(device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class RowLayout:
-    """How one program covers a row, see `online_softmax`; and what the compiler may assume.
+    """How one program covers a row, see `row_tiles`.
 
-    What it may assume decides the order in which it sums, so it must follow from V and dtype, too:
-    rows of an odd vocabulary are never taken for aligned, and others must be (`lies_aligned`).
+    It decides the order in which a row is summed, so it follows from V, dtype and architecture; how
+    rows lie in memory has no say.
     """
 
     THREADS: int
     WIDTH: int
-    VECTOR: bool
     TILES: int
-    ALIGNMENT: int
     num_warps: int
     num_stages: int | None = None
+    maxnreg: int | None = None
 
     @property
     def keywords(self) -> dict[str, int]:
         """As a launch takes them."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
-
-def lies_aligned(logits: torch.Tensor) -> bool:
-    """Whether the kernels can read these rows where they lie, in the order that V prescribes."""
-    width = LOAD_BYTES // logits.element_size()
-    if logits.shape[-1] % width:
-        return True
-    *steps, _ = logits.stride()
-    axes = zip(steps, logits.shape, strict=False)
-    apart = all(step % width == 0 for step, size in axes if size > 1)
-    return apart and logits.data_ptr() % LOAD_BYTES == 0
+    @property
+    def most_registers(self) -> int:
+        """Of a thread: of two programs beside each other, or of one as large as they."""
+        return REGISTERS // max(self.THREADS, 512)
 
 
 def row_layout(rows: Rows) -> RowLayout:
     """Layout of the row kernels, from vocabulary, dtype and architecture alone."""
-    width = LOAD_BYTES // rows.logits.element_size()
-    vector = rows.V % width == 0
     key = tuning_key(rows.logits.device, rows.logits.dtype, rows.V)
     tuning = TUNED.get(key) or untuned(rows.V)
     # AMD's wavefronts have 64 lanes; tiles, and so results, stay those of 32
     lanes = 64 if torch.version.hip else 32
     return RowLayout(
         THREADS=32 * tuning.warps,
-        WIDTH=width,
-        VECTOR=vector,
-        # as many loads in flight as registers allow; narrow loads take more of them
-        TILES=tuning.tiles or (4 if vector else 2),
-        ALIGNMENT=width if vector else 1,
+        WIDTH=LOAD_BYTES // rows.logits.element_size(),
+        TILES=tuning.tiles or TILES,
         num_warps=max(1, 32 * tuning.warps // lanes),
         num_stages=tuning.num_stages,
+        maxnreg=None if torch.version.hip else tuning.registers,
     )
 
 

@@ -1,133 +1,48 @@
-"""Reading a row of logits once for its softmax, and writing the row of its gradient.
+"""The softmax of a row of logits from one reading, and what its statistics are.
 
-Both row kernels and the stats kernel call these functions and nothing else touches the vocabulary,
-so a row's log-probability is bit for bit the same in every plan and in every batch.
+Both row kernels and the stats kernel call these functions, so a row's log-probability is bit for
+bit the same in every plan, in every batch, and wherever the row lies in memory.
 
-A row is read in tiles `[THREADS, WIDTH]`, WIDTH logits to a thread, and TILES of them in one step.
-The state of the online softmax (running maximum, sum, entropy sum) is a vector `[THREADS]`,
-rescaled once a step: no thread waits for another until the row is finished. Logits are scaled by
-log₂(e)/T inside one multiply-add, and all powers are powers of two. Which thread takes which column
-depends on V alone, never on where the row happens to lie in memory: neighbours of 16 bytes where V
-allows it (VECTOR), else every THREADS-th column, which costs more and narrower loads but the same
-bytes.
+A row is read once, tile by tile (`row_tiles`). Powers are taken relative to an `anchor` that is
+known before the row is: the largest of its first tile and its target. So there is no running
+maximum to keep and nothing to rescale. Each place of a tile has sums of its own, to which each
+column with the same remainder modulo the tile is added in turn; the order is that of the columns,
+whatever the alignment, and these sums are added up in the order of the columns, too. No thread
+waits for another until the row is finished. Logits are scaled by log₂(e)/T inside one multiply-add,
+and all powers are powers of two.
 
-The target is left out of the sum. With S = Σ_{j≠y} 2^(x_j − M) over the *other* logits and
-z = log₂ S − (x_y − M), everything follows without cancellation, however confident the token:
-logp = −softplus(z), 1 − p_y = sigmoid(z), and H = h(p_y) + (1 − p_y)·H_others with the binary
-entropy h (all in base 2).
+An anchor far below the largest logit, or far above all, would cost digits or overflow. That shows
+in the sum itself (`is_near`). Such a row, which hardly ever has a sampled target, is read again
+with a running maximum.
+
+The target is left out of the sum. With S = Σ_{j≠y} 2^(x_j − M) over the *other* logits, M the
+anchor or the maximum, and z = log₂ S − (x_y − M), everything follows without cancellation, however
+confident the token: logp = −softplus(z), 1 − p_y = sigmoid(z), and H = h(p_y) + (1 − p_y)·H_others
+with the binary entropy h (all in base 2).
 """
 
 from .language import tl, triton
+from .row_tiles import (
+    boundary,
+    is_whole,
+    load_part,
+    load_tile,
+    load_whole,
+    row_lead,
+    strided_columns,
+    sum_in_order,
+    tile_places,
+    wide_order,
+)
 from .scalar_math import log1p
 
-# a running maximum below every real logit, finite so that a row of −inf gives no NaN
+# below every real logit, finite so that a row of −inf gives no NaN
 LOWEST = tl.constexpr(-1e30)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def row_start(row, rows_per_batch, batch_stride, row_stride, ALIGNMENT: tl.constexpr):
-    """Element offset of a row, known to the compiler as a multiple of ALIGNMENT."""
-    start = (row // rows_per_batch) * batch_stride + (row % rows_per_batch) * row_stride
-    return tl.multiple_of(start, ALIGNMENT)
-
-
-@triton.jit
-def tile_columns(THREADS: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr):
-    """Columns of the first tile `[THREADS, WIDTH]`: a thread's are neighbours, or THREADS apart."""
-    thread = tl.arange(0, THREADS)[:, None]
-    place = tl.arange(0, WIDTH)[None, :]
-    if VECTOR:
-        return thread * WIDTH + place
-    else:
-        return place * THREADS + thread
-
-
-@triton.jit
-def absorb(peak, rest, moment, tiles, scale):
-    """Takes some tiles `[THREADS, WIDTH]` into the running (M, Σ 2^c, Σ 2^c·c), with c = x − M.
-
-    Rescaled once for all of them, which is what several tiles in one step save.
-    """
-    top = tiles[0]
-    for k in tl.static_range(1, len(tiles)):
-        top = tl.maximum(top, tiles[k])
-    new_peak = tl.maximum(peak, tl.max(top, 1) * scale)
-    shift = peak - new_peak
-    decay = tl.exp2(shift)
-    moment = decay * (moment + shift * rest)
-    rest = decay * rest
-    powers = tl.zeros_like(top)
-    moments = tl.zeros_like(top)
-    for k in tl.static_range(len(tiles)):
-        centred = tl.fma(tiles[k], scale, -new_peak[:, None])
-        power = tl.exp2(centred)
-        powers += power
-        moments += power * tl.maximum(centred, LOWEST)
-    return new_peak, rest + tl.sum(powers, 1), moment + tl.sum(moments, 1)
-
-
-@triton.jit
-def load_tiles(
-    step_ptr,
-    columns,
-    THREADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    VECTOR: tl.constexpr,
-    TILES: tl.constexpr,
-):
-    """The tiles of a whole step as float32.
-
-    Two neighbouring bfloat16 are read as one word, and each made a float32 by one instruction: the
-    lower by a shift, the upper by a mask. That splits a tile into its even and its odd columns.
-    """
-    tile: tl.constexpr = THREADS * WIDTH
-    if VECTOR and step_ptr.dtype.element_ty == tl.bfloat16:
-        thread = tl.arange(0, THREADS)[:, None]
-        words = thread * (WIDTH // 2) + tl.arange(0, WIDTH // 2)[None, :]
-        word_ptr = step_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + words
-        tiles = halves(tl.load(word_ptr))
-        for k in tl.static_range(1, TILES):
-            tiles = tiles + halves(tl.load(word_ptr + k * (tile // 2)))
-        return tiles
-    else:
-        tiles = (tl.load(step_ptr + columns).to(tl.float32),)
-        for k in tl.static_range(1, TILES):
-            tiles = tiles + (tl.load(step_ptr + k * tile + columns).to(tl.float32),)
-        return tiles
-
-
-@triton.jit
-def load_raw(tile_ptr, tile: tl.constexpr, TILES: tl.constexpr):
-    """The tiles of a whole step as they lie in memory."""
-    tiles = (tl.load(tile_ptr),)
-    for k in tl.static_range(1, TILES):
-        tiles = tiles + (tl.load(tile_ptr + k * tile),)  # type: ignore[assignment]
-    return tiles
-
-
-@triton.jit
-def load_others(row_ptr, at, V, target, WIDTH: tl.constexpr, VECTOR: tl.constexpr):
-    """A tile as float32, −inf at the target and beyond the row."""
-    logits = tl.load(row_ptr + at, mask=at < row_end(V, WIDTH, VECTOR), other=float("-inf"))
-    return tl.where(at == target, float("-inf"), logits.to(tl.float32))
-
-
-@triton.jit
-def row_end(V, WIDTH: tl.constexpr, VECTOR: tl.constexpr):
-    """V, known to the compiler as a multiple of WIDTH where it is one: whole loads are masked."""
-    if VECTOR:
-        return V // WIDTH * WIDTH
-    else:
-        return V
-
-
-@triton.jit
-def halves(words):
-    """The lower and the upper bfloat16 of each int32, as float32."""
-    upper = words & -65536
-    return (words << 16).to(tl.float32, bitcast=True), upper.to(tl.float32, bitcast=True)
+# A sum of powers that tells of a good anchor. Below, a few powers underflow that count (2⁻⁴⁶ of the
+# sum); above, the entropy's terms outgrow those of an even softmax over a vocabulary, log₂ V = 18.
+LEAST_SUM, LARGEST_SUM = tl.constexpr(2.0**-80), tl.constexpr(2.0**18)
 
 
 @triton.jit
@@ -138,26 +53,94 @@ def row_softmax(
     scale,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
-    VECTOR: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """(M, S, Σ 2^c·c) of a row without its target."""
+    """(M, S, Σ 2^c·c) of a row without its target, c = x − M."""
+    anchor, rest, moment = anchored_sums(row_ptr, V, target, scale, THREADS, WIDTH, TILES)
+    if not is_near(rest):
+        anchor, rest, moment = online_sums(row_ptr, V, target, scale, THREADS, WIDTH)
+    return anchor, rest, moment
+
+
+@triton.jit
+def row_anchor(logits, columns, mine, scale, THREADS: tl.constexpr, WIDTH: tl.constexpr):
+    """The largest scaled logit among the target's, `mine`, and those of the first tile.
+
+    Only columns that the first tile holds wherever the row lies.
+    """
+    among = tl.where(columns < (THREADS - 1) * WIDTH, logits, float("-inf"))
+    return tl.maximum(tl.maximum(tl.max(among), mine.to(tl.float32)) * scale, LOWEST)
+
+
+@triton.jit
+def is_near(rest):
+    """Whether the anchor of such a sum was good; neither of NaN nor of infinity."""
+    return (rest >= LEAST_SUM) & (rest <= LARGEST_SUM)
+
+
+@triton.jit
+def anchored_sums(
+    row_ptr,
+    V,
+    target,
+    scale,
+    THREADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """(M, S, Σ 2^c·c) of a row without its target, M its anchor."""
     tile: tl.constexpr = THREADS * WIDTH
     step: tl.constexpr = TILES * tile
-    columns = tile_columns(THREADS, WIDTH, VECTOR)
+    places = tile_places(THREADS, WIDTH)
+    lead = row_lead(row_ptr, WIDTH)
+    end, hole = V + lead, target + lead
+    row_ptr = boundary(row_ptr, lead)
+    logits = load_part(row_ptr, places, lead, end)
+    mine = tl.load(row_ptr + hole)
+    anchor = row_anchor(logits, places - lead, mine, scale, THREADS, WIDTH)
+    logits = tl.where(places == hole, float("-inf"), logits)
+    zeros = tl.zeros([THREADS, WIDTH], tl.float32)
+    rest, moment, _, _ = add_powers(zeros, zeros, logits, scale, anchor)
+    for first in range(tile, end, step):
+        if is_whole(first, step, lead, end) & ((hole < first) | (hole >= first + step)):
+            for k in tl.static_range(TILES):
+                logits = load_whole(row_ptr + first + k * tile, THREADS, WIDTH)
+                rest, moment, _, _ = add_powers(rest, moment, logits, scale, anchor)
+        else:
+            for start in range(first, tl.minimum(first + step, end), tile):
+                logits = load_tile(row_ptr, start, lead, end, THREADS, WIDTH)
+                logits = tl.where(start + places == hole, float("-inf"), logits)
+                rest, moment, _, _ = add_powers(rest, moment, logits, scale, anchor)
+    order = wide_order(lead, THREADS, WIDTH)
+    return anchor, sum_in_order(rest, order), sum_in_order(moment, order)
+
+
+@triton.jit
+def add_powers(rest, moment, logits, scale, anchor):
+    """Adds 2^c and 2^c·c of a tile to the sums; returns also 2^c and c."""
+    centred = tl.fma(logits, scale, -anchor)
+    power = tl.exp2(centred)
+    return rest + power, tl.fma(power, tl.maximum(centred, LOWEST), moment), power, centred
+
+
+@triton.jit
+def online_sums(
+    row_ptr,
+    V,
+    target,
+    scale,
+    THREADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """(M, S, Σ 2^c·c) of a row without its target, M its running maximum: for any row."""
+    tile: tl.constexpr = THREADS * WIDTH
+    columns = strided_columns(THREADS, WIDTH)
     peak = tl.full([THREADS], LOWEST, tl.float32)
     rest = tl.zeros([THREADS], tl.float32)
     moment = tl.zeros([THREADS], tl.float32)
-    for first in range(0, V, step):
-        if (first + step <= V) & ((target < first) | (target >= first + step)):
-            tiles = load_tiles(row_ptr + first, columns, THREADS, WIDTH, VECTOR, TILES)
-            peak, rest, moment = absorb(peak, rest, moment, tiles, scale)
-        else:
-            for start in range(first, tl.minimum(first + step, V), tile):
-                at = start + columns
-                logits = load_others(row_ptr, at, V, target, WIDTH, VECTOR)
-                peak, rest, moment = absorb(peak, rest, moment, (logits,), scale)
-
+    for first in range(0, V, tile):
+        logits = load_others(row_ptr, first + columns, V, target)
+        peak, rest, moment = absorb(peak, rest, moment, logits, scale)
     row_peak = tl.max(peak, 0)
     shift = peak - row_peak
     decay = tl.exp2(shift)
@@ -166,12 +149,34 @@ def row_softmax(
 
 
 @triton.jit
+def load_others(row_ptr, at, V, target):
+    """Some columns as float32, −inf at the target and beyond the row."""
+    return tl.where(at == target, float("-inf"), load_part(row_ptr, at, 0, V))
+
+
+@triton.jit
+def absorb(peak, rest, moment, logits, scale):
+    """Takes a tile into each thread's running (M, Σ 2^c, Σ 2^c·c)."""
+    new_peak = tl.maximum(peak, tl.max(logits, 1) * scale)
+    shift = peak - new_peak
+    decay = tl.exp2(shift)
+    moment = decay * (moment + shift * rest)
+    centred = tl.fma(logits, scale, -new_peak[:, None])
+    power = tl.exp2(centred)
+    moments = power * tl.maximum(centred, LOWEST)
+    return new_peak, decay * rest + tl.sum(power, 1), moment + tl.sum(moments, 1)
+
+
+@triton.jit
 def target_gap(row_ptr, target, scale, peak, rest):
-    """z = log₂ S − (x_y − M): how far the other logits, together, stand above the target."""
+    """z = log₂ S − (x_y − M), how far the others stand above the target; what its rounding lost."""
     target_logit = tl.load(row_ptr + target).to(tl.float32)
-    z = tl.log2(rest) - tl.fma(target_logit, scale, -peak)
+    others, mine = tl.log2(rest), tl.fma(target_logit, scale, -peak)
+    z = others - mine
+    of_mine = z - others
+    lost = tl.where(tl.abs(z) < float("inf"), (others - (z - of_mine)) - (mine + of_mine), 0.0)
     # an infinite target would pass for a certain one
-    return tl.where(target_logit == float("inf"), float("nan"), z)
+    return tl.where(target_logit == float("inf"), float("nan"), z), lost
 
 
 @triton.jit
@@ -182,16 +187,17 @@ def sigmoid2(z):
 
 
 @triton.jit
-def log_sides(z):
-    """log p_y and log(1 − p_y), nats, each with full relative precision."""
+def log_sides(z, lost=0.0):
+    """log p_y and log(1 − p_y), nats, each with full relative precision; z may have lost a bit."""
     softplus = log1p(tl.exp2(-tl.abs(z)))
-    return -(tl.maximum(z, 0.0) * LN2 + softplus), -(tl.maximum(-z, 0.0) * LN2 + softplus)
+    logp = -tl.fma(tl.maximum(z, 0.0), LN2, softplus + lost * LN2 * sigmoid2(z))
+    return logp, -tl.fma(tl.maximum(-z, 0.0), LN2, softplus)
 
 
 @triton.jit
-def token_statistics(z, rest, moment):
-    """logp and entropy of a token, in nats, from z, S and Σ 2^c·c."""
-    logp, log_others = log_sides(z)
+def token_statistics(z, lost, rest, moment):
+    """logp and entropy of a token, in nats, from z and what it lost, S and Σ 2^c·c."""
+    logp, log_others = log_sides(z, lost)
     entropy_others = (tl.log2(rest) - moment / rest) * LN2
     others, mine = sigmoid2(z), sigmoid2(-z)
     # 0·log 0 = 0: a target or a remainder of probability 0 has no entropy
@@ -201,121 +207,6 @@ def token_statistics(z, rest, moment):
 
 
 @triton.jit
-def write_row_gradient(
-    row_ptr,
-    dlogits_ptr,
-    V,
-    target,
-    scale,
-    slopes,
-    state,
-    ref,
-    ENTROPY: tl.constexpr,
-    THREADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    VECTOR: tl.constexpr,
-    TILES: tl.constexpr,
-):
-    """dL/dlogits of a whole row, from what L's derivatives by its statistics are.
-
-    `slopes` = dL by (logp, entropy, exact KL), `state` = (M, S, z, H) of the row, and `ref` = (its
-    reference logits, M, S, z, KL), or None without an exact KL. With
-
-    dL/dx_j = (dlogp·(δ_{j,y} − p_j) − dentropy·p_j·(log p_j + H) + dkl·p_j·(log p_j/q_j − KL)) / T
-
-    the gradient beside the target is 2^c·(factor + slope·c + kl_slope·(c − c_ref)): two more
-    multiply-adds at most, and none without entropy (ENTROPY) and KL. May write over the row.
-    """
-    dlogp, dentropy, dkl = slopes
-    peak, rest, z, entropy = state
-    tile: tl.constexpr = THREADS * WIDTH
-    step: tl.constexpr = TILES * tile
-    columns = tile_columns(THREADS, WIDTH, VECTOR)
-    others = sigmoid2(z)
-    at_target = dlogp * others
-    share = tl.where(rest > 0, others / rest, 0.0)
-    factor = -dlogp * share
-    slope = 0.0
-    kl_slope = 0.0
-    if ENTROPY:
-        logp, log_others = log_sides(z)
-        spread = tl.where(others > 0, log_others - tl.log2(rest) * LN2 + entropy, 0.0)
-        at_target -= tl.where(others < 1, dentropy * sigmoid2(-z) * (logp + entropy), 0.0)
-        factor -= dentropy * share * spread
-        slope = -dentropy * share * (LN2 * LN2) * scale
-    if ref is not None:
-        logp, log_others = log_sides(z)
-        ref_logp, ref_log_others = log_sides(ref[3])
-        spread = log_others - ref_log_others - (tl.log2(rest) - tl.log2(ref[2])) * LN2 - ref[4]
-        of_target = sigmoid2(-z) * (logp - ref_logp - ref[4])
-        # a KL that is only looked at may be infinite
-        at_target += tl.where((dkl != 0) & (others < 1), dkl * of_target, 0.0)
-        factor += tl.where((dkl != 0) & (others > 0), dkl * share * spread, 0.0)
-        kl_slope = dkl * share * (LN2 * LN2) * scale
-    at_target *= scale * LN2
-    factor *= scale * LN2
-    # in place, no thread may overwrite the target's logit before all have read it
-    tl.debug_barrier()
-    end = row_end(V, WIDTH, VECTOR)
-    for first in range(0, V, step):
-        at = first + columns
-        if first + step <= V:
-            # all loads of a step before its first store, which might be to the same place
-            tiles = load_raw(row_ptr + at, tile, TILES)
-            for k in tl.static_range(TILES):
-                logits = tiles[k].to(tl.float32)
-                dlogits = gradient_beside_target(logits, scale, peak, factor, slope, ENTROPY)
-                if ref is not None:
-                    ref_logits = tl.load(ref[0] + k * tile + at).to(tl.float32)
-                    dlogits += gradient_of_kl(logits, ref_logits, scale, peak, ref[1], kl_slope)
-                tl.store(dlogits_ptr + k * tile + at, dlogits.to(dlogits_ptr.dtype.element_ty))
-        else:
-            for start in range(first, V, tile):
-                at = start + columns
-                logits = tl.load(row_ptr + at, mask=at < end, other=float("-inf")).to(tl.float32)
-                dlogits = gradient_beside_target(logits, scale, peak, factor, slope, ENTROPY)
-                if ref is not None:
-                    ref_logits = tl.load(ref[0] + at, mask=at < end, other=0.0).to(tl.float32)
-                    dlogits += gradient_of_kl(logits, ref_logits, scale, peak, ref[1], kl_slope)
-                dlogits = dlogits.to(dlogits_ptr.dtype.element_ty)
-                tl.store(dlogits_ptr + at, dlogits, mask=at < end)
-    # and its gradient comes last, over what the thread of its column has written
-    tl.debug_barrier()
-    tl.store(dlogits_ptr + target, at_target.to(dlogits_ptr.dtype.element_ty))
-
-
-@triton.jit
-def gradient_beside_target(logits, scale, peak, factor, slope, ENTROPY: tl.constexpr):
-    """2^c·(factor + slope·c) of a tile, c the scaled logits centred on `peak`."""
-    centred = tl.fma(logits, scale, -peak)
-    if ENTROPY:
-        return tl.exp2(centred) * tl.fma(tl.maximum(centred, LOWEST), slope, factor)
-    else:
-        return factor * tl.exp2(centred)
-
-
-@triton.jit
-def gradient_of_kl(logits, ref_logits, scale, peak, ref_peak, kl_slope):
-    """kl_slope·2^c·(c − c_ref) of a tile."""
-    centred = tl.fma(logits, scale, -peak)
-    return weighted_gap(kl_slope * tl.exp2(centred), centred, tl.fma(ref_logits, scale, -ref_peak))
-
-
-@triton.jit
 def weighted_gap(weight, centred, ref_centred):
     """weight·(c − c_ref), and 0 for a word of weight 0, whatever π_ref says of it."""
     return tl.where(weight != 0, weight * (centred - ref_centred), 0.0)
-
-
-@triton.jit
-def write_row_zeros(
-    dlogits_ptr, V, THREADS: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr
-):
-    """A row of zeros: the gradient of a token that is masked, clipped or dropped."""
-    tile: tl.constexpr = THREADS * WIDTH
-    columns = tile_columns(THREADS, WIDTH, VECTOR)
-    end = row_end(V, WIDTH, VECTOR)
-    zeros = tl.zeros([THREADS, WIDTH], dlogits_ptr.dtype.element_ty)
-    for first in range(0, V, tile):
-        at = first + columns
-        tl.store(dlogits_ptr + at, zeros, mask=at < end)

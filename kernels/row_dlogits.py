@@ -10,9 +10,11 @@ place when both pointers are the same.
 import torch
 
 from .language import tl, triton
-from .launch import launch, row_layout
-from .online_softmax import LOG2E, row_start, target_gap, write_row_gradient, write_row_zeros
+from .launch import at_most_registers, launch, row_layout
+from .online_softmax import LOG2E, target_gap
 from .records import RowLoss, Rows, RowStats, Slopes
+from .row_gradient import write_row_gradient, write_row_zeros
+from .row_tiles import row_start
 
 
 @triton.jit(
@@ -29,8 +31,11 @@ from .records import RowLoss, Rows, RowStats, Slopes
         "out_batch_stride",
         "out_row_stride",
     ],
-    # scalars of a row: their alignment, which changes with N, must not recompile
+    # no alignment, which changes with N and with a view, may recompile
     do_not_specialize_on_alignment=[
+        "logits_ptr",
+        "ref_logits_ptr",
+        "dlogits_ptr",
         "target_ptr",
         "dlogp_ptr",
         "dentropy_ptr",
@@ -65,13 +70,11 @@ def _row_dlogits_kernel(
     scale,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
-    VECTOR: tl.constexpr,
     TILES: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    start = row_start(row, rows_per_batch, batch_stride, row_stride, ALIGNMENT)
-    out = row_start(row, out_rows_per_batch, out_batch_stride, out_row_stride, ALIGNMENT)
+    start = row_start(row, rows_per_batch, batch_stride, row_stride)
+    out = row_start(row, out_rows_per_batch, out_batch_stride, out_row_stride)
     row_ptr = logits_ptr + start
     target = tl.load(target_ptr + row)
     dlogp = tl.load(dlogp_ptr + row)
@@ -87,15 +90,15 @@ def _row_dlogits_kernel(
         word = target.to(tl.int32)
         peak = tl.load(state_ptr + row)
         rest = tl.load(state_ptr + N + row)
-        z = target_gap(row_ptr, word, scale, peak, rest)
+        z, _ = target_gap(row_ptr, word, scale, peak, rest)
         ref = None
         if dkl_ptr is not None:
             ref_ptr = ref_logits_ptr + row_start(
-                row, ref_rows_per_batch, ref_batch_stride, ref_row_stride, ALIGNMENT
+                row, ref_rows_per_batch, ref_batch_stride, ref_row_stride
             )
             ref_peak = tl.load(state_ptr + 2 * N + row)
             ref_rest = tl.load(state_ptr + 3 * N + row)
-            ref_z = target_gap(ref_ptr, word, scale, ref_peak, ref_rest)
+            ref_z, _ = target_gap(ref_ptr, word, scale, ref_peak, ref_rest)
             ref = (ref_ptr, ref_peak, ref_rest, ref_z, tl.load(kl_ptr + row))
         write_row_gradient(
             row_ptr,
@@ -109,11 +112,10 @@ def _row_dlogits_kernel(
             dentropy_ptr is not None,
             THREADS,
             WIDTH,
-            VECTOR,
             TILES,
         )
     else:
-        write_row_zeros(dlogits_ptr + out, V, THREADS, WIDTH, VECTOR)
+        write_row_zeros(dlogits_ptr + out, V, THREADS, WIDTH)
 
 
 def row_dlogits(
@@ -137,6 +139,7 @@ def row_dlogits(
     """
     out, ref = Rows.of(dlogits), ref_rows or rows
     dlogp, dentropy, dkl = slopes
+    layout = row_layout(rows)
     launch(
         _row_dlogits_kernel,
         rows.N,
@@ -163,6 +166,6 @@ def row_dlogits(
         out_batch_stride=out.batch_stride,
         out_row_stride=out.row_stride,
         scale=LOG2E.value / temperature,
-        **row_layout(rows).keywords,
+        **(at_most_registers(layout.most_registers) | layout.keywords),
     )
     return dlogits

@@ -20,16 +20,10 @@ import torch
 from .exact_kl import exact_kl, row_softmax_pair
 from .language import tl, triton
 from .launch import SUM_BLOCK, launch, row_layout
-from .online_softmax import (
-    LOG2E,
-    row_softmax,
-    row_start,
-    target_gap,
-    token_statistics,
-    write_row_gradient,
-    write_row_zeros,
-)
+from .online_softmax import LOG2E, row_softmax, target_gap, token_statistics
 from .records import RowLoss, Rows, Terms, TokenVectors
+from .row_gradient import write_row_gradient, write_row_zeros
+from .row_tiles import row_start
 from .scalar_math import is_finite
 from .sum_by_the_last import new_ticket, sum_by_the_last
 from .token_loss import token_terms
@@ -49,8 +43,11 @@ from .token_loss import token_terms
         "out_batch_stride",
         "out_row_stride",
     ],
-    # scalars of a row: their alignment, which changes with N, must not recompile
+    # no alignment, which changes with N and with a view, may recompile
     do_not_specialize_on_alignment=[
+        "logits_ptr",
+        "ref_logits_ptr",
+        "dlogits_ptr",
         "target_ptr",
         "weight_ptr",
         "advantage_ptr",
@@ -111,12 +108,10 @@ def _row_loss_kernel(
     SUM: tl.constexpr,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
-    VECTOR: tl.constexpr,
     TILES: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    start = row_start(row, rows_per_batch, batch_stride, row_stride, ALIGNMENT)
+    start = row_start(row, rows_per_batch, batch_stride, row_stride)
     target = tl.load(target_ptr + row)
     readable = (target >= 0) & (target < V)
     word = target.to(tl.int32)
@@ -135,7 +130,7 @@ def _row_loss_kernel(
     ref = None
     if ref_logits_ptr is not None:
         ref_ptr = ref_logits_ptr + row_start(
-            row, ref_rows_per_batch, ref_batch_stride, ref_row_stride, ALIGNMENT
+            row, ref_rows_per_batch, ref_batch_stride, ref_row_stride
         )
         ref_peak = 0.0
         ref_rest = 1.0
@@ -144,14 +139,14 @@ def _row_loss_kernel(
     if (weight != 0) & readable:
         row_ptr = logits_ptr + start
         if ref_logits_ptr is None:
-            peak, rest, moment = row_softmax(row_ptr, V, word, scale, THREADS, WIDTH, VECTOR, TILES)
+            peak, rest, moment = row_softmax(row_ptr, V, word, scale, THREADS, WIDTH, TILES)
         else:
             peak, rest, moment, ref_peak, ref_rest, cross = row_softmax_pair(
-                row_ptr, ref_ptr, V, word, scale, THREADS, WIDTH, VECTOR, TILES
+                row_ptr, ref_ptr, V, word, scale, THREADS, WIDTH, TILES
             )
-            ref_z = target_gap(ref_ptr, word, scale, ref_peak, ref_rest)
-        z = target_gap(row_ptr, word, scale, peak, rest)
-        logp, entropy = token_statistics(z, rest, moment)
+            ref_z, _ = target_gap(ref_ptr, word, scale, ref_peak, ref_rest)
+        z, lost = target_gap(row_ptr, word, scale, peak, rest)
+        logp, entropy = token_statistics(z, lost, rest, moment)
         # without an old policy the ratio is exactly 1, yet NaN where logp is not finite
         old_logp = logp
         if old_logp_ptr is not None:
@@ -204,7 +199,7 @@ def _row_loss_kernel(
         ref = (ref_ptr, ref_peak, ref_rest, ref_z, kl)
     sum_by_the_last(loss_ptr, total_ptr, ticket_ptr, N, N, SUM)
     if dlogits_ptr is not None:
-        out = row_start(row, out_rows_per_batch, out_batch_stride, out_row_stride, ALIGNMENT)
+        out = row_start(row, out_rows_per_batch, out_batch_stride, out_row_stride)
         if (dlogp != 0) | (dentropy != 0) | (dkl != 0):
             write_row_gradient(
                 logits_ptr + start,
@@ -218,11 +213,10 @@ def _row_loss_kernel(
                 entropy_weight_ptr is not None,
                 THREADS,
                 WIDTH,
-                VECTOR,
                 TILES,
             )
         else:
-            write_row_zeros(dlogits_ptr + out, V, THREADS, WIDTH, VECTOR)
+            write_row_zeros(dlogits_ptr + out, V, THREADS, WIDTH)
 
 
 def row_loss(

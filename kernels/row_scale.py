@@ -8,14 +8,14 @@ import torch
 
 from .language import tl, triton
 from .launch import launch, row_layout
-from .online_softmax import row_end, row_start, tile_columns
 from .records import Rows
+from .row_tiles import boundary, is_whole, load_part, load_whole, row_lead, row_start, tile_places
 
 
 @triton.jit(
     do_not_specialize=["V", "rows_per_batch", "batch_stride", "row_stride"],
-    # scalars of a row: their alignment, which changes with N, must not recompile
-    do_not_specialize_on_alignment=["factor_ptr"],
+    # no alignment, which changes with N and with a view, may recompile
+    do_not_specialize_on_alignment=["dlogits_ptr", "factor_ptr"],
 )
 def _row_scale_kernel(
     dlogits_ptr,
@@ -26,22 +26,26 @@ def _row_scale_kernel(
     row_stride: tl.int64,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
-    VECTOR: tl.constexpr,
     TILES: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor != 1:
-        start = row_start(row, rows_per_batch, batch_stride, row_stride, ALIGNMENT)
+        row_ptr = dlogits_ptr + row_start(row, rows_per_batch, batch_stride, row_stride)
         tile: tl.constexpr = THREADS * WIDTH
-        columns = tile_columns(THREADS, WIDTH, VECTOR)
-        for first in range(0, V, tile):
-            at = first + columns
-            inside = at < row_end(V, WIDTH, VECTOR)
-            dlogits = tl.load(dlogits_ptr + start + at, mask=inside, other=0.0).to(tl.float32)
-            scaled = (factor * dlogits).to(dlogits_ptr.dtype.element_ty)
-            tl.store(dlogits_ptr + start + at, scaled, mask=inside)
+        places = tile_places(THREADS, WIDTH)
+        lead = row_lead(row_ptr, WIDTH)
+        end = V + lead
+        row_ptr = boundary(row_ptr, lead)
+        for first in range(0, end, tile):
+            at = first + places
+            if is_whole(first, tile, lead, end):
+                scaled = factor * load_whole(row_ptr + first, THREADS, WIDTH)
+                tl.store(row_ptr + at, scaled.to(dlogits_ptr.dtype.element_ty))
+            else:
+                scaled = factor * load_part(row_ptr, at, lead, end)
+                inside = (at >= lead) & (at < end)
+                tl.store(row_ptr + at, scaled.to(dlogits_ptr.dtype.element_ty), mask=inside)
 
 
 def row_scale(rows: Rows, factor: torch.Tensor) -> torch.Tensor:

@@ -12,8 +12,9 @@ import torch
 from .exact_kl import exact_kl, row_softmax_pair
 from .language import tl, triton
 from .launch import launch, row_layout
-from .online_softmax import LOG2E, row_softmax, row_start, target_gap, token_statistics
+from .online_softmax import LOG2E, row_softmax, target_gap, token_statistics
 from .records import Rows, RowStats
+from .row_tiles import row_start
 
 
 @triton.jit(
@@ -27,8 +28,16 @@ from .records import Rows, RowStats
         "ref_batch_stride",
         "ref_row_stride",
     ],
-    # scalars of a row: their alignment, which changes with N, must not recompile
-    do_not_specialize_on_alignment=["target_ptr", "logp_ptr", "entropy_ptr", "kl_ptr", "state_ptr"],
+    # no alignment, which changes with N and with a view, may recompile
+    do_not_specialize_on_alignment=[
+        "logits_ptr",
+        "ref_logits_ptr",
+        "target_ptr",
+        "logp_ptr",
+        "entropy_ptr",
+        "kl_ptr",
+        "state_ptr",
+    ],
 )
 def _row_stats_kernel(
     logits_ptr,
@@ -49,9 +58,7 @@ def _row_stats_kernel(
     scale,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
-    VECTOR: tl.constexpr,
     TILES: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
@@ -64,22 +71,22 @@ def _row_stats_kernel(
     ref_rest = 1.0
     if (target >= 0) & (target < V):
         word = target.to(tl.int32)
-        start = row_start(row, rows_per_batch, batch_stride, row_stride, ALIGNMENT)
+        start = row_start(row, rows_per_batch, batch_stride, row_stride)
         row_ptr = logits_ptr + start
         if ref_logits_ptr is None:
-            peak, rest, moment = row_softmax(row_ptr, V, word, scale, THREADS, WIDTH, VECTOR, TILES)
-            z = target_gap(row_ptr, word, scale, peak, rest)
+            peak, rest, moment = row_softmax(row_ptr, V, word, scale, THREADS, WIDTH, TILES)
+            z, lost = target_gap(row_ptr, word, scale, peak, rest)
         else:
             ref_ptr = ref_logits_ptr + row_start(
-                row, ref_rows_per_batch, ref_batch_stride, ref_row_stride, ALIGNMENT
+                row, ref_rows_per_batch, ref_batch_stride, ref_row_stride
             )
             peak, rest, moment, ref_peak, ref_rest, cross = row_softmax_pair(
-                row_ptr, ref_ptr, V, word, scale, THREADS, WIDTH, VECTOR, TILES
+                row_ptr, ref_ptr, V, word, scale, THREADS, WIDTH, TILES
             )
-            z = target_gap(row_ptr, word, scale, peak, rest)
-            ref_z = target_gap(ref_ptr, word, scale, ref_peak, ref_rest)
+            z, lost = target_gap(row_ptr, word, scale, peak, rest)
+            ref_z, _ = target_gap(ref_ptr, word, scale, ref_peak, ref_rest)
             kl = exact_kl(z, rest, ref_z, ref_rest, cross)
-        logp, entropy = token_statistics(z, rest, moment)
+        logp, entropy = token_statistics(z, lost, rest, moment)
     tl.store(logp_ptr + row, logp)
     tl.store(entropy_ptr + row, entropy)
     tl.store(state_ptr + row, peak)

@@ -11,8 +11,9 @@ from tests.conftest import HAS_TRITON
 from tests.test_formulas import KLS, SURROGATES
 
 CARDS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# one vocabulary stands for all of its length: no kernel is compiled for the alignment of its rows
 LAYOUTS = {
-    "long": ("--vocabulary", "151936", "--vocabulary", "151669"),
+    "long": ("--vocabulary", "151669"),
     "float32": ("--vocabulary", "151669", "--dtype", "float32"),
     "formulas": ("--vocabulary", "8000", "--all"),
 }
@@ -68,8 +69,7 @@ def check_counts_are_those_of_one_tile(records: list[Record]) -> None:
         if reads:
             forward = roles["forward"]
             assert forward["logits"] % width == 0, record
-            # and once a tile to what the running maximum has grown by
-            assert rows <= forward["special_per_logit"] <= rows * (1 + 1 / width), record
+            assert forward["special_per_logit"] == rows, record
         writes = record["kernel"] == "row_dlogits" or "zeros" in roles
         assert writes == ("gradient" in roles), record
         if writes:

@@ -1,0 +1,190 @@
+"""Writing the row of a gradient, over its logits or beside them.
+
+The one home of what the vocabulary is written by. A row is walked as in `row_tiles`, 16 bytes to a
+load and a store, where the logits and the gradient lie alike: in place, and nearly always in a
+buffer of its own. Where they do not (the gradient of a view, an odd vocabulary), both are walked by
+narrow loads and stores. Each logit's gradient has the same bits either way.
+"""
+
+from .language import tl, triton
+from .online_softmax import LN2, LOWEST, log_sides, sigmoid2, weighted_gap
+from .row_tiles import (
+    boundary,
+    is_whole,
+    load_part,
+    load_raw,
+    row_lead,
+    strided_columns,
+    tile_places,
+)
+
+
+@triton.jit
+def write_row_gradient(
+    row_ptr,
+    dlogits_ptr,
+    V,
+    target,
+    scale,
+    slopes,
+    state,
+    ref,
+    ENTROPY: tl.constexpr,
+    THREADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """dL/dlogits of a whole row, from what L's derivatives by its statistics are.
+
+    `slopes` = dL by (logp, entropy, exact KL), `state` = (M, S, z, H) of the row, and `ref` = (its
+    reference logits, M, S, z, KL), or None without an exact KL. With
+
+    dL/dx_j = (dlogp·(δ_{j,y} − p_j) − dentropy·p_j·(log p_j + H) + dkl·p_j·(log p_j/q_j − KL)) / T
+
+    the gradient beside the target is 2^c·(factor + slope·c + kl_slope·(c − c_ref)): two more
+    multiply-adds at most, and none without entropy (ENTROPY) and KL. May write over the row.
+    """
+    dlogp, dentropy, dkl = slopes
+    peak, rest, z, entropy = state
+    others = sigmoid2(z)
+    at_target = dlogp * others
+    share = tl.where(rest > 0, others / rest, 0.0)
+    factor = -dlogp * share
+    slope = 0.0
+    kl_slope = 0.0
+    if ENTROPY:
+        logp, log_others = log_sides(z)
+        spread = tl.where(others > 0, log_others - tl.log2(rest) * LN2 + entropy, 0.0)
+        at_target -= tl.where(others < 1, dentropy * sigmoid2(-z) * (logp + entropy), 0.0)
+        factor -= dentropy * share * spread
+        slope = -dentropy * share * (LN2 * LN2) * scale
+    if ref is not None:
+        logp, log_others = log_sides(z)
+        ref_logp, ref_log_others = log_sides(ref[3])
+        spread = log_others - ref_log_others - (tl.log2(rest) - tl.log2(ref[2])) * LN2 - ref[4]
+        of_target = sigmoid2(-z) * (logp - ref_logp - ref[4])
+        # a KL that is only looked at may be infinite
+        at_target += tl.where((dkl != 0) & (others < 1), dkl * of_target, 0.0)
+        factor += tl.where((dkl != 0) & (others > 0), dkl * share * spread, 0.0)
+        kl_slope = dkl * share * (LN2 * LN2) * scale
+    at_target *= scale * LN2
+    factor *= scale * LN2
+    lead = row_lead(row_ptr, WIDTH)
+    alike = lead == row_lead(dlogits_ptr, WIDTH)
+    beside = None
+    if ref is not None:
+        alike &= lead == row_lead(ref[0], WIDTH)
+        beside = ref[0], ref[1], kl_slope
+    pointers = row_ptr, dlogits_ptr
+    coefficients = scale, peak, factor, slope
+    # in place, no thread may overwrite the target's logit before all have read it
+    tl.debug_barrier()
+    if alike:
+        write_wide(pointers, V, lead, coefficients, beside, ENTROPY, THREADS, WIDTH, TILES)
+    else:
+        columns = strided_columns(THREADS, WIDTH)
+        for first in range(0, V, THREADS * WIDTH):
+            write_part(pointers, first + columns, 0, V, coefficients, beside, ENTROPY)
+    # and its gradient comes last, over what the thread of its column has written
+    tl.debug_barrier()
+    tl.store(dlogits_ptr + target, at_target.to(dlogits_ptr.dtype.element_ty))
+
+
+@triton.jit
+def write_wide(
+    pointers,
+    V,
+    lead,
+    coefficients,
+    ref,
+    ENTROPY: tl.constexpr,
+    THREADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """The gradient beside the target of a row that lies as its logits do."""
+    tile: tl.constexpr = THREADS * WIDTH
+    step: tl.constexpr = TILES * tile
+    places = tile_places(THREADS, WIDTH)
+    end = V + lead
+    pointers = boundary(pointers[0], lead), boundary(pointers[1], lead)
+    if ref is not None:
+        ref = boundary(ref[0], lead), ref[1], ref[2]
+    for first in range(0, end, step):
+        if is_whole(first, step, lead, end):
+            write_tiles(pointers, first + places, coefficients, ref, ENTROPY, tile, TILES)
+        else:
+            for start in range(first, tl.minimum(first + step, end), tile):
+                if is_whole(start, tile, lead, end):
+                    write_tiles(pointers, start + places, coefficients, ref, ENTROPY, tile, 1)
+                else:
+                    write_part(pointers, start + places, lead, end, coefficients, ref, ENTROPY)
+
+
+@triton.jit
+def write_tiles(
+    pointers,
+    at,
+    coefficients,
+    ref,
+    ENTROPY: tl.constexpr,
+    tile: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """The gradient of whole tiles, the first at `at`."""
+    row_ptr, dlogits_ptr = pointers
+    # all loads of a step before its first store, which might be to the same place
+    tiles = load_raw(row_ptr + at, tile, TILES)
+    for k in tl.static_range(TILES):
+        ref_logits = None
+        if ref is not None:
+            ref_logits = tl.load(ref[0] + k * tile + at).to(tl.float32)
+        logits = tiles[k].to(tl.float32)
+        dlogits = gradient_beside_target(logits, ref_logits, coefficients, ref, ENTROPY)
+        tl.store(dlogits_ptr + k * tile + at, dlogits.to(dlogits_ptr.dtype.element_ty))
+
+
+@triton.jit
+def write_part(pointers, at, lead, end, coefficients, ref, ENTROPY: tl.constexpr):
+    """The gradient of those logits at `at` that belong to the row."""
+    row_ptr, dlogits_ptr = pointers
+    ref_logits = None
+    if ref is not None:
+        ref_logits = load_part(ref[0], at, lead, end)
+    logits = load_part(row_ptr, at, lead, end)
+    dlogits = gradient_beside_target(logits, ref_logits, coefficients, ref, ENTROPY)
+    inside = (at >= lead) & (at < end)
+    tl.store(dlogits_ptr + at, dlogits.to(dlogits_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gradient_beside_target(logits, ref_logits, coefficients, ref, ENTROPY: tl.constexpr):
+    """2^c·(factor + slope·c) + kl_slope·2^c·(c − c_ref) of a tile, c the centred, scaled logits."""
+    scale, peak, factor, slope = coefficients
+    centred = tl.fma(logits, scale, -peak)
+    power = tl.exp2(centred)
+    if ENTROPY:
+        dlogits = power * tl.fma(tl.maximum(centred, LOWEST), slope, factor)
+    else:
+        dlogits = factor * power
+    if ref is not None:
+        ref_centred = tl.fma(ref_logits, scale, -ref[1])
+        dlogits += weighted_gap(ref[2] * power, centred, ref_centred)
+    return dlogits
+
+
+@triton.jit
+def write_row_zeros(dlogits_ptr, V, THREADS: tl.constexpr, WIDTH: tl.constexpr):
+    """A row of zeros: the gradient of a token that is masked, clipped or dropped."""
+    tile: tl.constexpr = THREADS * WIDTH
+    places = tile_places(THREADS, WIDTH)
+    lead = row_lead(dlogits_ptr, WIDTH)
+    end = V + lead
+    dlogits_ptr = boundary(dlogits_ptr, lead)
+    zeros = tl.zeros([THREADS, WIDTH], dlogits_ptr.dtype.element_ty)
+    for first in range(0, end, tile):
+        at = first + places
+        if is_whole(first, tile, lead, end):
+            tl.store(dlogits_ptr + at, zeros)
+        else:
+            tl.store(dlogits_ptr + at, zeros, mask=(at >= lead) & (at < end))
