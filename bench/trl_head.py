@@ -123,7 +123,7 @@ class Step:
         def call() -> object:
             return self.gradients(way, trained)
 
-        call()
+        # the first call allocates what later ones use again
         with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
             call()
         product = 2 * self.n * self.V * self.D

@@ -37,6 +37,8 @@ from grpo_core.presets.trl_options import AGGREGATIONS
 from tests.trl_training import (
     Batch,
     Outcome,
+    _copy,
+    home,
     logged,
     make_trainer,
     micro_batch,
@@ -300,6 +302,22 @@ def test_whole_trainings(tmp_path: Path, calls: dict[str, int], name: str) -> No
     assert_same_training(ours, theirs, 0.02 if options.get("bf16") else CLOSE)
 
 
+def test_an_adapter_that_goes_on_training(tmp_path: Path, calls: dict[str, int]) -> None:
+    """TRL keeps a copy of it, "ref", and takes the reference from there."""
+    from peft import get_peft_model
+
+    def adapted() -> Any:
+        torch.manual_seed(3)
+        return get_peft_model(_copy(str(home())), lora())
+
+    options = {"model": adapted, "beta": 0.5, "num_iterations": 2}
+    theirs = train(GRPOTrainer, tmp_path, **options)
+    ours = train(FusedGRPOTrainer, tmp_path, **options)
+    assert calls["fused_linear_loss"] == 3
+    assert_same_training(ours, theirs, CLOSE)
+    assert any(".default." in name for name in ours.after)
+
+
 PAIRS = [
     {"prompt": "w0 w1", "chosen": " w2 w3 w4", "rejected": " w5"},
     {"prompt": "w6", "chosen": " w7 w8", "rejected": " w9 w2 w11 w12"},
@@ -427,6 +445,7 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown": ({"config": LaterConfig, "sharpness": 2.0}, "sharpness: not known here"),
     "delta": ({"delta": 1.1}, "delta: "),
     "compiled": ({"torch_compile": True}, "torch_compile: "),
+    "prompt": ({"prompt_tuning": True}, "peft_config: prompt learning"),
     "vespo": (
         {
             "loss_type": "vespo",
@@ -443,6 +462,11 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_is_not_supported(tmp_path: Path, calls: dict[str, int], name: str) -> None:
     """One warning names the option, and the loss is TRL's over our log-probabilities."""
     options, message = UNSUPPORTED[name]
+    options = dict(options)
+    if options.pop("prompt_tuning", False):
+        from peft import PromptTuningConfig
+
+        options["peft"] = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.warns(UserWarning, match=message) as warned:
         stock, ours = pair(tmp_path, **options)
         inputs = micro_batch(stock, Batch())
@@ -534,7 +558,7 @@ def test_generate_and_the_plain_forward_are_untouched(tmp_path: Path) -> None:
 
 def test_memory_and_products() -> None:
     """What docs/integrations.md says, at a smaller size; and all four ways compute the same."""
-    step = Step(256, 40_000, 16, "cpu")
+    step = Step(128, 40_000, 8, "cpu")
     for trained, wanted in ((True, (3, 4, 4, 3)), (False, (2, 3, 2, 2))):
         found = [step.figures(way, trained) for way in WAYS]
         assert tuple(figures.products for figures in found) == wanted

@@ -12,7 +12,7 @@ import importlib
 import importlib.metadata
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -141,7 +141,7 @@ def make_trainer(
     kind: type[Trainer],
     output: Path,
     *,
-    model: str = "qwen2",
+    model: str | Callable[[], Any] = "qwen2",
     peft: Any = None,
     config: type[TrainingArguments] = GRPOConfig,
     more: dict[str, Any] | None = None,
@@ -152,7 +152,7 @@ def make_trainer(
     Args:
         kind: TRL's or ours.
         output: where it may write.
-        model: a name out of `CONFIGS`.
+        model: a name out of `CONFIGS`, or what makes a model.
         peft: a `peft.LoraConfig`, or None.
         config: of its options.
         more: arguments of the trainer; None means those of GRPO.
@@ -178,7 +178,7 @@ def make_trainer(
         more = {"reward_funcs": reward, "train_dataset": _prompts(4), "eval_dataset": _prompts(1)}
     with quick():
         return kind(
-            model=str(home(model)),
+            model=str(home(model)) if isinstance(model, str) else model(),
             args=config(**chosen | options),
             processing_class=tokenizer(),
             peft_config=peft,

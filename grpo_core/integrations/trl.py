@@ -170,7 +170,7 @@ class FusedGRPOTrainer(GRPOTrainer):
             factor = dataclasses.replace(factor, sampler=None)
         normalizer = preset.normalizer(
             mask,
-            num_items_in_batch=inputs["num_items_in_batch"],
+            num_items_in_batch=inputs.get("num_items_in_batch"),
             num_processes=self.accelerator.num_processes,
         )
         vectors["advantage"] = advantage.expand(mask.shape)
