@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from grpo_core.kernels.records import Rows
+from grpo_core.linear_call import LinearCall, Swept
 from grpo_core.linear_head import LinearHead
 from grpo_core.linear_lean import LeanSweep
-from grpo_core.linear_plans import LinearCall, Sweep, Swept
+from grpo_core.linear_plans import Sweep
 
 Gradients = list[Tensor | None]
 

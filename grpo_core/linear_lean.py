@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from grpo_core.kernels.records import RowStats, Slopes
-from grpo_core.linear_plans import Sweep, Swept, joined, lift
+from grpo_core.linear_call import Swept, joined, lift
+from grpo_core.linear_plans import Sweep
 from grpo_core.linear_products import LEAST_ROWS, HeadGradients, HeadProducts
 
 

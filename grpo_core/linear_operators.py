@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from grpo_core.linear_autograd import evaluate, outputs_of
+from grpo_core.linear_call import LinearCall
 from grpo_core.linear_door import logp_from_hidden, loss_from_hidden
 from grpo_core.linear_head import LinearHead
-from grpo_core.linear_plans import LinearCall
 from grpo_core.linear_rows import Run
 from grpo_core.objective import objective_of
 from grpo_core.operators import TAGS

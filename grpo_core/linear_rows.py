@@ -16,9 +16,9 @@ from torch import Tensor
 from grpo_core.arguments import Tokens
 from grpo_core.fused_loss import LossOutput
 from grpo_core.linear_autograd import FusedLinearLoss
+from grpo_core.linear_call import LinearCall, dlogits_dtype, linear_stats
 from grpo_core.linear_head import LinearHead
 from grpo_core.linear_memory import Plan, Sizes, buffer_bytes, choose_layout
-from grpo_core.linear_plans import LinearCall, dlogits_dtype, linear_stats
 from grpo_core.linear_products import HeadProducts
 
 
