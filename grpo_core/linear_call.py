@@ -32,6 +32,7 @@ class LinearCall:
     temperature: float
     kernels: ModuleType
     reference: tuple[Tensor, LinearHead] | None  # hidden states and head, for the exact KL
+    into: Tensor | None = None  # [rows, D] float32, what the matrix's gradient is added to
 
     @property
     def n(self) -> int:

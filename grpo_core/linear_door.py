@@ -46,6 +46,7 @@ def loss_from_hidden(
     memory_budget: int | None,
     logits_dtype: torch.dtype | None,
     all_logp: bool,
+    accumulate_into: Tensor | None,
     backend: Backend | None,
     validate: bool | None,
     run: Run | None = None,
@@ -108,6 +109,9 @@ def loss_from_hidden(
             )
         if ref_hidden is not None:
             reference = (ref_hidden.detach(), _reference_head(ref_lm_head, head, ref_hidden))
+    if accumulate_into is not None:
+        check_accumulation(accumulate_into, head, hidden, autocast, plan)
+        plan = "fast"
     # what is still to be found cannot be told from 0 by any check
     later = torch.zeros(target.shape, dtype=torch.float32, device=hidden.device)
     finds_old, finds_ref = old_hidden is not None, ref_hidden is not None and reference is None
@@ -130,6 +134,7 @@ def loss_from_hidden(
         plan=plan,
         memory_budget=memory_budget,
         all_logp=all_logp,
+        accumulate_into=accumulate_into,
         logits_dtype=dtype,
         autocast=autocast,
         temperature=float(temperature),
@@ -190,6 +195,29 @@ def check_target_shape(target: Tensor, hidden: Tensor) -> None:
             "position t predicts token t + 1: give hidden[:, :-1], or pad the shifted target "
             "with -100"
         )
+
+
+def check_accumulation(
+    into: Tensor,
+    head: LinearHead,
+    hidden: Tensor,
+    autocast: torch.dtype | None,
+    plan: Plan | None,
+) -> None:
+    """Raises ValueError unless the matrix's gradient can be added to `into` in the forward."""
+    matrix = head.weight
+    if into.shape != matrix.shape or into.dtype != torch.float32 or into.device != matrix.device:
+        raise ValueError(
+            f"accumulate_into: expected float32 {list(matrix.shape)} on {matrix.device}, got "
+            f"{into.dtype} {list(into.shape)} on {into.device}"
+        )
+    if not matrix.requires_grad or plan == "lean" or head.lora_A is not None:
+        raise ValueError(
+            "accumulate_into: expected None for a frozen lm_head, one with an adapter, or the lean "
+            "plan"
+        )
+    if (autocast or torch.promote_types(hidden.dtype, matrix.dtype)) == torch.float16:
+        raise ValueError("accumulate_into: expected None in float16, whose loss scale comes later")
 
 
 def check_policy(

@@ -35,13 +35,17 @@ def loss_in_graph(
     old_lm_head: Tensor | LinearHead | None,
     ref_lm_head: Tensor | LinearHead | None,
     logits_dtype: torch.dtype | None,
+    accumulate_into: Tensor | None,
     **given: Any,
 ) -> LossOutput:
     """`fused_linear_loss`, whose arguments these are.
 
     Raises:
+        NotImplementedError: accumulate_into, of which a graph must know beforehand.
         ValueError: as there, and an objective that was made inside of the graph.
     """
+    if accumulate_into is not None:
+        raise NotImplementedError("accumulate_into: expected None inside torch.compile")
     spec = find_objective(objective)
     if not spec.key:
         raise ValueError("objective: expected one made outside of torch.compile's graph")

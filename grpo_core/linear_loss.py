@@ -45,6 +45,7 @@ def fused_linear_loss(
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,
     all_logp: bool = False,
+    accumulate_into: Tensor | None = None,
     backend: Backend | None = None,
     validate: bool | None = None,
 ) -> LossOutput:
@@ -76,6 +77,10 @@ def fused_linear_loss(
             costs up to 0.05 nats.
         all_logp: make the logits of unmasked rows that have no gradient, too: their
             log-probability is wanted.
+        accumulate_into: float32, shaped as the matrix of `lm_head`: its `.grad`, or a `main_grad`.
+            The matrix's gradient is added to it while the loss is made, which saves a sum of its
+            size, and autograd gets none. The loss is then to be differentiated once, as it is: a
+            factor belongs into `normalizer`. Fast plan only; not in float16, nor with an adapter.
 
     Returns:
         `LossOutput`, as `fused_loss`; loss differentiable, everything else detached.
@@ -107,6 +112,7 @@ def fused_linear_loss(
         "memory_budget": memory_budget,
         "logits_dtype": logits_dtype,
         "all_logp": all_logp,
+        "accumulate_into": accumulate_into,
         "backend": backend,
         "validate": validate,
     }

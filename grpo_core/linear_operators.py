@@ -143,6 +143,7 @@ def fused_linear_loss(*arguments: Any) -> tuple[Tensor, ...]:
             temperature=temperature,
             old_lm_head=old_head,
             ref_lm_head=ref_head,
+            accumulate_into=None,
             run=Run(tuple(wanted), now),
             **given,
         )

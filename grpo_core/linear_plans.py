@@ -57,7 +57,7 @@ class Sweep:
         self.dhidden: Tensor | None = None
         if any(call.wanted):
             if call.layout.plan == "fast":
-                self.sums = HeadGradients.of(head, call.wanted[1:])
+                self.sums = HeadGradients.of(head, call.wanted[1:], call.into)
             if call.wanted[0]:
                 room = torch.zeros if call.layout.plan == "lean" else torch.empty
                 self.dhidden = room(call.n, head.D, dtype=torch.float32, device=device)

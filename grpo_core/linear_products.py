@@ -8,7 +8,7 @@ the result leaves in float32; on the CPU operands are made float32, a slice of t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,11 +29,16 @@ class HeadGradients:
     bias: Tensor | None
     lora_A: Tensor | None
     lora_B: Tensor | None
-    untouched: bool = field(default=True, init=False)  # weight and lora_B are not even zeros yet
+    untouched: bool = True  # weight and lora_B are not even zeros yet
 
     @classmethod
-    def of(cls, head: LinearHead, wanted: tuple[bool, ...]) -> HeadGradients:
-        """Room for those that are wanted; the rows of words that do not exist are zeros."""
+    def of(
+        cls, head: LinearHead, wanted: tuple[bool, ...], into: Tensor | None = None
+    ) -> HeadGradients:
+        """Room for those that are wanted; the rows of words that do not exist are zeros.
+
+        The matrix's are added to `into`, if that is given.
+        """
 
         def room(tensor: Tensor | None, want: bool) -> Tensor | None:
             if tensor is None or not want:
@@ -44,8 +49,10 @@ class HeadGradients:
             zeros[head.V if tensor.shape[0] == head.weight.shape[0] else 0 :] = 0
             return zeros
 
-        tensors = [room(*pair) for pair in zip(head.tensors, wanted, strict=True)]
-        found = cls(*tensors)
+        pairs = list(zip(head.tensors, wanted, strict=True))
+        weight = room(*pairs[0]) if into is None else into
+        bias, lora_A, lora_B = (room(*pair) for pair in pairs[1:])
+        found = cls(weight, bias, lora_A, lora_B, untouched=into is None)
         if found.bias is not None:
             found.bias.zero_()
         if found.lora_A is not None:

@@ -45,6 +45,7 @@ def loss_of_rows(
     plan: Plan | None,
     memory_budget: int | None,
     all_logp: bool,
+    accumulate_into: Tensor | None = None,
     run: Run | None = None,
     **fields: Any,
 ) -> LossOutput:
@@ -63,7 +64,8 @@ def loss_of_rows(
 
     def part(at: Tensor, wanted: tuple[bool, ...]) -> tuple[Tensor, int]:
         """Makes the rows marked in `at` [N] bool and files what they are like; their loss."""
-        call = _call(hidden, head, tokens, at, wanted, plan, memory_budget, **fields)
+        into = accumulate_into if any(wanted) else None
+        call = _call(hidden, head, tokens, at, wanted, plan, memory_budget, into=into, **fields)
         loss, *found = run.evaluate(call)
         homes = (logp, entropy, ratio, kl, dropped, factor, valid)
         place = slice(None) if call.rows is None else call.rows
@@ -112,7 +114,8 @@ def _call(
         apart=head.softcap is not None,
         ref=fields["reference"] is not None,
     )
-    sizes = Sizes.of(n, head, hidden, wanted, row_bytes)
+    sums = wanted if fields["into"] is None else (wanted[0], False, *wanted[2:])
+    sizes = Sizes.of(n, head, hidden, sums, row_bytes)
     layout = choose_layout(sizes, plan, memory_budget, hidden.device)
     some = tokens if rows is None else tokens.of_rows(rows)
     return LinearCall(
