@@ -29,9 +29,10 @@ class LinearCall:
     wanted: tuple[bool, ...]  # gradients of hidden, weight, bias, lora_A, lora_B
     logits_dtype: torch.dtype
     autocast: torch.dtype | None
-    temperature: float
+    temperature: float  # 1 with `heat`
     kernels: ModuleType
     reference: tuple[Tensor, LinearHead] | None  # hidden states and head, for the exact KL
+    heat: Tensor | None = None  # [n] float32, temperatures of the rows
     into: Tensor | None = None  # [rows, D] float32, what the matrix's gradient is added to
 
     @property
@@ -49,6 +50,10 @@ class LinearCall:
         """All rows, as many at a time as fit."""
         step = self.layout.rows
         return [slice(i, min(i + step, self.n)) for i in range(0, self.n, step)]
+
+    def heat_of(self, chunk: slice) -> Tensor | None:
+        """Temperatures of some rows, if they have their own."""
+        return None if self.heat is None else self.heat[chunk]
 
     def segments(self) -> Iterator[list[slice]]:
         """Chunks that are to be known together before any of them has a loss."""
@@ -102,6 +107,7 @@ def linear_stats(
     logits_dtype: torch.dtype,
     autocast: torch.dtype | None,
     temperature: float,
+    heat: Tensor | None,
     kernels: ModuleType,
 ) -> tuple[Tensor, Tensor]:
     """(logp, entropy) `[n]` of some rows, `step` at a time; one product."""
@@ -111,7 +117,7 @@ def linear_stats(
     logp, entropy = torch.empty(2, n, dtype=torch.float32, device=hidden.device)
     for start in range(0, n, step):
         chunk = slice(start, min(start + step, n))
-        products.logits(states[chunk], buffer.logits)
+        products.logits(states[chunk], buffer.logits, heat=None if heat is None else heat[chunk])
         here = buffer.rows(slice(0, chunk.stop - start))
         logp[chunk], entropy[chunk], *_ = kernels.row_stats(here, target[chunk], temperature)
     return logp, entropy

@@ -40,7 +40,7 @@ def fused_linear_loss(
     mask: Tensor | None = None,
     sequence_id: Tensor | None = None,
     normalizer: Tensor | float | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     plan: Plan | None = None,
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,
@@ -62,8 +62,10 @@ def fused_linear_loss(
             `hidden[:, :-1]`.
         lm_head: [V, D], or a `LinearHead` with bias, soft cap, scale, padding or an adapter.
         target, objective, advantage, rewards, group_size, group_id, old_logp, ref_logp,
-        sampler_logp, mask, sequence_id, normalizer, temperature, backend, validate: see
-            `fused_loss`; with [B, T, D] for [B, T, V].
+        sampler_logp, mask, sequence_id, normalizer, backend, validate: see `fused_loss`; with
+            [B, T, D] for [B, T, V].
+        temperature: T > 0, the logits are divided by it; or one for every token, shaped like
+            target, which costs a pass over the logits and one over their gradient.
         old_hidden, old_lm_head: instead of `old_logp`, hidden states of the old policy, shaped like
             target with any D, and its matrix (None: `lm_head`); one product more.
         ref_hidden, ref_lm_head: the same for the reference policy, instead of `ref_logp`; what
@@ -126,7 +128,7 @@ def linear_token_logp(
     lm_head: Tensor | LinearHead,
     target: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,

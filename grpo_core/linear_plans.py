@@ -148,9 +148,10 @@ class Sweep:
 
     def _make_logits(self, chunk: slice) -> None:
         """The logits of a chunk, into the buffer."""
-        self.products.logits(self.hidden[chunk], self.buffer.logits)
+        heat = self.call.heat_of(chunk)
+        self.products.logits(self.hidden[chunk], self.buffer.logits, heat=heat)
         if self.call.reference is not None:
-            self.ref_products.logits(self.ref_hidden[chunk], self.ref_buffer.logits)
+            self.ref_products.logits(self.ref_hidden[chunk], self.ref_buffer.logits, heat=heat)
 
     def _ref_rows(self, place: slice) -> Rows | None:
         """The reference's logits of some rows of the chunk."""
@@ -204,6 +205,6 @@ class Sweep:
         n = chunk.stop - chunk.start
         assert self.buffer.dlogits is not None
         dlogits = self.buffer.dlogits[:n]
-        self.products.through_cap(dlogits, self.buffer.logits[:n])
+        self.products.through(dlogits, self.buffer.logits[:n], self.call.heat_of(chunk))
         dhidden = None if self.dhidden is None else self.dhidden[chunk]
         self.products.gradients(self.hidden[chunk], dlogits, dhidden, self.sums)

@@ -99,8 +99,17 @@ class HeadProducts:
         """A tensor as it enters a product."""
         return tensor.to(self.operand).to(self.compute)
 
-    def logits(self, hidden: Tensor, out: Tensor, words: slice | None = None) -> Tensor:
-        """Logits of rows `[n, D]` into `out [n, words]`; `out` has room for `LEAST_ROWS` rows."""
+    def logits(
+        self,
+        hidden: Tensor,
+        out: Tensor,
+        words: slice | None = None,
+        heat: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of rows `[n, D]`, over their temperatures `heat [n]`, into `out [n, words]`.
+
+        `out` has room for `LEAST_ROWS` rows.
+        """
         head, n = self.head, hidden.shape[0]
         words = words or slice(0, self.V)
         hidden = self.operands(hidden)
@@ -126,11 +135,16 @@ class HeadProducts:
         out = out[:n]
         if head.softcap is not None:
             out.div_(head.softcap).tanh_().mul_(head.softcap)
-        return out
+        return out if heat is None else out.div_(heat[:, None])
 
-    def through_cap(self, dlogits: Tensor, logits: Tensor) -> None:
-        """dlogits of the capped logits -> of those before; uses up `logits`."""
+    def through(self, dlogits: Tensor, logits: Tensor | None, heat: Tensor | None = None) -> None:
+        """dlogits of what `logits` left -> of the product; uses up that, which a cap needs."""
+        if heat is not None:
+            dlogits.div_(heat[:, None])
         if self.head.softcap is not None:
+            assert logits is not None
+            if heat is not None:
+                logits.mul_(heat[:, None])
             # the gradient of a row with NaN is 0 already
             logits.nan_to_num_(nan=0.0).div_(self.head.softcap).square_().neg_().add_(1)
             dlogits.mul_(logits)

@@ -117,6 +117,8 @@ def _call(
     sums = wanted if fields["into"] is None else (wanted[0], False, *wanted[2:])
     sizes = Sizes.of(n, head, hidden, sums, row_bytes)
     layout = choose_layout(sizes, plan, memory_budget, hidden.device)
+    if rows is not None and fields["heat"] is not None:
+        fields["heat"] = fields["heat"][rows]
     some = tokens if rows is None else tokens.of_rows(rows)
     return LinearCall(
         tokens=some, rows=rows, lengths=lengths, layout=layout, wanted=wanted, **fields
@@ -130,6 +132,7 @@ def scored_rows(
     at: Tensor,
     *,
     temperature: float,
+    heat: Tensor | None,
     plan: Plan | None,
     memory_budget: int | None,
     dtype: torch.dtype,
@@ -153,6 +156,7 @@ def scored_rows(
             logits_dtype=dtype,
             autocast=autocast,
             temperature=temperature,
+            heat=None if heat is None else heat[rows],
             kernels=kernels,
         )
     return logp, entropy

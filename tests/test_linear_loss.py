@@ -910,3 +910,53 @@ def test_a_buffer_that_would_be_wrong_is_refused() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="got a second one"):
         loss.backward()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("options", ["matrix", "everything"])
+@pytest.mark.parametrize("name", ["grpo", "sequence", "exact KL, entropy"])
+def test_every_token_may_have_its_temperature(name: str, options: str, frozen: bool) -> None:
+    """Both plans, also with a cap, under which logits are divided; other policies by the same."""
+    head = make_head(**HEADS[options])
+    hidden, arguments = case(head)
+    arguments, reference = needed(OBJECTIVES[name], head, hidden, arguments)
+    temperature = 0.5 + torch.rand(B, T)
+    rest = arguments | {"objective": OBJECTIVES[name], "temperature": 1.0}
+    truth, honest = [], []
+    for found, convert in ((honest, lambda x: x), (truth, Tensor.double)):
+        matrix, states = leaves(head, hidden, convert, frozen)
+        if reference is not None:
+            ref_logits = materialised(changed(reference[1], convert), convert(reference[0]))
+            rest["ref_logits"] = ref_logits / convert(temperature)[..., None]
+        out = reference_loss(materialised(matrix, states) / convert(temperature)[..., None], **rest)
+        found += [out, gradients(out, states, matrix)]
+    for plan in PLANS:
+        options_ = arguments | {"objective": OBJECTIVES[name], "temperature": temperature} | plan
+        out, grads = ours(head, hidden, reference, frozen, backend="torch", **options_)
+        for what in ("loss", "logp", "entropy", "kl"):
+            triple = [getattr(x, what).detach() for x in (out, honest[0], truth[0])]
+            assert_no_worse(*triple, size=5.0, what=f"{what} {plan}")
+        assert grads.keys() == truth[1].keys()
+        for what, gradient in grads.items():
+            triple = (gradient, honest[1][what], truth[1][what])
+            assert_no_worse(*triple, size=0.0, what=f"d{what} {plan}")
+
+
+def test_log_probabilities_at_temperatures_of_their_own() -> None:
+    """Of one temperature where all are alike; of other policies, too; masked ones may be 0."""
+    head = make_head(softcap=2.0)
+    hidden, arguments = case(head)
+    target = arguments["target"]
+    alike = torch.where(target == -100, 0.0, 0.7)
+    one = linear_token_logp(hidden, head, target, temperature=0.7)
+    each = linear_token_logp(hidden, head, target, temperature=alike)
+    assert torch.allclose(each.logp, one.logp, atol=2e-6)
+    options = {"objective": "grpo", "advantage": torch.randn(B), "temperature": alike}
+    out = fused_linear_loss(hidden, head, target, ref_hidden=hidden, old_hidden=hidden, **options)
+    assert torch.equal(out.logp, each.logp)
+    assert (out.ratio[target != -100] == 1).all() and not out.kl.any()
+    with pytest.raises(ValueError, match=r"temperature: expected a number, or floats of target's"):
+        linear_token_logp(hidden, head, target, temperature=alike[:, 1:])
+    with pytest.raises(ValueError, match=r"finite numbers >= 0.0001, got 0.0 at token 2"):
+        alike[0, 2] = 0.0
+        linear_token_logp(hidden, head, target, temperature=alike)
