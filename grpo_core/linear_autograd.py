@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from grpo_core.kernels.records import Rows
+from grpo_core.linear_call import LinearCall, Swept
 from grpo_core.linear_head import LinearHead
 from grpo_core.linear_lean import LeanSweep
-from grpo_core.linear_plans import LinearCall, Sweep, Swept
+from grpo_core.linear_plans import Sweep
 
 Gradients = list[Tensor | None]
 
@@ -43,6 +44,8 @@ class FusedLinearLoss(torch.autograd.Function):
                 "fused_linear_loss: its gradient cannot be differentiated (create_graph)"
             )
         tensors, gradients, ctx.gradients = ctx.saved_tensors, ctx.gradients, None
+        if ctx.call.into is not None:
+            _check_accumulated(grad_output, gradients)
         if gradients is None:
             gradients = evaluate(ctx.call, ctx.head, tensors)[1]
         for k, tensor in enumerate(tensors):
@@ -52,6 +55,17 @@ class FusedLinearLoss(torch.autograd.Function):
                 ctx.call.kernels.row_scale(rows, grad_output)
                 gradients[k] = gradient.to(tensor.dtype)
         return None, None, *gradients
+
+
+def _check_accumulated(grad_output: Tensor, gradients: Gradients | None) -> None:
+    """Raises RuntimeError where what was accumulated in the forward would be wrong."""
+    wanted = "fused_linear_loss: accumulate_into expects one backward, of the loss itself"
+    if gradients is None:
+        raise RuntimeError(f"{wanted}; got a second one")
+    if grad_output.is_cuda:
+        torch._assert_async(grad_output == 1, f"{wanted}; got a factor")
+    elif grad_output != 1:
+        raise RuntimeError(f"{wanted}; got the factor {float(grad_output):g}")
 
 
 def outputs_of(swept: Swept) -> tuple[Tensor, ...]:
@@ -72,6 +86,8 @@ def evaluate(
     with torch.autocast(hidden.device.type, enabled=False):
         swept = sweep(hidden, head.of(weight, *others), call)()
     dhidden, *rest = swept.gradients
+    if call.into is not None:
+        rest[0] = None
     gradients: Gradients = [None if dhidden is None else _spread(dhidden, hidden, call)]
     for tensor, gradient in zip(tensors[1:], rest, strict=True):
         gradients.append(None if gradient is None or tensor is None else _rounded(gradient, tensor))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.arguments import (
+    COLDEST,
     Tokens,
     check_logits,
     check_loss_arguments,
@@ -19,6 +20,7 @@ from grpo_core.linear_memory import Plan
 from grpo_core.linear_rows import Run, loss_of_rows, scored_rows
 from grpo_core.objective import Objective
 from grpo_core.recipes import find_objective
+from grpo_core.validation import must_validate
 
 
 def loss_from_hidden(
@@ -41,11 +43,12 @@ def loss_from_hidden(
     mask: Tensor | None,
     sequence_id: Tensor | None,
     normalizer: Tensor | float | None,
-    temperature: float,
+    temperature: float | Tensor,
     plan: Plan | None,
     memory_budget: int | None,
     logits_dtype: torch.dtype | None,
     all_logp: bool,
+    accumulate_into: Tensor | None,
     backend: Backend | None,
     validate: bool | None,
     run: Run | None = None,
@@ -56,6 +59,7 @@ def loss_from_hidden(
     kernels = choose_backend(backend, hidden)
     spec = find_objective(objective)
     logits = stand_in(hidden, head.V)
+    heat, temperature = temperature_of_rows(temperature, target, validate)
     check_logits(logits, temperature, HEAD_DTYPES)
     dtype = dtype_of_logits(logits_dtype)
     autocast = autocast_dtype(hidden)
@@ -90,6 +94,7 @@ def loss_from_hidden(
             torch.where(at, target.reshape(-1).long(), -100),
             at,
             temperature=temperature,
+            heat=heat,
             plan=plan,
             memory_budget=memory_budget,
             dtype=dtype,
@@ -108,6 +113,9 @@ def loss_from_hidden(
             )
         if ref_hidden is not None:
             reference = (ref_hidden.detach(), _reference_head(ref_lm_head, head, ref_hidden))
+    if accumulate_into is not None:
+        check_accumulation(accumulate_into, head, hidden, autocast, plan)
+        plan = "fast"
     # what is still to be found cannot be told from 0 by any check
     later = torch.zeros(target.shape, dtype=torch.float32, device=hidden.device)
     finds_old, finds_ref = old_hidden is not None, ref_hidden is not None and reference is None
@@ -130,9 +138,11 @@ def loss_from_hidden(
         plan=plan,
         memory_budget=memory_budget,
         all_logp=all_logp,
+        accumulate_into=accumulate_into,
         logits_dtype=dtype,
         autocast=autocast,
         temperature=float(temperature),
+        heat=heat,
         kernels=kernels,
         reference=reference,
         run=run,
@@ -145,7 +155,7 @@ def logp_from_hidden(
     lm_head: Tensor | LinearHead,
     target: Tensor,
     *,
-    temperature: float,
+    temperature: float | Tensor,
     mask: Tensor | None,
     memory_budget: int | None,
     logits_dtype: torch.dtype | None,
@@ -157,6 +167,7 @@ def logp_from_hidden(
     check_target_shape(target, hidden)
     kernels = choose_backend(backend, hidden)
     logits = stand_in(hidden, head.V)
+    heat, temperature = temperature_of_rows(temperature, target, validate)
     check_logits(logits, temperature, HEAD_DTYPES)
     check_target(logits, target, mask, validate)
     valid = present(target, mask) & ((target >= 0) & (target < head.V)).reshape(-1)
@@ -166,6 +177,7 @@ def logp_from_hidden(
         target.reshape(-1).long(),
         valid,
         temperature=float(temperature),
+        heat=heat,
         plan=None,
         memory_budget=memory_budget,
         dtype=dtype_of_logits(logits_dtype),
@@ -173,6 +185,33 @@ def logp_from_hidden(
         kernels=kernels,
     )
     return TokenLogp(logp.view(target.shape), entropy.view(target.shape))
+
+
+def temperature_of_rows(
+    temperature: float | Tensor, target: Tensor, validate: bool | None
+) -> tuple[Tensor | None, float]:
+    """(temperatures `[N]` float32, 1), or (None, the one temperature).
+
+    Raises:
+        ValueError: temperatures of another shape than target's, or too low for a token.
+    """
+    if not isinstance(temperature, Tensor):
+        return None, temperature
+    if temperature.shape != target.shape or not temperature.is_floating_point():
+        raise ValueError(
+            f"temperature: expected a number, or floats of target's shape {list(target.shape)}, "
+            f"got {temperature.dtype} of shape {list(temperature.shape)}"
+        )
+    heat = temperature.detach().reshape(-1).float()
+    if must_validate(validate, target):
+        low = present(target, None) & ~((heat >= COLDEST) & (heat < torch.inf))
+        if low.any():
+            n = int(low.nonzero()[0])
+            raise ValueError(
+                f"temperature: expected finite numbers >= {COLDEST}, got {float(heat[n])} at token "
+                f"{n}"
+            )
+    return heat, 1.0
 
 
 def stand_in(hidden: Tensor, V: int) -> Tensor:
@@ -190,6 +229,29 @@ def check_target_shape(target: Tensor, hidden: Tensor) -> None:
             "position t predicts token t + 1: give hidden[:, :-1], or pad the shifted target "
             "with -100"
         )
+
+
+def check_accumulation(
+    into: Tensor,
+    head: LinearHead,
+    hidden: Tensor,
+    autocast: torch.dtype | None,
+    plan: Plan | None,
+) -> None:
+    """Raises ValueError unless the matrix's gradient can be added to `into` in the forward."""
+    matrix = head.weight
+    if into.shape != matrix.shape or into.dtype != torch.float32 or into.device != matrix.device:
+        raise ValueError(
+            f"accumulate_into: expected float32 {list(matrix.shape)} on {matrix.device}, got "
+            f"{into.dtype} {list(into.shape)} on {into.device}"
+        )
+    if not matrix.requires_grad or plan == "lean" or head.lora_A is not None:
+        raise ValueError(
+            "accumulate_into: expected None for a frozen lm_head, one with an adapter, or the lean "
+            "plan"
+        )
+    if (autocast or torch.promote_types(hidden.dtype, matrix.dtype)) == torch.float16:
+        raise ValueError("accumulate_into: expected None in float16, whose loss scale comes later")
 
 
 def check_policy(

@@ -17,6 +17,7 @@ from grpo_core.linear_door import (
     check_target_shape,
     dtype_of_logits,
     stand_in,
+    temperature_of_rows,
 )
 from grpo_core.linear_head import HEAD_DTYPES, LinearHead, check_head, check_hidden
 from grpo_core.linear_operators import POLICIES, TENSORS, LinearOutcome, head_numbers
@@ -30,21 +31,27 @@ def loss_in_graph(
     target: Tensor,
     *,
     objective: str | Objective,
-    temperature: float,
+    temperature: float | Tensor,
     normalizer: Tensor | float | None,
     old_lm_head: Tensor | LinearHead | None,
     ref_lm_head: Tensor | LinearHead | None,
     logits_dtype: torch.dtype | None,
+    accumulate_into: Tensor | None,
     **given: Any,
 ) -> LossOutput:
     """`fused_linear_loss`, whose arguments these are.
 
     Raises:
+        NotImplementedError: accumulate_into, of which a graph must know beforehand.
         ValueError: as there, and an objective that was made inside of the graph.
     """
+    if accumulate_into is not None:
+        raise NotImplementedError("accumulate_into: expected None inside torch.compile")
     spec = find_objective(objective)
     if not spec.key:
         raise ValueError("objective: expected one made outside of torch.compile's graph")
+    # values are looked at inside of the operator
+    heat, temperature = temperature_of_rows(temperature, target, False)
     head = _checked(hidden, lm_head, target, temperature)
     others = {"old": old_lm_head, "ref": ref_lm_head}
     heads: list[LinearHead | None] = [head]
@@ -65,6 +72,7 @@ def loss_in_graph(
             | {
                 "hidden": hidden,
                 "target": target,
+                "heat": None if heat is None else heat.view(target.shape),
                 "numbers": host_tensor(
                     temperature, 1.0 if divisor is None else divisor, *numbers, *spec.numbers
                 ),
@@ -108,11 +116,13 @@ def logp_in_graph(
     lm_head: Tensor | LinearHead,
     target: Tensor,
     *,
-    temperature: float,
+    temperature: float | Tensor,
     logits_dtype: torch.dtype | None,
     **given: Any,
 ) -> TokenLogp:
     """`linear_token_logp`, whose arguments these are."""
+    # values are looked at inside of the operator
+    heat, temperature = temperature_of_rows(temperature, target, False)
     head = _checked(hidden, lm_head, target, temperature)
     logp, entropy = linear_operators.linear_token_logp(
         *_arguments(
@@ -122,6 +132,7 @@ def logp_in_graph(
             | {
                 "hidden": hidden,
                 "target": target,
+                "heat": None if heat is None else heat.view(target.shape),
                 "numbers": host_tensor(temperature, *head_numbers(head)),
                 "logits_dtype": dtype_of_logits(logits_dtype),
                 "autocast": autocast_dtype(hidden),

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from grpo_core.kernels.records import RowStats, Slopes
-from grpo_core.linear_plans import Sweep, Swept, joined, lift
+from grpo_core.linear_call import Swept, joined, lift
+from grpo_core.linear_plans import Sweep
 from grpo_core.linear_products import LEAST_ROWS, HeadGradients, HeadProducts
 
 
@@ -93,14 +94,14 @@ class LeanSweep(Sweep):
         for start in range(0, call.n, step):
             chunk = slice(start, min(start + step, call.n))
             hidden = self.hidden[chunk]
-            logits = self._logits(self.products, hidden, words)
+            heat = call.heat_of(chunk)
+            logits = self._logits(self.products, hidden, words, heat)
             ref = None
             if call.reference is not None and rows.slopes.dkl is not None:
-                ref = self._logits(self.ref_products, self.ref_hidden[chunk], words)
+                ref = self._logits(self.ref_products, self.ref_hidden[chunk], words, heat)
             before = None if self.head.softcap is None else logits.clone()
             dlogits = rows.dlogits(chunk, words, logits, ref)
-            if before is not None:
-                self.products.through_cap(dlogits, before)
+            self.products.through(dlogits, before, heat)
             dhidden = None if self.dhidden is None else self.dhidden[chunk]
             dlogits = dlogits.to(self.products.compute)
             self.products.gradients(hidden, dlogits, dhidden, sums, words)
@@ -108,13 +109,15 @@ class LeanSweep(Sweep):
             if home is not None and found is not None:
                 home[words] = found
 
-    def _logits(self, products: HeadProducts, hidden: Tensor, words: slice) -> Tensor:
+    def _logits(
+        self, products: HeadProducts, hidden: Tensor, words: slice, heat: Tensor | None
+    ) -> Tensor:
         """Logits of some rows and words, rounded as the first pass rounded them, float32."""
         rows = max(hidden.shape[0], LEAST_ROWS)
         out = torch.empty(
             rows, words.stop - words.start, dtype=self.call.logits_dtype, device=hidden.device
         )
-        return products.logits(hidden, out, words).float()
+        return products.logits(hidden, out, words, heat).float()
 
 
 class Words:

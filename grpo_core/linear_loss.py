@@ -40,11 +40,12 @@ def fused_linear_loss(
     mask: Tensor | None = None,
     sequence_id: Tensor | None = None,
     normalizer: Tensor | float | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     plan: Plan | None = None,
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,
     all_logp: bool = False,
+    accumulate_into: Tensor | None = None,
     backend: Backend | None = None,
     validate: bool | None = None,
 ) -> LossOutput:
@@ -61,8 +62,10 @@ def fused_linear_loss(
             `hidden[:, :-1]`.
         lm_head: [V, D], or a `LinearHead` with bias, soft cap, scale, padding or an adapter.
         target, objective, advantage, rewards, group_size, group_id, old_logp, ref_logp,
-        sampler_logp, mask, sequence_id, normalizer, temperature, backend, validate: see
-            `fused_loss`; with [B, T, D] for [B, T, V].
+        sampler_logp, mask, sequence_id, normalizer, backend, validate: see `fused_loss`; with
+            [B, T, D] for [B, T, V].
+        temperature: T > 0, the logits are divided by it; or one for every token, shaped like
+            target, which costs a pass over the logits and one over their gradient.
         old_hidden, old_lm_head: instead of `old_logp`, hidden states of the old policy, shaped like
             target with any D, and its matrix (None: `lm_head`); one product more.
         ref_hidden, ref_lm_head: the same for the reference policy, instead of `ref_logp`; what
@@ -76,6 +79,10 @@ def fused_linear_loss(
             costs up to 0.05 nats.
         all_logp: make the logits of unmasked rows that have no gradient, too: their
             log-probability is wanted.
+        accumulate_into: float32, shaped as the matrix of `lm_head`: its `.grad`, or a `main_grad`.
+            The matrix's gradient is added to it while the loss is made, which saves a sum of its
+            size, and autograd gets none. The loss is then to be differentiated once, as it is: a
+            factor belongs into `normalizer`. Fast plan only; not in float16, nor with an adapter.
 
     Returns:
         `LossOutput`, as `fused_loss`; loss differentiable, everything else detached.
@@ -107,6 +114,7 @@ def fused_linear_loss(
         "memory_budget": memory_budget,
         "logits_dtype": logits_dtype,
         "all_logp": all_logp,
+        "accumulate_into": accumulate_into,
         "backend": backend,
         "validate": validate,
     }
@@ -120,7 +128,7 @@ def linear_token_logp(
     lm_head: Tensor | LinearHead,
     target: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,

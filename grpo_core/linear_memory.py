@@ -88,7 +88,7 @@ def choose_layout(
         raise ValueError(f"plan: expected one of {get_args(Plan)} or None, got {plan!r}")
     if memory_budget is not None and not memory_budget >= 1:
         raise ValueError(f"memory_budget: expected a number of bytes >= 1, got {memory_budget!r}")
-    few = min(FEW_ROWS, max(sizes.n, 1)) * sizes.row_bytes
+    few = -(-min(FEW_ROWS, max(sizes.n, 1)) // LEAST_ROWS) * LEAST_ROWS * sizes.row_bytes
     if memory_budget is None:
         chunk = GPU_BYTES if device.type == "cuda" else CPU_BYTES
         fits = sizes.sums + few <= _free_bytes(device)
@@ -117,7 +117,9 @@ def choose_layout(
 
 def _rows_within(bytes_: int, sizes: Sizes) -> int:
     """Rows of a chunk: as many as fit, chunks of nearly one size, a multiple of the step."""
-    most = max(bytes_ // sizes.row_bytes, LEAST_ROWS)
+    most = max(bytes_ // sizes.row_bytes // LEAST_ROWS, 1) * LEAST_ROWS
+    if most >= sizes.n:
+        return -(-max(sizes.n, 1) // LEAST_ROWS) * LEAST_ROWS
     step = ROW_STEP if most >= ROW_STEP else LEAST_ROWS
     most = most // step * step
     chunks = max(1, -(-sizes.n // most))

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from grpo_core.linear_autograd import evaluate, outputs_of
+from grpo_core.linear_call import LinearCall
 from grpo_core.linear_door import logp_from_hidden, loss_from_hidden
 from grpo_core.linear_head import LinearHead
-from grpo_core.linear_plans import LinearCall
 from grpo_core.linear_rows import Run
 from grpo_core.objective import objective_of
 from grpo_core.operators import TAGS
@@ -63,6 +63,7 @@ ARGUMENTS = {
     "ref_hidden": "Tensor?",
     **{f"{policy}vocabulary": "SymInt?" for policy in POLICIES},
     "target": "Tensor",
+    "heat": "Tensor?",
     "numbers": "Tensor",
     "wanted": "bool[]",
     "objective": "str",
@@ -118,7 +119,10 @@ def take_head(given: dict[str, Any], policy: str, numbers: list[float]) -> Linea
     f"({', '.join(['Tensor'] * len(LinearOutcome._fields))})",
 )
 def fused_linear_loss(*arguments: Any) -> tuple[Tensor, ...]:
-    """Loss and gradients; `numbers` = (T, the divisor, *those of the heads, *the objective's)."""
+    """Loss and gradients; `numbers` = (T, the divisor, *those of the heads, *the objective's).
+
+    T is that of rows without `heat`.
+    """
     given = dict(zip(ARGUMENTS, arguments, strict=True))
     temperature, divisor, *others = given.pop("numbers").tolist()
     head, old_head, ref_head = (take_head(given, policy, others) for policy in POLICIES)
@@ -127,6 +131,7 @@ def fused_linear_loss(*arguments: Any) -> tuple[Tensor, ...]:
         given["normalizer"] = divisor
     given["objective"] = objective_of(given["objective"], others)
     hidden, target, wanted = (given.pop(name) for name in ("hidden", "target", "wanted"))
+    heat = given.pop("heat")
     autocast, tensors = given.pop("autocast"), (hidden, *head.tensors)
     gradients: list[Tensor | None] = []
 
@@ -140,9 +145,10 @@ def fused_linear_loss(*arguments: Any) -> tuple[Tensor, ...]:
             hidden,
             head,
             target,
-            temperature=temperature,
+            temperature=temperature if heat is None else heat,
             old_lm_head=old_head,
             ref_lm_head=ref_head,
+            accumulate_into=None,
             run=Run(tuple(wanted), now),
             **given,
         )
@@ -223,6 +229,7 @@ LOGP_ARGUMENTS = {
     "lora_B": "Tensor?",
     "vocabulary": "SymInt?",
     "target": "Tensor",
+    "heat": "Tensor?",
     "numbers": "Tensor",
     "mask": "Tensor?",
     "memory_budget": "SymInt?",
@@ -241,12 +248,14 @@ LOGP_ARGUMENTS = {
     "(Tensor, Tensor)",
 )
 def linear_token_logp(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """logp and entropy of every target; `numbers` = (T, *those of the head)."""
+    """logp and entropy of every target; `numbers` = (T as above, *those of the head)."""
     given = dict(zip(LOGP_ARGUMENTS, arguments, strict=True))
     temperature, *others = given.pop("numbers").tolist()
     head = take_head(given, "", others)
     assert head is not None
     hidden, target, autocast = (given.pop(name) for name in ("hidden", "target", "autocast"))
+    heat = given.pop("heat")
+    temperature = temperature if heat is None else heat
     with torch.autocast(hidden.device.type, dtype=autocast, enabled=autocast is not None):
         found = logp_from_hidden(hidden, head, target, temperature=temperature, **given)
     return found.logp.reshape(-1).clone(), found.entropy.reshape(-1).clone()

@@ -8,7 +8,7 @@ the result leaves in float32; on the CPU operands are made float32, a slice of t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,11 +29,16 @@ class HeadGradients:
     bias: Tensor | None
     lora_A: Tensor | None
     lora_B: Tensor | None
-    untouched: bool = field(default=True, init=False)  # weight and lora_B are not even zeros yet
+    untouched: bool = True  # weight and lora_B are not even zeros yet
 
     @classmethod
-    def of(cls, head: LinearHead, wanted: tuple[bool, ...]) -> HeadGradients:
-        """Room for those that are wanted; the rows of words that do not exist are zeros."""
+    def of(
+        cls, head: LinearHead, wanted: tuple[bool, ...], into: Tensor | None = None
+    ) -> HeadGradients:
+        """Room for those that are wanted; the rows of words that do not exist are zeros.
+
+        The matrix's are added to `into`, if that is given.
+        """
 
         def room(tensor: Tensor | None, want: bool) -> Tensor | None:
             if tensor is None or not want:
@@ -44,8 +49,10 @@ class HeadGradients:
             zeros[head.V if tensor.shape[0] == head.weight.shape[0] else 0 :] = 0
             return zeros
 
-        tensors = [room(*pair) for pair in zip(head.tensors, wanted, strict=True)]
-        found = cls(*tensors)
+        pairs = list(zip(head.tensors, wanted, strict=True))
+        weight = room(*pairs[0]) if into is None else into
+        bias, lora_A, lora_B = (room(*pair) for pair in pairs[1:])
+        found = cls(weight, bias, lora_A, lora_B, untouched=into is None)
         if found.bias is not None:
             found.bias.zero_()
         if found.lora_A is not None:
@@ -92,8 +99,17 @@ class HeadProducts:
         """A tensor as it enters a product."""
         return tensor.to(self.operand).to(self.compute)
 
-    def logits(self, hidden: Tensor, out: Tensor, words: slice | None = None) -> Tensor:
-        """Logits of rows `[n, D]` into `out [n, words]`; `out` has room for `LEAST_ROWS` rows."""
+    def logits(
+        self,
+        hidden: Tensor,
+        out: Tensor,
+        words: slice | None = None,
+        heat: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of rows `[n, D]`, over their temperatures `heat [n]`, into `out [n, words]`.
+
+        `out` has room for `LEAST_ROWS` rows.
+        """
         head, n = self.head, hidden.shape[0]
         words = words or slice(0, self.V)
         hidden = self.operands(hidden)
@@ -119,11 +135,16 @@ class HeadProducts:
         out = out[:n]
         if head.softcap is not None:
             out.div_(head.softcap).tanh_().mul_(head.softcap)
-        return out
+        return out if heat is None else out.div_(heat[:, None])
 
-    def through_cap(self, dlogits: Tensor, logits: Tensor) -> None:
-        """dlogits of the capped logits -> of those before; uses up `logits`."""
+    def through(self, dlogits: Tensor, logits: Tensor | None, heat: Tensor | None = None) -> None:
+        """dlogits of what `logits` left -> of the product; uses up that, which a cap needs."""
+        if heat is not None:
+            dlogits.div_(heat[:, None])
         if self.head.softcap is not None:
+            assert logits is not None
+            if heat is not None:
+                logits.mul_(heat[:, None])
             # the gradient of a row with NaN is 0 already
             logits.nan_to_num_(nan=0.0).div_(self.head.softcap).square_().neg_().add_(1)
             dlogits.mul_(logits)

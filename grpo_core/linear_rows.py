@@ -16,9 +16,9 @@ from torch import Tensor
 from grpo_core.arguments import Tokens
 from grpo_core.fused_loss import LossOutput
 from grpo_core.linear_autograd import FusedLinearLoss
+from grpo_core.linear_call import LinearCall, dlogits_dtype, linear_stats
 from grpo_core.linear_head import LinearHead
 from grpo_core.linear_memory import Plan, Sizes, buffer_bytes, choose_layout
-from grpo_core.linear_plans import LinearCall, dlogits_dtype, linear_stats
 from grpo_core.linear_products import HeadProducts
 
 
@@ -45,6 +45,7 @@ def loss_of_rows(
     plan: Plan | None,
     memory_budget: int | None,
     all_logp: bool,
+    accumulate_into: Tensor | None = None,
     run: Run | None = None,
     **fields: Any,
 ) -> LossOutput:
@@ -63,7 +64,8 @@ def loss_of_rows(
 
     def part(at: Tensor, wanted: tuple[bool, ...]) -> tuple[Tensor, int]:
         """Makes the rows marked in `at` [N] bool and files what they are like; their loss."""
-        call = _call(hidden, head, tokens, at, wanted, plan, memory_budget, **fields)
+        into = accumulate_into if any(wanted) else None
+        call = _call(hidden, head, tokens, at, wanted, plan, memory_budget, into=into, **fields)
         loss, *found = run.evaluate(call)
         homes = (logp, entropy, ratio, kl, dropped, factor, valid)
         place = slice(None) if call.rows is None else call.rows
@@ -112,8 +114,11 @@ def _call(
         apart=head.softcap is not None,
         ref=fields["reference"] is not None,
     )
-    sizes = Sizes.of(n, head, hidden, wanted, row_bytes)
+    sums = wanted if fields["into"] is None else (wanted[0], False, *wanted[2:])
+    sizes = Sizes.of(n, head, hidden, sums, row_bytes)
     layout = choose_layout(sizes, plan, memory_budget, hidden.device)
+    if rows is not None and fields["heat"] is not None:
+        fields["heat"] = fields["heat"][rows]
     some = tokens if rows is None else tokens.of_rows(rows)
     return LinearCall(
         tokens=some, rows=rows, lengths=lengths, layout=layout, wanted=wanted, **fields
@@ -127,6 +132,7 @@ def scored_rows(
     at: Tensor,
     *,
     temperature: float,
+    heat: Tensor | None,
     plan: Plan | None,
     memory_budget: int | None,
     dtype: torch.dtype,
@@ -150,6 +156,7 @@ def scored_rows(
             logits_dtype=dtype,
             autocast=autocast,
             temperature=temperature,
+            heat=None if heat is None else heat[rows],
             kernels=kernels,
         )
     return logp, entropy

@@ -72,6 +72,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "all logp": ("dapo", "soft cap", {"all_logp": True}),
     "exact KL": ("exact KL", "adapter", {}),
     "sampler": ("sampler, mask, entropy, exact KL", "padded", {}),
+    "temperatures": ("grpo", "matrix", {"temperature": 0.5 + torch.arange(36.0).view(4, 9) / 36}),
     "narrow logits": ("entropy", "scale", {"logits_dtype": torch.bfloat16}),
 }
 

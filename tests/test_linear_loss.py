@@ -835,3 +835,128 @@ def test_it_is_the_loss_from_logits() -> None:
     assert torch.allclose(found.logp, expected.logp, atol=1e-5)
     counted = found.logp != 0
     assert torch.equal(found.factor[counted], expected.factor[counted])
+
+
+@pytest.mark.parametrize("name", ["dapo", "sequence", "exact KL, entropy"])
+@pytest.mark.parametrize("options", ["matrix", "padded", "soft cap"])
+def test_the_gradient_of_the_matrix_is_added_to_a_buffer(name: str, options: str) -> None:
+    """Over two calls, beside a tied embedding's use of the same `.grad`; bias as ever."""
+    head = make_head(**HEADS[options])
+    hidden, arguments = case(head)
+    arguments, reference = needed(OBJECTIVES[name], head, hidden, arguments)
+    if reference is not None:
+        arguments |= {"ref_hidden": reference[0], "ref_lm_head": reference[1]}
+    arguments |= {"objective": OBJECTIVES[name], "backend": "torch", "memory_budget": FEW}
+    grads = []
+    for into in (False, True):
+        matrix, states = leaves(head, hidden, lambda x: x, frozen=False)
+        matrix.weight.grad = torch.ones_like(matrix.weight)
+        for _ in range(2):
+            room = matrix.weight.grad if into else None
+            out = fused_linear_loss(states, matrix, accumulate_into=room, **arguments)
+            (out.loss + (3 * matrix.weight).sum()).backward()
+        grads.append([x.grad for x in (states, matrix.weight, matrix.bias) if x is not None])
+    for plain, ours in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+    assert torch.equal(grads[1][1][head.V :], torch.full_like(grads[1][1][head.V :], 7.0))
+
+
+def test_a_buffer_saves_a_float32_sum_and_is_left_alone_without_a_gradient() -> None:
+    """bfloat16 matrix, float32 buffer; no rows, no_grad."""
+    head = make_head(dtype=torch.bfloat16)
+    hidden, arguments = case(head, torch.bfloat16)
+    del arguments["ref_logp"]
+    arguments |= {"objective": "dapo", "backend": "torch"}
+    matrix, states = leaves(head, hidden, lambda x: x, frozen=False)
+    into = torch.full(head.weight.shape, 2.0)
+    fused_linear_loss(states, matrix, accumulate_into=into, **arguments).loss.backward()
+    plain, other = leaves(head, hidden, lambda x: x, frozen=False)
+    fused_linear_loss(other, plain, **arguments).loss.backward()
+    assert matrix.weight.grad is None
+    torch.testing.assert_close(into - 2, plain.weight.grad.float(), rtol=2**-8, atol=1e-6)
+    before = into.clone()
+    with torch.no_grad():
+        fused_linear_loss(states, matrix, accumulate_into=into, **arguments)
+    masked = arguments | {"target": torch.full_like(arguments["target"], -100)}
+    fused_linear_loss(states, matrix, accumulate_into=into, **masked).loss.backward()
+    assert torch.equal(into, before)
+    sizes = [
+        Sizes.of(8, matrix, states, (True, trains, False, False, False), 1).sums
+        for trains in (True, False)
+    ]
+    assert sizes == [4 * V * D, 0]
+
+
+def test_a_buffer_that_would_be_wrong_is_refused() -> None:
+    head = make_head()
+    hidden, arguments = case(head)
+    del arguments["ref_logp"]
+    matrix, states = leaves(head, hidden, lambda x: x, frozen=False)
+    run = partial(fused_linear_loss, states, matrix, objective="dapo", **arguments)
+    into = torch.zeros_like(head.weight)
+    with pytest.raises(ValueError, match=r"accumulate_into: expected float32 \[131, 24\]"):
+        run(accumulate_into=into[:-1])
+    with pytest.raises(ValueError, match="accumulate_into: expected None for a frozen lm_head"):
+        run(accumulate_into=into, plan="lean")
+    with pytest.raises(ValueError, match="accumulate_into: expected None for a frozen lm_head"):
+        fused_linear_loss(states, head, objective="dapo", accumulate_into=into, **arguments)
+    with pytest.raises(ValueError, match="accumulate_into: expected None in float16"):
+        narrow, low = leaves(head, hidden, Tensor.half, frozen=False)
+        fused_linear_loss(low, narrow, objective="dapo", accumulate_into=into, **arguments)
+    assert not into.any()
+    with pytest.raises(RuntimeError, match="one backward, of the loss itself; got the fac"):
+        (0.5 * run(accumulate_into=into).loss).backward()
+    loss = run(accumulate_into=into).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="got a second one"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("options", ["matrix", "everything"])
+@pytest.mark.parametrize("name", ["grpo", "sequence", "exact KL, entropy"])
+def test_every_token_may_have_its_temperature(name: str, options: str, frozen: bool) -> None:
+    """Both plans, also with a cap, under which logits are divided; other policies by the same."""
+    head = make_head(**HEADS[options])
+    hidden, arguments = case(head)
+    arguments, reference = needed(OBJECTIVES[name], head, hidden, arguments)
+    temperature = 0.5 + torch.rand(B, T)
+    rest = arguments | {"objective": OBJECTIVES[name], "temperature": 1.0}
+    truth, honest = [], []
+    for found, convert in ((honest, lambda x: x), (truth, Tensor.double)):
+        matrix, states = leaves(head, hidden, convert, frozen)
+        if reference is not None:
+            ref_logits = materialised(changed(reference[1], convert), convert(reference[0]))
+            rest["ref_logits"] = ref_logits / convert(temperature)[..., None]
+        out = reference_loss(materialised(matrix, states) / convert(temperature)[..., None], **rest)
+        found += [out, gradients(out, states, matrix)]
+    for plan in PLANS:
+        options_ = arguments | {"objective": OBJECTIVES[name], "temperature": temperature} | plan
+        out, grads = ours(head, hidden, reference, frozen, backend="torch", **options_)
+        for what in ("loss", "logp", "entropy", "kl"):
+            triple = [getattr(x, what).detach() for x in (out, honest[0], truth[0])]
+            assert_no_worse(*triple, size=5.0, what=f"{what} {plan}")
+        assert grads.keys() == truth[1].keys()
+        for what, gradient in grads.items():
+            triple = (gradient, honest[1][what], truth[1][what])
+            assert_no_worse(*triple, size=0.0, what=f"d{what} {plan}")
+
+
+def test_log_probabilities_at_temperatures_of_their_own() -> None:
+    """Of one temperature where all are alike; of other policies, too; masked ones may be 0."""
+    head = make_head(softcap=2.0)
+    hidden, arguments = case(head)
+    target = arguments["target"]
+    alike = torch.where(target == -100, 0.0, 0.7)
+    one = linear_token_logp(hidden, head, target, temperature=0.7)
+    each = linear_token_logp(hidden, head, target, temperature=alike)
+    assert torch.allclose(each.logp, one.logp, atol=2e-6)
+    options = {"objective": "grpo", "advantage": torch.randn(B), "temperature": alike}
+    out = fused_linear_loss(hidden, head, target, ref_hidden=hidden, old_hidden=hidden, **options)
+    assert torch.equal(out.logp, each.logp)
+    assert (out.ratio[target != -100] == 1).all() and not out.kl.any()
+    with pytest.raises(ValueError, match=r"temperature: expected a number, or floats of target's"):
+        linear_token_logp(hidden, head, target, temperature=alike[:, 1:])
+    with pytest.raises(ValueError, match=r"finite numbers >= 0.0001, got 0.0 at token 2"):
+        alike[0, 2] = 0.0
+        linear_token_logp(hidden, head, target, temperature=alike)
