@@ -129,6 +129,7 @@ class LinearLogp(torch.autograd.Function):
             call.target,
             call.valid,
             temperature=call.temperature,
+            heat=None,
             plan=call.plan,
             memory_budget=call.memory_budget,
             dtype=LOGITS,

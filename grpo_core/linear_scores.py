@@ -277,7 +277,7 @@ class _Walk:
             )
         assert self.buffer.dlogits is not None
         dlogits = self.buffer.dlogits[:n]
-        self.products.through_cap(dlogits, self.buffer.logits[:n])
+        self.products.through(dlogits, self.buffer.logits[:n])
         dhidden = None if self.dhidden is None else self.dhidden[chunk]
         self.products.gradients(self.hidden[chunk], dlogits, dhidden, self.sums)
 
