@@ -9,19 +9,27 @@
 | safe   | `patch_log_probs()`, the same loss                                                |
 | fast   | what `FusedGRPOTrainer` has made in the model's forward                           |
 
-A step is forward and backward. On the CPU TRL folds its tile by PyTorch operations, whose
-temporaries are about three tiles more than its kernel on a GPU takes.
+A step is forward and backward. Without a GPU TRL's kernels are interpreted, so that its memory is
+that of its path on a card (its path for CPUs holds several tiles more); that takes minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+
+if not torch.cuda.is_available():
+    # before the first import of a kernel
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from trl.kernels import chunked_logprob
 from trl.trainer import utils
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
@@ -97,7 +105,9 @@ class Step:
             return logp
         function = utils._ChunkedLogProbFunction
         size, outputs = utils._CHUNKED_LOGPROB_CHUNK_SIZE, ("log_probs", "entropy")
-        return function.apply(hidden, weight, None, self.target, 1.0, size, None, 1.0, outputs)[0]
+        given = (hidden, weight, None, self.target, 1.0, size, None, 1.0, outputs)
+        with mock.patch.object(chunked_logprob, "_use_triton", lambda device: True, create=True):
+            return function.apply(*given)[0]
 
     def _dapo(self, logp: Tensor) -> Tensor:
         """Clip-higher, mean over tokens."""
@@ -115,7 +125,8 @@ class Step:
                 loss = self.loss(way, hidden, weight)
         else:
             loss = self.loss(way, hidden, weight)
-        return loss.detach(), *torch.autograd.grad(loss, wanted)
+        with mock.patch.object(chunked_logprob, "_use_triton", lambda device: True, create=True):
+            return loss.detach(), *torch.autograd.grad(loss, wanted)
 
     def figures(self, way: str, trained: bool) -> Figures:
         """Peak and products of a step."""
@@ -149,7 +160,7 @@ def rows(figures: Callable[[str, bool], Figures]) -> Iterator[str]:
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in (("n", 2048), ("V", 65_536), ("D", 128)):
+    for name, default in (("n", 1024), ("V", 65_536), ("D", 128)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
