@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grpo_core.parallel import beneath
 from grpo_core.rollout import Rollout, evaluation_mode
 
 
@@ -61,11 +62,6 @@ class Rows:
         return logits
 
 
-def beneath(model: PreTrainedModel) -> Any:
-    """The model that has a backbone and a head: peft puts its own around it."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
-
-
 def rows_of(ids: Tensor, attention: Tensor, is_target: Tensor) -> Rows:
     """The rows that predict the tokens marked in `is_target` [S, T]; a first token has none."""
     sequence, column = is_target[:, 1:].nonzero(as_tuple=True)
@@ -84,6 +80,7 @@ class Batch:
     # of a critic (PPO): its values when the rollout was made, and what they ought to have been
     value: Tensor | None = None  # [N] float32
     returns: Tensor | None = None  # [N] float32
+    is_filler: bool = False  # takes part in a forward and a backward, and in nothing else
 
     def select(self, sequences: Tensor) -> Batch:
         """The part that belongs to the given sequences (int64), renumbered in ascending order."""
@@ -92,15 +89,15 @@ class Batch:
         chosen[sequences] = True
         kept = chosen[rows.sequence]
         renumbered = chosen.long().cumsum(0) - 1
-        return Batch(
-            rows=Rows(
-                ids=rows.ids[chosen],
-                attention=rows.attention[chosen],
-                sequence=renumbered[rows.sequence[kept]],
-                column=rows.column[kept],
-            ),
-            **{name: v[kept] for name, v in vars(self).items() if isinstance(v, Tensor)},
+        named = vars(self).items()
+        vectors: dict[str, Any] = {name: v[kept] for name, v in named if isinstance(v, Tensor)}
+        chosen_rows = Rows(
+            ids=rows.ids[chosen],
+            attention=rows.attention[chosen],
+            sequence=renumbered[rows.sequence[kept]],
+            column=rows.column[kept],
         )
+        return replace(self, rows=chosen_rows, **vectors)
 
     def microbatches(self, tokens: int) -> list[Batch]:
         """Parts of at most `tokens` places, padding included, of sequences of like length.
@@ -137,6 +134,19 @@ class Batch:
             column=rows.column - first,
         )
         return replace(self, rows=trimmed)
+
+    def filler(self) -> Batch:
+        """Two tokens of a sequence, none to be learnt, for a process that has no part left."""
+        first = torch.zeros(1, dtype=torch.int64, device=self.rows.ids.device)
+        one = self.select(first).trimmed()
+        rows = Rows(
+            ids=one.rows.ids[:, :2],
+            attention=one.rows.attention[:, :2],
+            sequence=one.rows.sequence[:0],
+            column=one.rows.column[:0],
+        )
+        none = one.advantage[:0]
+        return Batch(rows=rows, advantage=none, sampler_logp=none, is_filler=True)
 
     def split(self, count: int, order: Tensor) -> list[Batch]:
         """`count` minibatches of whole sequences, dealt out in the given order [S] int64."""

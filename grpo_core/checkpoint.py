@@ -1,9 +1,10 @@
 """Checkpoints that are whole or not there, and signals that wait for one.
 
 A checkpoint is a folder `step-000040`: the model in the `transformers` format (or peft's, for an
-adapter) and `trainer.pt`, which holds everything else. It is written under another name, brought to
-the disk and then renamed, which file systems do in one go: whoever looks finds all of it or
-nothing, also after a power cut or `kill -9` in the middle.
+adapter) and `trainer.pt`, which holds everything else. Of a sharded model it has `shards/`, with
+weights and optimizer as `torch.distributed.checkpoint` writes them. It is written under another
+name, brought to the disk and then renamed, which file systems do in one go: whoever looks finds all
+of it or nothing, also after a power cut or `kill -9` in the middle.
 """
 
 from __future__ import annotations
@@ -21,9 +22,14 @@ from typing import Any
 
 import numpy
 import torch
+import torch.distributed.checkpoint as dcp
 from transformers import PreTrainedModel
 
+from grpo_core.distributed import barrier, gathered, is_main
+from grpo_core.parallel import not_finite
+
 STATE = "trainer.pt"
+SHARDS = "shards"
 NAME = re.compile(r"step-(\d{6,})")
 UNFINISHED = "unfinished-"
 
@@ -72,9 +78,16 @@ def stop_request() -> Iterator[Request]:
 
 
 def save_checkpoint(
-    directory: Path, step: int, model: PreTrainedModel, state: dict[str, Any], keep: int
+    directory: Path,
+    step: int,
+    model: PreTrainedModel,
+    state: dict[str, Any],
+    keep: int,
+    shards: dict[str, Any] | None = None,
 ) -> Path:
     """Writes a checkpoint and then removes all but the last `keep`.
+
+    Several processes call it together; the main one writes, and each its part of the shards.
 
     Args:
         directory: of all checkpoints of a run; made if missing.
@@ -82,22 +95,37 @@ def save_checkpoint(
         model: saved by its own `save_pretrained`.
         state: what else is needed to go on; tensors, numbers, strings and containers of them.
         keep: at least 1.
+        shards: what to save in the place of the model, by `torch.distributed.checkpoint`.
 
     Raises:
         FloatingPointError: a weight is not finite; nothing is written then.
     """
-    for name, weight in model.named_parameters():
-        if not weight.detach().isfinite().all():
-            raise FloatingPointError(
-                f"model: expected finite weights at step {step}, {name} has others; not saved"
-            )
-    directory.mkdir(parents=True, exist_ok=True)
-    for leftover in directory.glob(f"{UNFINISHED}*"):
-        shutil.rmtree(leftover)
+    bad = [name for name in gathered(not_finite(model)) if name]
+    if bad:
+        raise FloatingPointError(
+            f"model: expected finite weights at step {step}, {bad[0]} has others; not saved"
+        )
     folder, unfinished = directory / f"step-{step:06d}", directory / f"{UNFINISHED}{step:06d}"
-    unfinished.mkdir()
-    model.save_pretrained(unfinished)
-    torch.save(state, unfinished / STATE)
+    if is_main():
+        directory.mkdir(parents=True, exist_ok=True)
+        for leftover in directory.glob(f"{UNFINISHED}*"):
+            shutil.rmtree(leftover)
+        unfinished.mkdir()
+    barrier()
+    if shards is not None:
+        # waits until all have written theirs, to the disk
+        dcp.save(shards, checkpoint_id=unfinished / SHARDS)
+    if is_main():
+        if shards is None:
+            model.save_pretrained(unfinished)
+        torch.save(state, unfinished / STATE)
+        _finish(directory, unfinished, folder, keep)
+    barrier()
+    return folder
+
+
+def _finish(directory: Path, unfinished: Path, folder: Path, keep: int) -> None:
+    """Gives a written checkpoint its name, and takes those away that are too many."""
     for file in [*unfinished.rglob("*"), unfinished]:
         _bring_to_disk(file)
     if folder.exists():
@@ -107,7 +135,6 @@ def save_checkpoint(
     _bring_to_disk(directory)
     for old in [*checkpoints(directory)[:-keep], *directory.glob(f"{UNFINISHED}*")]:
         shutil.rmtree(old)
-    return folder
 
 
 def checkpoints(directory: Path) -> list[Path]:

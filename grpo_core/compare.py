@@ -32,8 +32,10 @@ from grpo_core.dpo import PreferenceConfig, sample_pairs, train_preferences
 from grpo_core.evaluate import evaluate
 from grpo_core.live_bytes import LiveBytes
 from grpo_core.ppo import CriticConfig, PPOTrainer
+from grpo_core.randomness import randomness
+from grpo_core.reference_model import adapter_off, reference_of
 from grpo_core.rollout import Rollout
-from grpo_core.trainer import Trainer, adapter_off, randomness, reference_of
+from grpo_core.trainer import Trainer
 from grpo_core.trainer_config import TrainerConfig
 
 GROUP = 8

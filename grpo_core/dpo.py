@@ -21,10 +21,10 @@ from grpo_core.batch import Rows, beneath, check_output_matrix
 from grpo_core.head_reading import Around, read_head
 from grpo_core.linear_logp import linear_logp
 from grpo_core.preference import dpo_loss, sequence_logp
+from grpo_core.reference_model import adapter_off, reference_of
 from grpo_core.rewards import Reward
 from grpo_core.rollout import Problem, Sampling, rollout
 from grpo_core.supervised import Example, learning_rate_share, pad_examples
-from grpo_core.trainer import adapter_off, reference_of
 
 
 class Pair(NamedTuple):

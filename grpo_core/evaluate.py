@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from grpo_core.distributed import gathered, joined, rank, world
 from grpo_core.monitor import means
 from grpo_core.rewards import Reward
 from grpo_core.rollout import Problem, Sampling, rollout
@@ -29,7 +30,7 @@ def evaluate(
     *,
     seed: int = 0,
 ) -> Evaluation:
-    """Answers every problem once.
+    """Answers every problem once; several processes share them, and all get the whole figures.
 
     Args:
         model: the policy.
@@ -44,16 +45,25 @@ def evaluate(
     """
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
-        drawn = rollout(model, [problem.prompt for problem in problems], sampling)
-    completions = drawn.completions()
-    scores = reward(problems, completions)
+        torch.manual_seed(seed + rank())
+        mine = _equal_share(problems)
+        drawn = rollout(model, [problem.prompt for problem in mine], sampling)
+    scores = reward(mine, drawn.completions())
+    count = len(problems)
+    completions = [ids for theirs in gathered(drawn.completions()) for ids in theirs][:count]
+    rewards = {name: joined(part)[:count] for name, part in scores.parts.items()}
 
-    metrics = {"reward": scores.total.mean().item(), **means(scores.parts)}
+    metrics = {"reward": joined(scores.total)[:count].mean().item(), **means(rewards)}
     for tag in sorted({problem.tag for problem in problems} - {""}):
         tagged = torch.tensor([problem.tag == tag for problem in problems])
-        parts = {f"{name}/{tag}": part[tagged] for name, part in scores.parts.items()}
+        parts = {f"{name}/{tag}": part[tagged] for name, part in rewards.items()}
         metrics |= means(parts)
-    metrics["length"] = drawn.completion_mask.sum(1).float().mean().item()
-    metrics["truncated"] = drawn.truncated.float().mean().item()
+    metrics["length"] = joined(drawn.completion_mask.sum(1))[:count].float().mean().item()
+    metrics["truncated"] = joined(drawn.truncated)[:count].float().mean().item()
     return Evaluation(completions, metrics)
+
+
+def _equal_share(problems: Sequence[Problem]) -> list[Problem]:
+    """This process's, as many as any other's; the last ones begin again at the first problem."""
+    each = -(-len(problems) // world())
+    return [problems[n % len(problems)] for n in range(rank() * each, (rank() + 1) * each)]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.batch import Batch
+from grpo_core.distributed import is_main, joined
 from grpo_core.rollout import Rollout
 
 Metrics = dict[str, Any]
@@ -81,17 +82,24 @@ class Watch:
 
     def warn(self, kind: str, message: str) -> None:
         if kind not in self.warned:
-            warnings.warn(message, stacklevel=4)
+            if is_main():
+                warnings.warn(message, stacklevel=4)
             self.warned.add(kind)
 
 
 def rollout_metrics(drawn: Rollout, rewards: Tensor, group_size: int) -> Metrics:
-    """Means over a step's completions; `zero_std` is the share of groups with equal rewards."""
+    """Means over a step's completions; `zero_std` is the share of groups with equal rewards.
+
+    Args:
+        drawn: the completions of this process.
+        rewards: [S], of all processes.
+        group_size: completions of a prompt.
+    """
     spread = rewards.view(-1, group_size).amax(1) - rewards.view(-1, group_size).amin(1)
     return {
         "reward": rewards.mean().item(),
-        "length": drawn.completion_mask.sum(1).float().mean().item(),
-        "truncated": drawn.truncated.float().mean().item(),
+        "length": joined(drawn.completion_mask.sum(1)).float().mean().item(),
+        "truncated": joined(drawn.truncated).float().mean().item(),
         "zero_std": (spread == 0).float().mean().item(),
     }
 
@@ -113,7 +121,7 @@ def sampler_mismatch(minibatches: Sequence[Batch]) -> Metrics:
     ]
     if not gaps:
         return {}
-    gap = torch.cat(gaps)
+    gap = joined(torch.cat(gaps))
     return {"sampler_mismatch": gap.mean().item(), "sampler_mismatch_max": gap.max().item()}
 
 

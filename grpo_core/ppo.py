@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grpo_core.batch import Batch, Rows, pack
+from grpo_core.distributed import world
 from grpo_core.monitor import Clock, Metrics
+from grpo_core.reference_model import adapter_off, reference_of
 from grpo_core.rollout import Rollout
-from grpo_core.trainer import Trainer, adapter_off, reference_of
+from grpo_core.trainer import Trainer
 from grpo_core.value import gae, rewards_with_kl, value_loss, whiten
 
 
@@ -64,8 +66,8 @@ class PPOTrainer(Trainer):
     """As `Trainer`, with objectives whose advantages can be given, such as the recipe "ppo".
 
     Raises:
-        ValueError: the objective has a KL term of its own, or checkpoints are asked for: those do
-            not hold the critic.
+        ValueError: the objective has a KL term of its own, checkpoints are asked for, which do not
+            hold the critic, or there are several processes, which do not share it.
     """
 
     critic: Critic
@@ -78,6 +80,8 @@ class PPOTrainer(Trainer):
             raise ValueError(f"objective: expected no KL of its own, got {objective.kl!r}")
         if self.checkpoints is not None:
             raise ValueError("checkpoints: expected None, they do not hold the critic")
+        if world() > 1:
+            raise ValueError(f"processes: expected one, whose critic it is, got {world()}")
         self.critic_config = critic or CriticConfig()
         self.critic = Critic(self.model)
         self.reference = reference_of(self.model) if self.critic_config.beta else None

@@ -29,9 +29,11 @@ from transformers import (
 
 from grpo_core.checkpoint import Interrupted
 from grpo_core.data import Epochs, problems_of, read_records
+from grpo_core.distributed import barrier, in_group, is_main, process_group, rank, world
 from grpo_core.evaluate import evaluate
 from grpo_core.loggers import open_logger
 from grpo_core.monitor import Metrics, append_json
+from grpo_core.parallel import export
 from grpo_core.rewards import FunctionReward, Rule, accuracy, brevity, strict_format
 from grpo_core.rollout import Problem, Sampling
 from grpo_core.run_config import RunConfig, check_resumed, clear
@@ -45,6 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs it; returns the exit status."""
     parser = HfArgumentParser(RunConfig, prog="python -m grpo_core.reinforce")  # type: ignore[arg-type]
     given = list(sys.argv[1:] if arguments is None else arguments)
+    with process_group():
+        return _run(parser, given)
+
+
+def _run(parser: HfArgumentParser, given: list[str]) -> int:
+    """Reads the options and trains; returns the exit status."""
     try:
         if given and given[0].endswith((".yaml", ".yml")):
             # what follows on the command line counts more
@@ -57,12 +65,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run.train()
     except FloatingPointError as error:
-        print(f"\nstopped: {error}", file=sys.stderr)
+        say(f"\nstopped: {error}", error=True)
         return 1
     except (Interrupted, KeyboardInterrupt) as stop:
-        print("\ninterrupted; the same command with --resume True goes on", file=sys.stderr)
+        say("\ninterrupted; the same command with --resume True goes on", error=True)
         return 128 + (stop.number if isinstance(stop, Interrupted) else signal.SIGINT)
     return 0
+
+
+def say(line: str, *, error: bool = False) -> None:
+    """A line on the terminal, once however many processes there are."""
+    if is_main():
+        print(line, file=sys.stderr if error else sys.stdout)
 
 
 class Run:
@@ -83,7 +97,8 @@ class Run:
             )
         self.model = load_model(config, self.tokenizer)
         self.sampling = Sampling(config.max_new_tokens, config.temperature)
-        loggers = [open_logger(name, self.directory, asdict(config)) for name in config.log]
+        names = config.log if is_main() else []
+        loggers = [open_logger(name, self.directory, asdict(config)) for name in names]
         self.trainer = Trainer(
             self.model,
             Epochs(self.training, config.seed),
@@ -93,6 +108,9 @@ class Run:
             checkpoints=self.directory / "checkpoints",
             loggers=loggers,
         )
+        if world() > 1:
+            # dropout is every process's own
+            torch.manual_seed(config.seed + rank())
 
     def task(self) -> tuple[list[Problem], FunctionReward]:
         """Problems and their reward, from a file or from reasoning-gym."""
@@ -123,31 +141,39 @@ class Run:
 
     def train(self) -> None:
         """From the start or the last checkpoint to results.json and the model."""
-        before, results = self.directory / "before.json", self.directory / "results.json"
         if self.config.resume:
             self.trainer.resume()
-        else:
+        elif is_main():
             clear(self.directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        record = json.dumps(asdict(self.config), indent=2)
-        (self.directory / "config.json").write_text(record + "\n", "utf-8")
+        barrier()
+        self.write("config.json", asdict(self.config))
         if self.held_out and not self.trainer.steps_done:
-            before.write_text(json.dumps(self.measured()), "utf-8")
+            self.write("before.json", self.measured())
         self.trainer.train(self.look if self.held_out else None)
-        self.model.save_pretrained(self.directory / "model")
-        self.tokenizer.save_pretrained(self.directory / "model")
-        if self.held_out:
-            stages = {"before": json.loads(before.read_text("utf-8")), "after": self.measured()}
-            results.write_text(json.dumps(stages, indent=2) + "\n", "utf-8")
+        export(self.model, self.directory / "model")
+        after = self.measured() if self.held_out else {}
+        if is_main():
+            self.tokenizer.save_pretrained(self.directory / "model")
+        if is_main() and after:
+            before = json.loads((self.directory / "before.json").read_text("utf-8"))
+            stages = {"before": before, "after": after}
+            self.write("results.json", stages)
             print("\n".join(table(stages)))
-        print(f"all of it in {self.directory}/")
+        say(f"all of it in {self.directory}/")
+
+    def write(self, name: str, content: dict[str, Any]) -> None:
+        """A file of the run directory, by the main process."""
+        if is_main():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(content, indent=2) + "\n"
+            (self.directory / name).write_text(text, "utf-8")
 
     def look(self) -> Metrics:
         """Held-out figures on the way, at the temperature of the rollouts; keeps some answers."""
         found = evaluate(self.model, self.held_out, self.reward, self.sampling)
         chosen = found.completions[: self.config.samples]
         texts = self.tokenizer.batch_decode(chosen, skip_special_tokens=True)
-        for problem, text in zip(self.held_out, texts, strict=False):
+        for problem, text in zip(self.held_out, texts if is_main() else [], strict=False):
             shown = {"prompt": problem.source, "completion": text, "answer": problem.answer}
             step = self.trainer.steps_done
             append_json(self.directory / "samples.jsonl", {"step": step, **shown})
@@ -164,7 +190,9 @@ class Run:
 
 def load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The policy: whole, or beneath an adapter; with the tokenizer's end and padding tokens."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # shards go to their device one by one; a whole model may not fit there
+    on_gpu = torch.cuda.is_available() and not (in_group() and config.shard == "fsdp")
+    device = "cuda" if on_gpu else "cpu"
     model: Any = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
     model.to(device)
     generation = model.generation_config

@@ -22,6 +22,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from grpo_core.parallel import whole_weights
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -117,7 +119,7 @@ def rollout(
     # The tokens are drawn at `temperature`, so that is where their log-probability belongs; greedy
     # reports it at 1.
     sampled_logp = SampledLogp(sampling.temperature or 1.0)
-    with evaluation_mode(model):
+    with evaluation_mode(model), whole_weights(model):
         ids = model.generate(  # type: ignore[operator]
             input_ids=prompt,
             attention_mask=prompt_mask.long(),

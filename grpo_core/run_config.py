@@ -63,6 +63,9 @@ class RunConfig:
     )
     autocast: bool = option(False, "Matrix products in bfloat16; weights stay float32.")
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward.")
+    shard: Literal["ddp", "fsdp"] = option(
+        "ddp", "Under torchrun: ddp copies the model to every process, fsdp spreads it over them."
+    )
     lora_rank: int = option(0, "Train an adapter of this rank (needs peft); 0: the whole model.")
     evaluate_every: int = option(10, "Steps between looks at the held-out problems.")
     samples: int = option(4, "Held-out answers kept in samples.jsonl at every look.")
@@ -108,6 +111,7 @@ class RunConfig:
             seed=self.seed,
             checkpoint_every=self.checkpoint_every,
             keep_checkpoints=self.keep_checkpoints,
+            shard=self.shard,
         )
 
     def build_objective(self) -> Objective:

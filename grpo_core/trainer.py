@@ -5,15 +5,17 @@ than its group's mean. Several updates are made of every rollout, so that from t
 ratio leaves 1 and the clip has something to do.
 
 Randomness has no state: what step k draws depends on the seed, on k and on the weights alone.
+
+In a process group every process answers its share of the prompts, and all make the same updates:
+those of one process with the whole batch. See `shares` and `parallel`.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from grpo_core import (
 from grpo_core.advantages import estimate_advantages
 from grpo_core.batch import Batch, Rows, check_output_matrix, pack
 from grpo_core.checkpoint import Interrupted, Request, stop_request
+from grpo_core.distributed import gathered, is_main, joined, rank
 from grpo_core.head import has_fused_head
 from grpo_core.loggers import Logger
 from grpo_core.metrics import merge_metrics
@@ -49,9 +52,13 @@ from grpo_core.monitor import (
     sampler_mismatch,
     update_metrics,
 )
+from grpo_core.parallel import accumulating, policy_of, whole
+from grpo_core.randomness import randomness, shuffled
 from grpo_core.reference import reference_loss
+from grpo_core.reference_model import adapter_off, reference_of
 from grpo_core.rewards import Reward
-from grpo_core.rollout import Problem, Rollout, evaluation_mode, rollout
+from grpo_core.rollout import Problem, Rollout, rollout
+from grpo_core.shares import alike, check_shares, divisor, figures_of_all, own_share
 from grpo_core.supervised import learning_rate_share
 from grpo_core.trainer_config import TrainerConfig as TrainerConfig
 
@@ -63,7 +70,8 @@ class Trainer:
 
     Args:
         model: the policy; any causal language model of `transformers`. It gets a fused head, see
-            `with_fused_head`; for the other losses its logits have to be the plain product.
+            `with_fused_head`; for the other losses its logits have to be the plain product. In a
+            process group it is the same on every one of them; FSDP2 puts it on its device.
         draw_problems: `draw_problems(count, rng)` -> training problems.
         reward: scores completions; see `grpo_core.rewards.Reward`.
         config: the run.
@@ -72,6 +80,14 @@ class Trainer:
             end a run after the step it is in, saved; `resume` goes on.
         label: the run's name in records and on the progress bar.
         loggers: take each step's record as well, see `loggers`.
+
+    In a process group only the main process writes and logs.
+
+    Attributes:
+        policy: what is called for the loss, `model` with DDP or FSDP2 around it if need be.
+
+    Raises:
+        ValueError: the model or the options cannot do what is asked for.
     """
 
     def __init__(
@@ -86,6 +102,7 @@ class Trainer:
         label: str = "grpo",
         loggers: Sequence[Logger] = (),
     ) -> None:
+        check_shares(config)
         if config.loss != "fused":
             check_output_matrix(model)
         elif not has_fused_head(model):
@@ -98,7 +115,9 @@ class Trainer:
         self.checkpoints = checkpoints
         self.label = label
         self.loggers = loggers
-        self.reference = reference_of(model) if config.objective.beta > 0 else None
+        wants_reference = config.objective.beta > 0
+        self.reference = reference_of(model, config.shard) if wants_reference else None
+        self.policy = policy_of(model, config.shard)
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
         )
@@ -126,6 +145,7 @@ class Trainer:
             unit="step",
             initial=self.steps_done,
             total=config.steps,
+            disable=not is_main(),
         )
         with stop_request() if self.checkpoints else nullcontext(Request()) as request:
             for _ in progress:
@@ -137,8 +157,10 @@ class Trainer:
                 progress.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
                 if self.checkpoints and (self.steps_done % config.checkpoint_every == 0 or last):
                     trainer_state.save(self, self.checkpoints)
-                if self.checkpoints and request.number and not last:
-                    raise Interrupted(request.number, trainer_state.save(self, self.checkpoints))
+                # a signal to any process stops them all
+                number = max(gathered(request.number)) if self.checkpoints else 0
+                if self.checkpoints and number and not last:
+                    raise Interrupted(number, trainer_state.save(self, self.checkpoints))
         return history
 
     def resume(self) -> int:
@@ -158,9 +180,10 @@ class Trainer:
         config, clock = self.config, Clock()
         with (
             clock.phase("rollout"),
-            randomness(config.seed, self.steps_done, self.model.device) as rng,
+            randomness(config.seed, self.steps_done, self.model.device, rank()) as rng,
         ):
             problems = self.draw_problems(config.prompts_per_step, rng)
+            problems = problems[own_share(len(problems))]
             asked = [problem for problem in problems for _ in range(config.group_size)]
             drawn = rollout(self.model, [problem.prompt for problem in asked], config.sampling)
             order = torch.randperm(len(asked)).to(self.model.device)
@@ -175,8 +198,8 @@ class Trainer:
         self.steps_done += 1
         metrics = {
             "step": self.steps_done,
-            **rollout_metrics(drawn, rewards, config.group_size),
-            **means(scores.parts),
+            **rollout_metrics(drawn, joined(rewards), config.group_size),
+            **means({name: joined(part) for name, part in scores.parts.items()}),
             **sampler_mismatch([part for parts in minibatches for part in parts]),
             **update_metrics(updates),
             "learning_rate": rate,
@@ -195,14 +218,16 @@ class Trainer:
             order: [S] int64, in which they are dealt out.
         """
         config = self.config
+        # of all processes, since some estimators look at the whole batch
+        everyone = joined(rewards)
         advantage = estimate_advantages(
-            rewards, config.objective.advantage, config.group_size, None
+            everyone, config.objective.advantage, config.group_size, None
         )
+        advantage = advantage[own_share(len(everyone))]
         packed = pack(drawn, advantage, mask_truncated=config.mask_truncated)
-        return [
-            [self.with_logp(part) for part in whole.microbatches(config.tokens_per_microbatch)]
-            for whole in packed.split(config.minibatches, order)
-        ]
+        split = packed.split(config.minibatches, order)
+        minibatches = alike([each.microbatches(config.tokens_per_microbatch) for each in split])
+        return [[self.with_logp(part) for part in parts] for parts in minibatches]
 
     def with_logp(self, part: Batch) -> Batch:
         """The microbatch with the log-probabilities its ratio and KL are measured against."""
@@ -237,17 +262,19 @@ class Trainer:
         """
         found = []
         with clock.phase("loss"):
-            divisor = self.divisor(parts)
-            for part in parts:
-                out = self.loss(part, divisor)
-                assert out.loss is not None
-                out.loss.backward()
+            objective, longest = self.config.objective, self.config.sampling.max_new_tokens
+            divided_by = divisor(parts, objective, longest)
+            for number, part in enumerate(parts, 1):
+                with accumulating(self.policy, last=number == len(parts)):
+                    out = self.loss(part, divided_by)
+                    assert out.loss is not None
+                    out.loss.backward()
                 found.append(out.metrics)
         with clock.phase("optimizer"):
             grad_norm = torch.nn.utils.clip_grad_norm_(
                 self.model.parameters(), self.config.max_grad_norm
             )
-            figures = {**merge_metrics(found), "grad_norm": grad_norm}
+            figures = {**figures_of_all(merge_metrics(found)), "grad_norm": whole(grad_norm)}
             # The one place where the host waits for the device.
             values = torch.stack([figure.float() for figure in figures.values()]).tolist()
             metrics = dict(zip(figures, values, strict=True))
@@ -261,19 +288,6 @@ class Trainer:
         if self.skipped_in_a_row > self.config.max_skipped_updates:
             trainer_state.give_up(self, parts, metrics)
         return metrics
-
-    def divisor(self, parts: Sequence[Batch]) -> float | None:
-        """What the losses of a minibatch's parts are divided by: that of the whole."""
-        sequences = sum(len(part.rows.ids) for part in parts)
-        aggregation = self.config.objective.aggregation
-        if aggregation == "constant_length":
-            # The longest a completion may be, which packed rows no longer show.
-            return float(sequences * self.config.sampling.max_new_tokens)
-        if len(parts) == 1 or aggregation == "token_sum":
-            return None
-        if aggregation == "token_mean":
-            return float(max(1, sum(len(part.rows.sequence) for part in parts)))
-        return float(max(1, sum(part.rows.sequence.unique().numel() for part in parts)))
 
     def loss(self, part: Batch, divisor: float | None) -> HeadOutput | LossOutput:
         """The objective on packed rows: by the model itself, or from its logits."""
@@ -292,7 +306,7 @@ class Trainer:
         if config.loss == "fused":
             request = LossRequest(rows.target, rows=rows.places, **terms)
             with self.precision():
-                return self.model(**rows.inputs, request=request)
+                return self.policy(**rows.inputs, request=request)
         with self.precision():
             logits = rows.logits(self.model)
         if config.loss == "naive":
@@ -318,39 +332,10 @@ class Trainer:
         entry = {"stage": self.label, **metrics}
         if evaluation is not None:
             entry["held_out"] = evaluation()
+        if not is_main():
+            return entry
         if self.metrics_path is not None:
             append_json(self.metrics_path, entry)
         for log in self.loggers:
             log(entry)
         return entry
-
-
-def reference_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The policy as it is now: a copy, or under an adapter the model itself, see `adapter_off`."""
-    if hasattr(model, "peft_config"):
-        return model
-    return copy.deepcopy(model).requires_grad_(False).eval()
-
-
-@contextmanager
-def adapter_off(model: PreTrainedModel) -> Iterator[None]:
-    """The model without its adapter, if it has one: then it needs no copy to be the reference."""
-    if not hasattr(model, "peft_config"):
-        yield
-        return
-    with model.disable_adapter(), evaluation_mode(model):  # type: ignore[operator]
-        yield
-
-
-@contextmanager
-def randomness(seed: int, step: int, device: torch.device) -> Iterator[random.Random]:
-    """Generators that depend on seed and step alone; torch's global one is put back afterwards."""
-    rng = random.Random(f"{seed}/{step}")
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(rng.getrandbits(63))
-        yield rng
-
-
-def shuffled(rewards: Tensor, rng: random.Random) -> Tensor:
-    """The same rewards in another order: as good a signal as none."""
-    return rewards[rng.sample(range(len(rewards)), len(rewards))]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from grpo_core import RECIPES, Objective
+from grpo_core.parallel import Shard
 from grpo_core.rollout import Sampling
 
 
@@ -40,6 +41,8 @@ class TrainerConfig:
     checkpoint_every: int = 10  # steps, where there is a folder for checkpoints
     keep_checkpoints: int = 2
     max_skipped_updates: int = 8  # in a row; one more stops the run
+    # Where there is a process group: replicas of the model (DDP), or shards of it (FSDP2).
+    shard: Shard = "ddp"
 
     def __post_init__(self) -> None:
         counts = ("steps", "prompts_per_step", "minibatches", "epochs", "evaluate_every")
@@ -61,6 +64,8 @@ class TrainerConfig:
             raise ValueError(
                 f"warmup_steps: expected 0 to {self.steps - 1}, got {self.warmup_steps}"
             )
+        if self.shard not in get_args(Shard):
+            raise ValueError(f"shard: expected one of {get_args(Shard)}, got {self.shard!r}")
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature: expected more than 0 to train on, got 0")
 
@@ -72,6 +77,8 @@ class TrainerConfig:
     def identity(self) -> dict[str, str]:
         """What may not change between a checkpoint and the run that goes on from it."""
         free = ("checkpoint_every", "keep_checkpoints", "max_skipped_updates", "evaluate_every")
-        named = {name: repr(value) for name, value in vars(self).items() if name not in free}
+        # how the model is spread over processes is compared apart, see `trainer_state`
+        kept = {name: value for name, value in vars(self).items() if name not in (*free, "shard")}
+        named = {name: repr(value) for name, value in kept.items()}
         numbers = ", ".join(map(str, self.objective.numbers))
         return named | {"objective": f"{self.objective.key} ({numbers})"}

@@ -11,6 +11,7 @@ import torch
 
 from grpo_core.batch import Batch
 from grpo_core.checkpoint import (
+    SHARDS,
     STATE,
     checkpoints,
     load_weights,
@@ -19,7 +20,9 @@ from grpo_core.checkpoint import (
     set_random_states,
     step_of,
 )
+from grpo_core.distributed import gathered, is_main, rank, world
 from grpo_core.monitor import Metrics, keep_records
+from grpo_core.parallel import is_sharded, load_shards, shards_of
 
 if TYPE_CHECKING:
     from grpo_core.trainer import Trainer
@@ -29,16 +32,21 @@ def save(trainer: Trainer, directory: Path) -> Path:
     """Everything the run needs to go on, as a checkpoint under `directory`."""
     state = {
         "config": trainer.config.identity(),
-        "optimizer": trainer.optimizer.state_dict(),
-        "random": random_states(),
+        "processes": _processes(trainer),
+        "random": gathered(random_states()),
         "skipped_updates": trainer.skipped_updates,
         "skipped_in_a_row": trainer.skipped_in_a_row,
         "watch": trainer.watch.state,
         # of problems that are drawn one after the other, see `data.Epochs`
         "position": getattr(trainer.draw_problems, "position", None),
     }
+    shards = None
+    if is_sharded(trainer.model):
+        shards = shards_of(trainer.model, trainer.optimizer)
+    else:
+        state["optimizer"] = trainer.optimizer.state_dict()
     keep = trainer.config.keep_checkpoints
-    return save_checkpoint(directory, trainer.steps_done, trainer.model, state, keep)
+    return save_checkpoint(directory, trainer.steps_done, trainer.model, state, keep, shards)
 
 
 def resume(trainer: Trainer) -> int:
@@ -49,12 +57,17 @@ def resume(trainer: Trainer) -> int:
         return 0
     last = found[-1]
     state = torch.load(last / STATE, map_location="cpu", weights_only=True)
+    if (processes := state["processes"]) != _processes(trainer):
+        raise ValueError(f"processes: expected {processes} as in {last}, got {_processes(trainer)}")
     for name, value in trainer.config.identity().items():
         if (before := state["config"].get(name)) != value:
             raise ValueError(f"{name}: expected {before} as in {last}, got {value}")
-    load_weights(last, trainer.model)
-    trainer.optimizer.load_state_dict(state["optimizer"])
-    set_random_states(state["random"])
+    if is_sharded(trainer.model):
+        load_shards(last / SHARDS, trainer.model, trainer.optimizer)
+    else:
+        load_weights(last, trainer.model)
+        trainer.optimizer.load_state_dict(state["optimizer"])
+    set_random_states(state["random"][rank()])
     trainer.skipped_updates = state["skipped_updates"]
     trainer.skipped_in_a_row = state["skipped_in_a_row"]
     trainer.watch.state = state["watch"]
@@ -70,7 +83,8 @@ def give_up(trainer: Trainer, parts: Sequence[Batch], metrics: Metrics) -> None:
     step, where = trainer.steps_done + 1, "there is no folder for checkpoints to save them in"
     if trainer.checkpoints:
         trainer.checkpoints.mkdir(parents=True, exist_ok=True)
-        file = trainer.checkpoints / f"not-finite-{step:06d}.pt"
+        of_rank = f"-{rank()}" if world() > 1 else ""
+        file = trainer.checkpoints / f"not-finite-{step:06d}{of_rank}.pt"
         torch.save([asdict(part) for part in parts], file)
         where = f"they lie in {file}"
     raise FloatingPointError(
@@ -80,11 +94,17 @@ def give_up(trainer: Trainer, parts: Sequence[Batch], metrics: Metrics) -> None:
     )
 
 
+def _processes(trainer: Trainer) -> str:
+    """How many there are, and how the model is spread over them."""
+    alone = world() == 1 and trainer.config.shard == "ddp"
+    return "1" if alone else f"{world()} ({trainer.config.shard})"
+
+
 def _forget_steps(trainer: Trainer, after: int) -> None:
     """Takes the records of later steps out of the metrics file."""
 
     def wanted(record: Metrics) -> bool:
         return record["stage"] != trainer.label or record.get("step", 0) <= after
 
-    if trainer.metrics_path is not None:
+    if trainer.metrics_path is not None and is_main():
         keep_records(trainer.metrics_path, wanted)

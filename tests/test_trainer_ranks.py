@@ -1,0 +1,206 @@
+"""The trainer on two processes makes the updates of one: replicas and shards, over gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.compiled import ROOT
+from tests.micro import MAX_NEW_TOKENS, micro_model
+from tests.test_checkpoint import trainer
+from tests.test_reinforce import files, options  # noqa: F401
+from tests.test_reinforce import records as records_of
+from tests.trainer_ranks import CASES, fixed_run, held_out, model_of, run
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*ran into max_new_tokens"),
+    pytest.mark.filterwarnings("ignore:.*had equal rewards"),
+    pytest.mark.filterwarnings("ignore:.*an update was skipped"),
+]
+
+SHARDS = ("ddp", "fsdp")
+Found = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the two processes leave their files."""
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> Found:
+    """What each of two processes found; they are started once."""
+    return run(folder)
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, dict[str, Any]]:
+    """What one process makes of the whole batch."""
+    return {name: fixed_run(name, "ddp") for name in CASES}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("shard", SHARDS)
+def test_two_processes_make_the_updates_of_one(
+    shard: str, name: str, ranks: Found, alone: dict[str, dict[str, Any]]
+) -> None:
+    """Under SGD, whose step shows a wrong factor of the gradient; every figure is the whole's."""
+    one, start = alone[name], fixed_start(name)
+    for found in (rank[f"{shard}: {name}"] for rank in ranks):
+        for mine, theirs in zip(found["history"], one["history"], strict=True):
+            assert mine.keys() == theirs.keys()
+            for key, value in theirs.items():
+                if key != "skipped_rows":  # a filler has none, and a part may be packed otherwise
+                    assert mine[key] == pytest.approx(value, rel=1e-4, abs=2e-6, nan_ok=True), key
+        moved = 0.0
+        for key, value in one["weights"].items():
+            torch.testing.assert_close(found["weights"][key], value, rtol=0, atol=3e-6)
+            moved = max(moved, float((value - start[key]).abs().amax()))
+        assert (moved > 1e-3) == ("not finite" not in name)
+    if CASES[name][0].get("tokens_per_microbatch") and name != "a rank without rows, tied":
+        first, second = (rank[f"{shard}: {name}"]["counts"] for rank in ranks)
+        assert [parts for parts, _ in first] == [parts for parts, _ in second]
+        assert all(fillers == 0 for _, fillers in first)
+        assert all(fillers > 0 for _, fillers in second)
+    if "without rows" in name:
+        assert one["history"][0]["truncated"] == 0.5
+    if "not finite" in name:
+        assert [m["skipped_updates"] for m in one["history"]] == [4, 8]
+
+
+def fixed_start(name: str) -> dict[str, torch.Tensor]:
+    """The weights that a case begins with."""
+    return {k: p.detach() for k, p in model_of(CASES[name][2]).named_parameters()}
+
+
+@pytest.mark.parametrize("run", ["resumed", "resumed, adapter"])
+@pytest.mark.parametrize("shard", SHARDS)
+def test_an_interrupted_run_goes_on_bit_for_bit(shard: str, run: str, ranks: Found) -> None:
+    """A signal to one process stops both, after the step that it came in."""
+    for found in (rank[f"{shard}: {run}"] for rank in ranks):
+        assert "SIGTERM: stopped after saving" in found["stopped"]
+        assert found["stopped"].endswith("step-000003")
+        assert found["before"] == 3
+        straight, resumed = found["weights"]
+        assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+        assert len(found["moments"][0]) > 0
+        for mine, theirs in zip(*found["moments"], strict=True):
+            assert torch.equal(mine, theirs)
+        straight, resumed = found["records"]
+        assert straight == resumed
+        assert [record["step"] for record in straight] == list(range(6))
+        assert found["folders"] == ["step-000004", "step-000005"]
+    first, second = (rank[f"{shard}: {run}"]["weights"][0] for rank in ranks)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+def test_another_way_to_spread_it_is_refused(shard: str, ranks: Found) -> None:
+    other = {"ddp": "fsdp", "fsdp": "ddp"}[shard]
+    for rank in ranks:
+        message = rank[f"{shard}: resumed"]["refused"]
+        assert message.startswith(f"processes: expected 2 ({shard}) as in ")
+        assert message.endswith(f"got 2 ({other})")
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+def test_what_is_exported_is_a_model_of_transformers(
+    shard: str, ranks: Found, folder: Path
+) -> None:
+    config = json.loads((folder / shard / "model/config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    model = AutoModelForCausalLM.from_pretrained(folder / shard / "model")
+    expected = ranks[0][f"{shard}: resumed"]["weights"][1]
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, expected[name])
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+def test_what_is_exported_is_an_adapter_of_peft(shard: str, ranks: Found, folder: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.PeftModel.from_pretrained(micro_model(), folder / f"{shard}-lora/model")
+    expected = ranks[0][f"{shard}: resumed, adapter"]["weights"][1]
+    named = dict(model.named_parameters())
+    assert named.keys() == expected.keys()
+    assert all(torch.equal(named[name], expected[name]) for name in named)
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+def test_held_out_problems_are_shared(shard: str, ranks: Found) -> None:
+    one = held_out(micro_model())
+    for rank in ranks:
+        found = rank[f"{shard}: evaluated"]
+        assert found["completions"] == one["completions"]
+        assert found["metrics"] == pytest.approx(one["metrics"])
+
+
+def test_processes_draw_apart(ranks: Found) -> None:
+    assert ranks[0]["drawn"] != ranks[1]["drawn"]
+
+
+def test_shards_write_completions_of_unequal_lengths(ranks: Found) -> None:
+    """Each process its own number of prompts and tokens; afterwards all is in shards again."""
+    for number, rank in enumerate(ranks):
+        completions, in_shards = rank["written"]
+        assert len(completions) == 2 + number
+        assert max(map(len, completions)) <= 2 + 4 * number
+        assert all(in_shards)
+
+
+def test_weights_that_one_process_has_poisoned_are_not_saved(ranks: Found, folder: Path) -> None:
+    for rank in ranks:
+        assert rank["poisoned"].startswith("model: expected finite weights at step 0, lm_head.wei")
+    assert not list((folder / "poisoned").glob("*step*"))
+
+
+def test_what_several_processes_cannot_do_is_refused(ranks: Found) -> None:
+    beginnings = (
+        "prompts_per_step: expected a multiple of 2, the processes, got 3",
+        "minibatches: expected at most 4, the completions of a step on each of 2 processes, got 5",
+        "loss: expected 'fused' on 2 processes",
+        "objective.entropy_aggregation: expected None on 2 processes",
+    )
+    for rank in ranks:
+        for message, beginning in zip(rank["refused"], beginnings, strict=True):
+            assert message.startswith(beginning)
+
+
+def test_shards_need_a_process_group() -> None:
+    with pytest.raises(ValueError, match="shard: expected a process group for 'fsdp'"):
+        trainer(None, micro_model(), shard="fsdp")
+
+
+def test_the_command_under_torchrun(files: Path, tmp_path: Path) -> None:  # noqa: F811
+    """One set of files, from the main process, and a model that transformers reads."""
+    words = [*options(files, tmp_path / "run"), "--shard", "fsdp", "--max_new_tokens", "4"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, "-m", "grpo_core.reinforce", *words],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("all of it in") == 1
+    logged = records_of(tmp_path / "run")
+    assert [record["step"] for record in logged] == [0, 1, 2, 3]
+    assert all(record["length"] <= MAX_NEW_TOKENS for record in logged[1:])
+    samples = (tmp_path / "run/samples.jsonl").read_text().splitlines()
+    assert len(samples) == 12
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    start = AutoModelForCausalLM.from_pretrained(files / "model")
+    assert not torch.equal(trained.lm_head.weight, start.lm_head.weight)
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["after"]["greedy"]["length"] <= 4
