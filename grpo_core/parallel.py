@@ -38,17 +38,8 @@ def beneath(model: PreTrainedModel) -> Any:
 
 
 def policy_of(model: PreTrainedModel, shard: Shard) -> nn.Module:
-    """The module whose forward is to be called for the loss; shards the model in place for FSDP2.
-
-    Raises:
-        ValueError: "fsdp" without a process group.
-    """
+    """What is called for the loss; with "fsdp" the model itself, sharded in place."""
     if not in_group():
-        if shard == "fsdp":
-            raise ValueError(
-                "shard: expected a process group for 'fsdp': start with torchrun, or call "
-                "torch.distributed.init_process_group before"
-            )
         return model
     if shard == "fsdp":
         return sharded(model)

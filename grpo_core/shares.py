@@ -12,14 +12,19 @@ import torch
 from torch import Tensor
 
 from grpo_core.batch import Batch
-from grpo_core.distributed import gathered, rank, stacked, world
+from grpo_core.distributed import gathered, in_group, rank, stacked, world
 from grpo_core.metrics import merge_metrics
 from grpo_core.objective import Objective
 from grpo_core.trainer_config import TrainerConfig
 
 
 def check_shares(config: TrainerConfig) -> None:
-    """Raises ValueError unless several processes can make the updates of one with these options."""
+    """Raises ValueError unless these options suit the processes, and make the updates of one."""
+    if config.shard == "fsdp" and not in_group():
+        raise ValueError(
+            "shard: expected a process group for 'fsdp': start with torchrun, or call "
+            "torch.distributed.init_process_group before"
+        )
     if world() == 1:
         return
     if config.prompts_per_step % world():

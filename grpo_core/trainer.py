@@ -18,27 +18,18 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from grpo_core import (
-    HeadOutput,
-    LogpRequest,
-    LossOutput,
-    LossRequest,
-    fused_loss,
-    token_logp,
-    trainer_state,
-    with_fused_head,
-)
+from grpo_core import HeadOutput, LossOutput, trainer_state, with_fused_head
 from grpo_core.advantages import estimate_advantages
 from grpo_core.batch import Batch, Rows, check_output_matrix, pack
 from grpo_core.checkpoint import Interrupted, Request, stop_request
 from grpo_core.distributed import gathered, is_main, joined, rank
+from grpo_core.forward import packed_logp, packed_loss
 from grpo_core.head import has_fused_head
 from grpo_core.loggers import Logger
 from grpo_core.metrics import merge_metrics
@@ -54,7 +45,6 @@ from grpo_core.monitor import (
 )
 from grpo_core.parallel import accumulating, policy_of, whole
 from grpo_core.randomness import randomness, shuffled
-from grpo_core.reference import reference_loss
 from grpo_core.reference_model import adapter_off, reference_of
 from grpo_core.rewards import Reward
 from grpo_core.rollout import Problem, Rollout, rollout
@@ -242,17 +232,9 @@ class Trainer:
                 ref_logp = self.frozen_logp(self.reference, rows)
         return replace(part, old_logp=old_logp, ref_logp=ref_logp)
 
-    @torch.no_grad()
     def frozen_logp(self, model: PreTrainedModel, rows: Rows) -> Tensor:
         """The target's log-probability at each row, [N] float32, without gradient."""
-        temperature = self.config.sampling.temperature
-        if self.config.loss != "fused":
-            with self.precision():
-                logits = rows.logits(model)
-            return token_logp(logits, rows.target, temperature=temperature).logp
-        request = LogpRequest(rows.target, rows=rows.places, temperature=temperature)
-        with self.precision():
-            return model(**rows.inputs, request=request).logp
+        return packed_logp(model, rows, self.config)
 
     def update(self, parts: Sequence[Batch], clock: Clock) -> Metrics:
         """One optimizer step; skipped and counted if the loss or its gradient is not finite.
@@ -290,34 +272,8 @@ class Trainer:
         return metrics
 
     def loss(self, part: Batch, divisor: float | None) -> HeadOutput | LossOutput:
-        """The objective on packed rows: by the model itself, or from its logits."""
-        config, rows = self.config, part.rows
-        terms: dict[str, Any] = {
-            "objective": config.objective,
-            "advantage": part.advantage,
-            "old_logp": part.old_logp,
-            "ref_logp": part.ref_logp,
-            "sequence_id": rows.sequence,
-            "normalizer": divisor,
-            "temperature": config.sampling.temperature,
-        }
-        if config.objective.factor.needs_sampler:
-            terms["sampler_logp"] = part.sampler_logp
-        if config.loss == "fused":
-            request = LossRequest(rows.target, rows=rows.places, **terms)
-            with self.precision():
-                return self.policy(**rows.inputs, request=request)
-        with self.precision():
-            logits = rows.logits(self.model)
-        if config.loss == "naive":
-            return reference_loss(logits, rows.target, **terms)
-        # Nobody else reads these logits, so their gradient may take their place.
-        return fused_loss(logits, rows.target, inplace=True, **terms)
-
-    def precision(self) -> torch.autocast:
-        """Of the matrix products; weights, optimizer and loss are float32 as ever."""
-        device = self.model.device.type
-        return torch.autocast(device, torch.bfloat16, enabled=self.config.autocast)
+        """The objective on packed rows."""
+        return packed_loss(self.policy, part, divisor, self.config)
 
     def set_learning_rate(self) -> float:
         """Warm-up, then linear decay to 0 after the last step; returns the rate in force."""

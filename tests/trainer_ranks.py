@@ -296,8 +296,8 @@ def work(number: int, folder: str) -> None:
         for name in CASES:
             found[f"{shard}: {name}"] = fixed_run(name, shard)
         found[f"{shard}: resumed"] = interrupted(shard, place / shard, dropping)
-        found[f"{shard}: resumed, adapter"] = interrupted(shard, place / f"{shard}-lora", adapted)
         found[f"{shard}: evaluated"] = evaluated(shard)
+    found["fsdp: resumed, adapter"] = interrupted("fsdp", place / "fsdp-lora", adapted)
     found["poisoned"] = poisoned_save(place / "poisoned")
     found["drawn"] = drawn_apart()
     found["written"] = shards_write()
