@@ -3,7 +3,8 @@
 from grpo_core.advantages import GroupNorm, group_advantages
 from grpo_core.estimators import Estimator
 from grpo_core.fused_loss import LossOutput, TokenLogp, fused_loss, token_logp
-from grpo_core.head import HeadOutput, LogpRequest, LossRequest, with_fused_head, without_fused_head
+from grpo_core.head import with_fused_head, without_fused_head
+from grpo_core.head_requests import HeadOutput, LogpRequest, LossRequest
 from grpo_core.linear_head import LinearHead
 from grpo_core.linear_logp import linear_logp
 from grpo_core.linear_loss import fused_linear_loss, linear_token_logp

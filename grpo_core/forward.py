@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from grpo_core.batch import Batch, Rows
 from grpo_core.fused_loss import LossOutput, fused_loss, token_logp
-from grpo_core.head import HeadOutput, LogpRequest, LossRequest
+from grpo_core.head_requests import HeadOutput, LogpRequest, LossRequest
 from grpo_core.reference import reference_loss
 from grpo_core.trainer_config import TrainerConfig
 

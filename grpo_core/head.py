@@ -5,135 +5,28 @@
 
 The request waits beside the model while its forward runs; where that calls its output matrix, the
 loss is made there. So hooks fire as ever: DistributedDataParallel, FSDP, ZeRO and PEFT need
-nothing. Without a request, nothing is different. What goes in and out past those hooks is opaque to
-them, for mixed precision rounds every float that it finds in a tuple, a dict or a dataclass.
+nothing. Without a request, nothing is different.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from types import MethodType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from grpo_core.fused_loss import LossOutput, TokenLogp
-from grpo_core.head_reading import Around, Probe, read_head
-from grpo_core.linear_loss import fused_linear_loss, linear_token_logp
+from grpo_core.fused_loss import TokenLogp
+from grpo_core.head_reading import Around, Probe
+from grpo_core.head_requests import HeadOutput, Request, Sealed
 
 Model = TypeVar("Model", bound=nn.Module)
 # tokens of the probe
 PROBED = 4
-
-
-class Sealed:
-    """Keeps what it holds from being looked through."""
-
-    __slots__ = ("content",)
-
-    def __init__(self, content: LossOutput | TokenLogp) -> None:
-        self.content = content
-
-
-class HeadOutput(NamedTuple):
-    """What a request gives: `LossOutput`, or `TokenLogp`, behind a loss that wrappers can see.
-
-    Attributes:
-        loss: 0-dim float32, differentiable; None where only log-probabilities were asked for.
-    """
-
-    loss: Tensor | None
-    sealed: Sealed
-
-    @property
-    def logp(self) -> Tensor:
-        """log π(target), nats, shaped like target, float32, detached; so are the others."""
-        return self.sealed.content.logp
-
-    @property
-    def entropy(self) -> Tensor:
-        """Of the distribution at the request's temperature, nats."""
-        return self.sealed.content.entropy
-
-    @property
-    def ratio(self) -> Tensor:
-        """π / π_old."""
-        return self._of_loss.ratio
-
-    @property
-    def kl(self) -> Tensor:
-        """The objective's estimate of KL(π ‖ π_ref), nats."""
-        return self._of_loss.kl
-
-    @property
-    def factor(self) -> Tensor:
-        """What the surrogate was multiplied by."""
-        return self._of_loss.factor
-
-    @property
-    def metrics(self) -> dict[str, Tensor]:
-        """Figures of this call, see `metrics.METRICS`."""
-        return self._of_loss.metrics
-
-    @property
-    def _of_loss(self) -> LossOutput:
-        if isinstance(self.sealed.content, TokenLogp):
-            raise AttributeError("expected the answer to a LossRequest, got a LogpRequest's")
-        return self.sealed.content
-
-
-class _Request:
-    """A target, and the arguments of a function that is to be called where the head is.
-
-    Args:
-        target: [B, T], the words that the hidden states predict: `input_ids` shifted by one and
-            padded with -100; or [N] with `rows`.
-        rows: [B, T] bool, N of them true: the hidden states that become packed rows [N, D], in
-            their order; the arguments are then those of packed rows.
-        arguments: of the function.
-
-    Raises:
-        TypeError: an argument that the function does not have.
-    """
-
-    __slots__ = ("arguments", "rows", "target")
-
-    def __init__(self, target: Tensor, *, rows: Tensor | None = None, **arguments: Any) -> None:
-        inspect.signature(self._function).bind(None, None, target, **arguments)
-        self.target, self.rows, self.arguments = target, rows, arguments
-
-    @staticmethod
-    def _function(*_: Any, **__: Any) -> Any:
-        raise NotImplementedError
-
-    def of(self, hidden: Tensor, module: nn.Module, around: Around) -> Any:
-        """What the function makes of the hidden states [B, T, D] and the module's head."""
-        if self.rows is not None:
-            if self.rows.dtype != torch.bool or self.rows.shape != hidden.shape[:-1]:
-                raise ValueError(
-                    f"rows: expected bool of shape {list(hidden.shape[:-1])}, got "
-                    f"{self.rows.dtype} of shape {list(self.rows.shape)}"
-                )
-            hidden = hidden[self.rows]
-        return self._function(hidden, read_head(module, around), self.target, **self.arguments)
-
-
-class LossRequest(_Request):
-    """Asks a model with a fused head for its loss; arguments of `fused_linear_loss`."""
-
-    __slots__ = ()
-    _function = staticmethod(fused_linear_loss)
-
-
-class LogpRequest(_Request):
-    """Asks for log-probabilities and entropies alone; arguments of `linear_token_logp`."""
-
-    __slots__ = ()
-    _function = staticmethod(linear_token_logp)
 
 
 class FusedLinearLossHead:
@@ -149,7 +42,7 @@ class FusedLinearLossHead:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.around = Around()
-        self.waiting: _Request | Probe | None = None
+        self.waiting: Request | Probe | None = None
         self.found: HeadOutput | None = None
 
     def __call__(self, hidden: Tensor, plain: Callable[..., Tensor]) -> Tensor:
@@ -192,13 +85,12 @@ def with_fused_head(model: Model, *, vocabulary: int | None = None) -> Model:
     module.__dict__["fused_head"] = head
     _replace_forward(module, _head_forward)
     _replace_forward(model, _model_forward)
-    try:
+    with ExitStack() as undo:
+        undo.callback(without_fused_head, model)
         head.around = _probed(model)
-        if vocabulary is not None:
-            head.around = head.around._replace(vocabulary=vocabulary)
-    except BaseException:
-        without_fused_head(model)
-        raise
+        undo.pop_all()
+    if vocabulary is not None:
+        head.around = head.around._replace(vocabulary=vocabulary)
     return model
 
 
