@@ -48,6 +48,11 @@ def check_shares(config: TrainerConfig) -> None:
             f"objective.entropy_aggregation: expected None on {world()} processes, since its "
             f"divisor is of one of them, got {config.objective.entropy_aggregation!r}"
         )
+    if config.objective.factor.top_entropy < 1:
+        raise ValueError(
+            f"objective.factor.top_entropy: expected 1 on {world()} processes, since its quantile "
+            f"is of one of them, got {config.objective.factor.top_entropy}"
+        )
 
 
 def own_share(count: int) -> slice:

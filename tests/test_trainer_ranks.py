@@ -167,6 +167,7 @@ def test_what_several_processes_cannot_do_is_refused(ranks: Found) -> None:
         "minibatches: expected at most 4, the completions of a step on each of 2 processes, got 5",
         "loss: expected 'fused' on 2 processes",
         "objective.entropy_aggregation: expected None on 2 processes",
+        "objective.factor.top_entropy: expected 1 on 2 processes",
     )
     for rank in ranks:
         for message, beginning in zip(rank["refused"], beginnings, strict=True):

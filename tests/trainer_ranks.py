@@ -15,7 +15,7 @@ import torch.multiprocessing
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from grpo_core import RECIPES, Estimator, trainer_state
+from grpo_core import RECIPES, Estimator, PolicyFactor, trainer_state
 from grpo_core.batch import Batch
 from grpo_core.checkpoint import Interrupted, checkpoints
 from grpo_core.distributed import in_group, is_main, rank, world
@@ -302,11 +302,13 @@ def work(number: int, folder: str) -> None:
     found["drawn"] = drawn_apart()
     found["written"] = shards_write()
     narrow = DAPO.replace(entropy_coef=0.1, entropy_aggregation="token_mean")
+    deciding = DAPO.replace(factor=PolicyFactor(top_entropy=0.2))
     found["refused"] = [
         refused(lambda: short_run(None, micro_model(), prompts_per_step=3)),
         refused(lambda: short_run(None, micro_model(), minibatches=5)),
         refused(lambda: short_run(None, micro_model(), loss="logits")),
         refused(lambda: short_run(None, micro_model(), objective=narrow)),
+        refused(lambda: short_run(None, micro_model(), objective=deciding)),
     ]
     torch.save(found, place / f"{number}.pt")
     assert is_main() == (number == 0)
