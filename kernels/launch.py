@@ -102,9 +102,9 @@ class RowLayout:
         return {name: value for name, value in vars(self).items() if value is not None}
 
     @property
-    def most_registers(self) -> int:
-        """Of a thread: of two programs beside each other, or of one as large as they."""
-        return REGISTERS // max(self.THREADS, 512)
+    def of_a_pair(self) -> dict[str, int]:
+        """The same where two rows are read: as many registers as let two programs run at a time."""
+        return at_most_registers(REGISTERS // max(self.THREADS, 512)) | self.keywords
 
 
 def row_layout(rows: Rows) -> RowLayout:

@@ -10,7 +10,7 @@ place when both pointers are the same.
 import torch
 
 from .language import tl, triton
-from .launch import at_most_registers, launch, row_layout
+from .launch import launch, row_layout
 from .online_softmax import LOG2E, target_gap
 from .records import RowLoss, Rows, RowStats, Slopes
 from .row_gradient import write_row_gradient, write_row_zeros
@@ -166,6 +166,6 @@ def row_dlogits(
         out_batch_stride=out.batch_stride,
         out_row_stride=out.row_stride,
         scale=LOG2E.value / temperature,
-        **(at_most_registers(layout.most_registers) | layout.keywords),
+        **(layout.keywords if dkl is None else layout.of_a_pair),
     )
     return dlogits

@@ -242,6 +242,7 @@ def row_loss(
     states = 2 if ref_rows is None else 4
     state = torch.empty(states, rows.N, dtype=torch.float32, device=rows.logits.device)
     result = RowLoss.empty(rows.N, rows.logits.device, state)
+    layout = row_layout(rows)
     launch(
         _row_loss_kernel,
         rows.N,
@@ -284,6 +285,6 @@ def row_loss(
         KL=terms.kl,
         KL_TIMES_RATIO=terms.kl_times_ratio,
         SUM=SUM_BLOCK,
-        **row_layout(rows).keywords,
+        **(layout.keywords if ref_rows is None else layout.of_a_pair),
     )
     return result

@@ -112,6 +112,7 @@ def row_stats(
     logp, entropy, kl = torch.empty(3, rows.N, dtype=torch.float32, device=device)
     state = logp.new_empty(2 if ref_rows is None else 4, rows.N)
     stats = RowStats(logp, entropy, None if ref_rows is None else kl, state)
+    layout = row_layout(rows)
     launch(
         _row_stats_kernel,
         rows.N,
@@ -132,6 +133,6 @@ def row_stats(
         ref_batch_stride=ref.batch_stride,
         ref_row_stride=ref.row_stride,
         scale=LOG2E.value / temperature,
-        **row_layout(rows).keywords,
+        **(layout.keywords if ref_rows is None else layout.of_a_pair),
     )
     return stats

@@ -57,12 +57,12 @@ def drawn(N: int, V: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return logits, target
 
 
-@pytest.mark.parametrize("V", [3, 16, 4103])
+@pytest.mark.parametrize("V", [3, 2563])
 @pytest.mark.parametrize("dtype", LEADS)
 def test_every_alignment_has_the_same_bits(dtype: torch.dtype, V: int) -> None:
     """Statistics, loss, gradient, in place and beside, at every lead of either; nothing outside."""
-    logits, target = drawn(4, V, dtype)
-    logits[1, V // 2] = math.nan
+    logits, target = drawn(3, V, dtype)
+    logits[0, V // 2] = math.nan
     expected = torch.empty_like(logits)
     vectors = loss_of(logits, target, expected)
     stats = triton_backend.row_stats(Rows.of(logits), target, 0.8)
@@ -74,7 +74,7 @@ def test_every_alignment_has_the_same_bits(dtype: torch.dtype, V: int) -> None:
         found = triton_backend.row_stats(Rows.of(rows), target, 0.8)
         assert torch.equal(found.state.nan_to_num(), stats.state.nan_to_num())
         assert torch.equal(found.entropy.nan_to_num(), stats.entropy.nan_to_num())
-        for dlogits in (out, torch.empty_like(logits), rows):
+        for dlogits in (out, rows):
             again = loss_of(rows, target, dlogits)
             for one, other in zip(again, vectors, strict=True):
                 assert torch.equal(one.nan_to_num(), other.nan_to_num()), lead
@@ -84,10 +84,10 @@ def test_every_alignment_has_the_same_bits(dtype: torch.dtype, V: int) -> None:
         assert marks(memory) == marks(beside) == before
 
 
-@pytest.mark.parametrize("lead", [0, 1, 6])
-def test_small_vocabularies_and_every_target(lead: int) -> None:
+def test_small_vocabularies_and_every_target() -> None:
     """V = 1..20, each word a target: logp, entropy and gradient against float64."""
     for V in range(1, 21):
+        lead = 3 * V % 8
         logits = torch.randn(1, V, device=DEVICE).expand(V, V).bfloat16()
         target = torch.arange(V, device=DEVICE)
         rows, _ = at_lead(logits, lead)
