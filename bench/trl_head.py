@@ -1,6 +1,6 @@
 """TRL's GRPO step from the last hidden states on, four ways: memory and products, exactly.
 
-    TRITON_INTERPRET=1 python -m bench.trl_head     # on a card without the variable
+    python -m bench.trl_head
 
 | way    | what it is                                                                        |
 |--------|-----------------------------------------------------------------------------------|
@@ -9,8 +9,9 @@
 | safe   | `patch_log_probs()`, the same loss                                                |
 | fast   | what `FusedGRPOTrainer` has made in the model's forward                           |
 
-A step is forward and backward. Without a GPU TRL's kernels are interpreted where memory is looked
-at, which is then that of its path on a card (that for CPUs holds several tiles more).
+A step is forward and backward. Without a GPU TRL takes another path, which holds several tiles more
+than that of a card. So where memory is looked at, it takes the path of a card with its kernels left
+out: they allocate nothing, and what they would have written has no bearing on it.
 """
 
 from __future__ import annotations
@@ -22,10 +23,8 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
-import triton
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-
 from trl.kernels import chunked_logprob
 from trl.trainer import utils
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
@@ -127,10 +126,16 @@ class Step:
             return loss.detach(), *torch.autograd.grad(loss, wanted)
 
     def _as_on_a_card(self) -> AbstractContextManager[object]:
-        """Makes TRL use its kernels if its memory is looked at."""
-        if not self.looks_at_memory:
+        """Makes TRL hold what it does on a card, if that is looked at."""
+        if not self.looks_at_memory or self.device != "cpu":
             return nullcontext()
-        return mock.patch.object(chunked_logprob, "_use_triton", lambda device: True, create=True)
+        left_out = mock.MagicMock(name="kernel[grid]")
+        changes: dict[str, object] = {
+            "_use_triton": lambda device: True,
+            "_forward_kernel": left_out,
+            "_backward_kernel": left_out,
+        }
+        return mock.patch.multiple(chunked_logprob, create=True, **changes)
 
     def figures(self, way: str, trained: bool) -> Figures:
         """Peak and products of a step."""
@@ -167,8 +172,6 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     given = parser.parse_args()
-    if given.device == "cpu" and not triton.knobs.runtime.interpret:
-        parser.error("TRITON_INTERPRET: expected 1 on a CPU, for TRL's kernels")
     step = Step(given.n, given.V, given.D, given.device, getattr(torch, given.dtype))
     print(f"n = {given.n:,}, V = {given.V:,}, D = {given.D:,}, {given.dtype}, {given.device}\n")
     for line in rows(step.figures):
