@@ -183,7 +183,7 @@ def moments(run: Trainer) -> list[Tensor]:
 
 def interrupted(shard: str, folder: Path, model: Callable[[], Any]) -> dict[str, Any]:
     """A straight run, and one that a signal to the second process stops; really drawn."""
-    straight = short_run(folder / "straight", model(), shard=shard)
+    straight = short_run(folder / "straight", model(), shard=shard, checkpoint_every=100)
     straight.train()
     reward: Any = share_of_sevens
     if rank() == 1:
