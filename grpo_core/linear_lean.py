@@ -2,7 +2,7 @@
 
 First the statistics of every row, in small chunks; then, a slice of the vocabulary at a time, its
 logits once more for all rows, their gradient, and both gradient products. dweight of the slice is
-complete then and rounded at once. The softmax is found again from the largest logit M and the sum S
+complete then and rounded at once. The softmax is found again from the anchor M and the sum S
 that the first reading left behind, see `online_softmax`; logp itself is rounded too coarsely:
 
     lse = M·log 2 + log(S + exp(x_y/T − M·log 2)),  p_j = exp(x_j/T − lse),  1 − p_y = −expm1(logp)

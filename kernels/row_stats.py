@@ -1,7 +1,7 @@
 """Log-probability and entropy of the targets: the plan for old, reference, evaluation passes.
 
-Reads each row of logits once and writes four floats: logp and entropy, and as `state` the largest
-logit M and the sum S of `online_softmax`, from which `row_dlogits` finds the softmax again. Memory
+Reads each row of logits once and writes four floats: logp and entropy, and as `state` the anchor M
+and the sum S of `online_softmax`, from which `row_dlogits` finds the softmax again. Memory
 traffic: 2 bytes per bfloat16 logit. With reference logits also the exact KL, and M and S of both
 rows; those are read once, too. A row whose target lies outside [0, V) is not read; its outputs are
 0.
