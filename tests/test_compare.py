@@ -27,7 +27,7 @@ def test_a_comparison_leaves_behind_what_it_promises(
 ) -> None:
     """Every method and seed, with what it held: PPO three models, GRPO two, one of them trained."""
     options = ["--output", str(tmp_path), "--seeds", "1", "--steps", "2", "--prompts", "4"]
-    assert main([*options, "--base_steps", "5", "--held_out", "24"]) == 0
+    assert main([*options, "--base_steps", "60", "--held_out", "24"]) == 0
     outcomes = json.loads((tmp_path / "compare.json").read_text())
     assert [outcome["method"] for outcome in outcomes] == ["base", *METHODS]
     found = {outcome["method"]: outcome for outcome in outcomes}
