@@ -84,25 +84,26 @@ def test_every_alignment_has_the_same_bits(dtype: torch.dtype, V: int) -> None:
         assert marks(memory) == marks(beside) == before
 
 
-def test_small_vocabularies_and_every_target() -> None:
-    """V = 1..20, each word a target: logp, entropy and gradient against float64."""
+def test_small_vocabularies() -> None:
+    """V = 1..20, targets at both ends and between: logp, entropy, gradient against float64."""
     for V in range(1, 21):
         lead = 3 * V % 8
-        logits = torch.randn(1, V, device=DEVICE).expand(V, V).bfloat16()
-        target = torch.arange(V, device=DEVICE)
+        target = torch.tensor(sorted({0, V // 2, V - 1}), device=DEVICE)
+        N = len(target)
+        logits = torch.randn(1, V, device=DEVICE).expand(N, V).bfloat16()
         rows, _ = at_lead(logits, lead)
         dlogits, memory = at_lead(torch.full_like(logits, MARK), (lead + 2) % 8)
         found = triton_backend.row_stats(Rows.of(rows), target, 1.0)
-        ones = torch.ones(V, device=DEVICE)
-        slopes = Slopes(ones, None, None)
+        slopes = Slopes(torch.ones(N, device=DEVICE), None, None)
         triton_backend.row_dlogits(Rows.of(rows), target, 1.0, slopes, found, dlogits)
         log_p = torch.log_softmax(logits.double(), 1)
-        assert torch.allclose(found.logp.double(), log_p.diag(), rtol=1e-6, atol=1e-6)
+        logp = log_p.gather(1, target[:, None])[:, 0]
+        assert torch.allclose(found.logp.double(), logp, rtol=1e-6, atol=1e-6)
         entropy = -(log_p.exp() * log_p).sum(1)
         assert torch.allclose(found.entropy.double(), entropy, rtol=1e-6, atol=1e-6)
-        gradient = torch.eye(V, device=DEVICE) - log_p.exp()
+        gradient = torch.nn.functional.one_hot(target, V) - log_p.exp()
         assert torch.allclose(dlogits.double(), gradient, rtol=2**-8, atol=1e-6)
-        assert marks(memory) == memory.numel() - V * V
+        assert marks(memory) == memory.numel() - N * V
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

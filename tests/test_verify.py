@@ -105,8 +105,8 @@ def test_a_wrong_softmax_fails(
 
 
 @triton.jit
-def wrong_statistics(z, rest, moment):
-    logp, entropy = token_statistics(z, rest, moment)
+def wrong_statistics(z, lost, rest, moment):
+    logp, entropy = token_statistics(z, lost, rest, moment)
     return logp, entropy + 0.00001 * tl.abs(entropy)
 
 
