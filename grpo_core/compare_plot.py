@@ -72,5 +72,5 @@ def _bars(
         ax.text(reach, place, form.format(middle), va="center", fontsize=9, color=INK)
     ax.set_yticks(range(len(methods)), methods)
     ax.tick_params(axis="y", labelcolor=INK)
-    ax.set_xlim(0, 1.25 * largest)
+    ax.set_xlim(0, 1.25 * largest or 1)
     ax.grid(axis="y", visible=False)
