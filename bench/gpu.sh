@@ -7,6 +7,7 @@
 #   bench     time, memory, bytes of ours and naive, every vocabulary  needs pytest-benchmark
 #   peers     the same with torch.compile, two vocabularies            needs pytest-benchmark
 #   hidden    from hidden states: ours, naive, Liger, TRL, products   needs pytest-benchmark
+#   trl       what a step of TRL's holds, with our code at its hook    needs trl
 #   tune      sweeps the layouts, writes a launch.py to copy back      needs triton
 #   all       these, in this order
 #
@@ -17,7 +18,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-PARTS=(tests verify ceilings bench peers hidden tune)
+PARTS=(tests verify ceilings bench peers hidden trl tune)
 LIMIT=${LIMIT:-560}
 DRY=
 WANTED=()
@@ -25,11 +26,11 @@ for argument in "$@"; do
     case $argument in
         --dry-run) DRY=1 ;;
         all) WANTED+=("${PARTS[@]}") ;;
-        tests | verify | ceilings | bench | peers | hidden | tune) WANTED+=("$argument") ;;
+        tests | verify | ceilings | bench | peers | hidden | trl | tune) WANTED+=("$argument") ;;
         *) echo "unknown part '$argument': expected --dry-run, all, ${PARTS[*]}" >&2 && exit 2 ;;
     esac
 done
-[[ ${#WANTED[@]} -gt 0 ]] || { sed -n '2,17p' "$0" | cut -c3- && exit 2; }
+[[ ${#WANTED[@]} -gt 0 ]] || { sed -n '2,18p' "$0" | cut -c3- && exit 2; }
 
 if [[ -z ${PYTHON:-} ]]; then
     PYTHON=python3
@@ -116,6 +117,13 @@ part_hidden() {
     timed hidden bench_hidden "${sizes[@]}"
 }
 
+part_trl() {
+    has trl || return 77
+    local sizes=(--dtype bfloat16 --n 16384 --V 151936 --D 4096 --device cuda)
+    [[ -n $DRY ]] && sizes=(--n 64 --V 2048 --D 16 --device cpu)
+    "$PYTHON" -m bench.trl_head "${sizes[@]}"
+}
+
 part_tune() {
     has triton || return 77
     "$PYTHON" -m bench.tune --json "$RESULTS/tune.json" --table "$RESULTS/launch.py" ${DRY:+--dry-run}
@@ -150,7 +158,7 @@ print(", ".join(f"{name} {version}" for name, version in m.versions().items() if
     echo "| part | outcome | seconds | output |"
     echo "|---|---|---:|---|"
     for part in "${WANTED[@]}"; do run "$part"; done
-    for part in ceilings tune verify tests; do
+    for part in ceilings trl tune verify tests; do
         [[ -s $RESULTS/$part.txt && " ${WANTED[*]} " == *" $part "* ]] || continue
         printf '\n## %s\n\n```\n' "$part"
         tail -n 40 "$RESULTS/$part.txt"

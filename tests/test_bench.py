@@ -529,6 +529,7 @@ def test_the_command_for_a_gpu_walks_through_every_part_without_one(tmp_path: Pa
     summary = (tmp_path / "summary.md").read_text()
     for part in ("tests", "ceilings", "bench", "peers", "hidden", "tune"):
         assert f"| {part} | done |" in summary
+    assert re.search(r"\| trl \| (done|skipped)", summary)
     assert re.search(r"\| verify \| (done|skipped)", summary)
     assert (tmp_path / "bench" / "report.md").exists()
     assert "ours-lean" in (tmp_path / "hidden" / "report.md").read_text()
