@@ -33,9 +33,7 @@ def loss_in_graph(
     """
     if inplace:
         raise NotImplementedError("inplace: expected False inside torch.compile, got True")
-    spec = find_objective(objective)
-    if not spec.key:
-        raise ValueError("objective: expected one made outside of torch.compile's graph")
+    spec = traceable(objective)
     check_logits(logits, temperature, LOGIT_DTYPES)
     divisor = normalizer if isinstance(normalizer, (int, float)) else None
     outcome = Outcome._make(
@@ -52,6 +50,18 @@ def loss_in_graph(
     outcome = Outcome._make((outcome.loss, *(vector.detach() for vector in outcome[1:])))
     measured = measured_in_graph(spec, outcome.given, outcome.bad_target, outcome.advantage, given)
     return outcome, measured
+
+
+def traceable(objective: str | Objective) -> Objective:
+    """The objective, once a graph can name it.
+
+    Raises:
+        ValueError: it was made inside of the graph, or is none.
+    """
+    spec = find_objective(objective)
+    if not spec.key:
+        raise ValueError("objective: expected one made outside of torch.compile's graph")
+    return spec
 
 
 def measured_in_graph(

@@ -10,7 +10,7 @@ from torch import Tensor
 from grpo_core import linear_operators
 from grpo_core.arguments import Measured, check_logits
 from grpo_core.fused_loss import LossOutput, TokenLogp
-from grpo_core.in_graph import host_tensor, measured_in_graph
+from grpo_core.in_graph import host_tensor, measured_in_graph, traceable
 from grpo_core.linear_door import (
     autocast_dtype,
     check_policy,
@@ -22,7 +22,6 @@ from grpo_core.linear_door import (
 from grpo_core.linear_head import HEAD_DTYPES, LinearHead, check_head, check_hidden
 from grpo_core.linear_operators import POLICIES, TENSORS, LinearOutcome, head_numbers
 from grpo_core.objective import Objective
-from grpo_core.recipes import find_objective
 
 
 def loss_in_graph(
@@ -47,9 +46,7 @@ def loss_in_graph(
     """
     if accumulate_into is not None:
         raise NotImplementedError("accumulate_into: expected None inside torch.compile")
-    spec = find_objective(objective)
-    if not spec.key:
-        raise ValueError("objective: expected one made outside of torch.compile's graph")
+    spec = traceable(objective)
     # values are looked at inside of the operator
     heat, temperature = temperature_of_rows(temperature, target, False)
     head = _checked(hidden, lm_head, target, temperature)

@@ -24,6 +24,7 @@ from grpo_core.arguments import Tokens, check_logits, check_target, present
 from grpo_core.backends import Backend, choose_backend
 from grpo_core.fused_loss import TokenLogp
 from grpo_core.kernels.records import RowStats, Slopes
+from grpo_core.linear_door import autocast_dtype, stand_in
 from grpo_core.linear_head import HEAD_DTYPES, LinearHead, check_head, check_hidden
 from grpo_core.linear_lean import LeanSweep
 from grpo_core.linear_memory import Plan, Sizes, buffer_bytes, choose_layout
@@ -90,11 +91,9 @@ def linear_logp(
     """
     head = check_head("lm_head", lm_head, check_hidden("hidden", hidden))
     kernels = choose_backend(backend, hidden)
-    # of the logits' shape without their memory, for the door to look at
-    logits = hidden.detach().new_zeros(()).expand(*hidden.shape[:-1], head.V)
+    logits = stand_in(hidden, head.V)
     check_logits(logits, temperature, HEAD_DTYPES)
     check_target(logits, target, mask, validate)
-    device = hidden.device.type
     flat = target.reshape(-1).long()
     call = ScoreCall(
         target=flat,
@@ -102,7 +101,7 @@ def linear_logp(
         temperature=float(temperature),
         plan=plan,
         memory_budget=memory_budget,
-        autocast=torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
+        autocast=autocast_dtype(hidden),
         kernels=kernels,
     )
     logp, entropy = LinearLogp.apply(call, head, hidden, *head.tensors)
@@ -159,7 +158,7 @@ def _gradients(
 ) -> list[Tensor | None]:
     """Gradients of hidden and the head's tensors, shaped and typed like them."""
     rows = (call.valid & slopes.any).nonzero().squeeze(1)
-    some = Slopes._make(None if slope is None else slope[rows] for slope in slopes)
+    some = slopes.at(rows)
     is_all = rows.numel() == call.valid.numel()
     linear = _linear_call(call, head, hidden, rows, is_all, some, wanted)
     kind = LeanLogpSweep if linear.layout.plan == "lean" else LogpSweep

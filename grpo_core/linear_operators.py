@@ -20,7 +20,7 @@ from grpo_core.linear_door import logp_from_hidden, loss_from_hidden
 from grpo_core.linear_head import LinearHead
 from grpo_core.linear_rows import Run
 from grpo_core.objective import objective_of
-from grpo_core.operators import TAGS
+from grpo_core.operators import TAGS, schema
 
 # tensors and numbers of a head, as the operators take them
 TENSORS = ("weight", "bias", "lora_A", "lora_B")
@@ -115,8 +115,7 @@ def take_head(given: dict[str, Any], policy: str, numbers: list[float]) -> Linea
     "grpo_core::fused_linear_loss",
     mutates_args=(),
     tags=TAGS,
-    schema=f"({', '.join(f'{kind} {name}' for name, kind in ARGUMENTS.items())}) -> "
-    f"({', '.join(['Tensor'] * len(LinearOutcome._fields))})",
+    schema=schema(ARGUMENTS, len(LinearOutcome._fields)),
 )
 def fused_linear_loss(*arguments: Any) -> tuple[Tensor, ...]:
     """Loss and gradients; `numbers` = (T, the divisor, *those of the heads, *the objective's).
@@ -244,8 +243,7 @@ LOGP_ARGUMENTS = {
     "grpo_core::linear_token_logp",
     mutates_args=(),
     tags=TAGS,
-    schema=f"({', '.join(f'{kind} {name}' for name, kind in LOGP_ARGUMENTS.items())}) -> "
-    "(Tensor, Tensor)",
+    schema=schema(LOGP_ARGUMENTS, 2),
 )
 def linear_token_logp(*arguments: Any) -> tuple[Tensor, Tensor]:
     """logp and entropy of every target; `numbers` = (T as above, *those of the head)."""

@@ -26,6 +26,7 @@ from torch import Tensor
 from grpo_core.arguments import check_logits, check_target
 from grpo_core.backends import Backend, choose_backend
 from grpo_core.kernels.records import RowStats, Slopes
+from grpo_core.linear_door import autocast_dtype, dtype_of_logits, stand_in
 from grpo_core.linear_head import HEAD_DTYPES, LinearHead, check_head, check_hidden
 from grpo_core.linear_memory import ChunkBuffer, Sizes, buffer_bytes, choose_layout
 from grpo_core.linear_plans import HiddenRows, dlogits_dtype, joined
@@ -107,16 +108,12 @@ def linear_scores(
     unknown = [name for name in further if name not in FURTHER]
     if unknown:
         raise ValueError(f"further: expected names out of {FURTHER}, got {unknown[0]!r}")
-    dtype = torch.float32 if logits_dtype is None else logits_dtype
-    if dtype not in HEAD_DTYPES:
-        raise ValueError(f"logits_dtype: expected one of {HEAD_DTYPES} or None, got {dtype!r}")
-    logits = hidden.detach().new_zeros(()).expand(hidden.shape[0], head.V)
+    dtype = dtype_of_logits(logits_dtype)
+    logits = stand_in(hidden, head.V)
     check_logits(logits, temperature, HEAD_DTYPES)
     check_target(logits, target, None, validate)
     device, tensors = hidden.device, (hidden, *head.tensors)
-    autocast = None
-    if torch.is_autocast_enabled(device.type):
-        autocast = torch.get_autocast_dtype(device.type)
+    autocast = autocast_dtype(hidden)
     wanted = tuple(
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in tensors
@@ -183,7 +180,7 @@ class _Scores(torch.autograd.Function):
             scaled = (ahead * slopes.dlogp[:, None]).masked_fill_(still[:, None], 0.0)
             return None, None, scaled.to(hidden.dtype), None, None, None, None
         rows = slopes.any.nonzero().squeeze(1)
-        some = Slopes._make(None if slope is None else slope[rows] for slope in slopes)
+        some = slopes.at(rows)
         stats = RowStats(logp[rows], entropy[rows], None, state[:, rows].contiguous())
         with call.gathered(), torch.autocast(hidden.device.type, enabled=False):
             walk = _Walk(call, ctx.head.of(weight, *others), hidden, rows, gradient=True)

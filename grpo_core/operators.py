@@ -14,6 +14,7 @@ copied: a graph's backward may not write over what its forward has saved.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -74,12 +75,17 @@ ARGUMENTS = {
 }
 
 
+def schema(arguments: Mapping[str, str], results: int) -> str:
+    """Of an operator with these arguments and so many tensors for a result, as torch writes it."""
+    given = ", ".join(f"{kind} {name}" for name, kind in arguments.items())
+    return f"({given}) -> ({', '.join(['Tensor'] * results)})"
+
+
 @torch.library.custom_op(
     "grpo_core::fused_loss",
     mutates_args=(),
     tags=TAGS,
-    schema=f"({', '.join(f'{kind} {name}' for name, kind in ARGUMENTS.items())}) -> "
-    f"({', '.join(['Tensor'] * len(Outcome._fields))})",
+    schema=schema(ARGUMENTS, len(Outcome._fields)),
 )
 def fused_loss(*arguments: Any) -> tuple[Tensor, ...]:
     """The forward, without a gradient; `numbers` = (T, the divisor, *those of the objective)."""

@@ -177,7 +177,7 @@ class Slopes(NamedTuple):
         """Each multiplied by a 0-dim tensor."""
         return Slopes._make(None if slope is None else slope * grad_output for slope in self)
 
-    def at(self, place: slice) -> Slopes:
+    def at(self, place: slice | Tensor) -> Slopes:
         """Those of some rows only."""
         return Slopes._make(None if slope is None else slope[place] for slope in self)
 

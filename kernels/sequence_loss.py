@@ -22,8 +22,17 @@ from .launch import (
 from .records import Level, RowLoss, RowStats, Terms, TokenVectors
 from .scalar_math import is_finite
 from .sum_by_the_last import new_ticket, sum_by_the_last
-from .token_loss import token_terms
+from .token_loss import vector_terms
 from .token_weights import sequence_of
+
+
+@triton.jit
+def own_tokens(at, end, sequence, sequence_ptr, valid_ptr, T, S):
+    """Whether each token is the sequence's, and whether it counts besides."""
+    mine = at < end
+    if sequence_ptr is not None:
+        mine = mine & (sequence_of(at, sequence_ptr, T, S, mine) == sequence)
+    return mine, mine & (tl.load(valid_ptr + at, mask=mine, other=0) != 0)
 
 
 @triton.jit
@@ -118,10 +127,7 @@ def _sequence_loss_kernel(
     length = tl.zeros([BLOCK], tl.int32)
     for start in range(begin, end, BLOCK):
         at = start + lane
-        mine = at < end
-        if sequence_ptr is not None:
-            mine = mine & (sequence_of(at, sequence_ptr, T, S, mine) == sequence)
-        mine = mine & (tl.load(valid_ptr + at, mask=mine, other=0) != 0)
+        _, mine = own_tokens(at, end, sequence, sequence_ptr, valid_ptr, T, S)
         logp, log_ratio, bounded = log_ratios(
             at, mine, logp_ptr, old_logp_ptr, advantage_ptr, low, high, CLIPPED
         )
@@ -133,10 +139,7 @@ def _sequence_loss_kernel(
     through = tl.zeros([BLOCK], tl.float32)
     for start in range(begin, end, BLOCK):
         at = start + lane
-        mine = at < end
-        if sequence_ptr is not None:
-            mine = mine & (sequence_of(at, sequence_ptr, T, S, mine) == sequence)
-        valid = mine & (tl.load(valid_ptr + at, mask=mine, other=0) != 0)
+        mine, valid = own_tokens(at, end, sequence, sequence_ptr, valid_ptr, T, S)
         logp, log_ratio, bounded = log_ratios(
             at, valid, logp_ptr, old_logp_ptr, advantage_ptr, low, high, CLIPPED
         )
@@ -144,12 +147,12 @@ def _sequence_loss_kernel(
         log_ratio = bounded if LEVEL == "token" else tl.zeros([BLOCK], tl.float32) + level
         advantage = tl.load(advantage_ptr + at, mask=valid, other=0.0)
         weight = tl.load(weight_ptr + at, mask=valid, other=0.0)
-        loss, dlogp, dlog_ratio, kl = token_terms(
+        loss, dlogp, dlog_ratio, kl = vector_terms(
             logp,
             log_ratio,
             advantage,
-            factor_ptr,
-            ref_logp_ptr,
+            weight,
+            (factor_ptr, ref_logp_ptr, exact_kl_ptr, entropy_ptr, entropy_weight_ptr),
             at,
             valid,
             beta,
@@ -158,14 +161,6 @@ def _sequence_loss_kernel(
             KL,
             KL_TIMES_RATIO,
         )
-        if exact_kl_ptr is not None:
-            kl = tl.load(exact_kl_ptr + at, mask=valid, other=0.0)
-            if beta != 0:
-                loss += beta * kl
-        loss *= weight
-        if entropy_weight_ptr is not None:
-            entropy = tl.load(entropy_ptr + at, mask=valid, other=0.0)
-            loss -= tl.load(entropy_weight_ptr + at, mask=valid, other=0.0) * entropy
         ratio = tl.exp(log_ratio)
         usable = is_finite(logp) & is_finite(log_ratio) & is_finite(ratio)
         usable = usable & is_finite(loss) & is_finite(dlogp) & is_finite(dlog_ratio)
@@ -189,10 +184,7 @@ def _sequence_loss_kernel(
         tl.debug_barrier()
         for start in range(begin, end, BLOCK):
             at = start + lane
-            mine = at < end
-            if sequence_ptr is not None:
-                mine = mine & (sequence_of(at, sequence_ptr, T, S, mine) == sequence)
-            mine = mine & (tl.load(valid_ptr + at, mask=mine, other=0) != 0)
+            _, mine = own_tokens(at, end, sequence, sequence_ptr, valid_ptr, T, S)
             mine = mine & (tl.load(dropped_ptr + at, mask=mine, other=1) == 0)
             logp, log_ratio, bounded = log_ratios(
                 at, mine, logp_ptr, old_logp_ptr, advantage_ptr, low, high, CLIPPED

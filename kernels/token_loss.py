@@ -49,6 +49,52 @@ def token_terms(
     return loss, dlogp, dlog_ratio, kl
 
 
+@triton.jit
+def vector_terms(
+    logp,
+    log_ratio,
+    advantage,
+    weight,
+    pointers,
+    at,
+    mask,
+    beta,
+    surrogate_args,
+    SURROGATE: tl.constexpr,
+    KL: tl.constexpr,
+    KL_TIMES_RATIO: tl.constexpr,
+):
+    """(loss, dloss/dlogp, dloss/dlog_ratio, kl) of tokens whose rows have been read.
+
+    `pointers` = (factor, ref_logp, exact KL, entropy, its weight), None for what there is not. The
+    loss has its weight, exact KL and entropy bonus; the derivatives have not.
+    """
+    factor_ptr, ref_logp_ptr, exact_kl_ptr, entropy_ptr, entropy_weight_ptr = pointers
+    loss, dlogp, dlog_ratio, kl = token_terms(
+        logp,
+        log_ratio,
+        advantage,
+        factor_ptr,
+        ref_logp_ptr,
+        at,
+        mask,
+        beta,
+        surrogate_args,
+        SURROGATE,
+        KL,
+        KL_TIMES_RATIO,
+    )
+    if exact_kl_ptr is not None:
+        kl = tl.load(exact_kl_ptr + at, mask=mask, other=0.0)
+        if beta != 0:
+            loss += beta * kl
+    loss *= weight
+    if entropy_weight_ptr is not None:
+        entropy = tl.load(entropy_ptr + at, mask=mask, other=0.0)
+        loss -= tl.load(entropy_weight_ptr + at, mask=mask, other=0.0) * entropy
+    return loss, dlogp, dlog_ratio, kl
+
+
 @triton.jit(
     do_not_specialize=["N"],
     # scalars of a row: their alignment, which changes with N, must not recompile
@@ -98,12 +144,12 @@ def _token_loss_kernel(
     log_ratio = tl.load(log_ratio_ptr + at, mask=inside, other=0.0)
     advantage = tl.load(advantage_ptr + at, mask=inside, other=0.0)
     weight = tl.load(weight_ptr + at, mask=inside, other=0.0)
-    loss, dlogp, dlog_ratio, kl = token_terms(
+    loss, dlogp, dlog_ratio, kl = vector_terms(
         logp,
         log_ratio,
         advantage,
-        factor_ptr,
-        ref_logp_ptr,
+        weight,
+        (factor_ptr, ref_logp_ptr, exact_kl_ptr, entropy_ptr, entropy_weight_ptr),
         at,
         inside,
         beta,
@@ -112,14 +158,6 @@ def _token_loss_kernel(
         KL,
         KL_TIMES_RATIO,
     )
-    if exact_kl_ptr is not None:
-        kl = tl.load(exact_kl_ptr + at, mask=inside, other=0.0)
-        if beta != 0:
-            loss += beta * kl
-    loss *= weight
-    if entropy_weight_ptr is not None:
-        entropy = tl.load(entropy_ptr + at, mask=inside, other=0.0)
-        loss -= tl.load(entropy_weight_ptr + at, mask=inside, other=0.0) * entropy
     alive = weight != 0
     usable = is_finite(logp) & is_finite(log_ratio) & is_finite(tl.exp(log_ratio))
     usable = usable & is_finite(loss)
