@@ -27,13 +27,14 @@ from transformers.utils import logging
 
 from grpo_core import RECIPES, Objective
 from grpo_core.batch import Batch, pack
-from grpo_core.demo import SAMPLED, Demo, DemoConfig, option
+from grpo_core.demo import SAMPLED, Demo, DemoConfig
 from grpo_core.dpo import PreferenceConfig, sample_pairs, train_preferences
 from grpo_core.evaluate import evaluate
 from grpo_core.live_bytes import LiveBytes
+from grpo_core.options import check_at_least, option
 from grpo_core.ppo import CriticConfig, PPOTrainer
 from grpo_core.randomness import randomness
-from grpo_core.reference_model import adapter_off, reference_of
+from grpo_core.reference_model import reference_of
 from grpo_core.rollout import Rollout
 from grpo_core.trainer import Trainer
 from grpo_core.trainer_config import TrainerConfig
@@ -57,9 +58,7 @@ class CompareConfig:
     plot: bool = option(True, "Draw compare.png (needs matplotlib); --no_plot does not.")
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "steps", "prompts", "base_steps", "held_out"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        check_at_least(self, 1, "seeds", "steps", "prompts", "base_steps", "held_out")
 
 
 @dataclass(frozen=True)
@@ -274,9 +273,7 @@ class PricedTrainer(Trainer):
     def minibatches(self, drawn: Rollout, rewards: Tensor, order: Tensor) -> list[list[Batch]]:
         """As in `Trainer`, from the lower rewards."""
         rows = pack(drawn, rewards).rows
-        with adapter_off(self.start):
-            ref_logp = self.frozen_logp(self.start, rows)
-        gap = self.frozen_logp(self.model, rows) - ref_logp
+        gap = self.frozen_logp(self.model, rows) - self.reference_logp(self.start, rows)
         price = torch.zeros_like(rewards).index_add(0, rows.sequence, gap)
         return super().minibatches(drawn, rewards - self.beta * price, order)
 

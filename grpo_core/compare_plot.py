@@ -7,7 +7,8 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
 
-from grpo_core.plot import INK, QUIET, STYLE
+from grpo_core.plot import INK, STYLE
+from grpo_core.plot_runs import titled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,8 +48,7 @@ def plot(outcomes: Sequence[Outcome], path: Path) -> None:
         axes = figure.subplots(1, len(PANELS), sharey=True)
         for ax, (title, note, value, form) in zip(axes.flat, PANELS, strict=True):
             _bars(ax, methods, outcomes, value, form)
-            ax.set_title(title, loc="left", fontsize=11.5, fontweight="bold", pad=19)
-            ax.text(0, 1.03, note, transform=ax.transAxes, fontsize=8.5, color=QUIET)
+            titled(ax, title, note)
         figure.savefig(path, dpi=160)
 
 

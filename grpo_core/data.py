@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from grpo_core.extras import extra
 from grpo_core.rollout import Problem
 from grpo_core.supervised import Example
 
@@ -43,13 +44,8 @@ def read_records(source: str | Path, split: str = "train") -> list[dict[str, Any
         if not isinstance(found, list):
             raise ValueError(f"{path}: expected a list of records, got {type(found).__name__}")
         return [_checked(record, f"{path}[{n}]") for n, record in enumerate(found)]
-    try:
-        import datasets
-    except ModuleNotFoundError as missing:
-        raise ModuleNotFoundError(
-            f"{source}: only .jsonl and .json are read without it: pip install datasets",
-            name=missing.name,
-        ) from missing
+    why = f"{source}: only .jsonl and .json are read without it"
+    datasets = extra("datasets", why, "datasets")
     if path.suffix == ".parquet":
         read = datasets.load_dataset("parquet", data_files=str(path), split="train")
     elif path.is_dir():

@@ -17,15 +17,16 @@ import json
 import random
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from grpo_core import RECIPES, Objective, decimals
 from grpo_core.evaluate import evaluate
-from grpo_core.monitor import append_json, keep_records
+from grpo_core.monitor import append_json, keep_records, write_whole
+from grpo_core.options import check_at_least, option, recipe_with_kl
 from grpo_core.rewards import TextReward
 from grpo_core.rollout import Problem, Sampling
 from grpo_core.supervised import Example, SupervisedConfig, train_supervised
@@ -36,11 +37,6 @@ MAX_NEW_TOKENS = 40
 GREEDY = Sampling(MAX_NEW_TOKENS, temperature=0.0)
 SAMPLED = Sampling(MAX_NEW_TOKENS)
 COLD_START_EXAMPLES = 256
-
-
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with a help text for the command line."""
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -74,22 +70,15 @@ class DemoConfig:
     resume: bool = option(False, "Go on with an interrupted run of the same options.")
 
     def __post_init__(self) -> None:
-        if self.objective not in RECIPES:
-            raise ValueError(f"objective: expected one of {list(RECIPES)}, got {self.objective!r}")
-        for name in ("steps", "prompts", "base_steps", "sft_steps", "held_out"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        self.build_objective()
+        check_at_least(self, 1, "steps", "prompts", "base_steps", "sft_steps", "held_out")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate: expected more than 0, got {self.learning_rate}")
-        if self.threads < 0:
-            raise ValueError(f"threads: expected 0 or more, got {self.threads}")
-        self.build_objective()
+        check_at_least(self, 0, "threads")
 
     def build_objective(self) -> Objective:
         """The recipe with this run's KL term."""
-        recipe = RECIPES[self.objective]
-        kl = (recipe.kl or "k3") if self.beta > 0 else None
-        return recipe.replace(beta=self.beta, kl=kl)
+        return recipe_with_kl(self.objective, self.beta)
 
 
 @dataclass(frozen=True)
@@ -249,9 +238,8 @@ class Demo:
             self.save(model, name)
         figures = {"greedy": greedy.metrics, "sampled": sampled.metrics}
         append_json(self.metrics_path, {"stage": name, "result": figures})
-        results, beside = self.directory / "results.json", self.directory / "results.part"
-        beside.write_text(json.dumps([asdict(stage) for stage in self.stages], indent=2), "utf-8")
-        beside.replace(results)
+        results = json.dumps([asdict(stage) for stage in self.stages], indent=2)
+        write_whole(self.directory / "results.json", results)
         shutil.rmtree(self.directory / "checkpoints" / name.lower(), ignore_errors=True)
 
     def check_base(self) -> None:

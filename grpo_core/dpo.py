@@ -7,24 +7,23 @@ log-probabilities from hidden states, so that no logits of all tokens exist.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from grpo_core.batch import Rows, beneath, check_output_matrix
 from grpo_core.head_reading import Around, read_head
 from grpo_core.linear_logp import linear_logp
+from grpo_core.options import check_at_least, check_warmup
 from grpo_core.preference import dpo_loss, sequence_logp
 from grpo_core.reference_model import adapter_off, reference_of
 from grpo_core.rewards import Reward
 from grpo_core.rollout import Problem, Sampling, rollout
-from grpo_core.supervised import Example, learning_rate_share, pad_examples
+from grpo_core.supervised import Example, descend, pad_examples
 
 
 class Pair(NamedTuple):
@@ -50,15 +49,11 @@ class PreferenceConfig:
     warmup_steps: int = 5
     beta: float = 0.1
     max_grad_norm: float = 1.0
+    final_learning_rate: float = 0.0  # as a share of `learning_rate`
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not 0 <= self.warmup_steps < self.steps:
-            raise ValueError(
-                f"warmup_steps: expected 0 to {self.steps - 1}, got {self.warmup_steps}"
-            )
+        check_at_least(self, 1, "steps", "batch_size")
+        check_warmup(self)
 
 
 def sample_pairs(
@@ -108,7 +103,7 @@ def train_preferences(
     seed: int = 0,
     label: str = "DPO",
 ) -> list[dict[str, float]]:
-    """Trains in place by AdamW with warm-up, linear decay and clipping; a new order every epoch.
+    """Trains in place, as `supervised.descend` does.
 
     Returns:
         Of every step: "loss"; "accuracy", the share of pairs whose better answer has the larger
@@ -121,19 +116,8 @@ def train_preferences(
         raise ValueError("pairs: expected at least one, got none: the rewards of all are equal")
     check_output_matrix(model)
     reference = reference_of(model)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
-    )
-    rng, queue, history = random.Random(seed), list[Pair](), []
-    progress = tqdm(range(config.steps), desc=label, unit="step")
-    for step in progress:
-        if len(queue) < config.batch_size:
-            queue = rng.sample(list(pairs), len(pairs))
-        some = [queue.pop() for _ in range(min(config.batch_size, len(queue)))]
-        share = learning_rate_share(step, config.steps, config.warmup_steps, final=0.0)
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * share
 
+    def loss_of(some: list[Pair]) -> tuple[Tensor, Tensor]:
         answers = [Example(pair.prompt, pair.chosen) for pair in some]
         answers += [Example(pair.prompt, pair.rejected) for pair in some]
         rows = pad_examples(answers, prompt_loss=False, device=model.device)
@@ -141,15 +125,13 @@ def train_preferences(
             ref_chosen, ref_rejected = answer_logp(reference, rows).chunk(2)
         chosen, rejected = answer_logp(model, rows).chunk(2)
         out = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=config.beta)
-        out.loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
         margin = out.reward_chosen - out.reward_rejected
-        figures = torch.stack([out.loss.detach(), (margin > 0).float().mean(), margin.mean()])
-        history.append(dict(zip(("loss", "accuracy", "margin"), figures.tolist(), strict=True)))
-        progress.set_postfix(loss=f"{history[-1]['loss']:.3f}", refresh=False)
-    return history
+        accuracy = (margin > 0).float().mean()
+        return out.loss, torch.stack([out.loss.detach(), accuracy, margin.mean()])
+
+    history = descend(model, pairs, config, loss_of, seed=seed, label=label)
+    names = ("loss", "accuracy", "margin")
+    return [dict(zip(names, figures, strict=True)) for figures in history]
 
 
 def answer_logp(model: PreTrainedModel, rows: Rows) -> Tensor:

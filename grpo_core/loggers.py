@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from grpo_core.extras import extra
 from grpo_core.monitor import Metrics
 
 Logger = Callable[[Metrics], None]
 
-PACKAGES = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb"}
+PACKAGES = ("tensorboard", "trackio", "wandb")
 
 
 def open_logger(name: str, directory: Path, config: Mapping[str, Any]) -> Logger:
@@ -30,7 +30,7 @@ def open_logger(name: str, directory: Path, config: Mapping[str, Any]) -> Logger
     if name not in PACKAGES:
         raise ValueError(f"log: expected one of {list(PACKAGES)}, got {name!r}")
     if name == "tensorboard":
-        _package(name)
+        _package(name, name)
         writer = _package(name, "torch.utils.tensorboard").SummaryWriter(str(directory / name))
 
         def write(record: Metrics) -> None:
@@ -39,7 +39,7 @@ def open_logger(name: str, directory: Path, config: Mapping[str, Any]) -> Logger
             writer.flush()
 
         return write
-    package = _package(name)
+    package = _package(name, name)
     settings = {"dir": str(directory)} if name == "wandb" else {}
     package.init(project="grpo_core", name=directory.name, config=dict(config), **settings)
 
@@ -60,11 +60,6 @@ def flat(record: Metrics, prefix: str = "") -> dict[str, float]:
     return numbers
 
 
-def _package(name: str, module: str = "") -> ModuleType:
-    """The module, or an error that names the package to install."""
-    try:
-        return importlib.import_module(module or name)
-    except ModuleNotFoundError as missing:
-        raise ModuleNotFoundError(
-            f"log: {name} is not installed: pip install {PACKAGES[name]}", name=missing.name
-        ) from missing
+def _package(name: str, module: str) -> ModuleType:
+    """The module of a package."""
+    return extra(module, f"log: {name} is not installed", name)

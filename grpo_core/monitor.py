@@ -161,6 +161,11 @@ def keep_records(path: Path, wanted: Callable[[Metrics], bool]) -> None:
             continue
         if wanted(record):
             kept.append(line + "\n")
+    write_whole(path, "".join(kept))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A file in one go: whoever looks finds what it was, or all of what it is now."""
     beside = path.with_suffix(".part")
-    beside.write_text("".join(kept), "utf-8")
+    beside.write_text(text, "utf-8")
     beside.replace(path)

@@ -71,7 +71,7 @@ def plot_runs(runs: Sequence[Path], output: Path) -> Path:
         figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12, rect=(0, 0, 1, 0.95))
         axes = list(figure.subplots(rows, columns, squeeze=False).flat)
         for ax, (title, note, curve) in zip(axes, panels, strict=False):
-            _title(ax, title, note)
+            titled(ax, title, note)
             for colour, (name, history) in zip(_colours(histories), histories.items(), strict=True):
                 _curve(ax, curve(history), colour, name)
         _time(axes[len(panels)], histories)
@@ -108,7 +108,8 @@ def _colours(histories: dict[str, History]) -> list[str]:
     return [COLOURS[k % len(COLOURS)] for k in range(len(histories))]
 
 
-def _title(ax: Axes, title: str, note: str) -> None:
+def titled(ax: Axes, title: str, note: str) -> None:
+    """Gives a panel its title and, smaller, what it shows."""
     ax.set_title(title, loc="left", fontsize=11.5, fontweight="bold", pad=19)
     ax.text(0, 1.03, note, transform=ax.transAxes, fontsize=8.5, color=QUIET)
 
@@ -125,7 +126,7 @@ def _curve(ax: Axes, points: Sequence[tuple[int, float]], colour: str, name: str
 
 def _time(ax: Axes, histories: dict[str, History]) -> None:
     """Seconds of a step, by phase, a bar for each run."""
-    _title(ax, "Time of a step", "seconds, mean over the steps")
+    titled(ax, "Time of a step", "seconds, mean over the steps")
     for place, history in enumerate(reversed(list(histories.values()))):
         spent = [record["seconds"] for record in history if "seconds" in record]
         left = 0.0

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from grpo_core.batch import Batch, Rows, pack
 from grpo_core.distributed import world
 from grpo_core.monitor import Clock, Metrics
-from grpo_core.reference_model import adapter_off, reference_of
+from grpo_core.reference_model import reference_of
 from grpo_core.rollout import Rollout
 from grpo_core.trainer import Trainer
 from grpo_core.value import gae, rewards_with_kl, value_loss, whiten
@@ -115,8 +115,7 @@ class PPOTrainer(Trainer):
         settings, rows = self.critic_config, part.rows
         old_logp, ref_logp = self.frozen_logp(self.model, rows), None
         if self.reference is not None:
-            with adapter_off(self.reference):
-                ref_logp = self.frozen_logp(self.reference, rows)
+            ref_logp = self.reference_logp(self.reference, rows)
         value = self.critic(rows)
         reward = torch.zeros(len(rows.ids), device=value.device)
         reward[rows.sequence] = part.advantage

@@ -31,6 +31,7 @@ from grpo_core.checkpoint import Interrupted
 from grpo_core.data import Epochs, problems_of, read_records
 from grpo_core.distributed import barrier, in_group, is_main, process_group, rank, world
 from grpo_core.evaluate import evaluate
+from grpo_core.extras import extra
 from grpo_core.loggers import open_logger
 from grpo_core.monitor import Metrics, append_json
 from grpo_core.parallel import export
@@ -204,12 +205,9 @@ def load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrai
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
     if config.lora_rank:
-        try:
-            from peft import LoraConfig, get_peft_model
-        except ModuleNotFoundError as missing:
-            raise ModuleNotFoundError("lora_rank: needs peft: pip install peft") from missing
+        peft = extra("peft", "lora_rank: needs peft", "peft")
         torch.manual_seed(config.seed)
-        adapter = LoraConfig(
+        adapter = peft.LoraConfig(
             r=config.lora_rank,
             lora_alpha=2 * config.lora_rank,
             target_modules="all-linear",
@@ -217,7 +215,7 @@ def load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrai
         )
         if config.gradient_checkpointing:
             model.enable_input_require_grads()
-        model = get_peft_model(model, adapter)
+        model = peft.get_peft_model(model, adapter)
     policy: PreTrainedModel = model
     return policy
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from grpo_core.demo import option
-from grpo_core.objective import Objective
+from grpo_core.options import (
+    check_at_least,
+    check_unchanged,
+    option,
+    read_resumed,
+    recipe_with_kl,
+)
 from grpo_core.recipes import RECIPES
 from grpo_core.rollout import Sampling
 from grpo_core.trainer_config import TrainerConfig
@@ -82,19 +86,15 @@ class RunConfig:
         for name in ("model", "data"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: expected a value, got nothing")
-        if self.objective not in RECIPES:
-            raise ValueError(f"objective: expected one of {list(RECIPES)}, got {self.objective!r}")
         if not self.rewards:
             raise ValueError("rewards: expected at least one, got none")
-        for name in ("held_out", "longest_prompt", "lora_rank", "samples", "threads"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        check_at_least(self, 0, "held_out", "longest_prompt", "lora_rank", "samples", "threads")
         self.trainer(Sampling(self.max_new_tokens, self.temperature))
 
     def trainer(self, sampling: Sampling) -> TrainerConfig:
         """The part that the trainer wants to know."""
         return TrainerConfig(
-            objective=self.build_objective(),
+            objective=recipe_with_kl(self.objective, self.beta),
             steps=self.steps,
             prompts_per_step=self.prompts,
             group_size=self.group_size,
@@ -114,22 +114,11 @@ class RunConfig:
             shard=self.shard,
         )
 
-    def build_objective(self) -> Objective:
-        """The recipe with this run's KL term."""
-        recipe = RECIPES[self.objective]
-        kl = (recipe.kl or "k3") if self.beta > 0 else None
-        return recipe.replace(beta=self.beta, kl=kl)
-
 
 def check_resumed(config: RunConfig, directory: Path) -> None:
     """Raises ValueError unless an interrupted run in `directory` had these options."""
     file = directory / "config.json"
-    if not file.exists():
-        raise ValueError(f"resume: expected an interrupted run, found no {file}")
-    before = json.loads(file.read_text("utf-8"))
-    for name, value in asdict(config).items():
-        if name not in FREE and before.get(name) != value:
-            raise ValueError(f"{name}: expected {before.get(name)} as in {file}, got {value}")
+    check_unchanged(asdict(config), read_resumed(file), file, FREE)
 
 
 def clear(directory: Path) -> None:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from grpo_core.batch import Rows, rows_of
+from grpo_core.options import check_at_least, check_warmup
+
+if TYPE_CHECKING:
+    from grpo_core.dpo import PreferenceConfig
+
+Item = TypeVar("Item")
 
 
 class Example(NamedTuple):
@@ -33,13 +40,8 @@ class SupervisedConfig:
     final_learning_rate: float = 0.1  # as a share of `learning_rate`
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps: expected at least 1, got {self.steps}")
-        # A warm-up as long as the run teaches nothing and says nothing.
-        if not 0 <= self.warmup_steps < self.steps:
-            raise ValueError(
-                f"warmup_steps: expected 0 to {self.steps - 1}, got {self.warmup_steps}"
-            )
+        check_at_least(self, 1, "steps")
+        check_warmup(self)
 
 
 def learning_rate_share(step: int, steps: int, warmup_steps: int, final: float) -> float:
@@ -77,16 +79,47 @@ def train_supervised(
     Returns:
         The loss of every step, nats per token.
     """
+
+    def loss_of(chosen: list[Example]) -> tuple[Tensor, Tensor]:
+        rows = pad_examples(chosen, config.prompt_loss, model.device)
+        loss = cross_entropy(rows.logits(model).float(), rows.target)
+        return loss, loss.detach()[None]
+
+    return [loss for (loss,) in descend(model, examples, config, loss_of, seed=seed, label=label)]
+
+
+def descend(
+    model: PreTrainedModel,
+    items: Sequence[Item],
+    config: SupervisedConfig | PreferenceConfig,
+    loss_of: Callable[[list[Item]], tuple[Tensor, Tensor]],
+    *,
+    seed: int,
+    label: str,
+) -> list[list[float]]:
+    """Trains in place by AdamW with warm-up, linear decay and clipping; a new order every epoch.
+
+    Args:
+        model: what is trained.
+        items: what batches are drawn from.
+        config: of the run.
+        loss_of: a batch -> (its loss, figures [k] detached, of which the loss is the first).
+        seed: of the order.
+        label: on the progress bar.
+
+    Returns:
+        The figures of every step.
+    """
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
     )
     rng = random.Random(seed)
-    queue: list[Example] = []
-    losses = []
+    queue: list[Item] = []
+    history = []
     progress = tqdm(range(config.steps), desc=label, unit="step")
     for step in progress:
         if len(queue) < config.batch_size:
-            queue = rng.sample(list(examples), len(examples))
+            queue = rng.sample(list(items), len(items))
         chosen = [queue.pop() for _ in range(min(config.batch_size, len(queue)))]
         share = learning_rate_share(
             step, config.steps, config.warmup_steps, config.final_learning_rate
@@ -94,12 +127,11 @@ def train_supervised(
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * share
 
-        rows = pad_examples(chosen, config.prompt_loss, model.device)
-        loss = cross_entropy(rows.logits(model).float(), rows.target)
+        loss, figures = loss_of(chosen)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
-        progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-    return losses
+        history.append(figures.tolist())
+        progress.set_postfix(loss=f"{history[-1][0]:.3f}", refresh=False)
+    return history

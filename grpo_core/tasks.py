@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from grpo_core.data import problems_of
+from grpo_core.extras import extra
 from grpo_core.rewards import FunctionReward, given_answer
 from grpo_core.rollout import Problem
 
@@ -68,7 +68,7 @@ def reasoning_gym_task(
         ModuleNotFoundError: reasoning-gym is not installed.
         ValueError: there is no such data set.
     """
-    gym = _library("reasoning_gym", "reasoning-gym")
+    gym = extra("reasoning_gym", "reasoning_gym is needed here", "'reasoning-gym'")
     try:
         data = gym.create_dataset(name, size=size, seed=seed, **options)
     except ValueError as error:
@@ -100,7 +100,7 @@ def _equal(given: str | None, true: str) -> bool:
         return False
     if given == true:
         return True
-    library = _library("math_verify", "math-verify[antlr4_13_2]")
+    library = extra("math_verify", "math_verify is needed here", "'math-verify[antlr4_13_2]'")
     # its own clock is a signal, which only the main thread may set
     main = threading.current_thread() is threading.main_thread()
     patience = PATIENCE if main else None
@@ -110,15 +110,3 @@ def _equal(given: str | None, true: str) -> bool:
         for text in (true, given)
     )
     return bool(library.verify(expected, got, timeout_seconds=patience))
-
-
-def _library(name: str, package: str) -> ModuleType:
-    """An extra of the trainer, or an error that says how to get it."""
-    import importlib
-
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as missing:
-        raise ModuleNotFoundError(
-            f"{name} is needed here: pip install '{package}'", name=missing.name
-        ) from missing

@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 
 from grpo_core.checkpoint import Interrupted
 from grpo_core.demo import Demo, DemoConfig
+from grpo_core.options import check_unchanged, read_resumed
 from grpo_core.plot import plot
 from grpo_core.report import markdown, show
 
@@ -69,7 +70,9 @@ def save_config(config: DemoConfig, directory: Path) -> None:
     """
     directory.mkdir(parents=True, exist_ok=True)
     if config.resume:
-        check_options(config, directory / "config.json")
+        file = directory / "config.json"
+        shown = ("resume", "threads", "plot", "output")
+        check_unchanged(asdict(config), read_resumed(file)["options"], file, shown)
     environment = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -77,16 +80,6 @@ def save_config(config: DemoConfig, directory: Path) -> None:
     }
     record = {"options": asdict(config), "environment": environment}
     (directory / "config.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
-
-
-def check_options(config: DemoConfig, file: Path) -> None:
-    """Raises ValueError unless the run in `file` had these options, but for how it is shown."""
-    if not file.exists():
-        raise ValueError(f"resume: expected an interrupted run, found no {file}")
-    before = json.loads(file.read_text("utf-8"))["options"]
-    for name, value in asdict(config).items():
-        if name not in ("resume", "threads", "plot", "output") and before.get(name) != value:
-            raise ValueError(f"{name}: expected {before.get(name)} as in {file}, got {value}")
 
 
 def draw(directory: Path) -> None:

@@ -228,13 +228,17 @@ class Trainer:
         elif not config.on_policy:
             old_logp = self.frozen_logp(self.model, rows)
         if self.reference is not None:
-            with adapter_off(self.reference):
-                ref_logp = self.frozen_logp(self.reference, rows)
+            ref_logp = self.reference_logp(self.reference, rows)
         return replace(part, old_logp=old_logp, ref_logp=ref_logp)
 
     def frozen_logp(self, model: PreTrainedModel, rows: Rows) -> Tensor:
         """The target's log-probability at each row, [N] float32, without gradient."""
         return packed_logp(model, rows, self.config)
+
+    def reference_logp(self, reference: PreTrainedModel, rows: Rows) -> Tensor:
+        """The same by the policy that learning began with."""
+        with adapter_off(reference):
+            return self.frozen_logp(reference, rows)
 
     def update(self, parts: Sequence[Batch], clock: Clock) -> Metrics:
         """One optimizer step; skipped and counted if the loss or its gradient is not finite.

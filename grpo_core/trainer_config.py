@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from grpo_core import RECIPES, Objective
+from grpo_core.options import check_at_least, check_warmup
 from grpo_core.parallel import Shard
 from grpo_core.rollout import Sampling
 
@@ -46,24 +47,16 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         counts = ("steps", "prompts_per_step", "minibatches", "epochs", "evaluate_every")
-        for name in (*counts, "checkpoint_every", "keep_checkpoints", "max_skipped_updates"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.tokens_per_microbatch < 0:
-            raise ValueError(
-                f"tokens_per_microbatch: expected 0 or more, got {self.tokens_per_microbatch}"
-            )
-        if self.group_size < 2:
-            raise ValueError(f"group_size: expected at least 2, got {self.group_size}")
+        kept = ("checkpoint_every", "keep_checkpoints", "max_skipped_updates")
+        check_at_least(self, 1, *counts, *kept)
+        check_at_least(self, 0, "tokens_per_microbatch")
+        check_at_least(self, 2, "group_size")
         if self.minibatches > self.prompts_per_step * self.group_size:
             raise ValueError(
                 f"minibatches: expected at most {self.prompts_per_step * self.group_size}, the "
                 f"completions of a step, got {self.minibatches}"
             )
-        if not 0 <= self.warmup_steps < self.steps:
-            raise ValueError(
-                f"warmup_steps: expected 0 to {self.steps - 1}, got {self.warmup_steps}"
-            )
+        check_warmup(self)
         if self.shard not in get_args(Shard):
             raise ValueError(f"shard: expected one of {get_args(Shard)}, got {self.shard!r}")
         if self.sampling.temperature == 0:

@@ -22,6 +22,7 @@ from grpo_core.checkpoint import (
 )
 from grpo_core.distributed import gathered, is_main, rank, world
 from grpo_core.monitor import Metrics, keep_records
+from grpo_core.options import check_unchanged
 from grpo_core.parallel import is_sharded, load_shards, shards_of
 
 if TYPE_CHECKING:
@@ -57,11 +58,8 @@ def resume(trainer: Trainer) -> int:
         return 0
     last = found[-1]
     state = torch.load(last / STATE, map_location="cpu", weights_only=True)
-    if (processes := state["processes"]) != _processes(trainer):
-        raise ValueError(f"processes: expected {processes} as in {last}, got {_processes(trainer)}")
-    for name, value in trainer.config.identity().items():
-        if (before := state["config"].get(name)) != value:
-            raise ValueError(f"{name}: expected {before} as in {last}, got {value}")
+    check_unchanged({"processes": _processes(trainer)}, state, last)
+    check_unchanged(trainer.config.identity(), state["config"], last)
     if is_sharded(trainer.model):
         load_shards(last / SHARDS, trainer.model, trainer.optimizer)
     else:
