@@ -1,11 +1,21 @@
-"""A few rows at a time, each core its own: how the torch backend walks over the logits."""
+"""A few rows at a time: how the torch backend walks over the logits.
+
+A block is as many rows as the cores' own caches hold beside scratch, one row a core of a vocabulary
+above 131,072. A chunk is a few blocks, whose `[n]` vectors are worked on at once: such small
+operations cost the same for one row as for many.
+
+PyTorch shares every operation on a block among its threads. (Python threads with chunks of their
+own keep waking each other for the interpreter's lock: a third slower, measured on two cores.)
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -13,63 +23,99 @@ from torch import Tensor
 
 from grpo_core.kernels.records import Rows
 
-# float32 scratch of one chunk, twice: larger leaves the caches, smaller pays per operation
-CHUNK_BYTES = 2**22
+# of a core's float32 logits: those, their centred copy and their powers are to lie in 2 MiB
+BLOCK_BYTES = 2**19
+# numbers below which torch gives a thread nothing to do
+GRAIN = 2**15
 
 Scratch = TypeVar("Scratch")
+Place = slice | Tensor  # of rows: neighbours, or int64 indices
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows that are read one after the other: `[b, V]`, views where they are neighbours."""
+
+    logits: Tensor
+    ref_logits: Tensor | None  # the reference policy's
+    dlogits: Tensor | None  # where the gradient goes, if that is a view
+    put: Callable[[Tensor], None] | None  # takes the gradient there otherwise
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether one is asked for."""
+        return self.dlogits is not None or self.put is not None
+
+    @property
+    def home(self) -> Tensor | None:
+        """The gradient's, where powers can wait for it."""
+        at_home = self.dlogits is not None and self.dlogits.dtype == torch.float32
+        return self.dlogits if at_home else None
+
+    def bring_home(self, gradient: Tensor) -> None:
+        """Rounds it, unless it is there."""
+        if self.put is not None:
+            self.put(gradient)
+        elif self.dlogits is not None and gradient is not self.dlogits:
+            self.dlogits.copy_(gradient)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A few rows that are wanted: their logits `[n, V]`, places, and home of their gradient."""
+    """Blocks whose `[n]` vectors are worked on together."""
 
-    logits: Tensor
-    ref_logits: Tensor | None  # [n, V], the reference policy's
-    at: slice | Tensor  # place of each row among all N
-    dlogits: Tensor | None  # [m, V], m >= n: every row of the stretch the chunk was taken from
-    inside: slice | Tensor  # place of each row in `dlogits`
+    blocks: list[Block]
+    sizes: list[int]  # rows of each
+    at: Place  # of each row among all N
+    target: Tensor  # [n] int64
+    mine: Tensor  # [n] float64, the targets' logits; NaN for +inf
+    ref_mine: Tensor | None  # the same by the reference policy
+
+    def find(self, row: int) -> tuple[int, int]:
+        """The block a row is in, and its place there."""
+        for k, size in enumerate(self.sizes):
+            if row < size:
+                return k, row
+            row -= size
+        raise IndexError(row)
 
 
 def for_each_chunk(
     work: Callable[[Chunk, Scratch], None],
     new_scratch: Callable[[], Scratch],
     rows: Rows,
+    target: Tensor,
     wanted: Tensor,
     dlogits: Tensor | None = None,
     ref_rows: Rows | None = None,
+    *,
+    blocks: int,
 ) -> None:
     """Does `work(chunk, scratch)` on the wanted rows; unwanted rows of `dlogits` become 0.
 
-    Each core takes chunks of its own: sharing out every small operation instead would make the
-    cores wait for each other some ten times a chunk, and for long where they are not alone.
+    Args:
+        target: [N] int64, within [0, V) where wanted.
+        wanted: [N] bool.
+        blocks: at most so many to a chunk.
     """
-    pieces = list(_pieces(rows, dlogits, ref_rows))
-    threads = min(torch.get_num_threads(), len(pieces))
-    if threads <= 1:
-        scratch = new_scratch()
-        for piece in pieces:
-            if chunk := piece.chunk(wanted):
-                work(chunk, scratch)
-        return
-
-    inference = torch.is_inference_mode_enabled()
-
-    def worker(share: list[_Piece]) -> None:
-        torch.set_num_threads(1)
-        # the modes of the calling thread are not those of this one
-        with torch.inference_mode(inference), torch.no_grad():
-            scratch = new_scratch()
-            for piece in share:
-                if chunk := piece.chunk(wanted):
-                    work(chunk, scratch)
-
-    with _kept_thread_count(), ThreadPoolExecutor(threads) as pool:
-        list(pool.map(worker, [pieces[k::threads] for k in range(threads)]))
+    logits = RowViews(rows)
+    ref = None if ref_rows is None else RowViews(ref_rows)
+    home = None if dlogits is None else RowViews(gradient_rows(rows, dlogits))
+    ref_mine = None if ref is None else ref.at_targets(target)
+    # found before any logits are overwritten
+    views = _Views(logits, ref, home, target, logits.at_targets(target), ref_mine)
+    if home is not None:
+        home.zero(~wanted)
+    threads, scratch = torch.get_num_threads(), new_scratch()
+    with _kept_thread_count(), torch.no_grad():
+        for shared, places in _chunks(logits, wanted, blocks, threads):
+            torch.set_num_threads(threads if shared else 1)
+            work(views.chunk(places), scratch)
 
 
 @contextmanager
 def _kept_thread_count() -> Iterator[None]:
-    """What one thread sets for itself, torch would hand on to threads that begin later."""
+    """Leaves torch's number of threads as it was."""
     threads = torch.get_num_threads()
     try:
         yield
@@ -77,62 +123,161 @@ def _kept_thread_count() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def gradient_rows(rows: Rows, dlogits: Tensor) -> Rows:
+    """The gradient lies as the logits do, being them, or is contiguous."""
+    if dlogits.stride() == rows.logits.stride():
+        return Rows(dlogits, *list(vars(rows).values())[1:])
+    return Rows.of(dlogits.view(rows.N, rows.V))
+
+
 @dataclass(frozen=True)
-class _Piece:
-    """Neighbouring rows before anyone has asked which of them are wanted."""
+class RowViews:
+    """The N rows of a tensor by their numbers."""
 
-    logits: Tensor  # [m, V]
-    ref: Rows | None
-    dlogits: Tensor | None  # [m, V]
-    place: slice  # among all N rows
+    rows: Rows
 
-    def chunk(self, wanted: Tensor) -> Chunk | None:
-        """The wanted rows of it, if any; the gradient of the others becomes 0."""
-        inside = wanted[self.place].nonzero().squeeze(1)
-        if inside.numel() == self.logits.shape[0]:
-            ref_logits = None if self.ref is None else taken(self.ref, self.place)
-            return Chunk(self.logits, ref_logits, self.place, self.dlogits, slice(None))
-        # a copy, so that zeroing the gradient leaves it readable when both are one
-        some = self.logits[inside]
-        if self.dlogits is not None:
-            self.dlogits.zero_()
-        if not inside.numel():
+    @cached_property
+    def flat(self) -> Tensor | None:
+        """`[N, V]`, where rows are evenly spaced."""
+        rows = self.rows
+        if rows.rows_per_batch < rows.N:
             return None
-        at = self.place.start + inside
-        ref_logits = None if self.ref is None else taken(self.ref, at)
-        return Chunk(some, ref_logits, at, self.dlogits, inside)
+        return rows.logits.as_strided((rows.N, rows.V), (rows.row_stride, 1))
+
+    def take(self, at: Place) -> Tensor:
+        """`[n, V]`: a view of neighbours in one batch, a copy of others."""
+        if self.flat is not None:
+            return self.flat[at]
+        each, logits = self.rows.rows_per_batch, self.rows.logits
+        if isinstance(at, slice):
+            first = at.start // each
+            if (at.stop - 1) // each == first:
+                return logits[first, at.start - first * each : at.stop - first * each]
+            at = torch.arange(at.start, at.stop, device=logits.device)
+        return logits[at // each, at % each]
+
+    def at_targets(self, target: Tensor) -> Tensor:
+        """The logit of each row's target, `[N]` float64; NaN for +inf, which no softmax has."""
+        rows = self.rows
+        word = target.clamp(0, rows.V - 1)
+        matrix = self.flat if self.flat is not None else rows.logits
+        found = matrix.gather(-1, word.view(*matrix.shape[:-1], 1)).flatten().double()
+        return found.masked_fill_(found == math.inf, math.nan)
+
+    def put(self, at: Tensor, values: Tensor) -> None:
+        """Writes rows at indices."""
+        values = values.to(self.rows.logits.dtype)
+        if self.flat is not None:
+            self.flat.index_copy_(0, at, values)
+            return
+        each = self.rows.rows_per_batch
+        self.rows.logits[at // each, at % each] = values
+
+    def zero(self, which: Tensor) -> None:
+        """Rows where `which` `[N]` is true become 0, whatever they hold."""
+        for run in self.runs(which):
+            self.take(run).zero_()
+
+    def runs(self, which: Tensor) -> list[slice]:
+        """Neighbours of one batch where `which` is true, as long as possible."""
+        if not which.numel():
+            return []
+        edge = torch.ones_like(which)
+        edge[1:] = which[1:] != which[:-1]
+        edge[:: self.rows.rows_per_batch] = True
+        starts = edge.nonzero().squeeze(1).tolist()
+        stops = [*starts[1:], which.numel()]
+        kept = which[edge].tolist()
+        return [slice(*ends) for *ends, keep in zip(starts, stops, kept, strict=True) if keep]
 
 
-def taken(rows: Rows, at: slice | Tensor) -> Tensor:
+def taken(rows: Rows, at: Place) -> Tensor:
     """Some of the rows as `[n, V]`; a view where they are evenly spaced neighbours."""
-    if rows.rows_per_batch >= rows.N:
-        return rows.logits.as_strided((rows.N, rows.V), (rows.row_stride, 1))[at]
-    if isinstance(at, slice):
-        at = torch.arange(at.start, at.stop, device=rows.logits.device)
-    return rows.logits[at // rows.rows_per_batch, at % rows.rows_per_batch]
+    return RowViews(rows).take(at)
 
 
-def _pieces(rows: Rows, dlogits: Tensor | None, ref: Rows | None) -> Iterator[_Piece]:
-    """All rows, a few at a time."""
-    step = max(1, CHUNK_BYTES // (4 * rows.V))
-    # the gradient either lies as the logits do, being them, or is contiguous
-    apart = dlogits is not None and dlogits.stride() != rows.logits.stride()
-    flat = dlogits.view(rows.N, rows.V) if apart and dlogits is not None else None
-    outputs = _stretches(dlogits, rows) if dlogits is not None and not apart else None
-    first = 0
-    for k, stretch in enumerate(_stretches(rows.logits, rows)):
-        for start in range(0, stretch.shape[0], step):
-            logits = stretch[start : start + step]
-            place = slice(first + start, first + start + logits.shape[0])
-            gradient = flat[place] if flat is not None else None
-            if outputs is not None:
-                gradient = outputs[k][start : start + step]
-            yield _Piece(logits, ref, gradient, place)
-        first += stretch.shape[0]
+@dataclass(frozen=True)
+class _Views:
+    """What a chunk is taken from."""
+
+    logits: RowViews
+    ref: RowViews | None
+    home: RowViews | None
+    target: Tensor
+
+    mine: Tensor
+    ref_mine: Tensor | None
+
+    def chunk(self, places: list[Place]) -> Chunk:
+        """The blocks at these places."""
+        at, ref_mine = _joined(places), self.ref_mine
+        return Chunk(
+            [self.block(place) for place in places],
+            [_count(place) for place in places],
+            at,
+            self.target[at],
+            self.mine[at],
+            None if ref_mine is None else ref_mine[at],
+        )
+
+    def block(self, at: Place) -> Block:
+        """The rows at this place."""
+        dlogits = put = None
+        if self.home is not None and isinstance(at, slice):
+            dlogits = self.home.take(at)
+        elif self.home is not None and isinstance(at, Tensor):
+            put = partial(self.home.put, at)
+        ref_logits = None if self.ref is None else self.ref.take(at)
+        return Block(self.logits.take(at), ref_logits, dlogits, put)
 
 
-def _stretches(tensor: Tensor, rows: Rows) -> list[Tensor]:
-    """`[B, T, V]` or `[N, V]` as views `[n, V]` of evenly spaced rows, as few as possible."""
-    if rows.rows_per_batch >= rows.N:
-        return [tensor.as_strided((rows.N, rows.V), (rows.row_stride, 1))]
-    return list(tensor.unbind())
+def _chunks(
+    logits: RowViews, wanted: Tensor, blocks: int, threads: int
+) -> Iterator[tuple[bool, list[Place]]]:
+    """Places of the blocks of each chunk of wanted rows, and whether threads may share them.
+
+    They may where each gets whole rows: a row's sum and its powers, see `row_softmax`, are then
+    those of one thread.
+    """
+    V, runs = logits.rows.V, logits.runs(wanted)
+    count = sum(map(_count, runs))
+    block = threads * max(1, BLOCK_BYTES // (4 * V))
+    places: list[Place] = [
+        slice(start, min(start + block, run.stop))
+        for run in runs
+        for start in range(run.start, run.stop, block)
+    ]
+    if len(places) > 2 * -(-count // block):
+        # so short that a copy of many is cheaper than operations on each
+        places = list(wanted.nonzero().squeeze(1).split(block))
+
+    def shared(place: Place) -> bool:
+        return _count(place) % threads == 0 and _count(place) * V >= threads * GRAIN
+
+    for among_threads in (True, False):
+        chunk: list[Place] = []
+        room = blocks * block
+        for place in places:
+            if shared(place) is not among_threads:
+                continue
+            if _count(place) > room:
+                yield among_threads, chunk
+                chunk, room = [], blocks * block
+            chunk.append(place)
+            room -= _count(place)
+        if chunk:
+            yield among_threads, chunk
+
+
+def _count(at: Place) -> int:
+    return at.stop - at.start if isinstance(at, slice) else at.numel()
+
+
+def _joined(places: list[Place]) -> Place:
+    """All of them as one place."""
+    slices = [place for place in places if isinstance(place, slice)]
+    if len(slices) < len(places):
+        return torch.cat([place for place in places if isinstance(place, Tensor)])
+    if all(one.stop == other.start for one, other in pairwise(slices)):
+        return slice(slices[0].start, slices[-1].stop)
+    return torch.cat([torch.arange(place.start, place.stop) for place in slices])

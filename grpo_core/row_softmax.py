@@ -1,9 +1,12 @@
 """The softmax of a few rows in cache: statistics of their targets, then their gradient.
 
 What `kernels/online_softmax.py` is to the kernels this is to the torch backend. The target is left
-out of the sum here, too. A row's log-probability has the same bits in every batch: sums run over a
-row's own parts, its scalars are computed in float64, and no logit's power is taken at the end of an
-array, where torch may use another instruction.
+out of the sum here, too. Each block is read, and its powers kept, before the vectors of the whole
+chunk are worked on: of float32 logits where their gradient will be, of others in scratch.
+
+A row's log-probability has the same bits in every batch: one thread sums it, its scalars are
+computed in float64, and no logit's power is taken at the end of an array, where torch may use
+another instruction.
 """
 
 from __future__ import annotations
@@ -18,136 +21,193 @@ from torch.nn.functional import logsigmoid
 from grpo_core.kernels.records import Slopes
 from grpo_core.row_chunks import Chunk
 
-# more than there are threads to share a row among
-ROW_PARTS = 256
-# numbers that torch's vectorised loops take at a time, or a divisor of it
+# numbers that torch's vectorised loops take at a time, or a multiple of it
 STRIDE = 64
-# a sum of powers below this says that the target outweighs all others: they are centred anew
-LEAST_SUM = 1e-20
+# bytes that scratch begins at a multiple of
+ALIGNMENT = 64
+# blocks of a chunk whose scratch is one array each, and of one that keeps nothing in scratch
+SCRATCH_BLOCKS, FREE_BLOCKS = 3, 16
+# stands for -inf at the target: finite, so that nothing times its power, which is 0, is a NaN
+LOWEST = -1e30
+
+
+def blocks_at_once(dlogits: Tensor | None, *, bonus: bool, exact_kl: bool) -> int:
+    """Blocks to a chunk: few where every block keeps arrays until its gradient is written."""
+    if dlogits is None:
+        return FREE_BLOCKS
+    arrays = (dlogits.dtype != torch.float32) + bonus + exact_kl
+    return max(1, SCRATCH_BLOCKS // arrays) if arrays else FREE_BLOCKS
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a chunk's rows are like, `[n]` each; nats; float32 but for `z` and `ref_z`."""
+    """What a chunk's rows are like, `[n]` float64 each; nats, those that users see as they do."""
 
-    target: Tensor  # int64
+    holes: tuple[Tensor, ...]  # [b, 1] int64, the targets of each block
     logp: Tensor
     entropy: Tensor
-    z: Tensor  # log Σ_{j≠y} exp(x_j − x_y), float64
+    z: Tensor  # log Σ_{j≠y} exp(x_j − x_y)
     kl: Tensor | None  # the exact KL; None without reference logits
     ref_z: Tensor | None
 
 
 class RowSoftmax:
-    """Softmax of chunks without their target, over reused scratch."""
+    """Softmax of chunks without their target, over reused scratch.
 
-    def __init__(self, temperature: float) -> None:
+    Between two rows the caches hold neither Python nor torch any more, which makes every call cost
+    several microseconds: the loops over blocks call as little as possible.
+
+    Args:
+        temperature: divides the logits.
+        bonus: the gradient of the entropy will be asked for.
+    """
+
+    def __init__(self, temperature: float, *, bonus: bool = False) -> None:
+        self.bonus = bonus
         self.policy = _Others(temperature)
         self.reference = _Others(temperature)
 
-    def read(self, chunk: Chunk, target: Tensor, entropy: Tensor | None = None) -> Found:
+    def read(self, chunk: Chunk, entropy: Tensor | None = None) -> Found:
         """Statistics of the rows; an `entropy` that is known is not computed again."""
         policy, reference = self.policy, self.reference
-        z = policy.read(chunk.logits, target)
+        policy.begin()
+        reference.begin()
+        weighs, crosses = entropy is None or self.bonus, []
+        holes = chunk.target[:, None].split(chunk.sizes)
+        for k, (block, hole) in enumerate(zip(chunk.blocks, holes, strict=True)):
+            kept = k if block.has_gradient else 0
+            policy.read(block.logits, hole, kept if self.bonus else 0, kept, block.home)
+            if block.ref_logits is not None:
+                reference.read(block.ref_logits, hole, 0, kept, None)
+                crosses.append(policy.excess_over(reference))
+            if weighs:
+                policy.weigh()
+        z = policy.end(chunk.mine)
         kl = ref_z = None
-        if chunk.ref_logits is not None:
-            ref_z = reference.read(chunk.ref_logits, target)
-            kl = _exact_kl(z, ref_z, policy.divergence_from(reference))
+        if crosses:
+            assert chunk.ref_mine is not None
+            ref_z = reference.end(chunk.ref_mine)
+            kl_others = torch.cat(crosses).double() / policy.total - (policy.lse - reference.lse)
+            kl = _rounded(_exact_kl(z, ref_z, kl_others))
         logp = logsigmoid(-z)
         if entropy is None:
-            entropy = _entropy(z, policy.entropy())
-        return Found(target, logp.float(), entropy, z, None if kl is None else kl.float(), ref_z)
+            entropy = _rounded(_entropy(z, logp, policy.entropy()))
+        return Found(holes, _rounded(logp), entropy, z, kl, ref_z)
 
     def write_gradient(self, chunk: Chunk, slopes: Slopes, found: Found) -> None:
         """(dlogp·(δ − p) − dentropy·p·(log p + H) + dkl·p·(log p/q − KL))/T of the rows just read.
 
-        Uses up the scratch.
+        Uses up what was kept of them.
         """
-        assert chunk.dlogits is not None
-        policy, home, hole = self.policy, chunk.dlogits, found.target[:, None]
-        powers, z = policy.powers, found.z
+        policy, reference, z = self.policy, self.reference, found.z
         still = ~slopes.any
-        # a dropped row may hold NaN, which no factor removes
-        dropped = still.nonzero().squeeze(1)
-        powers.index_fill_(0, dropped, 0.0)
-        share, mine = torch.sigmoid(z), torch.sigmoid(-z)
-        at_target = slopes.dlogp.double() * share
+        share, logp = torch.sigmoid(z), logsigmoid(-z)
+        at_target = slopes.dlogp * share
         factor = -at_target
-        extra = None
+        # what is added to the powers, and times what
+        more: list[tuple[list[Tensor], tuple[Tensor, ...]]] = []
         if slopes.dentropy is not None:
-            slope = slopes.dentropy.double()
+            slope, mine = slopes.dentropy, torch.sigmoid(-z)
             spread = torch.where(share > 0, logsigmoid(z) + found.entropy - policy.lse, 0.0)
-            of_target = mine * (logsigmoid(-z) + found.entropy)
+            of_target = mine * (logp + found.entropy)
             at_target = at_target - torch.where(mine > 0, slope * of_target, 0.0)
             # q·log q of the softmax among the others, log q = `centred` − lse
             factor = factor - slope * share * spread
-            extra = policy.weighted()[0].index_fill_(0, dropped, 0.0)
-            extra.mul_(policy.scaled(-slope * share, still))
+            of_weighted = policy.scaled(-slope * share, still)
+            more.append((policy.centred, of_weighted.split(chunk.sizes)))
         if slopes.dkl is not None:
             assert found.kl is not None and found.ref_z is not None
-            slope, reference = slopes.dkl.double(), self.reference
+            slope, mine = slopes.dkl, torch.sigmoid(-z)
             gap = logsigmoid(z) - logsigmoid(found.ref_z) - found.kl
             gap = gap - (policy.lse - reference.lse)
-            of_target = mine * (logsigmoid(-z) - logsigmoid(-found.ref_z) - found.kl)
+            of_target = mine * (logp - logsigmoid(-found.ref_z) - found.kl)
             at_target = at_target + torch.where(mine > 0, slope * of_target, 0.0)
             factor = factor + torch.where(share > 0, slope * share * gap, 0.0)
-            excess = reference.powers.mul_(policy.scaled(slope * share, still))
-            excess.index_fill_(0, dropped, 0.0)
-            extra = excess if extra is None else extra.add_(excess)
-        at_target = (at_target / policy.temperature).float().masked_fill(still, 0.0)[:, None]
-        factor = policy.scaled(factor, still)
-        if isinstance(chunk.inside, slice) and home.dtype == torch.float32 and extra is None:
-            torch.mul(powers, factor, out=home).scatter_(1, hole, at_target)
-            return
-        powers.mul_(factor)
-        if extra is not None:
-            powers.add_(extra)
-        powers.scatter_(1, hole, at_target)
-        if isinstance(chunk.inside, slice):
-            home.copy_(powers)
-        else:
-            home.index_copy_(0, chunk.inside, powers.to(home.dtype))
+            of_excess = policy.scaled(slope * share, still)
+            more.append((reference.powers, of_excess.split(chunk.sizes)))
+        at_target = (at_target / policy.temperature).float().masked_fill_(still, 0.0)[:, None]
+        factors = policy.scaled(factor, still).split(chunk.sizes)
+        at_targets = at_target.split(chunk.sizes)
+        # a dropped row may hold NaN, which no factor removes
+        for row in still.nonzero().squeeze(1).tolist():
+            k, inside = chunk.find(row)
+            for matrices in (policy.powers, *(matrices for matrices, _ in more)):
+                matrices[k][inside].zero_()
+
+        for k, block in enumerate(chunk.blocks):
+            powers = policy.powers[k].mul_(factors[k])
+            for matrices, its_factors in more:
+                powers.addcmul_(matrices[k], its_factors[k])
+            powers.scatter_(1, found.holes[k], at_targets[k])
+            block.bring_home(powers)
 
 
 class _Others:
-    """The softmax over every word but the target, of one policy: `powers` over their sum."""
+    """The softmax over every word but the target, of one policy: `powers` over their sum.
+
+    Attributes:
+        centred: of each block `[b, V]`: logits over T less the row's centre; finite at the target.
+        powers: of each block `[b, V]`, exp of `centred`; 0 at the target.
+        total: `[n]` float64, Σ of `powers`, once all blocks are read; so are:
+        lse: `[n]` float64, its logarithm.
+        centre: `[n]` float64, nats: the largest of the others.
+    """
 
     def __init__(self, temperature: float) -> None:
         self.temperature = temperature
-        self.arrays = torch.empty(0), torch.empty(0)  # what the next two are views of
-        self.centred = torch.empty(0)  # [n, V], logits over T less the row's centre; 0 at y
-        self.powers = torch.empty(0)  # [n, V], exp of `centred`; 0 at y
-        self.total = torch.empty(0)  # [n] float64, Σ of `powers`
-        self.lse = torch.empty(0)  # [n] float64, its logarithm
-        self.centre = torch.empty(0)  # [n] float64, nats
-        self.moment: Tensor | None = None  # [n], Σ of `centred` times `powers`, once it is known
+        self.arrays: dict[tuple[str, int], Tensor] = {}
+        self.views: dict[tuple[str, int, int], tuple[Tensor, Tensor]] = {}
+        self.begin()
 
-    def read(self, logits: Tensor, target: Tensor) -> Tensor:
-        """z = log Σ_{j≠y} exp(x_j − x_y) of rows `[n, V]`, float64 `[n]`."""
-        self._make_room(logits)
-        centred, hole = self.centred, target[:, None]
-        if logits.dtype == torch.float32:
-            largest = logits.amax(1, keepdim=True)
-            torch.sub(logits, largest, out=centred)
-        else:
-            centred.copy_(logits)
-            largest = centred.amax(1, keepdim=True)
-            centred.sub_(largest)
+    def begin(self) -> None:
+        """Forgets the last chunk."""
+        self.centred: list[Tensor] = []
+        self.powers: list[Tensor] = []
+        self.largest: list[Tensor] = []
+        self.totals: list[Tensor] = []
+        self.moments: list[Tensor] = []
+
+    def read(
+        self, logits: Tensor, hole: Tensor, centred_in: int, powers_in: int, home: Tensor | None
+    ) -> None:
+        """Powers of a block `[b, V]`, and their sums.
+
+        Args:
+            hole: [b, 1] int64, the targets.
+            centred_in, powers_in: which of the scratch arrays take them.
+            home: [b, V] float32, takes the powers instead; may be `logits`.
+        """
+        shape = logits.shape
+        from_all, centred = self._array("centred", centred_in, shape)
+        centred.copy_(logits)
+        centred.scatter_(1, hole, LOWEST)
+        largest = centred.amax(1, keepdim=True)
+        centred.sub_(largest)
         if self.temperature != 1:
             centred.mul_(1 / self.temperature)
-        # in float64, since `centred` is rounded where it is large
-        mine = logits.gather(1, hole).squeeze(1).double() / self.temperature
-        self.centre = largest.squeeze(1).double() / self.temperature
-        centred.scatter_(1, hole, -math.inf)
-        self._sum_powers()
-        if (self.total < LEAST_SUM).any():
-            self._centre_anew()
-        self.moment = None
-        # powers at the hole are 0 and stay so; no other product with them is to be NaN
-        centred.scatter_(1, hole, 0.0)
+        if home is not None and _like_scratch(home):
+            powers = torch.exp(centred, out=home)
+        else:
+            to_all, powers = self._array("powers", powers_in if home is None else 0, shape)
+            torch.exp(from_all, out=to_all)
+            powers = powers if home is None else home.copy_(powers)
+        self.largest.append(largest)
+        self.totals.append(powers.sum(1))
+        self.centred.append(centred)
+        self.powers.append(powers)
+
+    def end(self, mine: Tensor) -> Tensor:
+        """z = log Σ_{j≠y} exp(x_j − x_y) of all rows read, float64 `[n]`.
+
+        Args:
+            mine: [n] float64, the targets' logits.
+        """
+        total, largest = torch.cat(self.totals).double(), torch.cat(self.largest).squeeze(1)
+        # none but the target is possible
+        self.total = total.masked_fill_(largest == LOWEST, 0.0)
         self.lse = self.total.log()
-        gap = mine - self.centre
-        return torch.where((self.total == 0) & ~gap.isnan(), -math.inf, self.lse - gap)
+        self.centre = largest.double() / self.temperature
+        return self.lse - (mine / self.temperature - self.centre)
 
     def state(self) -> Tensor:
         """M and S of `online_softmax` of every row, float32 `[2, n]`."""
@@ -156,78 +216,68 @@ class _Others:
         return torch.stack([peak, rest.float()])
 
     def entropy(self) -> Tensor:
-        """Entropy of the softmax over the other words, nats, float64 `[n]`; uses up `centred`."""
-        return self.lse - self.weighted()[1].double() / self.total
+        """Entropy of the softmax over the other words, nats, float64 `[n]`."""
+        return self.lse - torch.cat(self.moments).double() / self.total
 
-    def divergence_from(self, reference: _Others) -> Tensor:
-        """KL between the two softmaxes over the other words, nats, float64 `[n]`.
+    def weigh(self) -> None:
+        """Makes `centred` of the last block its product with the powers, and sums that."""
+        centred = self.centred[-1].mul_(self.powers[-1])
+        moment = centred.sum(1)
+        # 0·(−inf): a forbidden word has no entropy; a NaN among the logits shows in z
+        if moment.isnan().any():
+            moment = centred.nan_to_num_(nan=0.0).sum(1)
+        self.moments.append(moment)
 
-        Leaves its integrand, Σ of which over `total` this is but for the two sums, in
-        `reference.powers`.
+    def excess_over(self, reference: _Others) -> Tensor:
+        """Σ_{j≠y} powers·(centred − the reference's) of the last block, `[b]`.
+
+        Leaves what is summed in the place of the reference's powers.
         """
-        excess = torch.sub(self.centred, reference.centred, out=reference.powers)
-        excess.mul_(self.powers)
-        cross = _row_sums(excess)
+        excess = torch.sub(self.centred[-1], reference.centred[-1], out=reference.powers[-1])
+        excess.mul_(self.powers[-1])
+        cross = excess.sum(1)
         if cross.isnan().any():
             # what π forbids adds nothing, whatever π_ref says of it
-            excess.masked_fill_(self.powers == 0, 0.0)
-            cross = _row_sums(excess)
-        return cross.double() / self.total - (self.lse - reference.lse)
-
-    def weighted(self) -> tuple[Tensor, Tensor]:
-        """`centred` times `powers`, in the place of `centred`, and its row sums `[n]`."""
-        if self.moment is None:
-            self.moment = _row_sums(self.centred.mul_(self.powers))
-            # 0·(−inf): a forbidden word has no entropy; a NaN among the logits shows in z
-            if self.moment.isnan().any():
-                self.moment = _row_sums(self.centred.nan_to_num_(nan=0.0))
-        return self.centred, self.moment
+            cross = excess.masked_fill_(self.powers[-1] == 0, 0.0).sum(1)
+        return cross
 
     def scaled(self, vector: Tensor, still: Tensor) -> Tensor:
         """A row's derivative by T over the sum, float32 `[n, 1]`, 0 where nothing moves."""
         still = still | (self.total == 0)
-        return (vector / (self.temperature * self.total)).float().masked_fill(still, 0.0)[:, None]
+        return (vector / (self.temperature * self.total)).float().masked_fill_(still, 0.0)[:, None]
 
-    def _make_room(self, logits: Tensor) -> None:
-        """Scratch for such rows, and for powers behind them that nobody reads."""
-        if self.powers.shape != logits.shape:
-            numbers = logits.numel()
-            room = -(-numbers // STRIDE) * STRIDE
-            self.arrays = (
-                torch.zeros(room, dtype=torch.float32, device=logits.device),
-                torch.empty(room, dtype=torch.float32, device=logits.device),
-            )
-            self.centred, self.powers = (
-                array[:numbers].view(logits.shape) for array in self.arrays
-            )
-
-    def _sum_powers(self) -> None:
-        torch.exp(self.arrays[0], out=self.arrays[1])
-        self.total = _row_sums(self.powers).double()
-
-    def _centre_anew(self) -> None:
-        """Moves the centre of rows whose sum is too small to the likeliest of the others."""
-        peak = self.centred.amax(1)
-        small = (self.total < LEAST_SUM) & (peak > -math.inf)
-        moved = torch.where(small, peak, 0.0)
-        self.centred.sub_(moved[:, None])
-        self.centre = self.centre + moved.double()
-        self._sum_powers()
+    def _array(self, name: str, number: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """Scratch for a block, of longer rows that nobody reads to their end, and its view."""
+        b, V = shape
+        found = self.views.get((name, number, b))
+        if found is None:
+            array = self.arrays.get((name, number))
+            if array is None or len(array) < b:
+                array = self.arrays[name, number] = torch.zeros(b, -(-V // STRIDE) * STRIDE)
+                for key in [key for key in self.views if key[:2] == (name, number)]:
+                    del self.views[key]
+            found = self.views[name, number, b] = array[:b], array[:b, :V]
+        return found
 
 
-def _row_sums(matrix: Tensor) -> Tensor:
-    """Σ over each row `[n, V]`, in parts: a single long row would be shared out among threads."""
-    even = matrix.shape[1] // ROW_PARTS * ROW_PARTS
-    parts = matrix[:, :even].unflatten(1, (ROW_PARTS, -1)).sum(2)
-    return parts.sum(1) + matrix[:, even:].sum(1)
+def _like_scratch(matrix: Tensor) -> bool:
+    """Whether torch's loops treat every row of it as they treat scratch, to the bit."""
+    b, V = matrix.shape
+    even = V % STRIDE == 0 and matrix.data_ptr() % ALIGNMENT == 0
+    return even and (b == 1 or matrix.stride(0) == V)
 
 
-def _entropy(z: Tensor, entropy_others: Tensor) -> Tensor:
-    """Entropy of each row, nats, float32 `[n]`, from that among the others."""
-    logp, log_others = logsigmoid(-z), logsigmoid(z)
+def _rounded(vector: Tensor) -> Tensor:
+    """To float32, as it is given to users: a ratio to what they were given is then exactly 1."""
+    return vector.float().double()
+
+
+def _entropy(z: Tensor, logp: Tensor, entropy_others: Tensor) -> Tensor:
+    """Entropy of each row, nats, float64 `[n]`, from that among the others."""
+    log_others = logsigmoid(z)
     inner = torch.where(z > -math.inf, log_others.exp() * (entropy_others - log_others), 0.0)
     outer = torch.where(z < math.inf, logp.exp() * logp, 0.0)
-    return (inner - outer).float()
+    return inner - outer
 
 
 def _exact_kl(z: Tensor, ref_z: Tensor, kl_others: Tensor) -> Tensor:

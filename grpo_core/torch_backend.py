@@ -24,7 +24,7 @@ from grpo_core.kernels.records import (
     TokenVectors,
 )
 from grpo_core.row_chunks import Chunk, for_each_chunk
-from grpo_core.row_softmax import RowSoftmax
+from grpo_core.row_softmax import FREE_BLOCKS, RowSoftmax, blocks_at_once
 from grpo_core.sequence_ratio import SequenceRatio
 from grpo_core.torch_formula import as_torch
 from grpo_core.weights import lay_out as lay_out
@@ -34,20 +34,18 @@ def row_stats(
     rows: Rows, target: Tensor, temperature: float, ref_rows: Rows | None = None
 ) -> RowStats:
     """Softmax statistics of every row at its target; `state` of the policy alone."""
-    logp, entropy, kl, *state = target.new_zeros(5, rows.N, dtype=torch.float32)
+    vectors = target.new_zeros(5, rows.N, dtype=torch.float32)
 
     def read(chunk: Chunk, softmax: RowSoftmax) -> None:
-        found = softmax.read(chunk, target[chunk.at])
-        logp[chunk.at], entropy[chunk.at] = found.logp, found.entropy
-        if found.kl is not None:
-            kl[chunk.at] = found.kl
-        for vector, value in zip(state, softmax.policy.state(), strict=True):
-            vector[chunk.at] = value
+        found = softmax.read(chunk)
+        kl = torch.zeros_like(found.logp) if found.kl is None else found.kl
+        values = (found.logp, found.entropy, kl, *softmax.policy.state())
+        vectors[:, chunk.at] = torch.stack(values).float()
 
-    wanted = _readable(target, rows.V)
-    for_each_chunk(read, partial(RowSoftmax, temperature), rows, wanted, ref_rows=ref_rows)
-    exact_kl = None if ref_rows is None else kl
-    return RowStats(logp, entropy, exact_kl, torch.stack(state))
+    wanted, scratch = _readable(target, rows.V), partial(RowSoftmax, temperature)
+    for_each_chunk(read, scratch, rows, target, wanted, ref_rows=ref_rows, blocks=FREE_BLOCKS)
+    logp, entropy, kl = vectors[:3]
+    return RowStats(logp, entropy, None if ref_rows is None else kl, vectors[3:])
 
 
 def row_loss(
@@ -61,24 +59,27 @@ def row_loss(
     """Loss of every row, and the gradient of every logit into `dlogits`, in one pass."""
     target = tokens.target
     vectors = target.new_zeros(7, rows.N, dtype=torch.float32)
+    # at once, as a chunk has few rows and many operations
+    double = tokens.double()
 
     def pass_over(chunk: Chunk, softmax: RowSoftmax) -> None:
-        at, some = chunk.at, tokens.at(chunk.at)
-        found = softmax.read(chunk, some.target)
+        at, some = chunk.at, double.at(chunk.at)
+        found = softmax.read(chunk)
         logp = found.logp
         log_ratio = logp - (logp if some.old_logp is None else some.old_logp)
         token = token_loss(logp, log_ratio, some, found.entropy, found.kl, terms)
         dlogp = token.dlogp + token.dlog_ratio
-        ratio = log_ratio.double().exp().float()
-        values = (logp, found.entropy, ratio, token.kl, token.loss, dlogp, token.dropped)
-        vectors[:, at] = torch.stack(values)
+        values = (logp, found.entropy, log_ratio.exp(), token.kl, token.loss, dlogp, token.dropped)
+        vectors[:, at] = torch.stack(values).float()
         if dlogits is not None:
             exact_beta = None if found.kl is None else terms.beta
             softmax.write_gradient(chunk, some.slopes(dlogp, token.dropped, exact_beta), found)
 
     wanted = (tokens.weight != 0) & _readable(target, rows.V)
-    scratch = partial(RowSoftmax, temperature)
-    for_each_chunk(pass_over, scratch, rows, wanted, dlogits, ref_rows)
+    bonus = tokens.entropy_weight is not None
+    scratch = partial(RowSoftmax, temperature, bonus=bonus and dlogits is not None)
+    blocks = blocks_at_once(dlogits, bonus=bonus, exact_kl=ref_rows is not None)
+    for_each_chunk(pass_over, scratch, rows, target, wanted, dlogits, ref_rows, blocks=blocks)
     logp, entropy, ratio, kl, loss, dlogp, dropped = vectors
     state = vectors.new_empty(0, rows.N)
     return RowLoss(logp, entropy, ratio, kl, loss, dlogp, dropped.bool(), state, loss.sum())
@@ -94,15 +95,18 @@ def row_dlogits(
     ref_rows: Rows | None = None,
 ) -> Tensor:
     """Writes dL/dlogits into `dlogits`; the softmax is found again from the logits alone."""
+    entropy = stats.entropy.double()
 
     def write(chunk: Chunk, softmax: RowSoftmax) -> None:
-        some = Slopes._make(None if slope is None else slope[chunk.at] for slope in slopes)
-        found = softmax.read(chunk, target[chunk.at], entropy=stats.entropy[chunk.at])
-        softmax.write_gradient(chunk, some, found)
+        found = softmax.read(chunk, entropy=entropy[chunk.at])
+        softmax.write_gradient(chunk, slopes.at(chunk.at), found)
 
     wanted = slopes.any & _readable(target, rows.V)
     ref_rows = None if slopes.dkl is None else ref_rows
-    for_each_chunk(write, partial(RowSoftmax, temperature), rows, wanted, dlogits, ref_rows)
+    bonus = slopes.dentropy is not None
+    scratch = partial(RowSoftmax, temperature, bonus=bonus)
+    blocks = blocks_at_once(dlogits, bonus=bonus, exact_kl=ref_rows is not None)
+    for_each_chunk(write, scratch, rows, target, wanted, dlogits, ref_rows, blocks=blocks)
     return dlogits
 
 

@@ -142,14 +142,20 @@ class TokenVectors:
 
     def at(self, place: slice | Tensor) -> TokenVectors:
         """Those of some tokens only."""
+        return self._each(lambda vector: vector[place])
 
+    def double(self) -> TokenVectors:
+        """The same in float64, targets as they are."""
+        return self._each(lambda vector: vector.double() if vector.is_floating_point() else vector)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> TokenVectors:
         def some(vector: Tensor | None) -> Tensor | None:
-            return None if vector is None else vector[place]
+            return None if vector is None else function(vector)
 
         return TokenVectors(
-            self.target[place],
-            self.weight[place],
-            self.advantage[place],
+            function(self.target),
+            function(self.weight),
+            function(self.advantage),
             some(self.old_logp),
             some(self.ref_logp),
             some(self.factor),
@@ -162,7 +168,7 @@ class TokenVectors:
         if self.entropy_weight is not None:
             dentropy = -self.entropy_weight.masked_fill(dropped, 0.0)
         if exact_beta:
-            dkl = exact_beta * self.weight.masked_fill(dropped, 0.0)
+            dkl = exact_beta * self.weight.float().masked_fill(dropped, 0.0)
         return Slopes(dlogp, dentropy, dkl)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from grpo_core import RECIPES, fused_loss, token_logp
 from grpo_core.reference import reference_loss
-from grpo_core.row_softmax import RowSoftmax
+from grpo_core.row_softmax import _Others
 
 BONUS = RECIPES["dapo"].replace(entropy_coef=0.1)
 
@@ -67,11 +68,42 @@ def test_nothing_but_the_target_is_allowed() -> None:
 def test_powers_do_not_depend_on_where_a_row_ends(V: int) -> None:
     """Torch may treat the end of an array differently; no word of a vocabulary lies there."""
     torch.manual_seed(1)
-    softmax, rows = RowSoftmax(0.7), torch.randn(9, V)
-    softmax.policy.read(rows, torch.zeros(9, dtype=torch.int64))
-    together = softmax.policy.powers.clone()
-    assert all(len(array) % 64 == 0 for array in softmax.policy.arrays)
-    for row, powers in zip(rows, together, strict=True):
-        alone = RowSoftmax(0.7).policy
-        alone.read(row[None], torch.zeros(1, dtype=torch.int64))
-        assert torch.equal(alone.powers[0], powers)
+    rows, hole, others = torch.randn(9, V), torch.zeros(9, 1, dtype=torch.int64), _Others(0.7)
+    homes = torch.empty(9, V)
+    for home in (None, homes):
+        others.begin()
+        others.read(rows, hole, 0, 0, home)
+        assert all(array.shape[1] % 64 == 0 for array in others.arrays.values())
+        for row, powers in zip(rows, others.powers[0], strict=True):
+            alone = _Others(0.7)
+            alone.read(row[None], hole[:1], 0, 0, None)
+            assert torch.equal(alone.powers[0][0], powers)
+
+
+@pytest.mark.parametrize(("V", "masked"), [(70_016, False), (70_001, True), (33_000, True)])
+def test_threads_do_not_change_a_bit(V: int, masked: bool) -> None:
+    """Threads share blocks of whole rows only; an odd number of rows leaves one over."""
+    torch.manual_seed(2)
+    logits, target = torch.randn(21, V) * 3, torch.randint(0, V, (21,))
+    if masked:
+        target[torch.rand(21) < 0.4] = -100
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            leaf = logits.clone().requires_grad_()
+            out = fused_loss(
+                leaf,
+                target,
+                objective=BONUS,
+                advantage=torch.ones(21),
+                sequence_id=torch.arange(21) // 4,
+                backend="torch",
+            )
+            out.loss.backward()
+            assert torch.get_num_threads() == threads
+            found.append((out.logp, out.entropy, leaf.grad))
+    finally:
+        torch.set_num_threads(before)
+    for one, other in pairwise(found):
+        assert all(map(torch.equal, one, other))
