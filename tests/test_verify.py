@@ -63,9 +63,14 @@ class Overflowing(row_softmax.RowSoftmax):
 
     def write_gradient(self, chunk: Any, *args: Any) -> None:
         super().write_gradient(chunk, *args)
-        home = chunk.blocks[-1].dlogits
-        if home is None:
-            return
+        for block in chunk.blocks:
+            if block.put is not None:
+                views, at = block.put.func.__self__, block.put.args[0][-1].item()
+                self.overflow(views.take(slice(at, at + 1)))
+            else:
+                self.overflow(block.dlogits)
+
+    def overflow(self, home: Any) -> None:
         last = home[-1]
         behind = last.storage_offset() + last.numel()
         if behind < last.untyped_storage().nbytes() // last.itemsize:
