@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_core import row_softmax, torch_backend
+from grpo_core import row_chunks, row_softmax, torch_backend
 from grpo_core.accuracy import QUANTITIES, compare_confident, exact_tokens
 from grpo_core.kernels import row_loss as row_loss_kernel
 from grpo_core.kernels.language import tl, triton
@@ -58,23 +58,14 @@ class Careless(row_softmax.RowSoftmax):
         return found
 
 
-class Overflowing(row_softmax.RowSoftmax):
-    """A gradient that also lands in the row behind."""
-
-    def write_gradient(self, chunk: Any, *args: Any) -> None:
-        super().write_gradient(chunk, *args)
-        for block in chunk.blocks:
-            if block.put is not None:
-                views, at = block.put.func.__self__, block.put.args[0][-1].item()
-                self.overflow(views.take(slice(at, at + 1)))
-            else:
-                self.overflow(block.dlogits)
-
-    def overflow(self, home: Any) -> None:
-        last = home[-1]
-        behind = last.storage_offset() + last.numel()
-        if behind < last.untyped_storage().nbytes() // last.itemsize:
-            last.as_strided((1,), (1,), behind).add_(1.0)
+def overflowing(views: row_chunks.RowViews, which: Any) -> None:
+    """What makes unwanted rows 0, and also changes the number behind the last row."""
+    for run in views.runs(which):
+        views.take(run).zero_()
+    last = views.rows.logits[-1, -1] if views.flat is None else views.flat[-1]
+    behind = last.storage_offset() + last.numel()
+    if behind < last.untyped_storage().nbytes() // last.itemsize:
+        last.as_strided((1,), (1,), behind).add_(1.0)
 
 
 BREAKAGES = {
@@ -100,13 +91,21 @@ def test_what_is_wrong_fails(
 
 
 @pytest.mark.parametrize(
-    ("wrong", "line"),
-    [(Careless, "logp"), (Overflowing, "nothing is written beside a view")],
+    ("home", "name", "wrong", "line"),
+    [
+        (torch_backend, "RowSoftmax", Careless, "logp"),
+        (row_chunks.RowViews, "zero", overflowing, "nothing is written beside a view"),
+    ],
 )
-def test_a_wrong_softmax_fails(
-    wrong: type, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_wrong_softmax_or_walk_fails(
+    home: Any,
+    name: str,
+    wrong: Any,
+    line: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(torch_backend, "RowSoftmax", wrong)
+    monkeypatch.setattr(home, name, wrong)
     assert main(["--backend", "torch", "--dtype", "float32", "--quick"]) == 1
     shown = [text for text in capsys.readouterr().out.splitlines() if text.endswith("FAIL")]
     assert any(text.strip().startswith(line) for text in shown)
