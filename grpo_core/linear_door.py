@@ -15,9 +15,11 @@ from grpo_core.arguments import (
 )
 from grpo_core.backends import Backend, choose_backend
 from grpo_core.fused_loss import LossOutput, TokenLogp
+from grpo_core.linear_call import Other
 from grpo_core.linear_head import HEAD_DTYPES, LinearHead, check_head, check_hidden
 from grpo_core.linear_memory import Plan
-from grpo_core.linear_rows import Run, loss_of_rows, scored_rows
+from grpo_core.linear_reading import ScoreCall, score_rows
+from grpo_core.linear_rows import Run, loss_of_rows
 from grpo_core.objective import Objective
 from grpo_core.recipes import find_objective
 from grpo_core.validation import must_validate
@@ -85,51 +87,51 @@ def loss_from_hidden(
             validate=validate,
         )
 
-    def score(name: str, states: Tensor, matrix: Tensor | LinearHead | None, at: Tensor) -> Tensor:
-        """Log-probabilities under another policy of the rows marked in `at` [N] bool."""
-        other = check_head(f"{name}_lm_head", lm_head if matrix is None else matrix, states)
-        found, _ = scored_rows(
-            states,
-            other,
-            torch.where(at, target.reshape(-1).long(), -100),
-            at,
-            temperature=temperature,
-            heat=heat,
-            plan=plan,
-            memory_budget=memory_budget,
-            dtype=dtype,
-            autocast=autocast,
-            kernels=kernels,
-        )
-        return found.view(target.shape)
-
     check_policy("old", old_logp, old_hidden, old_lm_head, hidden)
     check_policy("ref", ref_logp, ref_hidden, ref_lm_head, hidden)
-    reference = None
+    vectors = {"old_logp": old_logp, "ref_logp": ref_logp}
+    others, reference = [], None
+    if old_hidden is not None:
+        others.append(_other("old", old_hidden, old_lm_head, head))
+    if ref_hidden is not None:
+        others.append(_other("ref", ref_hidden, ref_lm_head, head))
     if spec.kl == "exact":
         if ref_hidden is None and spec.beta:
             raise ValueError(
                 f"ref_hidden: expected a tensor for kl = 'exact' and beta = {spec.beta}, got None"
             )
         if ref_hidden is not None:
-            reference = (ref_hidden.detach(), _reference_head(ref_lm_head, head, ref_hidden))
+            _, states, matrix = others.pop()
+            if matrix.V != head.V:
+                raise ValueError(
+                    f"ref_lm_head: expected V = {head.V} words as in lm_head, got {matrix.V}"
+                )
+            reference = (states, matrix)
     if accumulate_into is not None:
         check_accumulation(accumulate_into, head, hidden, autocast, plan)
         plan = "fast"
-    # what is still to be found cannot be told from 0 by any check
-    later = torch.zeros(target.shape, dtype=torch.float32, device=hidden.device)
-    finds_old, finds_ref = old_hidden is not None, ref_hidden is not None and reference is None
-    tokens = door(later if finds_old else old_logp, later if finds_ref else ref_logp)
-    if finds_old or finds_ref:
-        samples = spec.factor.needs_sampler
-        at = tokens.given if samples or all_logp else tokens.given & ~tokens.still()
-        if finds_old:
-            assert old_hidden is not None
-            old_logp = score("old", old_hidden, old_lm_head, at)
-        if finds_ref:
-            assert ref_hidden is not None
-            ref_logp = score("ref", ref_hidden, ref_lm_head, at)
-        tokens = door(old_logp, ref_logp)
+    for other in others:
+        # what is still to be found cannot be told from 0 by any check
+        vectors[other.name] = torch.zeros(target.shape, dtype=torch.float32, device=hidden.device)
+    tokens = door(**vectors)
+    early = [other for other in others if must_be_early(other, head, tokens)]
+    for name, states, matrix in early:
+        every = spec.factor.needs_sampler or all_logp
+        call = ScoreCall(
+            target=target.reshape(-1).long(),
+            valid=tokens.given if every else tokens.given & ~tokens.still(),
+            temperature=float(temperature),
+            heat=heat,
+            plan=plan,
+            memory_budget=memory_budget,
+            logits_dtype=dtype,
+            autocast=autocast,
+            kernels=kernels,
+        )
+        vectors[name] = score_rows(states, matrix, call).over(target.numel())[0].view(target.shape)
+    if early:
+        tokens = door(**vectors)
+        others = [other for other in others if other not in early]
     return loss_of_rows(
         hidden,
         head,
@@ -139,13 +141,14 @@ def loss_from_hidden(
         memory_budget=memory_budget,
         all_logp=all_logp,
         accumulate_into=accumulate_into,
+        run=run,
         logits_dtype=dtype,
         autocast=autocast,
         temperature=float(temperature),
         heat=heat,
         kernels=kernels,
         reference=reference,
-        run=run,
+        others=tuple(others),
     )
 
 
@@ -171,19 +174,18 @@ def logp_from_hidden(
     check_logits(logits, temperature, HEAD_DTYPES)
     check_target(logits, target, mask, validate)
     valid = present(target, mask) & ((target >= 0) & (target < head.V)).reshape(-1)
-    logp, entropy = scored_rows(
-        hidden,
-        head,
-        target.reshape(-1).long(),
-        valid,
+    call = ScoreCall(
+        target=target.reshape(-1).long(),
+        valid=valid,
         temperature=float(temperature),
         heat=heat,
         plan=None,
         memory_budget=memory_budget,
-        dtype=dtype_of_logits(logits_dtype),
+        logits_dtype=dtype_of_logits(logits_dtype),
         autocast=autocast_dtype(hidden),
         kernels=kernels,
     )
+    logp, entropy = score_rows(hidden, head, call).over(target.numel())
     return TokenLogp(logp.view(target.shape), entropy.view(target.shape))
 
 
@@ -270,18 +272,26 @@ def check_policy(
         check_hidden(f"{name}_hidden", states, hidden)
 
 
-def _reference_head(
-    matrix: Tensor | LinearHead | None, head: LinearHead, ref_hidden: Tensor
-) -> LinearHead:
-    """The reference's head without a graph, over the same words.
+def _other(
+    name: str, states: Tensor, matrix: Tensor | LinearHead | None, head: LinearHead
+) -> Other:
+    """Another policy, without a graph; its head is the policy's own unless one is given."""
+    found = check_head(f"{name}_lm_head", head if matrix is None else matrix, states)
+    return Other(
+        f"{name}_logp",
+        states.detach(),
+        found.of(found.weight, found.bias, found.lora_A, found.lora_B),
+    )
 
-    Raises:
-        ValueError: another number of words.
+
+def must_be_early(other: Other, head: LinearHead, tokens: Tokens) -> bool:
+    """Whether another policy's log-probabilities need a walk of their own before the loss's.
+
+    That is where weights of other rows follow from them, and where the head's buffer is too small.
     """
-    other = check_head("ref_lm_head", head if matrix is None else matrix, ref_hidden)
-    if head.V != other.V:
-        raise ValueError(f"ref_lm_head: expected V = {head.V} words as in lm_head, got {other.V}")
-    return other.of(other.weight, other.bias, other.lora_A, other.lora_B)
+    factor = tokens.objective.factor
+    weighs = factor.needs_sampler and not factor.waits_for_logp(tokens.old_logp)
+    return (weighs and other.name == "old_logp") or other.head.V > head.V
 
 
 def dtype_of_logits(dtype: torch.dtype | None) -> torch.dtype:
