@@ -30,7 +30,7 @@ from grpo_core.backends import Backend, choose_backend
 from grpo_core.fused_loss import TokenLogp
 from grpo_core.kernels.records import RowStats, Slopes
 from grpo_core.linear_call import spread
-from grpo_core.linear_door import autocast_dtype, stand_in
+from grpo_core.linear_checks import autocast_dtype, stand_in
 from grpo_core.linear_head import HEAD_DTYPES, LinearHead, check_head, check_hidden
 from grpo_core.linear_lean import Words, log_sum_exp, sliced_gradients
 from grpo_core.linear_memory import Plan

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from grpo_core.arguments import check_logits, check_target
 from grpo_core.backends import Backend, choose_backend
-from grpo_core.linear_door import autocast_dtype, dtype_of_logits, stand_in
+from grpo_core.linear_checks import autocast_dtype, dtype_of_logits, stand_in
 from grpo_core.linear_head import HEAD_DTYPES, LinearHead, check_head, check_hidden
 from grpo_core.linear_logp import LinearLogp
 from grpo_core.linear_reading import ScoreCall
