@@ -84,8 +84,9 @@ class Scored(NamedTuple):
 
     def over(self, N: int) -> tuple[Tensor, Tensor]:
         """(logp, entropy) `[N]`, 0 elsewhere."""
-        logp, entropy = self.stats.logp.new_zeros(2, N)
         place = slice(None) if self.rows is None else self.rows
+        # not two views of one tensor, which autograd lets nobody write over
+        logp, entropy = (self.stats.logp.new_zeros(N) for _ in range(2))
         logp[place], entropy[place] = self.stats.logp, self.stats.entropy
         return logp, entropy
 
