@@ -171,15 +171,17 @@ class Words:
         else:
             factor = -dlogp[:, None].expand_as(log_p)
             if dentropy is not None:
-                factor = factor - dentropy[:, None] * (log_p + self.stats.entropy[chunk, None])
+                slope = (log_p + self.stats.entropy[chunk, None]).mul_(-dentropy[:, None])
+                factor = slope.add_(factor)
             if dkl is not None:
                 assert ref_logits is not None and self.ref_lse is not None
                 assert self.stats.kl is not None
                 log_q = ref_logits.div_(T).sub_(self.ref_lse[chunk, None])
-                factor = factor + dkl[:, None] * (log_p - log_q - self.stats.kl[chunk, None])
-            p = log_p.exp().mul_(correction[:, None])
+                slope = log_q.neg_().add_(log_p).sub_(self.stats.kl[chunk, None])
+                factor = slope.mul_(dkl[:, None]).add_(factor)
+            p = log_p.exp_().mul_(correction[:, None])
             # 0·(−inf): a forbidden word has no gradient
-            dlogits = torch.where(p > 0, p * factor, 0.0)
+            dlogits = factor.mul_(p).masked_fill_(~(p > 0), 0.0)
         target = self.target[chunk]
         mine = ((target >= words.start) & (target < words.stop)).nonzero().squeeze(1)
         dlogits[mine, target[mine] - words.start] = self.at_target[chunk][mine]
