@@ -3,7 +3,7 @@
 The matrix, its bias and an adapter of it are read from the module at every call, where wrappers
 have gathered them. What follows the module is in the model's forward: the config names the numbers,
 and a probe shows which of them it applies, and how (Granite divides by `logits_scaling`, HyperCLOVA
-multiplies).
+multiplies). Where a model cannot be probed, `stated` takes the config's word for what is sure.
 """
 
 from __future__ import annotations
@@ -34,9 +34,35 @@ class Around(NamedTuple):
     vocabulary: int | None = None
 
 
+def text_config(config: Any) -> Any:
+    """That of the language model, where a config has several parts."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def stated(config: Any) -> Around:
+    """What a config says for sure, of a model that cannot be probed.
+
+    Raises:
+        NotImplementedError: a scale of which it is not known whether it multiplies or divides.
+    """
+    text, scale = text_config(config), 1.0
+    for name in SCALES:
+        number = getattr(text, name, None)
+        if not number or number == 1:
+            continue
+        if name == "logit_scale":
+            scale = float(number)
+        elif name == "logits_scaling" and text.model_type.startswith("granite"):
+            scale = 1 / float(number)
+        else:
+            raise NotImplementedError(f"{name}: not known for model_type {text.model_type!r}")
+    caps = (float(cap) for name in CAPS if (cap := getattr(text, name, None)))
+    return Around(next(caps, None), scale)
+
+
 def candidates(config: Any) -> Iterator[Around]:
     """Everything that a config may mean."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = text_config(config)
     caps = [None, *(float(cap) for name in CAPS if (cap := getattr(text, name, None)))]
     scales = [1.0]
     for name in SCALES:
@@ -45,13 +71,16 @@ def candidates(config: Any) -> Iterator[Around]:
     return (Around(cap, scale) for cap in caps for scale in scales)
 
 
-def read_head(module: Any, around: Around) -> LinearHead:
+def read_head(module: Any, around: Around, *, adapters: bool = True) -> LinearHead:
     """The head as it is now.
 
     Raises:
         ValueError: a module without a matrix, a sharded matrix that nobody has gathered, or an
             adapter that is more than two matrices.
+        NotImplementedError: any adapter, without `adapters`.
     """
+    if not adapters and hasattr(module, "base_layer"):
+        raise NotImplementedError("lm_head: an adapter on the head is not supported; leave it out")
     base, adapter = module, {}
     if hasattr(module, "lora_A") and hasattr(module, "get_base_layer"):
         base, adapter = module.get_base_layer(), _adapter(module)

@@ -6,13 +6,14 @@ again. In float16 they stay float32 until grad_output, a loss scale, has come.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from grpo_core.kernels.records import Rows
-from grpo_core.linear_call import LinearCall, Swept
+from grpo_core.linear_call import LinearCall, Swept, spread
 from grpo_core.linear_head import LinearHead
 from grpo_core.linear_lean import LeanSweep
 from grpo_core.linear_plans import Sweep
@@ -28,7 +29,8 @@ class FusedLinearLoss(torch.autograd.Function):
         ctx: Any, call: LinearCall, head: LinearHead, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         swept, gradients = evaluate(call, head, tensors)
-        ctx.call, ctx.gradients = call, gradients
+        # a second backward finds the other policies' log-probabilities where the first left them
+        ctx.call, ctx.gradients = replace(call, others=()), gradients
         # the record without its tensors: those are saved where autograd looks after them
         ctx.head = head.of(torch.empty(head.weight.shape, device="meta"), None, None, None)
         ctx.save_for_backward(*tensors)
@@ -88,21 +90,13 @@ def evaluate(
     dhidden, *rest = swept.gradients
     if call.into is not None:
         rest[0] = None
-    gradients: Gradients = [None if dhidden is None else _spread(dhidden, hidden, call)]
+    gradients: Gradients = [None]
+    if dhidden is not None:
+        gradients = [spread(_rounded(dhidden, hidden), call.rows, hidden)]
     for tensor, gradient in zip(tensors[1:], rest, strict=True):
         gradients.append(None if gradient is None or tensor is None else _rounded(gradient, tensor))
     # the float32 ones would outlive the rounding otherwise
     return swept._replace(gradients=[]), gradients
-
-
-def _spread(dhidden: Tensor, hidden: Tensor, call: LinearCall) -> Tensor:
-    """Gradients of the rows that were made -> of all hidden states."""
-    rounded = _rounded(dhidden, hidden)
-    if call.rows is None:
-        return rounded.view(hidden.shape)
-    full = rounded.new_zeros(hidden.shape)
-    full.view(-1, hidden.shape[-1])[call.rows] = rounded
-    return full
 
 
 def _rounded(gradient: Tensor, like: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a loss from hidden states is asked for, and what a walk over its rows works on."""
+"""What a walk over rows of hidden states is asked for, and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -13,37 +13,30 @@ from torch import Tensor
 from grpo_core.arguments import Tokens
 from grpo_core.kernels.records import RowLoss, Rows, RowStats
 from grpo_core.linear_head import LinearHead
-from grpo_core.linear_memory import ChunkBuffer, Layout
-from grpo_core.linear_products import HeadProducts
+from grpo_core.linear_memory import Layout
 from grpo_core.row_chunks import taken
 
 
-@dataclass(frozen=True)
-class LinearCall:
-    """Everything of a call but its differentiable tensors."""
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """Everything of a walk but its differentiable tensors."""
 
-    tokens: Tokens  # of the rows that are made, in that order
+    target: Tensor  # [n] int64, of the rows that are made, in that order
     rows: Tensor | None  # [n] int64, their place among all N; None for all of them in order
-    lengths: tuple[int, ...] | None  # of sequences that are to stay whole; None: of no matter
     layout: Layout
     wanted: tuple[bool, ...]  # gradients of hidden, weight, bias, lora_A, lora_B
     logits_dtype: torch.dtype
     autocast: torch.dtype | None
     temperature: float  # 1 with `heat`
     kernels: ModuleType
-    reference: tuple[Tensor, LinearHead] | None  # hidden states and head, for the exact KL
     heat: Tensor | None = None  # [n] float32, temperatures of the rows
+    reference: tuple[Tensor, LinearHead] | None = None  # states and head, for the exact KL
     into: Tensor | None = None  # [rows, D] float32, what the matrix's gradient is added to
 
     @property
     def n(self) -> int:
         """Number of rows that are made."""
-        return self.tokens.target.numel()
-
-    @property
-    def exact_beta(self) -> float | None:
-        """Weight of the exact KL; None without one."""
-        return None if self.reference is None else float(self.tokens.objective.beta)
+        return self.target.numel()
 
     @property
     def chunks(self) -> list[slice]:
@@ -54,6 +47,28 @@ class LinearCall:
     def heat_of(self, chunk: slice) -> Tensor | None:
         """Temperatures of some rows, if they have their own."""
         return None if self.heat is None else self.heat[chunk]
+
+
+class Other(NamedTuple):
+    """A policy whose log-probabilities are found where the policy's own logits are made."""
+
+    name: str  # of their vector: old_logp or ref_logp
+    hidden: Tensor  # [B, T, D] or [N, D], any D, detached
+    head: LinearHead  # of no more words than the policy's, without a graph
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearCall(Pass):
+    """The walk of a loss; `others` write into the vectors of `tokens`, which have room for it."""
+
+    tokens: Tokens  # of the rows that are made
+    lengths: tuple[int, ...] | None  # of sequences that are to stay whole; None: of no matter
+    others: tuple[Other, ...] = ()
+
+    @property
+    def exact_beta(self) -> float | None:
+        """Weight of the exact KL; None without one."""
+        return None if self.reference is None else float(self.tokens.objective.beta)
 
     def segments(self) -> Iterator[list[slice]]:
         """Chunks that are to be known together before any of them has a loss."""
@@ -97,41 +112,13 @@ class HiddenRows:
         return taken(self.layout, place if self.rows is None else self.rows[place])
 
 
-def linear_stats(
-    hidden: Tensor,
-    head: LinearHead,
-    target: Tensor,
-    rows: Tensor | None,
-    *,
-    step: int,
-    logits_dtype: torch.dtype,
-    autocast: torch.dtype | None,
-    temperature: float,
-    heat: Tensor | None,
-    kernels: ModuleType,
-) -> tuple[Tensor, Tensor]:
-    """(logp, entropy) `[n]` of some rows, `step` at a time; one product."""
-    states, products = HiddenRows(hidden, rows), HeadProducts(head, hidden, autocast)
-    n = target.numel()
-    buffer = ChunkBuffer(min(step, max(n, 1)), head.V, logits_dtype, None, hidden.device)
-    logp, entropy = torch.empty(2, n, dtype=torch.float32, device=hidden.device)
-    for start in range(0, n, step):
-        chunk = slice(start, min(start + step, n))
-        products.logits(states[chunk], buffer.logits, heat=None if heat is None else heat[chunk])
-        here = buffer.rows(slice(0, chunk.stop - start))
-        logp[chunk], entropy[chunk], *_ = kernels.row_stats(here, target[chunk], temperature)
-    return logp, entropy
-
-
-def dlogits_dtype(logits_dtype: torch.dtype, compute: torch.dtype) -> torch.dtype:
-    """Of dlogits on their way into the products: the narrower of the two."""
-    return compute if compute.itemsize < logits_dtype.itemsize else logits_dtype
-
-
-def lift(tokens: Tokens) -> Tensor:
-    """A power of two near the inverse of the weights: dlogits in float16 would underflow."""
-    largest = torch.cat([tokens.weight, tokens.weight.new_tensor([1e-30])]).amax()
-    return torch.exp2(torch.floor(-torch.log2(largest)))
+def spread(dhidden: Tensor, rows: Tensor | None, hidden: Tensor) -> Tensor:
+    """Gradients [n, D] of the rows that were made -> shaped as all hidden states, 0 elsewhere."""
+    if rows is None:
+        return dhidden.view(hidden.shape)
+    full = dhidden.new_zeros(hidden.shape)
+    full.view(-1, hidden.shape[-1])[rows] = dhidden
+    return full
 
 
 def joined(parts: list[RowStats]) -> RowStats:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from grpo_core.arguments import (
-    COLDEST,
     Tokens,
     check_logits,
     check_loss_arguments,
@@ -15,12 +14,22 @@ from grpo_core.arguments import (
 )
 from grpo_core.backends import Backend, choose_backend
 from grpo_core.fused_loss import LossOutput, TokenLogp
+from grpo_core.linear_call import Other
+from grpo_core.linear_checks import (
+    autocast_dtype,
+    check_accumulation,
+    check_policy,
+    check_target_shape,
+    dtype_of_logits,
+    stand_in,
+    temperature_of_rows,
+)
 from grpo_core.linear_head import HEAD_DTYPES, LinearHead, check_head, check_hidden
 from grpo_core.linear_memory import Plan
-from grpo_core.linear_rows import Run, loss_of_rows, scored_rows
+from grpo_core.linear_reading import ScoreCall, score_rows
+from grpo_core.linear_rows import Run, loss_of_rows
 from grpo_core.objective import Objective
 from grpo_core.recipes import find_objective
-from grpo_core.validation import must_validate
 
 
 def loss_from_hidden(
@@ -85,51 +94,51 @@ def loss_from_hidden(
             validate=validate,
         )
 
-    def score(name: str, states: Tensor, matrix: Tensor | LinearHead | None, at: Tensor) -> Tensor:
-        """Log-probabilities under another policy of the rows marked in `at` [N] bool."""
-        other = check_head(f"{name}_lm_head", lm_head if matrix is None else matrix, states)
-        found, _ = scored_rows(
-            states,
-            other,
-            torch.where(at, target.reshape(-1).long(), -100),
-            at,
-            temperature=temperature,
-            heat=heat,
-            plan=plan,
-            memory_budget=memory_budget,
-            dtype=dtype,
-            autocast=autocast,
-            kernels=kernels,
-        )
-        return found.view(target.shape)
-
     check_policy("old", old_logp, old_hidden, old_lm_head, hidden)
     check_policy("ref", ref_logp, ref_hidden, ref_lm_head, hidden)
-    reference = None
+    vectors = {"old_logp": old_logp, "ref_logp": ref_logp}
+    others, reference = [], None
+    if old_hidden is not None:
+        others.append(_other("old", old_hidden, old_lm_head, head))
+    if ref_hidden is not None:
+        others.append(_other("ref", ref_hidden, ref_lm_head, head))
     if spec.kl == "exact":
         if ref_hidden is None and spec.beta:
             raise ValueError(
                 f"ref_hidden: expected a tensor for kl = 'exact' and beta = {spec.beta}, got None"
             )
         if ref_hidden is not None:
-            reference = (ref_hidden.detach(), _reference_head(ref_lm_head, head, ref_hidden))
+            _, states, matrix = others.pop()
+            if matrix.V != head.V:
+                raise ValueError(
+                    f"ref_lm_head: expected V = {head.V} words as in lm_head, got {matrix.V}"
+                )
+            reference = (states, matrix)
     if accumulate_into is not None:
         check_accumulation(accumulate_into, head, hidden, autocast, plan)
         plan = "fast"
-    # what is still to be found cannot be told from 0 by any check
-    later = torch.zeros(target.shape, dtype=torch.float32, device=hidden.device)
-    finds_old, finds_ref = old_hidden is not None, ref_hidden is not None and reference is None
-    tokens = door(later if finds_old else old_logp, later if finds_ref else ref_logp)
-    if finds_old or finds_ref:
-        samples = spec.factor.needs_sampler
-        at = tokens.given if samples or all_logp else tokens.given & ~tokens.still()
-        if finds_old:
-            assert old_hidden is not None
-            old_logp = score("old", old_hidden, old_lm_head, at)
-        if finds_ref:
-            assert ref_hidden is not None
-            ref_logp = score("ref", ref_hidden, ref_lm_head, at)
-        tokens = door(old_logp, ref_logp)
+    for other in others:
+        # what is still to be found cannot be told from 0 by any check
+        vectors[other.name] = torch.zeros(target.shape, dtype=torch.float32, device=hidden.device)
+    tokens = door(**vectors)
+    early = [other for other in others if must_be_early(other, head, tokens)]
+    late = tuple(other for other in others if not must_be_early(other, head, tokens))
+    for name, states, matrix in early:
+        every = spec.factor.needs_sampler or all_logp
+        call = ScoreCall(
+            target=target.reshape(-1).long(),
+            valid=tokens.given if every else tokens.given & ~tokens.still(),
+            temperature=float(temperature),
+            heat=heat,
+            plan=plan,
+            memory_budget=memory_budget,
+            logits_dtype=dtype,
+            autocast=autocast,
+            kernels=kernels,
+        )
+        vectors[name] = score_rows(states, matrix, call).over(target.numel())[0].view(target.shape)
+    if early:
+        tokens = door(**vectors)
     return loss_of_rows(
         hidden,
         head,
@@ -139,13 +148,14 @@ def loss_from_hidden(
         memory_budget=memory_budget,
         all_logp=all_logp,
         accumulate_into=accumulate_into,
+        run=run,
         logits_dtype=dtype,
         autocast=autocast,
         temperature=float(temperature),
         heat=heat,
         kernels=kernels,
         reference=reference,
-        run=run,
+        others=late,
     )
 
 
@@ -171,127 +181,38 @@ def logp_from_hidden(
     check_logits(logits, temperature, HEAD_DTYPES)
     check_target(logits, target, mask, validate)
     valid = present(target, mask) & ((target >= 0) & (target < head.V)).reshape(-1)
-    logp, entropy = scored_rows(
-        hidden,
-        head,
-        target.reshape(-1).long(),
-        valid,
+    call = ScoreCall(
+        target=target.reshape(-1).long(),
+        valid=valid,
         temperature=float(temperature),
         heat=heat,
         plan=None,
         memory_budget=memory_budget,
-        dtype=dtype_of_logits(logits_dtype),
+        logits_dtype=dtype_of_logits(logits_dtype),
         autocast=autocast_dtype(hidden),
         kernels=kernels,
     )
+    logp, entropy = score_rows(hidden, head, call).over(target.numel())
     return TokenLogp(logp.view(target.shape), entropy.view(target.shape))
 
 
-def temperature_of_rows(
-    temperature: float | Tensor, target: Tensor, validate: bool | None
-) -> tuple[Tensor | None, float]:
-    """(temperatures `[N]` float32, 1), or (None, the one temperature).
+def _other(
+    name: str, states: Tensor, matrix: Tensor | LinearHead | None, head: LinearHead
+) -> Other:
+    """Another policy, without a graph; its head is the policy's own unless one is given."""
+    found = check_head(f"{name}_lm_head", head if matrix is None else matrix, states)
+    return Other(
+        f"{name}_logp",
+        states.detach(),
+        found.of(found.weight, found.bias, found.lora_A, found.lora_B),
+    )
 
-    Raises:
-        ValueError: temperatures of another shape than target's, or too low for a token.
+
+def must_be_early(other: Other, head: LinearHead, tokens: Tokens) -> bool:
+    """Whether another policy's log-probabilities need a walk of their own before the loss's.
+
+    That is where weights of other rows follow from them, and where the head's buffer is too small.
     """
-    if not isinstance(temperature, Tensor):
-        return None, temperature
-    if temperature.shape != target.shape or not temperature.is_floating_point():
-        raise ValueError(
-            f"temperature: expected a number, or floats of target's shape {list(target.shape)}, "
-            f"got {temperature.dtype} of shape {list(temperature.shape)}"
-        )
-    heat = temperature.detach().reshape(-1).float()
-    if must_validate(validate, target):
-        low = present(target, None) & ~((heat >= COLDEST) & (heat < torch.inf))
-        if low.any():
-            n = int(low.nonzero()[0])
-            raise ValueError(
-                f"temperature: expected finite numbers >= {COLDEST}, got {float(heat[n])} at token "
-                f"{n}"
-            )
-    return heat, 1.0
-
-
-def stand_in(hidden: Tensor, V: int) -> Tensor:
-    """Something of the logits' shape without their memory, for the door to look at."""
-    return hidden.detach().new_zeros(()).expand(*hidden.shape[:-1], V)
-
-
-def check_target_shape(target: Tensor, hidden: Tensor) -> None:
-    """Raises ValueError unless there is a target for every hidden state."""
-    shape = hidden.shape[:-1]
-    if not isinstance(target, Tensor) or target.shape != shape:
-        got = list(target.shape) if isinstance(target, Tensor) else type(target).__name__
-        raise ValueError(
-            f"target: expected shape {list(shape)} for hidden {list(hidden.shape)}, got {got}; "
-            "position t predicts token t + 1: give hidden[:, :-1], or pad the shifted target "
-            "with -100"
-        )
-
-
-def check_accumulation(
-    into: Tensor,
-    head: LinearHead,
-    hidden: Tensor,
-    autocast: torch.dtype | None,
-    plan: Plan | None,
-) -> None:
-    """Raises ValueError unless the matrix's gradient can be added to `into` in the forward."""
-    matrix = head.weight
-    if into.shape != matrix.shape or into.dtype != torch.float32 or into.device != matrix.device:
-        raise ValueError(
-            f"accumulate_into: expected float32 {list(matrix.shape)} on {matrix.device}, got "
-            f"{into.dtype} {list(into.shape)} on {into.device}"
-        )
-    if not matrix.requires_grad or plan == "lean" or head.lora_A is not None:
-        raise ValueError(
-            "accumulate_into: expected None for a frozen lm_head, one with an adapter, or the lean "
-            "plan"
-        )
-    if (autocast or torch.promote_types(hidden.dtype, matrix.dtype)) == torch.float16:
-        raise ValueError("accumulate_into: expected None in float16, whose loss scale comes later")
-
-
-def check_policy(
-    name: str,
-    logp: Tensor | None,
-    states: Tensor | None,
-    matrix: Tensor | LinearHead | None,
-    hidden: Tensor,
-) -> None:
-    """Raises ValueError unless another policy is given in one way at most."""
-    if states is None and matrix is not None:
-        raise ValueError(f"{name}_lm_head: expected None without {name}_hidden")
-    if states is not None and logp is not None:
-        raise ValueError(f"{name}_hidden: expected None with {name}_logp, got both")
-    if states is not None:
-        check_hidden(f"{name}_hidden", states, hidden)
-
-
-def _reference_head(
-    matrix: Tensor | LinearHead | None, head: LinearHead, ref_hidden: Tensor
-) -> LinearHead:
-    """The reference's head without a graph, over the same words.
-
-    Raises:
-        ValueError: another number of words.
-    """
-    other = check_head("ref_lm_head", head if matrix is None else matrix, ref_hidden)
-    if head.V != other.V:
-        raise ValueError(f"ref_lm_head: expected V = {head.V} words as in lm_head, got {other.V}")
-    return other.of(other.weight, other.bias, other.lora_A, other.lora_B)
-
-
-def dtype_of_logits(dtype: torch.dtype | None) -> torch.dtype:
-    """float32 unless another is asked for."""
-    if dtype is not None and dtype not in HEAD_DTYPES:
-        raise ValueError(f"logits_dtype: expected one of {HEAD_DTYPES} or None, got {dtype!r}")
-    return dtype or torch.float32
-
-
-def autocast_dtype(hidden: Tensor) -> torch.dtype | None:
-    """The dtype in which torch.autocast wants products, or None."""
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    factor = tokens.objective.factor
+    weighs = factor.needs_sampler and not factor.waits_for_logp(tokens.old_logp)
+    return (weighs and other.name == "old_logp") or other.head.V > head.V

@@ -11,7 +11,7 @@ from grpo_core import linear_operators
 from grpo_core.arguments import Measured, check_logits
 from grpo_core.fused_loss import LossOutput, TokenLogp
 from grpo_core.in_graph import host_tensor, measured_in_graph, traceable
-from grpo_core.linear_door import (
+from grpo_core.linear_checks import (
     autocast_dtype,
     check_policy,
     check_target_shape,

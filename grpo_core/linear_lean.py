@@ -17,107 +17,105 @@ import torch
 from torch import Tensor
 
 from grpo_core.kernels.records import RowStats, Slopes
-from grpo_core.linear_call import Swept, joined, lift
+from grpo_core.linear_call import Swept, joined
 from grpo_core.linear_plans import Sweep
-from grpo_core.linear_products import LEAST_ROWS, HeadGradients, HeadProducts
+from grpo_core.linear_products import LEAST_ROWS, HeadGradients
+from grpo_core.linear_walk import Policy, Walk
 
 
 class LeanSweep(Sweep):
     """Statistics of all rows, then slices of the vocabulary."""
 
     def __call__(self) -> Swept:
-        call, head = self.call, self.head
-        T, V = call.temperature, head.V
-        stats, lse, ref_lse, ref_logp = self._statistics()
-        tokens, slopes = self._finish(slice(0, call.n), stats)
-        if self.products.compute == torch.float16 and call.n:
-            self.lift = lift(tokens)
-            slopes = slopes.times(self.lift)
-        del self.buffer
-        words = Words(tokens.target, T, slopes, stats, lse, ref_lse, ref_logp)
-        gradients = self._room()
-        for start in range(0, V, call.layout.width):
-            self._slice(slice(start, min(start + call.layout.width, V)), words, gradients)
-        for tensor in (self.dhidden, *gradients):
-            if self.lift is not None and tensor is not None:
-                tensor.div_(self.lift)
-        return Swept(self.result, self.factor, self.valid, [self.dhidden, *gradients])
-
-    def _statistics(self) -> tuple[RowStats, Tensor, Tensor | None, Tensor | None]:
-        """(statistics, lse of the policy, of the reference, log-probability there) of every row."""
-        call, T = self.call, self.call.temperature
+        call = self.call
         parts, x, ref_x, ref_logp = [], [], [], []
         for chunk in call.chunks:
-            self._make_logits(chunk)
-            parts.append(self._read(chunk))
-            at = call.tokens.target[chunk, None]
-            n = chunk.stop - chunk.start
-            x.append(self.buffer.logits[:n].gather(1, at).squeeze(1).float())
-            if call.reference is not None:
-                rows = self.ref_buffer.rows(slice(0, n))
-                ref_logp.append(call.kernels.row_stats(rows, at.squeeze(1), T).logp)
-                ref_x.append(self.ref_buffer.logits[:n].gather(1, at).squeeze(1).float())
-        if not parts:
-            parts = [self._read(slice(0, 0))]
-        stats = joined(parts)
+            parts.append(self._stats([chunk]))
+            x.append(self.at_target(chunk, self.buffer))
+            if self.ref_buffer is not None:
+                here = self.ref_buffer.rows(slice(0, chunk.stop - chunk.start))
+                target, T = call.target[chunk], call.temperature
+                ref_logp.append(call.kernels.row_stats(here, target, T).logp)
+                ref_x.append(self.at_target(chunk, self.ref_buffer))
+        stats = joined(parts or [self._stats([])])
+        tokens, slopes = self._finish(slice(0, call.n), stats)
+        self.lift_by(tokens.weight)
+        del self.buffer, self.ref_buffer
         empty = stats.logp.new_empty(0)
-        peak, rest = stats.state[0].double() * math.log(2), stats.state[1].double()
-        lse = peak + torch.log(rest + torch.exp(torch.cat([empty, *x]).double() / T - peak))
-        if call.reference is None:
-            return stats, lse, None, None
-        ref = torch.cat([empty, *ref_logp])
-        return stats, lse, (torch.cat([empty, *ref_x]) / T - ref), ref
-
-    def _room(self) -> list[Tensor | None]:
-        """The head's gradients, zeros; rounded slice by slice unless a loss scale is to come."""
-        room: list[Tensor | None] = []
-        for tensor, want in zip(self.head.tensors, self.call.wanted[1:], strict=True):
-            if tensor is None or not want:
-                room.append(None)
-                continue
-            whole = tensor is self.head.lora_A or tensor.dtype == torch.float16
-            dtype = torch.float32 if whole else tensor.dtype
-            room.append(torch.zeros(tensor.shape, dtype=dtype, device=tensor.device))
-        return room
-
-    def _slice(self, words: slice, rows: Words, gradients: list[Tensor | None]) -> None:
-        """The gradients that a slice of the vocabulary brings."""
-        call, device = self.call, rows.target.device
-        width = words.stop - words.start
-
-        def room(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else torch.zeros(width, *tensor.shape[1:], device=device)
-
-        weight, bias, lora_A, lora_B = gradients
-        sums = HeadGradients(room(weight), room(bias), lora_A, room(lora_B))
-        step = call.layout.slice_rows
-        for start in range(0, call.n, step):
-            chunk = slice(start, min(start + step, call.n))
-            hidden = self.hidden[chunk]
-            heat = call.heat_of(chunk)
-            logits = self._logits(self.products, hidden, words, heat)
-            ref = None
-            if call.reference is not None and rows.slopes.dkl is not None:
-                ref = self._logits(self.ref_products, self.ref_hidden[chunk], words, heat)
-            before = None if self.head.softcap is None else logits.clone()
-            dlogits = rows.dlogits(chunk, words, logits, ref)
-            self.products.through(dlogits, before, heat)
-            dhidden = None if self.dhidden is None else self.dhidden[chunk]
-            dlogits = dlogits.to(self.products.compute)
-            self.products.gradients(hidden, dlogits, dhidden, sums, words)
-        for home, found in zip(gradients, (sums.weight, sums.bias, None, sums.lora_B), strict=True):
-            if home is not None and found is not None:
-                home[words] = found
-
-    def _logits(
-        self, products: HeadProducts, hidden: Tensor, words: slice, heat: Tensor | None
-    ) -> Tensor:
-        """Logits of some rows and words, rounded as the first pass rounded them, float32."""
-        rows = max(hidden.shape[0], LEAST_ROWS)
-        out = torch.empty(
-            rows, words.stop - words.start, dtype=self.call.logits_dtype, device=hidden.device
+        words = Words(
+            tokens.target,
+            call.temperature,
+            self.lifted(slopes),
+            stats,
+            log_sum_exp(stats, torch.cat([empty, *x]), call.temperature),
+            None if self.reference is None else torch.cat([empty, *ref_logp]),
+            None if self.reference is None else torch.cat([empty, *ref_x]),
         )
-        return products.logits(hidden, out, words, heat).float()
+        return Swept(self.result, self.factor, self.valid, sliced_gradients(self, words))
+
+
+def log_sum_exp(stats: RowStats, at_target: Tensor, temperature: float) -> Tensor:
+    """lse `[n]` float64 of rows whose statistics are known, and their logits at the targets."""
+    peak, rest = stats.state[0].double() * math.log(2), stats.state[1].double()
+    return peak + torch.log(rest + torch.exp(at_target.double() / temperature - peak))
+
+
+def sliced_gradients(walk: Walk, rows: Words) -> list[Tensor | None]:
+    """Of hidden `[n, D]` and the head's tensors, a slice of the vocabulary at a time."""
+    V, width = walk.head.V, walk.call.layout.width
+    room = _room(walk)
+    for start in range(0, V, width):
+        _slice(walk, slice(start, min(start + width, V)), rows, room)
+    return walk.unlifted([walk.dhidden, *room])
+
+
+def _room(walk: Walk) -> list[Tensor | None]:
+    """The head's gradients, zeros; rounded slice by slice unless a loss scale is to come."""
+    room: list[Tensor | None] = []
+    for tensor, want in zip(walk.head.tensors, walk.call.wanted[1:], strict=True):
+        if tensor is None or not want:
+            room.append(None)
+            continue
+        whole = tensor is walk.head.lora_A or tensor.dtype == torch.float16
+        dtype = torch.float32 if whole else tensor.dtype
+        room.append(torch.zeros(tensor.shape, dtype=dtype, device=tensor.device))
+    return room
+
+
+def _slice(walk: Walk, words: slice, rows: Words, gradients: list[Tensor | None]) -> None:
+    """The gradients that a slice of the vocabulary brings."""
+    call, policy, device = walk.call, walk.policy, rows.target.device
+    width = words.stop - words.start
+
+    def room(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else torch.zeros(width, *tensor.shape[1:], device=device)
+
+    weight, bias, lora_A, lora_B = gradients
+    sums = HeadGradients(room(weight), room(bias), lora_A, room(lora_B))
+    step = call.layout.slice_rows
+    for start in range(0, call.n, step):
+        chunk = slice(start, min(start + step, call.n))
+        logits = _logits(policy, chunk, words)
+        ref = None
+        if walk.reference is not None and rows.slopes.dkl is not None:
+            ref = _logits(walk.reference, chunk, words)
+        before = None if walk.head.softcap is None else logits.clone()
+        dlogits = rows.dlogits(chunk, words, logits, ref)
+        policy.products.through(dlogits, before, call.heat_of(chunk))
+        dhidden = None if walk.dhidden is None else walk.dhidden[chunk]
+        dlogits = dlogits.to(policy.products.compute)
+        policy.products.gradients(policy.hidden[chunk], dlogits, dhidden, sums, words)
+    for home, found in zip(gradients, (sums.weight, sums.bias, None, sums.lora_B), strict=True):
+        if home is not None and found is not None:
+            home[words] = found
+
+
+def _logits(policy: Policy, chunk: slice, words: slice) -> Tensor:
+    """Logits of some rows and words, rounded as the first pass rounded them, float32."""
+    hidden, call = policy.hidden[chunk], policy.call
+    rows, width = max(hidden.shape[0], LEAST_ROWS), words.stop - words.start
+    out = torch.empty(rows, width, dtype=call.logits_dtype, device=hidden.device)
+    return policy.products.logits(hidden, out, words, call.heat_of(chunk)).float()
 
 
 class Words:
@@ -130,8 +128,8 @@ class Words:
         slopes: Slopes,
         stats: RowStats,
         lse: Tensor,
-        ref_lse: Tensor | None,
-        ref_logp: Tensor | None,
+        ref_logp: Tensor | None = None,
+        ref_at_target: Tensor | None = None,
     ) -> None:
         self.target, self.temperature, self.slopes, self.stats = target, temperature, slopes, stats
         self.still = ~slopes.any
@@ -139,7 +137,9 @@ class Words:
         self.centre = (lse * temperature).float()
         # what rounding took away goes into the coefficient of every p
         self.correction = torch.exp(self.centre.double() / temperature - lse).float()
-        self.ref_lse = ref_lse
+        self.ref_lse = None
+        if ref_logp is not None and ref_at_target is not None:
+            self.ref_lse = ref_at_target / temperature - ref_logp
         self.at_target = self._at_target(ref_logp)
 
     def _at_target(self, ref_logp: Tensor | None) -> Tensor:
@@ -171,15 +171,17 @@ class Words:
         else:
             factor = -dlogp[:, None].expand_as(log_p)
             if dentropy is not None:
-                factor = factor - dentropy[:, None] * (log_p + self.stats.entropy[chunk, None])
+                slope = (log_p + self.stats.entropy[chunk, None]).mul_(-dentropy[:, None])
+                factor = slope.add_(factor)
             if dkl is not None:
                 assert ref_logits is not None and self.ref_lse is not None
                 assert self.stats.kl is not None
                 log_q = ref_logits.div_(T).sub_(self.ref_lse[chunk, None])
-                factor = factor + dkl[:, None] * (log_p - log_q - self.stats.kl[chunk, None])
-            p = log_p.exp().mul_(correction[:, None])
+                slope = log_q.neg_().add_(log_p).sub_(self.stats.kl[chunk, None])
+                factor = slope.mul_(dkl[:, None]).add_(factor)
+            p = log_p.exp_().mul_(correction[:, None])
             # 0·(−inf): a forbidden word has no gradient
-            dlogits = torch.where(p > 0, p * factor, 0.0)
+            dlogits = factor.mul_(p).masked_fill_(~(p > 0), 0.0)
         target = self.target[chunk]
         mine = ((target >= words.start) & (target < words.stop)).nonzero().squeeze(1)
         dlogits[mine, target[mine] - words.start] = self.at_target[chunk][mine]

@@ -6,48 +6,36 @@ product and the row kernel, and once more in the backward, followed by the gradi
 
     dL/dx_j = (dlogp·(δ_{j,y} − p_j) − dentropy·p_j·(log p_j + H)) / T
 
-One product of 2·n·V·D operations forward; backward two with a frozen head and three with a trained
-one, for those of the rows that a gradient comes back to (the lean plan: one more). Where the loss
-is one of ours, `fused_linear_loss` knows it beforehand and needs one product less.
+| what is wanted                         | products of 2·n·V·D operations                       |
+|----------------------------------------|------------------------------------------------------|
+| no gradient                            | 1                                                    |
+| gradients, head trained, either plan   | 1, and 3 in the backward over rows that have some    |
+| gradients, head frozen                 | 1, and 2 in the backward over rows that have some    |
+| the same, `ahead`, of logp alone       | 2, both in the forward: dlogp only scales rows       |
+| the same, `ahead`, of entropy, too     | 2, and 2 in the backward                             |
+
+The backward reads no statistics again: those of the forward are kept, a few numbers a row. Where
+the loss is one of ours, `fused_linear_loss` knows it beforehand and makes no logits twice.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grpo_core.arguments import Tokens, check_logits, check_target, present
+from grpo_core.arguments import check_logits, check_target, present
 from grpo_core.backends import Backend, choose_backend
 from grpo_core.fused_loss import TokenLogp
 from grpo_core.kernels.records import RowStats, Slopes
-from grpo_core.linear_door import autocast_dtype, stand_in
+from grpo_core.linear_call import spread
+from grpo_core.linear_checks import autocast_dtype, stand_in
 from grpo_core.linear_head import HEAD_DTYPES, LinearHead, check_head, check_hidden
-from grpo_core.linear_lean import LeanSweep
-from grpo_core.linear_memory import Plan, Sizes, buffer_bytes, choose_layout
-from grpo_core.linear_plans import LinearCall, Sweep, dlogits_dtype
-from grpo_core.linear_products import HeadProducts
-from grpo_core.linear_rows import scored_rows
-from grpo_core.recipes import RECIPES
-
-# of a chunk: rounding logits to 16 bits costs up to 0.05 nats
-LOGITS = torch.float32
-
-
-@dataclass(frozen=True)
-class ScoreCall:
-    """Everything of a call but its differentiable tensors."""
-
-    target: Tensor  # [N] int64
-    valid: Tensor  # [N] bool
-    temperature: float
-    plan: Plan | None
-    memory_budget: int | None
-    autocast: torch.dtype | None
-    kernels: ModuleType
+from grpo_core.linear_lean import Words, log_sum_exp, sliced_gradients
+from grpo_core.linear_memory import Plan
+from grpo_core.linear_reading import ScoreCall, of_finite, score_rows
+from grpo_core.linear_walk import Walk
 
 
 def linear_logp(
@@ -77,7 +65,7 @@ def linear_logp(
         temperature: T > 0, the logits are divided by it.
         mask: shaped like target, 0 means masked.
         plan: of the backward: "fast" holds a float32 sum of a narrower head's gradient, "lean"
-            does not and takes one product more. None means fast, unless it would not fit.
+            does not. None means fast, unless it would not fit.
         memory_budget: bytes to hold beyond inputs and returned gradients, as far as that is
             possible. None means about 1 GiB of logits on a GPU, 64 MiB on a CPU.
         backend, validate: as in `fused_loss`.
@@ -101,6 +89,8 @@ def linear_logp(
         temperature=float(temperature),
         plan=plan,
         memory_budget=memory_budget,
+        # rounding logits to 16 bits costs up to 0.05 nats
+        logits_dtype=torch.float32,
         autocast=autocast_dtype(hidden),
         kernels=kernels,
     )
@@ -109,153 +99,78 @@ def linear_logp(
 
 
 class LinearLogp(torch.autograd.Function):
-    """(logp, entropy) `[N]` forward; the chunks once more, with their gradients, backward."""
+    """logp, entropy and what else is wanted, `[N]`; gradients of the first two."""
 
     @staticmethod
     def forward(
         ctx: Any, call: ScoreCall, head: LinearHead, hidden: Tensor, *tensors: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         weight, *others = tensors
         assert weight is not None
+        lean = call.plan != "fast"
+        found = score_rows(hidden, head.of(weight, *others), call, at_target=lean)
         ctx.call = call
         # the record without its tensors: those are saved where autograd looks after them
         ctx.head = head.of(torch.empty(weight.shape, device="meta"), None, None, None)
-        ctx.save_for_backward(hidden, *tensors)
+        logp, entropy, _, state = found.stats
+        kept = (found.rows, logp, entropy, state, found.at_target, found.dhidden)
+        # not the outputs, which their owner may write over
+        ctx.save_for_backward(hidden, *tensors, *kept)
+        ctx.mark_non_differentiable(*found.further)
         ctx.set_materialize_grads(False)
-        return scored_rows(
-            hidden,
-            head.of(weight, *others),
-            call.target,
-            call.valid,
-            temperature=call.temperature,
-            heat=None,
-            plan=call.plan,
-            memory_budget=call.memory_budget,
-            dtype=LOGITS,
-            autocast=call.autocast,
-            kernels=call.kernels,
-        )
+        return *found.over(call.target.numel()), *found.further
 
     @staticmethod
     def backward(
-        ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None
+        ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("linear_logp: its gradient cannot be differentiated (create_graph)")
-        hidden, weight, *others = ctx.saved_tensors
-        head, wanted = ctx.head.of(weight, *others), ctx.needs_input_grad[2:]
         if dlogp is None:
             if dentropy is None:
                 return (None,) * len(ctx.needs_input_grad)
             dlogp = torch.zeros_like(dentropy)
+        hidden, *tensors, rows, logp, entropy, state, at_target, ahead = ctx.saved_tensors
+        stats = RowStats(logp, entropy, None, state)
         slopes = Slopes(dlogp, dentropy, None)
-        with torch.autocast(hidden.device.type, enabled=False):
-            return None, None, *_gradients(ctx.call, head, hidden, slopes, wanted)
+        slopes = of_finite(slopes if rows is None else slopes.at(rows), stats)
+        if ahead is not None and dentropy is None:
+            still = slopes.dlogp == 0
+            dhidden = (ahead * slopes.dlogp[:, None]).masked_fill_(still[:, None], 0.0)
+            return None, None, spread(dhidden.to(hidden.dtype), rows, hidden), *[None] * 4
+        some = slopes.any.nonzero().squeeze(1)
+        slopes = slopes.at(some)
+        stats = RowStats(logp[some], entropy[some], None, state[:, some].contiguous())
+        at_target = None if at_target is None else at_target[some]
+        rows = some if rows is None else rows[some]
+        rows = None if rows.numel() == len(ctx.call.target) else rows
+        wanted = ctx.needs_input_grad[2:]
+        with ctx.call.gathered(), torch.autocast(hidden.device.type, enabled=False):
+            head = ctx.head.of(*tensors)
+            walk = Walk(hidden, head, ctx.call.pass_over(rows, hidden, head, wanted))
+            dhidden, *rest = _gradients(walk, slopes, stats, at_target)
+        if dhidden is not None:
+            dhidden = spread(dhidden.to(hidden.dtype), rows, hidden)
+        pairs = zip(rest, tensors, strict=True)
+        return None, None, dhidden, *(None if d is None else d.to(x.dtype) for d, x in pairs)
 
 
 def _gradients(
-    call: ScoreCall, head: LinearHead, hidden: Tensor, slopes: Slopes, wanted: tuple[bool, ...]
+    walk: Walk, slopes: Slopes, stats: RowStats, at_target: Tensor | None
 ) -> list[Tensor | None]:
-    """Gradients of hidden and the head's tensors, shaped and typed like them."""
-    rows = (call.valid & slopes.any).nonzero().squeeze(1)
-    some = slopes.at(rows)
-    is_all = rows.numel() == call.valid.numel()
-    linear = _linear_call(call, head, hidden, rows, is_all, some, wanted)
-    kind = LeanLogpSweep if linear.layout.plan == "lean" else LogpSweep
-    dhidden, *rest = kind(hidden, head, linear, some)().gradients
-    if dhidden is not None:
-        dhidden = dhidden.to(hidden.dtype)
-        if not is_all:
-            full = dhidden.new_zeros(call.valid.numel(), head.D)
-            full[rows] = dhidden
-            dhidden = full
-        dhidden = dhidden.view(hidden.shape)
-    pairs = zip(rest, head.tensors, strict=True)
-    return [dhidden, *(None if d is None or x is None else d.to(x.dtype) for d, x in pairs)]
-
-
-def _linear_call(
-    call: ScoreCall,
-    head: LinearHead,
-    hidden: Tensor,
-    rows: Tensor,
-    is_all: bool,
-    slopes: Slopes,
-    wanted: tuple[bool, ...],
-) -> LinearCall:
-    """The sweep over the rows that a gradient comes back to."""
-    products = HeadProducts(head, hidden, call.autocast)
-    row_bytes = buffer_bytes(
-        head.V,
-        LOGITS,
-        dlogits_dtype(LOGITS, products.compute),
-        apart=head.softcap is not None,
-        ref=False,
-    )
-    sizes = Sizes.of(rows.numel(), head, hidden, wanted, row_bytes)
-    # where products are of 16 bits, the weight says how far dlogits are to be lifted
-    weight = slopes.dlogp.abs()
-    if slopes.dentropy is not None:
-        weight = torch.maximum(weight, slopes.dentropy.abs())
-    there = torch.ones_like(weight, dtype=torch.bool)
-    tokens = Tokens(
-        objective=RECIPES["gpg"],  # of tokens alone; no term of it is ever evaluated
-        target=call.target[rows],
-        weight=weight,
-        advantage=torch.zeros_like(weight),
-        valid=there,
-        given=there,
-        bad_target=~there,
-        sequence_id=None,
-        sequences=1,
-        width=None,
-        normalizer=None,
-    )
-    return LinearCall(
-        tokens=tokens,
-        rows=None if is_all else rows,
-        lengths=None,
-        layout=choose_layout(sizes, call.plan, call.memory_budget, hidden.device),
-        wanted=wanted,
-        logits_dtype=LOGITS,
-        autocast=call.autocast,
-        temperature=call.temperature,
-        kernels=call.kernels,
-        reference=None,
-    )
-
-
-def _of_finite(slopes: Slopes, stats: RowStats) -> Slopes:
-    """The slopes with 0 where the log-probability is not finite."""
-    bad = ~stats.logp.isfinite()
-    return Slopes._make(None if slope is None else slope.masked_fill(bad, 0.0) for slope in slopes)
-
-
-class LogpSweep(Sweep):
-    """A walk over the rows whose slopes are given."""
-
-    def __init__(self, hidden: Tensor, head: LinearHead, call: LinearCall, slopes: Slopes) -> None:
-        super().__init__(hidden, head, call)
-        self.slopes = slopes
-
-    def _segment(self, chunks: list[slice]) -> None:
-        """Logits, statistics, gradients of a chunk; tokens alone come one chunk at a time."""
-        (chunk,) = chunks
-        self._make_logits(chunk)
-        stats = self._read(chunk)
-        slopes = _of_finite(self.slopes.at(chunk), stats)
-        slopes = slopes if self.lift is None else slopes.times(self.lift)
-        self._write_dlogits(self.tokens.target[chunk], slopes, stats)
-        self._push(chunk)
-
-
-class LeanLogpSweep(LeanSweep):
-    """The same, slices of the vocabulary at a time."""
-
-    def __init__(self, hidden: Tensor, head: LinearHead, call: LinearCall, slopes: Slopes) -> None:
-        super().__init__(hidden, head, call)
-        self.slopes = slopes
-
-    def _finish(self, place: slice, stats: RowStats) -> tuple[Tokens, Slopes]:
-        """The rows and their slopes."""
-        return self.call.tokens, _of_finite(self.slopes, stats)
+    """Of hidden `[n, D]` and the head's tensors, by the plan of the walk."""
+    call = walk.call
+    size = slopes.dlogp.abs()
+    size = size if slopes.dentropy is None else torch.maximum(size, slopes.dentropy.abs())
+    walk.lift_by(size)
+    slopes = walk.lifted(slopes)
+    if call.layout.plan == "lean":
+        assert at_target is not None
+        del walk.buffer
+        lse = log_sum_exp(stats, at_target, call.temperature)
+        words = Words(call.target, call.temperature, slopes, stats, lse)
+        return sliced_gradients(walk, words)
+    for chunk in call.chunks:
+        walk.make_logits(chunk)
+        walk.differentiate(chunk, call.target[chunk], slopes.at(chunk), stats.at(chunk))
+    return walk.gradients()

@@ -67,7 +67,9 @@ def fused_linear_loss(
         temperature: T > 0, the logits are divided by it; or one for every token, shaped like
             target, which costs a pass over the logits and one over their gradient.
         old_hidden, old_lm_head: instead of `old_logp`, hidden states of the old policy, shaped like
-            target with any D, and its matrix (None: `lm_head`); one product more.
+            target with any D, and its matrix (None: `lm_head`); one product more, of the chunk
+            that the loss is at, into the same memory. Where weights of other rows follow from it
+            (a sampler correction), or its matrix has more words, the product comes beforehand.
         ref_hidden, ref_lm_head: the same for the reference policy, instead of `ref_logp`; what
             kl="exact" needs.
         plan: "fast" takes 3 products with a trained head and holds a float32 sum of its gradient;

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from grpo_core.kernels.records import Rows
 from grpo_core.linear_head import LinearHead
-from grpo_core.linear_products import LEAST_ROWS
+from grpo_core.linear_products import LEAST_ROWS, HeadProducts
 
 Plan = Literal["fast", "lean"]
 
@@ -115,6 +115,36 @@ def choose_layout(
     return Layout("lean", _rows_within(room, sizes), width, rows)
 
 
+def layout_of(
+    n: int,
+    head: LinearHead,
+    hidden: Tensor,
+    wanted: tuple[bool, ...],
+    *,
+    logits_dtype: torch.dtype,
+    autocast: torch.dtype | None,
+    plan: Plan | None,
+    memory_budget: int | None,
+    has_reference: bool = False,
+    into: Tensor | None = None,
+) -> Layout:
+    """The layout of a walk over n rows; arguments as in `linear_call.Pass`."""
+    narrow = None
+    if any(wanted):
+        narrow = dlogits_dtype(logits_dtype, HeadProducts(head, hidden, autocast).compute)
+    row_bytes = buffer_bytes(
+        head.V, logits_dtype, narrow, apart=head.softcap is not None, ref=has_reference
+    )
+    sums = wanted if into is None else (wanted[0], False, *wanted[2:])
+    sizes = Sizes.of(n, head, hidden, sums, row_bytes)
+    return choose_layout(sizes, plan, memory_budget, hidden.device)
+
+
+def dlogits_dtype(logits_dtype: torch.dtype, compute: torch.dtype) -> torch.dtype:
+    """Of dlogits on their way into the products: the narrower of the two."""
+    return compute if compute.itemsize < logits_dtype.itemsize else logits_dtype
+
+
 def _rows_within(bytes_: int, sizes: Sizes) -> int:
     """Rows of a chunk: as many as fit, chunks of nearly one size, a multiple of the step."""
     most = max(bytes_ // sizes.row_bytes // LEAST_ROWS, 1) * LEAST_ROWS
@@ -192,6 +222,11 @@ class ChunkBuffer:
     def rows(self, place: slice) -> Rows:
         """Some rows of the logits, for the kernels."""
         return Rows.of(self.logits[place])
+
+    def of_words(self, V: int) -> Tensor:
+        """Room for as many rows of no more words than the buffer's own, in its memory."""
+        rows = self.logits.shape[0]
+        return self.logits.view(-1)[: rows * V].view(rows, V)
 
 
 def buffer_bytes(

@@ -7,7 +7,6 @@ Where a loss waits for its sequence, rows are taken in the order of their sequen
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +15,9 @@ from torch import Tensor
 from grpo_core.arguments import Tokens
 from grpo_core.fused_loss import LossOutput
 from grpo_core.linear_autograd import FusedLinearLoss
-from grpo_core.linear_call import LinearCall, dlogits_dtype, linear_stats
+from grpo_core.linear_call import LinearCall
 from grpo_core.linear_head import LinearHead
-from grpo_core.linear_memory import Plan, Sizes, buffer_bytes, choose_layout
-from grpo_core.linear_products import HeadProducts
+from grpo_core.linear_memory import Plan, layout_of
 
 
 class Run(NamedTuple):
@@ -51,6 +49,8 @@ def loss_of_rows(
 ) -> LossOutput:
     """The loss of tokens that have passed the door; vectors of all rows from those made.
 
+    The vectors of `others` among the fields, see `LinearCall`, are filled in.
+
     Args:
         run: how a call is evaluated, and which gradients it wants, see `LinearCall`; None means by
             autograd.
@@ -71,6 +71,9 @@ def loss_of_rows(
         place = slice(None) if call.rows is None else call.rows
         for home, value in zip(homes, found, strict=True):
             home[place] = value
+        for other in call.others:
+            # of all rows it has been filed already, the vectors being these
+            getattr(tokens, other.name)[place] = getattr(call.tokens, other.name)
         return loss, call.n
 
     loss, made = part(tokens.valid & ~still, run.wanted)
@@ -105,58 +108,27 @@ def _call(
     N, n = at.numel(), rows.numel()
     if n == N and (lengths is None or bool((rows[1:] > rows[:-1]).all())):
         rows = None
-    products = HeadProducts(head, hidden, fields["autocast"])
-    narrow = dlogits_dtype(fields["logits_dtype"], products.compute) if any(wanted) else None
-    row_bytes = buffer_bytes(
-        head.V,
-        fields["logits_dtype"],
-        narrow,
-        apart=head.softcap is not None,
-        ref=fields["reference"] is not None,
+    layout = layout_of(
+        n,
+        head,
+        hidden,
+        wanted,
+        logits_dtype=fields["logits_dtype"],
+        autocast=fields["autocast"],
+        plan=plan,
+        memory_budget=memory_budget,
+        has_reference=fields["reference"] is not None,
+        into=fields["into"],
     )
-    sums = wanted if fields["into"] is None else (wanted[0], False, *wanted[2:])
-    sizes = Sizes.of(n, head, hidden, sums, row_bytes)
-    layout = choose_layout(sizes, plan, memory_budget, hidden.device)
     if rows is not None and fields["heat"] is not None:
         fields["heat"] = fields["heat"][rows]
     some = tokens if rows is None else tokens.of_rows(rows)
     return LinearCall(
-        tokens=some, rows=rows, lengths=lengths, layout=layout, wanted=wanted, **fields
+        target=some.target,
+        tokens=some,
+        rows=rows,
+        lengths=lengths,
+        layout=layout,
+        wanted=wanted,
+        **fields,
     )
-
-
-def scored_rows(
-    hidden: Tensor,
-    head: LinearHead,
-    target: Tensor,
-    at: Tensor,
-    *,
-    temperature: float,
-    heat: Tensor | None,
-    plan: Plan | None,
-    memory_budget: int | None,
-    dtype: torch.dtype,
-    autocast: torch.dtype | None,
-    kernels: ModuleType,
-) -> tuple[Tensor, Tensor]:
-    """(logp, entropy) `[N]` of the rows marked in `at` [N] bool; 0 elsewhere."""
-    rows = at.nonzero().squeeze(1)
-    logp, entropy = torch.zeros(2, at.numel(), dtype=torch.float32, device=hidden.device)
-    row_bytes = buffer_bytes(head.V, dtype, None, apart=False, ref=False)
-    sizes = Sizes.of(rows.numel(), head, hidden, (False,) * 5, row_bytes)
-    layout = choose_layout(sizes, plan, memory_budget, hidden.device)
-    # products are in the dtypes that the call says
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        logp[rows], entropy[rows] = linear_stats(
-            hidden,
-            head,
-            target[rows],
-            None if rows.numel() == at.numel() else rows,
-            step=layout.rows,
-            logits_dtype=dtype,
-            autocast=autocast,
-            temperature=temperature,
-            heat=None if heat is None else heat[rows],
-            kernels=kernels,
-        )
-    return logp, entropy

@@ -20,6 +20,7 @@ from grpo_core import (
     with_fused_head,
     without_fused_head,
 )
+from grpo_core.head_reading import stated
 from tests.tiny_models import FAMILIES, V, batch, tiny
 
 Gradients = dict[str, Tensor]
@@ -70,6 +71,12 @@ def test_every_family(family: str) -> None:
     ids, arguments = batch()
     before = model(input_ids=ids).logits
     assert with_fused_head(model) is model
+    probed = model.get_output_embeddings().fused_head.around
+    if family == "HyperCLOVAX":
+        with pytest.raises(NotImplementedError, match="logits_scaling: not known for model_type"):
+            stated(model.config)
+    else:
+        assert stated(model.config) == probed
     assert torch.equal(model(input_ids=ids).logits, before)
     assert_same_loss(model)
     target = arguments["target"]

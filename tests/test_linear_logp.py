@@ -183,6 +183,15 @@ def test_backward_again_and_backward_of_backward() -> None:
         torch.autograd.grad(loss, hidden, create_graph=True)
 
 
+def test_outputs_may_be_written_over() -> None:
+    """What the backward needs of them has been put aside."""
+    hidden, weight, target = draw(B, T, D), draw(V, D), inputs()[0]
+    (plain,) = torch.autograd.grad(linear_logp(hidden, weight, target).logp.sum(), hidden)
+    logp = linear_logp(hidden, weight, target).logp
+    (same,) = torch.autograd.grad(logp.sub_(1).sum(), hidden)
+    assert torch.equal(same, plain)
+
+
 def test_states_changed_in_place_are_noticed() -> None:
     hidden, weight, target = draw(B, T, D) * 1.0, draw(V, D), inputs()[0]
     logp = linear_logp(hidden, weight, target).logp

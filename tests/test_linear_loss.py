@@ -209,6 +209,11 @@ def check(
             assert close, f"{name} {variant}: {found[0].metrics[name]} is not {value}"
 
 
+def is_interpreted(backend: str, device: str) -> bool:
+    """Whether kernels are slow: what does not concern them is then left to the torch backend."""
+    return backend == "triton" and device == "cpu"
+
+
 PLANS: list[dict[str, Any]] = [
     {"plan": plan, "memory_budget": budget} for plan in ("fast", "lean") for budget in (FEW, ALL)
 ]
@@ -239,7 +244,9 @@ def test_every_backend(backend: str, device: str, name: str) -> None:
     """The kernels, too, on a head with everything."""
     head = make_head(**HEADS["everything"])
     hidden, arguments = case(head)
-    variants = [{**plan, "backend": backend, "device": device} for plan in PLANS]
+    # interpreted: small chunks of the one plan, and one chunk of the other
+    plans = [PLANS[0], PLANS[-1]] if is_interpreted(backend, device) else PLANS
+    variants = [{**plan, "backend": backend, "device": device} for plan in plans]
     check(OBJECTIVES[name], head, hidden, arguments, variants)
 
 
@@ -300,7 +307,8 @@ def test_views_and_packed_rows(backend: str, device: str) -> None:
     buffer = torch.randn(T, B, D + 1, device=device)[..., :D].transpose(0, 1)
     target = torch.randint(0, V, (B, T - 1), device=device)
     rewards = torch.tensor([1.0, 0.0, 0.5, 0.25], device=device)
-    for name in ("dapo", "gspo", "gmpo"):
+    names = ("dapo", "gspo", "gmpo")
+    for name in names[:2] if is_interpreted(backend, device) else names:
         arguments = {"objective": name, "rewards": rewards, "group_size": 2, "backend": backend}
         leaf = buffer.clone().requires_grad_()
         padded = fused_linear_loss(leaf[:, :-1], head, target, **arguments)
@@ -439,28 +447,30 @@ def test_logp_has_the_same_bits_in_every_chunk(backend: str, device: str, name: 
     hidden, arguments = case(head)
     arguments, reference = needed(OBJECTIVES[name], head, hidden, arguments)
     common = {"objective": OBJECTIVES[name], "backend": backend, "device": device, **arguments}
+    layouts = [(plan, budget) for plan in ("fast", "lean") for budget in (1, FEW, SOME, ALL)]
+    slow = is_interpreted(backend, device)
+    if slow:
+        # chunks of 16 rows and of 36; the first reading of the lean plan
+        layouts = [("fast", FEW), ("fast", ALL), ("lean", SOME)]
     found = [
         ours(head, hidden, reference, plan=plan, memory_budget=budget, all_logp=True, **common)[0]
-        for plan in ("fast", "lean")
-        for budget in (1, FEW, SOME, ALL)
+        for plan, budget in layouts
     ]
     for other in found[1:]:
         for vector in ("logp", "entropy", "kl"):
             assert torch.equal(getattr(other, vector), getattr(found[0], vector)), vector
     moved = (hidden.to(device), changed(head, lambda x: x.to(device)))
     target, mask = arguments["target"].to(device), arguments["mask"].to(device)
-    for budget in (1, SOME, ALL):
+    for budget in (SOME,) if slow else (1, SOME, ALL):
         alone = linear_token_logp(
             *moved, target, mask=mask, temperature=0.9, memory_budget=budget, backend=backend
         )
         assert torch.equal(alone.logp, found[0].logp)
         assert torch.equal(alone.entropy, found[0].entropy)
     row = linear_token_logp(
-        moved[0][:1, 2:3], moved[1], target[:1, 2:3], temperature=0.9, backend=backend
+        moved[0][:1, 1:2], moved[1], target[:1, 1:2], temperature=0.9, backend=backend
     )
-    assert (
-        row.logp == linear_token_logp(*moved, target, temperature=0.9, backend=backend).logp[0, 2]
-    )
+    assert mask[0, 1] and row.logp == found[0].logp[0, 1]
 
 
 def test_on_policy_the_ratio_is_one(backend: str, device: str) -> None:
@@ -665,6 +675,8 @@ def test_a_narrow_gradient_in_place_of_wide_logits(
     backend: str, device: str, rows: int, name: str
 ) -> None:
     """As on a GPU: no launch of the kernels reads what it or an earlier one wrote over."""
+    if is_interpreted(backend, device) and rows > 40:
+        pytest.skip("three launches of 40 rows show the kernels all there is")
     words = 72
     kernels = choose_backend(backend, torch.empty(0, device=device))
     buffer = ChunkBuffer(rows, words, torch.float32, torch.bfloat16, torch.device(device))

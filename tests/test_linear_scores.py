@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_core import LinearHead, linear_token_logp
+from grpo_core import LinearHead, linear_logp, linear_token_logp
 from grpo_core.linear_scores import FURTHER, linear_scores
 from tests.accuracy import assert_no_worse
 from tests.test_linear_loss import D, V, changed, make_head, materialised, products
@@ -137,6 +137,36 @@ def test_products_are_counted() -> None:
     with torch.no_grad():
         leaf = torch.randn(N, D, requires_grad=True)
         assert products(lambda: linear_scores(leaf, weight, target), N) == 1
+    mask = torch.arange(N) < N // 2
+    for trained, plan, count in ((True, "fast", 4), (True, "lean", 4), (False, "fast", 3)):
+
+        def masked(trained: bool = trained, plan: Any = plan) -> None:
+            states = torch.randn(N, D, requires_grad=True)
+            matrix = weight.clone().requires_grad_(trained)
+            found = linear_logp(states, matrix, target, mask=mask, plan=plan)
+            (found.logp.sum() + found.entropy.sum()).backward()
+
+        # the lean plan has its statistics from the forward
+        assert products(masked, N // 2) == count
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_row_that_is_not_finite_passes_nothing_on(trained: bool) -> None:
+    """To the head neither: 0·NaN would be in all of its gradient."""
+    hidden, target = torch.randn(N, D), torch.randint(0, V, (N,))
+    weight = torch.randn(V, D).requires_grad_(trained)
+    made = []
+    for bad in (False, True):
+        states = hidden.clone()
+        states[3, 2] = torch.nan if bad else 0.0
+        found = linear_scores(states.requires_grad_(), weight, target)
+        assert bool(found.logp[3].isnan()) is bad
+        rest = torch.arange(N) != 3
+        kept = found.logp.sum() if bad else found.logp[rest].sum()
+        leaves = [states, weight] if trained else [states]
+        made.append(torch.autograd.grad(kept, leaves))
+    for clean, found in zip(*made, strict=True):
+        assert torch.allclose(found, clean, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

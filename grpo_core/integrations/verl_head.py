@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from grpo_core.head_reading import read_head, stated
 from grpo_core.linear_head import LinearHead
 from grpo_core.linear_logp import linear_logp
 
@@ -192,26 +193,9 @@ def head_of(model: Any) -> LinearHead:
     """A model's output matrix with the bias, soft cap and scale that its config names.
 
     Raises:
-        NotImplementedError: an adapter on the head, or a scale whose meaning is not known here.
+        NotImplementedError: an adapter on the head, or a scale whose meaning is not known.
     """
-    module, config = model.lm_head, model.config.get_text_config()
-    if hasattr(module, "base_layer"):
-        raise NotImplementedError("lm_head: an adapter on the head is not supported; leave it out")
-    kind = config.model_type
-    scale = 1.0
-    if (factor := getattr(config, "logit_scale", None)) is not None:
-        scale = float(factor)
-    if (divisor := getattr(config, "logits_scaling", None)) is not None:
-        if not kind.startswith("granite"):
-            raise NotImplementedError(f"logits_scaling: not known for model_type {kind!r}")
-        scale = 1 / float(divisor)
-    for name in ("lm_head_multiplier", "output_multiplier"):
-        if getattr(config, name, 1.0) != 1.0:
-            raise NotImplementedError(f"{name}: not supported, for model_type {kind!r}")
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return LinearHead(
-        module.weight, getattr(module, "bias", None), softcap=softcap or None, scale=scale
-    )
+    return read_head(model.lm_head, stated(model.config), adapters=False)
 
 
 def patch_log_probs() -> ExitStack:

@@ -262,7 +262,7 @@ def test_heads_that_are_more_than_is_read_are_refused() -> None:
     del model.lm_head.base_layer
     for name, message in (
         ("logits_scaling", "logits_scaling: not known for model_type 'llama'"),
-        ("output_multiplier", "output_multiplier: not supported"),
+        ("output_multiplier", "output_multiplier: not known for model_type 'llama'"),
     ):
         setattr(model.config, name, 2.0)
         with pytest.raises(NotImplementedError, match=message):
