@@ -124,7 +124,7 @@ def anchored_sums(
     row = row_ptr, lead, end, hole
     sums = rest, moment
     if KEPT is None:
-        sums = add_steps(sums, row, begin, end, scale, anchor, THREADS, WIDTH, TILES, "")
+        sums = add_steps(sums, row, begin, end, scale, anchor, THREADS, WIDTH, TILES, None)
     else:
         kept = begin + tl.maximum(end - begin - KEPT * tile, 0) // step * step
         sums = add_steps(

@@ -98,7 +98,7 @@ def write_row_gradient(
             WIDTH,
             TILES,
             held,
-            "" if KEPT is None else "evict_first",
+            None if KEPT is None else "evict_first",
             BACKWARDS,
         )
     else:
@@ -138,10 +138,7 @@ def write_wide(
         begin = (1 + len(held)) * tile
     steps = tl.cdiv(tl.maximum(end - begin, 0), step)
     for first in range(begin, end, step):
-        if BACKWARDS:
-            at = 2 * begin + (steps - 1) * step - first
-        else:
-            at = first
+        at = 2 * begin + (steps - 1) * step - first if BACKWARDS else first
         if is_whole(at, step, lead, end):
             write_tiles(pointers, at + places, coefficients, ref, ENTROPY, tile, TILES, EVICT)
         else:

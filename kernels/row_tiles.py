@@ -50,7 +50,7 @@ def is_whole(first, size, lead, end):
 
 
 @triton.jit
-def load_whole(tile_ptr, THREADS: tl.constexpr, WIDTH: tl.constexpr, EVICT: tl.constexpr = ""):
+def load_whole(tile_ptr, THREADS: tl.constexpr, WIDTH: tl.constexpr, EVICT: tl.constexpr = None):
     """A whole tile as float32; EVICT asks the caches to keep it long, or not."""
     if tile_ptr.dtype.element_ty == tl.bfloat16:
         words = load_words(tile_ptr, None, THREADS, WIDTH, EVICT)
@@ -63,7 +63,7 @@ def load_whole(tile_ptr, THREADS: tl.constexpr, WIDTH: tl.constexpr, EVICT: tl.c
 
 @triton.jit
 def load_words(
-    tile_ptr, wanted, THREADS: tl.constexpr, WIDTH: tl.constexpr, EVICT: tl.constexpr = ""
+    tile_ptr, wanted, THREADS: tl.constexpr, WIDTH: tl.constexpr, EVICT: tl.constexpr = None
 ):
     """A whole tile as words of 32 bits, if `wanted`: four registers of a thread, at any dtype."""
     words = tile_places(THREADS, WIDTH * tile_ptr.dtype.element_ty.primitive_bitwidth // 32)

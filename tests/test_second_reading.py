@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from typing import Any
@@ -14,7 +13,6 @@ from torch import Tensor
 from grpo_core.kernels import launch, surrogates
 from grpo_core.kernels.launch import ONE_READING, Tuning
 from grpo_core.kernels.records import RowLoss, Rows, Terms, TokenVectors
-from tests.compiled import uninterpreted
 from tests.conftest import HAS_GPU, HAS_TRITON
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
