@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 from grpo_core.kernels import launch, surrogates
 from grpo_core.kernels.launch import ONE_READING, Tuning
 from grpo_core.kernels.records import RowLoss, Rows, Terms, TokenVectors
+from tests.compiled import uninterpreted
 from tests.conftest import HAS_GPU, HAS_TRITON
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
@@ -22,9 +24,8 @@ PLAIN = Tuning(warps=2)
 CANDIDATES = {
     "backwards": {"backwards": True},
     "kept": {"kept": 1},
-    "all kept": {"kept": 1024},
     "held": {"held": 2},
-    "more held than there is": {"held": 99},
+    "more than there is": {"held": 99, "kept": 1024},
     "everything": {"backwards": True, "kept": 1, "held": 1, "tiles": 2},
 }
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -143,3 +144,54 @@ def test_what_is_held_is_not_read_again(held: int, issued: float) -> None:
     with KernelMeter() as meter:
         one_pass(logits, masked, logits, replace(PLAIN, held=held))
     assert meter.traffic(logits, stores=False).issued == 0
+
+
+COMPILED = """
+import json, torch
+from bench.second_reading import CANDIDATES, compile_one_pass
+from grpo_core.inspect import exceeded, hottest
+for name in ("backwards, end kept", "22 % held, backwards"):
+    tuning = CANDIDATES[name]
+    kernel = compile_one_pass("sm_90", torch.bfloat16, 151_669, tuning)
+    beyond = [line for line in exceeded([kernel]) if "instructions" not in line]
+    hot = {loop.role: loop for loop in hottest(kernel.loops)}
+    counts = [hot[role].instructions / kernel.logits(hot[role]) for role in ("forward", "gradient")]
+    opcodes = [[*hot[role].opcodes] for role in ("forward", "gradient")]
+    print(json.dumps([beyond, counts, opcodes]))
+"""
+
+
+@pytest.mark.slow
+def test_candidates_compile_without_spills_and_hint_what_they_should() -> None:
+    """Within the limits of `grpo_core.inspect`, but for half an instruction to a logit more.
+
+    Hints show in the names of loads and stores: EF, evicted first, and EL, last.
+    """
+    done = uninterpreted("-c", COMPILED)
+    assert done.returncode == 0, done.stderr[-4000:]
+    kept, held = map(json.loads, done.stdout.splitlines())
+    for beyond, (forward, gradient), _ in (kept, held):
+        assert not beyond
+        assert forward < 7.5 and gradient < 6.5
+    assert {"LDG.E.EF.128", "LDG.E.EL.128"} & set(kept[2][0])
+    assert {"LDG.E.EF.128", "STG.E.EF.128"} <= set(kept[2][1])
+    assert "LDG.E.128" in held[2][0] and "STG.E.128" in held[2][1]
+
+
+def test_caches_serve_what_was_used_last() -> None:
+    """A row of 64 KiB, one program: forwards nothing is left of it, backwards what fits is."""
+    from bench.second_reading import BLOCK, Shares, simulate
+
+    def shares(level2: int, **changes: Any) -> Shares:
+        return simulate(replace(PLAIN, **changes), 16 * BLOCK, 1, 1, 0.0, level2 * BLOCK)
+
+    assert shares(16).level2 == 1 and shares(0).memory == 1
+    assert shares(15).memory == 1
+    # one place is the next row's
+    assert shares(9, backwards=True).level2 == pytest.approx(9 / 16, abs=1 / 16)
+    # forwards only what was asked for
+    assert shares(9, kept=20).level2 == pytest.approx(5 / 16, abs=1 / 16)
+    # two warps: four tiles are a block; the first block is read again
+    held = shares(8, backwards=True, held=32)
+    assert held.registers == 0.5 and held.level2 == pytest.approx(7 / 16, abs=1 / 16)
+    assert held.registers + held.level2 + held.memory == pytest.approx(1)
