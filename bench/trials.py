@@ -23,13 +23,19 @@ Timer = Callable[[Callable[[], object], Tuning], float]
 
 @dataclass(frozen=True)
 class Trial:
-    """One layout on one vocabulary: seconds of each plan, or why there are none."""
+    """One layout on one vocabulary: seconds of each plan, or why there are none; the logits' bytes."""
 
     key: Key
     V: int
     tuning: Tuning
     seconds: dict[str, float]
+    nbytes: int
     failure: str = ""
+
+    @property
+    def terabytes(self) -> float:
+        """TB/s of the one pass, counted as one reading and one writing."""
+        return 2e-12 * self.nbytes / self.seconds["one pass"]
 
     @property
     def total(self) -> float:
@@ -104,14 +110,23 @@ def try_out(plans: Plans, tuning: Tuning, timer: Timer) -> Trial:
             # too many registers, too much shared memory, a compiler that gives up
             except (TritonError, RuntimeError) as failure:
                 why = f"{type(failure).__name__}: {' '.join(str(failure).split())[:100]}"
-                return Trial(plans.key, plans.V, tuning, {}, why)
+                return Trial(plans.key, plans.V, tuning, {}, plans.logits.nbytes, why)
             same = torch.equal if tuning.warps == default.warps else _equal_to_rounding
             if not all(map(same, found, expected)):
-                return Trial(plans.key, plans.V, tuning, {}, f"{name}: another result")
+                return Trial(
+                    plans.key, plans.V, tuning, {}, plans.logits.nbytes, f"{name}: another result"
+                )
             if name != "gradient" and not torch.equal(logp.setdefault(0, found[0]), found[0]):
-                return Trial(plans.key, plans.V, tuning, {}, f"{name}: logp of other bits")
+                return Trial(
+                    plans.key,
+                    plans.V,
+                    tuning,
+                    {},
+                    plans.logits.nbytes,
+                    f"{name}: logp of other bits",
+                )
             seconds[name] = timer(call, tuning)
-    return Trial(plans.key, plans.V, tuning, seconds)
+    return Trial(plans.key, plans.V, tuning, seconds, plans.logits.nbytes)
 
 
 def fits(tuning: Tuning) -> bool:

@@ -117,7 +117,7 @@ def _line(trial: Trial, default: float) -> str:
     if trial.failure:
         return f"{head}{trial.failure}"
     times = "".join(f"{name} {1e3 * s:.3f} ms  " for name, s in trial.seconds.items())
-    return f"{head}{times}{default / trial.total:.3f}x"
+    return f"{head}{times}{trial.terabytes:.2f} TB/s  {default / trial.total:.3f}x"
 
 
 def run_sweep(

@@ -9,6 +9,12 @@ it among several, as their number asks for, would change the order of summation 
 fewer rows than twice the processors, processors hold one program or none: 16 KiB are then on their
 way at a time, about 1.1 µs for loading and summing them, which is 15 of the 23 KB/µs that are an
 H100 processor's share. Predicted of its 3 TB/s: two thirds at 128 rows, a sixth at 32.
+
+The other is the one pass over long rows, which it reads twice. Three rows of 151,936 bfloat16 at a
+time on each of 132 processors are 120 MB, more than twice an H100's level-2 cache, so that forwards
+nothing is left there of a row when it is read again: 6 bytes a logit from and to memory instead of
+4. What may be chosen against it are `backwards`, `held` and `kept` below; no bit depends on them.
+`bench.second_reading` predicts, `bench.tune` measures, and until it has, nothing is chosen.
 """
 
 from __future__ import annotations
