@@ -23,7 +23,7 @@ Timer = Callable[[Callable[[], object], Tuning], float]
 
 @dataclass(frozen=True)
 class Trial:
-    """One layout on one vocabulary: seconds of each plan or why there are none, the logits' bytes."""
+    """One layout on one vocabulary: seconds of each plan, or why not; `nbytes` of its logits."""
 
     key: Key
     V: int
