@@ -159,7 +159,8 @@ class KernelMeter:
         itemsize = ptrs.get_element_ty().primitive_bitwidth // 8
         addresses = ptrs.data
         if mask is not None:
-            addresses = addresses[np.broadcast_to(mask.data, addresses.shape)]
+            # one flag for a whole tile comes as a byte
+            addresses = addresses[np.broadcast_to(mask.data, addresses.shape).astype(bool)]
         for is_store in stores:
             self._accesses.append(
                 Access(len(self.launches) - 1, self._program, is_store, itemsize, addresses.ravel())

@@ -3,10 +3,11 @@
     python -m bench.tune [--json FILE] [--table FILE]   sweep here, write both
     python -m bench.tune --apply FILE [--table FILE]    write what a sweep elsewhere has found
 
-One axis of `launch.Tuning` after the other is swept, the others held at the best so far. A layout
-whose results differ from the default's by more than rounding is never chosen, nor is one that gains
-less than the timer's noise. Statistics, one pass and gradient share an entry of the table, so their
-times are added.
+First come the candidates of `bench.second_reading`, then one axis of `launch.Tuning` after the
+other, the others held at the best so far. Never chosen is a layout whose results differ from the
+default's (by more than rounding, where other warps sum in another order), or whose plans differ in
+a bit of a log-probability; nor one that gains less than the timer's noise. Statistics, one pass and
+gradient share an entry of the table, so their times are added.
 """
 
 from __future__ import annotations
@@ -15,23 +16,20 @@ import argparse
 import ast
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, fields, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from triton.errors import TritonError
 
 from bench.clock import median_seconds
 from bench.machine import describe
-from grpo_core import RECIPES, triton_backend
+from bench.second_reading import CANDIDATES
+from bench.trials import Key, Plans, Timer, Trial, fits, try_out
 from grpo_core.kernels import launch
 from grpo_core.kernels.launch import Tuning
-from grpo_core.kernels.records import Rows, Slopes, Terms, TokenVectors
 
 # values to try of every field of `Tuning`; those of fields it does not have are left out
 AXES: dict[str, tuple[Any, ...]] = {
@@ -39,129 +37,40 @@ AXES: dict[str, tuple[Any, ...]] = {
     "tiles": (None, 1, 2, 4, 8),
     "num_stages": (None, 1, 2, 4),
     "registers": (None, 64, 80),
+    "backwards": (False, True),
+    "held": (0, 8, 16, 32, 48),
+    "kept": (None, 32, 64, 128),
 }
+# tried first: ways to read a row again that no single axis leads to
+STARTS = tuple(CANDIDATES.values())
 VOCABULARIES = (32_000, 50_257, 128_256, 151_669, 151_936, 262_144)
 DTYPES = (torch.bfloat16, torch.float32)
-N, MINUTES = 4096, 9.0
+N, MINUTES, DRY_MINUTES = 4096, 9.0, 0.2
 # of memory per row: a bucket's three vocabularies, each with its gradient and a copy of it
 ROW_BYTES = 64 * VOCABULARIES[-1]
 DRY_VOCABULARIES, DRY_N = (2_000, 2_001), 2
 # gains below this share are the timer's
 NOISE = 0.02
 TABLE = Path(launch.__file__).resolve()
-Key = tuple[str, str, int]
-Timer = Callable[[Callable[[], object], Tuning], float]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One layout on one vocabulary: seconds of each plan, or why there are none."""
-
-    key: Key
-    V: int
-    tuning: Tuning
-    seconds: dict[str, float]
-    failure: str = ""
-
-    @property
-    def total(self) -> float:
-        """Seconds of all plans."""
-        return float("inf") if self.failure else sum(self.seconds.values())
-
-
-class Plans:
-    """The three plans over the same rows, and what each leaves behind."""
-
-    def __init__(self, rows: int, V: int, dtype: torch.dtype, device: str) -> None:
-        self.logits = torch.empty(rows, V, dtype=dtype, device=device)
-        for row in self.logits:
-            row.copy_(2 * torch.randn(V, device=device))
-        self.V, self.target = V, torch.randint(V, (rows,), device=device)
-        self.key = launch.tuning_key(self.logits.device, dtype, V)
-        self.dlogits = torch.empty_like(self.logits)
-        # every row counts and has a gradient
-        weight = torch.full((rows,), 1 / rows, device=device)
-        self.tokens = TokenVectors(self.target, weight, advantage=weight * rows)
-        surrogate = RECIPES["dapo"].surrogate
-        self.terms = Terms(surrogate.function, surrogate.args, None, False, 0.0)
-        self.stats = triton_backend.row_stats(Rows.of(self.logits), self.target, 1.0)
-        self.calls: dict[str, Callable[[], tuple[Tensor, ...]]] = {
-            "statistics": self._statistics,
-            "one pass": self._one_pass,
-            "gradient": self._gradient,
-        }
-
-    def _statistics(self) -> tuple[Tensor, ...]:
-        stats = triton_backend.row_stats(Rows.of(self.logits), self.target, 1.0)
-        return stats.logp, stats.entropy
-
-    def _one_pass(self) -> tuple[Tensor, ...]:
-        rows = Rows.of(self.logits)
-        found = triton_backend.row_loss(rows, self.tokens, 1.0, self.terms, self.dlogits)
-        return found.logp, found.loss, found.dlogp, self.dlogits
-
-    def _gradient(self) -> tuple[Tensor, ...]:
-        slopes = Slopes(self.tokens.weight, None, None)
-        rows = Rows.of(self.logits)
-        triton_backend.row_dlogits(rows, self.target, 1.0, slopes, self.stats, self.dlogits)
-        return (self.dlogits,)
-
-
-@contextmanager
-def tuned(key: Key, tuning: Tuning | None) -> Iterator[None]:
-    """The kernels with another entry of the table, None for the rule of cards nobody measured."""
-    kept = launch.TUNED.pop(key, None)
-    if tuning is not None:
-        launch.TUNED[key] = tuning
-    try:
-        yield
-    finally:
-        launch.TUNED.pop(key, None)
-        if kept is not None:
-            launch.TUNED[key] = kept
-
-
-def try_out(plans: Plans, tuning: Tuning, timer: Timer) -> Trial:
-    """Checks a layout against the default one, then times it."""
-    seconds: dict[str, float] = {}
-    for name, call in plans.calls.items():
-        with tuned(plans.key, None):
-            expected = [tensor.clone() for tensor in call()]
-        with tuned(plans.key, tuning):
-            plans.dlogits.fill_(float("nan"))
-            try:
-                found = call()
-            # too many registers, too much shared memory, a compiler that gives up
-            except (TritonError, RuntimeError) as failure:
-                why = f"{type(failure).__name__}: {' '.join(str(failure).split())[:100]}"
-                return Trial(plans.key, plans.V, tuning, {}, why)
-            if not all(map(_equal_to_rounding, found, expected)):
-                return Trial(plans.key, plans.V, tuning, {}, f"{name}: another result")
-            seconds[name] = timer(call, tuning)
-    return Trial(plans.key, plans.V, tuning, seconds)
-
-
-def _equal_to_rounding(found: Tensor, expected: Tensor) -> bool:
-    """Whether two results differ by no more than another order of summation makes them."""
-    relative = 1e-5 + 2 * torch.finfo(expected.dtype).eps
-    absolute = 1e-5 * float(expected.abs().max())
-    return torch.allclose(found, expected, rtol=relative, atol=absolute)
 
 
 def sweep(bucket: list[Plans], timer: Timer, deadline: float) -> Iterator[Trial]:
-    """Trials of a bucket's vocabularies: the default first, then one axis after another."""
-    best = launch.untuned(bucket[0].V)
+    """Trials of a bucket's vocabularies: the default, the candidates, one axis after another."""
     tried: dict[Tuning, float] = {}
-    own = {field.name for field in fields(Tuning)}
-    for axis in (name for name in AXES if name in own):
-        for value in (getattr(best, axis), *AXES[axis]):
-            candidate = replace(best, **{axis: value})
-            if candidate in tried or time.monotonic() > deadline:
+
+    def attempts(candidates: Iterable[Tuning]) -> Iterator[Trial]:
+        for candidate in candidates:
+            if candidate in tried or not fits(candidate) or time.monotonic() > deadline:
                 continue
             trials = [try_out(plans, candidate, timer) for plans in bucket]
             tried[candidate] = sum(trial.total for trial in trials)
             yield from trials
+
+    yield from attempts([launch.untuned(bucket[0].V), *STARTS])
+    own = {field.name for field in fields(Tuning)}
+    for axis in (name for name in AXES if name in own):
         best = min(tried, key=tried.__getitem__)
+        yield from attempts([replace(best, **{axis: value}) for value in AXES[axis]])
 
 
 def choose(trials: list[Trial]) -> dict[Key, Tuning]:
@@ -198,12 +107,17 @@ def rewrite_table(source: str, table: dict[Key, Tuning]) -> str:
 
 def _line(trial: Trial, default: float) -> str:
     """One line of the table of trials."""
-    options = ", ".join(f"{name} {value}" for name, value in asdict(trial.tuning).items())
-    head = f"{trial.key[0]:<8}{trial.key[1]:<10}{trial.V:>9,}  {options:<38}"
+    given = {"warps": trial.tuning.warps} | {
+        field.name: value
+        for field in fields(Tuning)
+        if (value := getattr(trial.tuning, field.name)) != field.default
+    }
+    options = ", ".join(f"{name} {value}" for name, value in given.items())
+    head = f"{trial.key[0]:<8}{trial.key[1]:<10}{trial.V:>9,}  {options:<50}"
     if trial.failure:
         return f"{head}{trial.failure}"
     times = "".join(f"{name} {1e3 * s:.3f} ms  " for name, s in trial.seconds.items())
-    return f"{head}{times}{default / trial.total:.3f}x"
+    return f"{head}{times}{trial.terabytes:.2f} TB/s  {default / trial.total:.3f}x"
 
 
 def run_sweep(
@@ -214,18 +128,25 @@ def run_sweep(
     timer: Timer,
     minutes: float = MINUTES,
 ) -> list[Trial]:
-    """Every bucket and dtype in turn, printed as it goes, until the minutes are over."""
-    deadline = time.monotonic() + 60 * minutes
+    """Every bucket and dtype in turn, printed as it goes; each has its share of the minutes."""
+    end = time.monotonic() + 60 * minutes
+    # the largest first: what it compiles the others find compiled
+    buckets = [
+        (dtype, [*members])
+        for dtype in dtypes
+        for _, members in groupby(sorted(vocabularies, reverse=True), key=launch.tuning_bucket)
+    ]
     trials = []
-    for dtype in dtypes:
-        for _, members in groupby(sorted(vocabularies), key=launch.tuning_bucket):
-            bucket = [Plans(rows, V, dtype, device) for V in members]
-            defaults: dict[int, float] = {}
-            for trial in sweep(bucket, timer, deadline):
-                print(_line(trial, defaults.setdefault(trial.V, trial.total)), flush=True)
-                trials.append(trial)
-    if time.monotonic() > deadline:
-        print(f"stopped after {minutes} minutes: what was not reached keeps its entry")
+    for index, (dtype, members) in enumerate(buckets):
+        bucket = [Plans(rows, V, dtype, device) for V in members]
+        defaults: dict[int, float] = {}
+        now = time.monotonic()
+        deadline = now + (end - now) / (len(buckets) - index)
+        for trial in sweep(bucket, timer, deadline):
+            print(_line(trial, defaults.setdefault(trial.V, trial.total)), flush=True)
+            trials.append(trial)
+        if time.monotonic() > deadline:
+            print(f"{dtype}, {members}: out of time, some layouts were not tried")
     return trials
 
 
@@ -244,7 +165,7 @@ def _main() -> None:
     parser.add_argument("--json", type=Path, help="write every trial there")
     parser.add_argument("--table", type=Path, default=TABLE, help="the launch.py to rewrite")
     parser.add_argument("--apply", type=Path, help="take the choice from such a JSON file")
-    parser.add_argument("--minutes", type=float, default=MINUTES)
+    parser.add_argument("--minutes", type=float, help=f"default: {MINUTES}")
     parser.add_argument("--dry-run", action="store_true", help="tiny, interpreted, untimed")
     given = parser.parse_args()
     if given.dry_run and given.table.resolve() == TABLE:
@@ -257,7 +178,8 @@ def _main() -> None:
         else:
             rows = min(N, torch.cuda.mem_get_info()[1] // ROW_BYTES)
             shape = (VOCABULARIES, DTYPES, rows, "cuda", _seconds)
-        trials = run_sweep(*shape, minutes=given.minutes)
+        usual = DRY_MINUTES if given.dry_run else MINUTES
+        trials = run_sweep(*shape, minutes=usual if given.minutes is None else given.minutes)
         record = {"machine": describe(), "dry_run": given.dry_run}
         record["trials"] = [asdict(trial) for trial in trials]
         record["chosen"] = [[*key, asdict(tuning)] for key, tuning in choose(trials).items()]

@@ -124,7 +124,7 @@ def compile_kernels(
         for launch in launches:
             if not any(launch.compiled is other for other in seen):
                 seen.append(launch.compiled)
-                yield _examine(card, variant, dtype, V, launch)
+                yield examine(card, variant, dtype, V, launch)
 
 
 def _calls(
@@ -223,7 +223,7 @@ def as_if_on(card: str) -> Iterator[list[Launch]]:
         yield launches
 
 
-def _examine(card: str, variant: str, dtype: torch.dtype, V: int, launch: Launch) -> Compiled:
+def examine(card: str, variant: str, dtype: torch.dtype, V: int, launch: Launch) -> Compiled:
     """Reads what came out."""
     registers, spills, found = measure(launch.compiled.asm)
     given = launch.keywords

@@ -9,6 +9,12 @@ it among several, as their number asks for, would change the order of summation 
 fewer rows than twice the processors, processors hold one program or none: 16 KiB are then on their
 way at a time, about 1.1 µs for loading and summing them, which is 15 of the 23 KB/µs that are an
 H100 processor's share. Predicted of its 3 TB/s: two thirds at 128 rows, a sixth at 32.
+
+The other is the one pass over long rows, which it reads twice. Three rows of 151,936 bfloat16 at a
+time on each of 132 processors are 120 MB, more than twice an H100's level-2 cache, so that forwards
+nothing is left there of a row when it is read again: 6 bytes a logit from and to memory instead of
+4. What may be chosen against it are `backwards`, `held` and `kept` below; no bit depends on them.
+`bench.second_reading` predicts, `bench.tune` measures, and until it has, nothing is chosen.
 """
 
 from __future__ import annotations
@@ -38,6 +44,10 @@ SEQUENCE_BLOCK, SEQUENCE_WARPS, SEQUENCE_REGISTERS = 512, 8, 64
 SUM_BLOCK = 512
 
 
+# what a kernel is told of a row's second reading where there is none
+ONE_READING: dict[str, Any] = {"HELD": 0, "KEPT": None, "BACKWARDS": False}
+
+
 @dataclass(frozen=True)
 class Tuning:
     """What may be chosen of a layout by measuring: an entry of `TUNED`, a candidate of bench/tune.
@@ -48,12 +58,20 @@ class Tuning:
         num_stages: of the compiler's software pipeline; None leaves it to the compiler.
         registers: of a thread, at most (NVIDIA): fewer let more rows be read at a time; None leaves
             it to the compiler.
+        backwards: whether the one pass reads a row the second time from its end to its beginning.
+        held: tiles of a row, behind its first, that stay in registers for the second reading, four
+            each; none with a reference's logits.
+        kept: KiB at the end of a row that the caches are asked to keep for the second reading, all
+            else then to give up first; None asks for nothing.
     """
 
     warps: int
     tiles: int | None = None
     num_stages: int | None = None
     registers: int | None = None
+    backwards: bool = False
+    held: int = 0
+    kept: int | None = None
 
 
 # (architecture, dtype, bucket of V) -> what was fastest there; written by `python -m bench.tune`
@@ -95,11 +113,28 @@ class RowLayout:
     num_warps: int
     num_stages: int | None = None
     maxnreg: int | None = None
+    HELD: int = 0
+    KEPT: int | None = None
+    BACKWARDS: bool = False
 
     @property
-    def keywords(self) -> dict[str, int]:
-        """As a launch takes them."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+    def keywords(self) -> dict[str, Any]:
+        """As a launch takes them that reads a row once."""
+        once = {name: value for name, value in vars(self).items() if name not in ONE_READING}
+        return {name: value for name, value in once.items() if value is not None}
+
+    def of_two_readings(self, V: int, gradient: bool, pair: bool) -> dict[str, Any]:
+        """As the one pass takes them, which reads a row once more for its gradient, if it has one.
+
+        Neither registers nor caches are asked to keep any of a `pair` of rows: it fills them.
+        """
+        again = dict(ONE_READING)
+        if gradient:
+            again["BACKWARDS"] = self.BACKWARDS
+            if not pair:
+                whole = V // (self.THREADS * self.WIDTH)
+                again |= {"HELD": max(0, min(self.HELD, whole - 1)), "KEPT": self.KEPT}
+        return again | (self.of_a_pair if pair else self.keywords)
 
     @property
     def of_a_pair(self) -> dict[str, int]:
@@ -113,13 +148,18 @@ def row_layout(rows: Rows) -> RowLayout:
     tuning = TUNED.get(key) or untuned(rows.V)
     # AMD's wavefronts have 64 lanes; tiles, and so results, stay those of 32
     lanes = 64 if torch.version.hip else 32
+    threads = 32 * tuning.warps
+    kept = None if tuning.kept is None else 1024 * tuning.kept // (threads * LOAD_BYTES)
     return RowLayout(
-        THREADS=32 * tuning.warps,
+        THREADS=threads,
         WIDTH=LOAD_BYTES // rows.logits.element_size(),
         TILES=tuning.tiles or TILES,
-        num_warps=max(1, 32 * tuning.warps // lanes),
+        num_warps=max(1, threads // lanes),
         num_stages=tuning.num_stages,
         maxnreg=None if torch.version.hip else tuning.registers,
+        HELD=tuning.held,
+        KEPT=kept,
+        BACKWARDS=tuning.backwards,
     )
 
 

@@ -32,6 +32,7 @@ from .row_tiles import (
     strided_columns,
     sum_in_order,
     tile_places,
+    unpack_words,
     wide_order,
 )
 from .scalar_math import log1p
@@ -54,9 +55,17 @@ def row_softmax(
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILES: tl.constexpr,
+    held=None,
+    KEPT: tl.constexpr = None,
 ):
-    """(M, S, Σ 2^c·c) of a row without its target, c = x − M."""
-    anchor, rest, moment = anchored_sums(row_ptr, V, target, scale, THREADS, WIDTH, TILES)
+    """(M, S, Σ 2^c·c) of a row without its target, c = x − M.
+
+    For a second reading: the tiles behind the first may have been read already, `held` in
+    registers, and the caches are asked to keep the last KEPT and none before them.
+    """
+    anchor, rest, moment = anchored_sums(
+        row_ptr, V, target, scale, THREADS, WIDTH, TILES, held, KEPT
+    )
     if not is_near(rest):
         anchor, rest, moment = online_sums(row_ptr, V, target, scale, THREADS, WIDTH)
     return anchor, rest, moment
@@ -87,6 +96,8 @@ def anchored_sums(
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILES: tl.constexpr,
+    held,
+    KEPT: tl.constexpr,
 ):
     """(M, S, Σ 2^c·c) of a row without its target, M its anchor."""
     tile: tl.constexpr = THREADS * WIDTH
@@ -94,6 +105,7 @@ def anchored_sums(
     places = tile_places(THREADS, WIDTH)
     lead = row_lead(row_ptr, WIDTH)
     end, hole = V + lead, target + lead
+    dtype: tl.constexpr = row_ptr.dtype.element_ty
     row_ptr = boundary(row_ptr, lead)
     logits = load_part(row_ptr, places, lead, end)
     mine = tl.load(row_ptr + hole)
@@ -101,18 +113,58 @@ def anchored_sums(
     logits = tl.where(places == hole, float("-inf"), logits)
     zeros = tl.zeros([THREADS, WIDTH], tl.float32)
     rest, moment, _, _ = add_powers(zeros, zeros, logits, scale, anchor)
-    for first in range(tile, end, step):
+    begin = tile
+    if held is not None:
+        for k in tl.static_range(len(held)):
+            logits = unpack_words(held[k], dtype, THREADS, WIDTH)
+            if (hole >= begin) & (hole < begin + tile):
+                logits = tl.where(begin + places == hole, float("-inf"), logits)
+            rest, moment, _, _ = add_powers(rest, moment, logits, scale, anchor)
+            begin += tile
+    row = row_ptr, lead, end, hole
+    sums = rest, moment
+    if KEPT is None:
+        sums = add_steps(sums, row, begin, end, scale, anchor, THREADS, WIDTH, TILES, None)
+    else:
+        kept = begin + tl.maximum(end - begin - KEPT * tile, 0) // step * step
+        sums = add_steps(
+            sums, row, begin, kept, scale, anchor, THREADS, WIDTH, TILES, "evict_first"
+        )
+        sums = add_steps(sums, row, kept, end, scale, anchor, THREADS, WIDTH, TILES, "evict_last")
+    order = wide_order(lead, THREADS, WIDTH)
+    return anchor, sum_in_order(sums[0], order), sum_in_order(sums[1], order)
+
+
+@triton.jit
+def add_steps(
+    sums,
+    row,
+    begin,
+    until,
+    scale,
+    anchor,
+    THREADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILES: tl.constexpr,
+    EVICT: tl.constexpr,
+):
+    """Adds a row from place `begin` on, step by step until one begins at `until` or behind."""
+    tile: tl.constexpr = THREADS * WIDTH
+    step: tl.constexpr = TILES * tile
+    places = tile_places(THREADS, WIDTH)
+    rest, moment = sums
+    row_ptr, lead, end, hole = row
+    for first in range(begin, until, step):
         if is_whole(first, step, lead, end) & ((hole < first) | (hole >= first + step)):
             for k in tl.static_range(TILES):
-                logits = load_whole(row_ptr + first + k * tile, THREADS, WIDTH)
+                logits = load_whole(row_ptr + first + k * tile, THREADS, WIDTH, EVICT)
                 rest, moment, _, _ = add_powers(rest, moment, logits, scale, anchor)
         else:
             for start in range(first, tl.minimum(first + step, end), tile):
                 logits = load_tile(row_ptr, start, lead, end, THREADS, WIDTH)
                 logits = tl.where(start + places == hole, float("-inf"), logits)
                 rest, moment, _, _ = add_powers(rest, moment, logits, scale, anchor)
-    order = wide_order(lead, THREADS, WIDTH)
-    return anchor, sum_in_order(rest, order), sum_in_order(moment, order)
+    return rest, moment
 
 
 @triton.jit

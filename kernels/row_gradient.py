@@ -16,6 +16,7 @@ from .row_tiles import (
     row_lead,
     strided_columns,
     tile_places,
+    unpack_words,
 )
 
 
@@ -33,6 +34,9 @@ def write_row_gradient(
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILES: tl.constexpr,
+    held=None,
+    KEPT: tl.constexpr = None,
+    BACKWARDS: tl.constexpr = False,
 ):
     """dL/dlogits of a whole row, from what L's derivatives by its statistics are.
 
@@ -43,6 +47,9 @@ def write_row_gradient(
 
     the gradient beside the target is 2^c·(factor + slope·c + kl_slope·(c − c_ref)): two more
     multiply-adds at most, and none without entropy (ENTROPY) and KL. May write over the row.
+
+    `held`, KEPT: as `row_softmax` has read the row; what was kept is of no use any more, nor is
+    what is written. BACKWARDS meets what the caches hold of the row, its end, before that is lost.
     """
     dlogp, dentropy, dkl = slopes
     peak, rest, z, entropy = state
@@ -80,7 +87,20 @@ def write_row_gradient(
     # in place, no thread may overwrite the target's logit before all have read it
     tl.debug_barrier()
     if alike:
-        write_wide(pointers, V, lead, coefficients, beside, ENTROPY, THREADS, WIDTH, TILES)
+        write_wide(
+            pointers,
+            V,
+            lead,
+            coefficients,
+            beside,
+            ENTROPY,
+            THREADS,
+            WIDTH,
+            TILES,
+            held,
+            None if KEPT is None else "evict_first",
+            BACKWARDS,
+        )
     else:
         columns = strided_columns(THREADS, WIDTH)
         for first in range(0, V, THREADS * WIDTH):
@@ -101,6 +121,9 @@ def write_wide(
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILES: tl.constexpr,
+    held,
+    EVICT: tl.constexpr,
+    BACKWARDS: tl.constexpr,
 ):
     """The gradient beside the target of a row that lies as its logits do."""
     tile: tl.constexpr = THREADS * WIDTH
@@ -110,15 +133,45 @@ def write_wide(
     pointers = boundary(pointers[0], lead), boundary(pointers[1], lead)
     if ref is not None:
         ref = boundary(ref[0], lead), ref[1], ref[2]
-    for first in range(0, end, step):
-        if is_whole(first, step, lead, end):
-            write_tiles(pointers, first + places, coefficients, ref, ENTROPY, tile, TILES)
+    begin = 0
+    if held is not None:
+        begin = (1 + len(held)) * tile
+    steps = tl.cdiv(tl.maximum(end - begin, 0), step)
+    for first in range(begin, end, step):
+        at = 2 * begin + (steps - 1) * step - first if BACKWARDS else first
+        if is_whole(at, step, lead, end):
+            write_tiles(pointers, at + places, coefficients, ref, ENTROPY, tile, TILES, EVICT)
         else:
-            for start in range(first, tl.minimum(first + step, end), tile):
+            for start in range(at, tl.minimum(at + step, end), tile):
                 if is_whole(start, tile, lead, end):
-                    write_tiles(pointers, start + places, coefficients, ref, ENTROPY, tile, 1)
+                    write_tiles(
+                        pointers, start + places, coefficients, ref, ENTROPY, tile, 1, EVICT
+                    )
                 else:
                     write_part(pointers, start + places, lead, end, coefficients, ref, ENTROPY)
+    if held is not None:
+        write_held(pointers, held, coefficients, ENTROPY, THREADS, WIDTH, EVICT)
+        write_part(pointers, places, lead, end, coefficients, ref, ENTROPY)
+
+
+@triton.jit
+def write_held(
+    pointers,
+    held,
+    coefficients,
+    ENTROPY: tl.constexpr,
+    THREADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    EVICT: tl.constexpr,
+):
+    """The gradient of the tiles in registers: those behind a row's first."""
+    row_ptr, dlogits_ptr = pointers
+    at = tile_places(THREADS, WIDTH)
+    for k in tl.static_range(len(held)):
+        logits = unpack_words(held[k], row_ptr.dtype.element_ty, THREADS, WIDTH)
+        dlogits = gradient_beside_target(logits, None, coefficients, None, ENTROPY)
+        tile_ptr = dlogits_ptr + (1 + k) * THREADS * WIDTH
+        tl.store(tile_ptr + at, dlogits.to(dlogits_ptr.dtype.element_ty), eviction_policy=EVICT)
 
 
 @triton.jit
@@ -130,18 +183,20 @@ def write_tiles(
     ENTROPY: tl.constexpr,
     tile: tl.constexpr,
     TILES: tl.constexpr,
+    EVICT: tl.constexpr,
 ):
     """The gradient of whole tiles, the first at `at`."""
     row_ptr, dlogits_ptr = pointers
     # all loads of a step before its first store, which might be to the same place
-    tiles = load_raw(row_ptr + at, tile, TILES)
+    tiles = load_raw(row_ptr + at, tile, TILES, EVICT)
     for k in tl.static_range(TILES):
         ref_logits = None
         if ref is not None:
             ref_logits = tl.load(ref[0] + k * tile + at).to(tl.float32)
         logits = tiles[k].to(tl.float32)
         dlogits = gradient_beside_target(logits, ref_logits, coefficients, ref, ENTROPY)
-        tl.store(dlogits_ptr + k * tile + at, dlogits.to(dlogits_ptr.dtype.element_ty))
+        dlogits = dlogits.to(dlogits_ptr.dtype.element_ty)
+        tl.store(dlogits_ptr + k * tile + at, dlogits, eviction_policy=EVICT)
 
 
 @triton.jit

@@ -23,7 +23,7 @@ from .launch import SUM_BLOCK, launch, row_layout
 from .online_softmax import LOG2E, row_softmax, target_gap, token_statistics
 from .records import RowLoss, Rows, Terms, TokenVectors
 from .row_gradient import write_row_gradient, write_row_zeros
-from .row_tiles import row_start
+from .row_tiles import hold_tiles, row_start
 from .scalar_math import is_finite
 from .sum_by_the_last import new_ticket, sum_by_the_last
 from .token_loss import token_terms
@@ -109,6 +109,9 @@ def _row_loss_kernel(
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILES: tl.constexpr,
+    HELD: tl.constexpr,
+    KEPT: tl.constexpr,
+    BACKWARDS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     start = row_start(row, rows_per_batch, batch_stride, row_stride)
@@ -136,10 +139,16 @@ def _row_loss_kernel(
         ref_rest = 1.0
         ref_z = 0.0
     dropped = False
-    if (weight != 0) & readable:
+    counts = (weight != 0) & readable
+    held = None
+    if HELD > 0:
+        held = hold_tiles(logits_ptr + start, counts, THREADS, WIDTH, HELD)
+    if counts:
         row_ptr = logits_ptr + start
         if ref_logits_ptr is None:
-            peak, rest, moment = row_softmax(row_ptr, V, word, scale, THREADS, WIDTH, TILES)
+            peak, rest, moment = row_softmax(
+                row_ptr, V, word, scale, THREADS, WIDTH, TILES, held, KEPT
+            )
         else:
             peak, rest, moment, ref_peak, ref_rest, cross = row_softmax_pair(
                 row_ptr, ref_ptr, V, word, scale, THREADS, WIDTH, TILES
@@ -214,6 +223,9 @@ def _row_loss_kernel(
                 THREADS,
                 WIDTH,
                 TILES,
+                held,
+                KEPT,
+                BACKWARDS,
             )
         else:
             write_row_zeros(dlogits_ptr + out, V, THREADS, WIDTH)
@@ -285,6 +297,6 @@ def row_loss(
         KL=terms.kl,
         KL_TIMES_RATIO=terms.kl_times_ratio,
         SUM=SUM_BLOCK,
-        **(layout.keywords if ref_rows is None else layout.of_a_pair),
+        **layout.of_two_readings(rows.V, dlogits is not None, ref_rows is not None),
     )
     return result

@@ -50,20 +50,57 @@ def is_whole(first, size, lead, end):
 
 
 @triton.jit
-def load_whole(tile_ptr, THREADS: tl.constexpr, WIDTH: tl.constexpr):
-    """A whole tile as float32.
-
-    Two neighbouring bfloat16 are read as one word, and each made a float32 by one instruction: the
-    lower by a shift, the upper by a mask.
-    """
+def load_whole(tile_ptr, THREADS: tl.constexpr, WIDTH: tl.constexpr, EVICT: tl.constexpr = None):
+    """A whole tile as float32; EVICT asks the caches to keep it long, or not."""
     if tile_ptr.dtype.element_ty == tl.bfloat16:
-        words = tile_places(THREADS, WIDTH // 2)
-        pairs = tl.load(tile_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + words)
-        lower = (pairs << 16).to(tl.float32, bitcast=True)
-        upper = (pairs & -65536).to(tl.float32, bitcast=True)
-        return tl.reshape(tl.join(lower, upper), [THREADS, WIDTH])
+        words = load_words(tile_ptr, None, THREADS, WIDTH, EVICT)
+        logits = unpack_words(words, tl.bfloat16, THREADS, WIDTH)
     else:
-        return tl.load(tile_ptr + tile_places(THREADS, WIDTH)).to(tl.float32)
+        places = tile_places(THREADS, WIDTH)
+        logits = tl.load(tile_ptr + places, eviction_policy=EVICT).to(tl.float32)
+    return logits
+
+
+@triton.jit
+def load_words(
+    tile_ptr, wanted, THREADS: tl.constexpr, WIDTH: tl.constexpr, EVICT: tl.constexpr = None
+):
+    """A whole tile as words of 32 bits, if `wanted`: four registers of a thread, at any dtype."""
+    words = tile_places(THREADS, WIDTH * tile_ptr.dtype.element_ty.primitive_bitwidth // 32)
+    pointers = tile_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + words
+    return tl.load(pointers, mask=wanted, eviction_policy=EVICT)
+
+
+@triton.jit
+def unpack_words(words, dtype: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr):
+    """The logits in such words as float32.
+
+    Of two neighbouring bfloat16 each is made a float32 by one instruction: the lower by a shift,
+    the upper by a mask.
+    """
+    if dtype == tl.float32:
+        logits = words.to(tl.float32, bitcast=True)
+    else:
+        if dtype == tl.bfloat16:
+            lower = (words << 16).to(tl.float32, bitcast=True)
+            upper = (words & -65536).to(tl.float32, bitcast=True)
+        else:
+            lower = words.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+            upper = (words >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+        logits = tl.reshape(tl.join(lower, upper), [THREADS, WIDTH])
+    return logits
+
+
+@triton.jit
+def hold_tiles(row_ptr, wanted, THREADS: tl.constexpr, WIDTH: tl.constexpr, HELD: tl.constexpr):
+    """The HELD tiles behind a row's first, as words, if `wanted`; the row must hold them whole."""
+    tile: tl.constexpr = THREADS * WIDTH
+    tile_ptr = boundary(row_ptr, row_lead(row_ptr, WIDTH)) + tile
+    held = (load_words(tile_ptr, wanted, THREADS, WIDTH),)
+    for k in tl.static_range(1, HELD):
+        more = load_words(tile_ptr + k * tile, wanted, THREADS, WIDTH)
+        held = held + (more,)  # type: ignore[assignment]
+    return held
 
 
 @triton.jit
@@ -84,11 +121,12 @@ def load_tile(row_ptr, first, lead, end, THREADS: tl.constexpr, WIDTH: tl.conste
 
 
 @triton.jit
-def load_raw(tile_ptr, tile: tl.constexpr, TILES: tl.constexpr):
+def load_raw(tile_ptr, tile: tl.constexpr, TILES: tl.constexpr, EVICT: tl.constexpr):
     """Several tiles as they lie in memory."""
-    tiles = (tl.load(tile_ptr),)
+    tiles = (tl.load(tile_ptr, eviction_policy=EVICT),)
     for k in tl.static_range(1, TILES):
-        tiles = tiles + (tl.load(tile_ptr + k * tile),)  # type: ignore[assignment]
+        more = tl.load(tile_ptr + k * tile, eviction_policy=EVICT)
+        tiles = tiles + (more,)  # type: ignore[assignment]
     return tiles
 
 

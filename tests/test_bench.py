@@ -463,10 +463,19 @@ def test_a_sweep_chooses_the_fastest_right_layout_and_writes_it_down(
         return replace(trial, failure="another result") if tuning.warps == 32 else trial
 
     monkeypatch.setattr(tune, "try_out", spoil_the_fastest)
+    # of every axis the least that shows it is walked along
+    monkeypatch.setattr(tune, "STARTS", (Tuning(warps=8, backwards=True, held=1),))
+    axes = {name: values[:2] for name, values in tune.AXES.items()}
+    monkeypatch.setattr(tune, "AXES", axes | {"warps": (4, 8, 32)})
     seconds = {32: 0.1, 8: 0.5}
-    trials = tune.run_sweep(
-        (2000, 2001), (torch.bfloat16,), 2, "cpu", lambda _, tuning: seconds.get(tuning.warps, 1.0)
-    )
+
+    def timer(_: Any, tuning: Tuning) -> float:
+        return seconds.get(tuning.warps, 1.0) + (tuning.held + tuning.backwards) / 100
+
+    trials = tune.run_sweep((2000, 2001), (torch.bfloat16,), 2, "cpu", timer)
+    tried = {trial.tuning for trial in trials}
+    for axis, values in tune.AXES.items():
+        assert {getattr(tuning, axis) for tuning in tried} >= set(values), axis
     assert {trial.V for trial in trials} == {2000, 2001}
     chosen = tune.choose(trials)
     assert chosen == {("cpu", "bfloat16", 2048): Tuning(warps=8)}
@@ -490,20 +499,38 @@ def test_a_sweep_chooses_the_fastest_right_layout_and_writes_it_down(
 
 @interpreted
 def test_a_layout_with_another_result_is_found_out(monkeypatch: pytest.MonkeyPatch):
-    from bench import tune
+    from bench import trials
 
-    plans = tune.Plans(2, 2000, torch.bfloat16, "cpu")
+    plans = trials.Plans(2, 2000, torch.bfloat16, "cpu")
     right = plans.calls["one pass"]
+    wrong = {4: 1e-6, 8: 1e-3, 16: 1e-6}
 
-    def wrong_with_eight_warps() -> Any:
+    def wrong_by_its_warps() -> Any:
         logp, *rest = right()
         tuning = launch.TUNED.get(plans.key)
-        return (logp + 1e-3 if tuning and tuning.warps == 8 else logp, *rest)
+        off = wrong.get(tuning.warps, 0.0) if tuning else 0.0
+        return (logp * (1 + off), *rest)
 
-    monkeypatch.setitem(plans.calls, "one pass", wrong_with_eight_warps)
-    assert tune.try_out(plans, Tuning(8), lambda *_: 1.0).failure == "one pass: another result"
-    assert tune.try_out(plans, Tuning(16), lambda *_: 1.0).total == 3.0
+    def outcome(warps: int) -> str | float:
+        trial = trials.try_out(plans, Tuning(warps, backwards=True), lambda *_: 1.0)
+        return trial.failure or trial.total
+
+    monkeypatch.setitem(plans.calls, "one pass", wrong_by_its_warps)
+    # of the default's warps, so every bit counts; of others, then rounding; beside the statistics
+    assert outcome(4) == outcome(8) == "one pass: another result"
+    assert outcome(16) == "one pass: logp of other bits"
+    assert outcome(32) == 3.0
     assert plans.key not in launch.TUNED
+
+
+def test_no_program_is_to_hold_more_than_its_registers():
+    from bench.second_reading import CANDIDATES
+    from bench.trials import fits
+
+    assert all(map(fits, CANDIDATES.values()))
+    assert fits(Tuning(8, held=49)) and not fits(Tuning(8, held=50))
+    assert fits(Tuning(16, held=18)) and not fits(Tuning(16, held=19))
+    assert not fits(Tuning(8, held=16, registers=80))
 
 
 @pytest.mark.parametrize("V", [1, 2, 4096, 4097, 151_669, 262_144])
