@@ -100,9 +100,10 @@ def test_a_real_model(tmp_path: Path) -> None:
     }
     for naive, logits, fused, saved in peaks.values():
         assert naive > logits > fused
-        # seven times 1,024 rows of 49,152 float32, less what ours holds of them
-        assert saved == pytest.approx(naive - fused, abs=1) and saved > 900
-    assert peaks["recomputed"][2] < 0.25 * peaks["recomputed"][0]
+        # plain PyTorch: three times 1,024 rows of 49,152 float32; ours a chunk of 64 MiB
+        assert saved == pytest.approx(naive - fused, abs=1) and saved > 300
+    assert peaks.keys() == {"kept", "recomputed"}
+    assert peaks["recomputed"][2] < 0.5 * peaks["recomputed"][0]
     run = tmp_path / "run"
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][1:]
     assert [step["step"] for step in steps] == [1, 2, 3]
