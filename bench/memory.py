@@ -31,7 +31,7 @@ HEADS = {
     (262_144, 640): "Gemma 3 270M",
 }
 # counted at the first and last of these; the one between has to lie on their line
-COUNTED = (512, 768, 1024)
+COUNTED = (256, 512, 768)
 SHOWN = (1_024, 4_096, 16_384, 65_536)
 # of a count: what the row kernels' scratch differs by
 TOLERANCE = 0.01

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import HfArgumentParser
+from yaml import safe_load
 
 from grpo_core import RECIPES, fused_linear_loss, fused_loss
 from grpo_core.advantages import estimate_advantages
@@ -20,6 +22,7 @@ from grpo_core.evaluate import evaluate
 from grpo_core.monitor import Clock
 from grpo_core.rewards import Scores
 from grpo_core.rollout import Problem, Rollout, Sampling
+from grpo_core.run_config import RunConfig
 from grpo_core.trainer import Trainer
 from tests.micro import MAX_NEW_TOKENS, draw_problems, micro_model, share_of_sevens
 from tests.test_trainer import WITH_KL, config
@@ -277,3 +280,17 @@ def test_every_test_that_the_document_names_exists() -> None:
     assert len(named) > 30
     for file, name in named:
         assert f"def {name}(" in (TESTS / file).read_text("utf-8"), f"{file}::{name}"
+
+
+def test_every_option_that_the_document_names_exists() -> None:
+    """On the command lines of a run, and in a YAML file, which is read."""
+    text = (TESTS.parent / "docs/training.md").read_text("utf-8")
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL))
+    lines = re.findall(r"grpo_core\.reinforce (.*)", blocks.replace("\\\n", " "))
+    named = {name for line in lines for name in re.findall(r"--(\w+)", line)}
+    assert named >= {"model", "data", "shard"}
+    assert named <= RunConfig.__dataclass_fields__.keys()
+    (yaml,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    parser = HfArgumentParser(RunConfig)  # type: ignore[arg-type]
+    (config,) = parser.parse_dict(safe_load(yaml))
+    assert (config.prompts, config.rewards, config.learning_rate) == (32, ["math", "format"], 1e-6)
