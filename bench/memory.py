@@ -26,9 +26,9 @@ from grpo_core import fused_loss
 # (V, D) of output matrices that are about
 HEADS = {
     (49_152, 576): "SmolLM2-135M",
-    (128_256, 2_048): "Llama 3.2 1B",
     (151_936, 1_024): "Qwen3-0.6B",
     (262_144, 640): "Gemma 3 270M",
+    (128_256, 2_048): "Llama 3.2 1B",
 }
 # counted at the first and last of these; the one between has to lie on their line
 COUNTED = (512, 768, 1024)
