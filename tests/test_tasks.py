@@ -40,6 +40,32 @@ ANSWERS = [
     ("2^3*9", GSM8K, False),
     ("8 \\cdot 9", GSM8K, False),
     ("seventy-two", GSM8K, False),
+    ("the answer is 72", GSM8K, True),
+    ("72.", GSM8K, True),
+    ("$-4$", "-4", True),
+    ("\\frac12", "0.5", True),
+    # a percentage is its number
+    ("20%", "20", True),
+    ("2000%", "20", False),
+    # what leaves the work to the one who compares
+    ("\\max(3.11, 3.8)", "3.8", False),
+    ("\\min(72, 73)", GSM8K, False),
+    ("\\sqrt{5184}", GSM8K, False),
+    ("\\binom{9}{2} 2", GSM8K, False),
+    ("\\gcd(144, 72)", GSM8K, False),
+    ("\\lim_{x\\to 72} x", GSM8K, False),
+    ("144/2", GSM8K, False),
+    ("\\frac{144}{2}", GSM8K, False),
+    ("2(36)", GSM8K, False),
+    ("|-72|", GSM8K, False),
+    ("72 \\pm 0", GSM8K, False),
+    # more than one number, or a choice
+    ("72, 72", GSM8K, False),
+    ("\\{72, 73\\}", GSM8K, False),
+    ("\\boxed{72} or \\boxed{73}", GSM8K, False),
+    ("not 71 but 72", GSM8K, False),
+    ("3.8 or 3.11", "3.8", False),
+    ("3.11, 3.8", "3.8", False),
     ("", GSM8K, False),
     ("4", "-4", False),
 ]
@@ -103,6 +129,30 @@ def test_a_data_set_of_reasoning_gym() -> None:
     assert scores.parts["accuracy"].tolist() == [1.0, 0.0, 0.0]
     with pytest.raises(ValueError, match="expected a data set of reasoning-gym, got 'no such'"):
         reasoning_gym_task("no such", tokenizer, size=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("<think>a</think><answer>-4</answer>", 1),
+        # the format's affair
+        ("<think></think><answer>-4</answer>", 1),
+        ("<think>a</think><answer>-4</answer> or 4", 1),
+        ("<think>a</think><answer>-4</answer><answer>4</answer>", 0),
+        ("<think><answer>-4</answer></think>", 0),
+        ("<think><answer>-4</answer>", 0),
+        ("<think>a</think><answer>-4", 0),
+        ("<think>a</think><answer>-4 or 4</answer>", 0),
+        ("<think>a</think><answer>-5+1</answer>", 0),
+        ("-4", 0),
+    ],
+)
+def test_the_score_of_reasoning_gym_cannot_be_gamed(text: str, score: int) -> None:
+    pytest.importorskip("reasoning_gym")
+    tokenizer = ByT5Tokenizer()
+    problems, reward = reasoning_gym_task("chain_sum", tokenizer, size=1, seed=1)
+    assert problems[0].answer == "-4"
+    assert reward(problems, tokenizer([text])["input_ids"]).total.tolist() == [score]
 
 
 def test_functions_see_prompts_completions_and_columns() -> None:

@@ -55,13 +55,6 @@ def test_it_learns(seed: int) -> None:
     assert history[-1]["reward"] > 0.95
 
 
-def test_shuffled_rewards_teach_nothing() -> None:
-    model = micro_model()
-    settings = config(shuffle_rewards=True)
-    history = Trainer(model, draw_problems, share_of_sevens, settings).train()
-    assert history[-1]["reward"] < 0.3
-
-
 @pytest.mark.parametrize("objective", [WITH_KL, *RECIPES.values()], ids=["kl", *RECIPES])
 def test_every_loss_trains_the_same_model(objective: Any) -> None:
     models, rewards = [], []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.compiled import ROOT
 from tests.micro import MAX_NEW_TOKENS, micro_model
-from tests.test_checkpoint import trainer
+from tests.test_checkpoint import records, trainer
 from tests.test_reinforce import files, options  # noqa: F401
 from tests.test_reinforce import records as records_of
 from tests.trainer_ranks import CASES, fixed_run, held_out, model_of, run
@@ -101,6 +102,40 @@ def test_an_interrupted_run_goes_on_bit_for_bit(run: str, ranks: Found) -> None:
         assert found["folders"] == ["step-000004", "step-000005"]
     first, second = (rank[run]["weights"][0] for rank in ranks)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds a file by its handle in /proc")
+def test_killed_in_the_middle_of_a_sharded_save(tmp_path: Path) -> None:
+    """`kill -9` inside a shard, before and after the rename: only whole checkpoints are read."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.killed_ranks", str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    *killed, last = torch.load(tmp_path / "codes.pt")
+    assert last == [0, 0] and all(0 not in codes for codes in killed)
+    # who is not killed loses the other, and ends with an error or by the kill that follows
+    victims = [codes[rank] for codes, rank in zip(killed, (1, 0, 0), strict=True)]
+    assert victims == [-signal.SIGKILL] * 3, done.stderr[-4000:]
+    for rank in range(2):
+        before = [torch.load(tmp_path / f"before-{number}-{rank}.pt") for number in range(4)]
+        # killed at the saves of steps 2, 3 and 4, the last of which was whole by then
+        assert [found["resumed"] for found in before] == [0, 1, 2, 4]
+        after = torch.load(tmp_path / f"after-3-{rank}.pt")
+        straight = before[0]
+        assert after["weights"].keys() == straight["weights"].keys()
+        for name, weight in straight["weights"].items():
+            assert torch.equal(weight, after["weights"][name])
+        assert len(straight["moments"]) > 0
+        for mine, theirs in zip(straight["moments"], after["moments"], strict=True):
+            assert torch.equal(mine, theirs)
+    assert records(tmp_path / "parts") == records(tmp_path / "straight")
+    assert [path.name for path in (tmp_path / "parts/checkpoints").iterdir()] == ["step-000005"]
 
 
 @pytest.mark.parametrize("shard", SHARDS)
