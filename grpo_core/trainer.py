@@ -15,21 +15,18 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from grpo_core import HeadOutput, LossOutput, trainer_state, with_fused_head
+from grpo_core import HeadOutput, LossOutput, trainer_state, training_loop, with_fused_head
 from grpo_core.advantages import estimate_advantages
-from grpo_core.batch import Batch, Rows, check_output_matrix, pack
-from grpo_core.checkpoint import Interrupted, Request, stop_request
-from grpo_core.distributed import gathered, is_main, joined, rank
-from grpo_core.forward import packed_logp, packed_loss
+from grpo_core.batch import Batch, check_output_matrix, pack
+from grpo_core.distributed import joined, rank
+from grpo_core.forward import packed_logp, packed_loss, reference_logp
 from grpo_core.head import has_fused_head
 from grpo_core.loggers import Logger
 from grpo_core.metrics import merge_metrics
@@ -37,7 +34,6 @@ from grpo_core.monitor import (
     Clock,
     Metrics,
     Watch,
-    append_json,
     means,
     rollout_metrics,
     sampler_mismatch,
@@ -45,7 +41,7 @@ from grpo_core.monitor import (
 )
 from grpo_core.parallel import accumulating, policy_of, whole
 from grpo_core.randomness import randomness, shuffled
-from grpo_core.reference_model import adapter_off, reference_of
+from grpo_core.reference_model import reference_of
 from grpo_core.rewards import Reward
 from grpo_core.rollout import Problem, Rollout, rollout
 from grpo_core.shares import alike, check_shares, divisor, figures_of_all, own_share
@@ -126,32 +122,7 @@ class Trainer:
             Interrupted: after a signal, once the step is done and saved.
             FloatingPointError: too many updates in a row were not finite, see `update`.
         """
-        config, history = self.config, []
-        if not self.steps_done:
-            history.append(self.record({"step": 0}, evaluation))
-        progress = tqdm(
-            range(self.steps_done, config.steps),
-            desc=self.label,
-            unit="step",
-            initial=self.steps_done,
-            total=config.steps,
-            disable=not is_main(),
-        )
-        with stop_request() if self.checkpoints else nullcontext(Request()) as request:
-            for _ in progress:
-                metrics = self.step()
-                due = self.steps_done % config.evaluate_every == 0
-                last = self.steps_done == config.steps
-                history.append(self.record(metrics, evaluation if due or last else None))
-                shown = {name: metrics[name] for name in ("reward", "length", "kl")}
-                progress.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
-                if self.checkpoints and (self.steps_done % config.checkpoint_every == 0 or last):
-                    trainer_state.save(self, self.checkpoints)
-                # a signal to any process stops them all
-                number = max(gathered(request.number)) if self.checkpoints else 0
-                if self.checkpoints and number and not last:
-                    raise Interrupted(number, trainer_state.save(self, self.checkpoints))
-        return history
+        return training_loop.train(self, evaluation)
 
     def resume(self) -> int:
         """Goes on from the last checkpoint, if there is one; returns the steps that are done.
@@ -226,19 +197,10 @@ class Trainer:
         if config.old_logp == "sampler":
             old_logp = part.sampler_logp
         elif not config.on_policy:
-            old_logp = self.frozen_logp(self.model, rows)
+            old_logp = packed_logp(self.model, rows, config)
         if self.reference is not None:
-            ref_logp = self.reference_logp(self.reference, rows)
+            ref_logp = reference_logp(self.reference, rows, config)
         return replace(part, old_logp=old_logp, ref_logp=ref_logp)
-
-    def frozen_logp(self, model: PreTrainedModel, rows: Rows) -> Tensor:
-        """The target's log-probability at each row, [N] float32, without gradient."""
-        return packed_logp(model, rows, self.config)
-
-    def reference_logp(self, reference: PreTrainedModel, rows: Rows) -> Tensor:
-        """The same by the policy that learning began with."""
-        with adapter_off(reference):
-            return self.frozen_logp(reference, rows)
 
     def update(self, parts: Sequence[Batch], clock: Clock) -> Metrics:
         """One optimizer step; skipped and counted if the loss or its gradient is not finite.
@@ -286,16 +248,3 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * share
         return config.learning_rate * share
-
-    def record(self, metrics: Metrics, evaluation: Callable[[], Metrics] | None) -> Metrics:
-        """The step's record, with held-out figures if any, appended to the metrics file."""
-        entry = {"stage": self.label, **metrics}
-        if evaluation is not None:
-            entry["held_out"] = evaluation()
-        if not is_main():
-            return entry
-        if self.metrics_path is not None:
-            append_json(self.metrics_path, entry)
-        for log in self.loggers:
-            log(entry)
-        return entry
