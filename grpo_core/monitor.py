@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +23,6 @@ TRUNCATED_LIMIT = 0.2
 # row.
 ZERO_STD_LIMIT = 0.9
 ZERO_STD_PATIENCE = 5
-
-
-class Clock:
-    """Wall-clock seconds per phase of a step."""
-
-    def __init__(self) -> None:
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Adds the time spent inside to `name`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] += time.perf_counter() - start
 
 
 class Watch:

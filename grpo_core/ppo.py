@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grpo_core.batch import Batch, Rows, pack
+from grpo_core.clock import Clock
 from grpo_core.distributed import world
 from grpo_core.forward import packed_logp, reference_logp
-from grpo_core.monitor import Clock, Metrics
+from grpo_core.monitor import Metrics
 from grpo_core.reference_model import reference_of
 from grpo_core.rollout import Rollout
 from grpo_core.trainer import Trainer

@@ -25,13 +25,13 @@ from transformers import PreTrainedModel
 from grpo_core import HeadOutput, LossOutput, trainer_state, training_loop, with_fused_head
 from grpo_core.advantages import estimate_advantages
 from grpo_core.batch import Batch, check_output_matrix, pack
+from grpo_core.clock import Clock
 from grpo_core.distributed import joined, rank
 from grpo_core.forward import packed_logp, packed_loss, reference_logp
 from grpo_core.head import has_fused_head
 from grpo_core.loggers import Logger
 from grpo_core.metrics import merge_metrics
 from grpo_core.monitor import (
-    Clock,
     Metrics,
     Watch,
     means,
@@ -138,7 +138,7 @@ class Trainer:
 
     def step(self) -> Metrics:
         """One rollout and the updates made of it."""
-        config, clock = self.config, Clock()
+        config, clock = self.config, Clock(self.model.device)
         with (
             clock.phase("rollout"),
             randomness(config.seed, self.steps_done, self.model.device, rank()) as rng,
@@ -165,7 +165,8 @@ class Trainer:
             **update_metrics(updates),
             "learning_rate": rate,
             "skipped_updates": self.skipped_updates,
-            "seconds": dict(clock.seconds),
+            "seconds": clock.seconds,
+            **clock.memory(),
         }
         self.watch(metrics)
         return metrics

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from grpo_core import RECIPES
+from grpo_core.clock import Clock
 from grpo_core.forward import packed_logp
-from grpo_core.monitor import Clock
 from grpo_core.ppo import CriticConfig, PPOTrainer
 from grpo_core.rollout import Sampling, rollout
 from grpo_core.trainer_config import TrainerConfig

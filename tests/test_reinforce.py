@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from grpo_core import decimals
+from grpo_core.clock import MACHINE
 from grpo_core.loggers import flat, open_logger
 from grpo_core.reinforce import main
 from grpo_core.trainer import Trainer
@@ -61,7 +62,7 @@ def options(files: Path, output: Path, *more: str) -> list[str]:
 
 def records(directory: Path) -> list[dict[str, Any]]:
     lines = (directory / "metrics.jsonl").read_text("utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in MACHINE} for line in lines]
 
 
 @pytest.fixture(scope="module")
