@@ -26,6 +26,7 @@ from grpo_core import HeadOutput, LossOutput, trainer_state, training_loop, with
 from grpo_core.advantages import estimate_advantages
 from grpo_core.batch import Batch, check_output_matrix, pack
 from grpo_core.clock import Clock
+from grpo_core.console import Bar, Console
 from grpo_core.distributed import joined, rank
 from grpo_core.forward import packed_logp, packed_loss, reference_logp
 from grpo_core.head import has_fused_head
@@ -42,13 +43,15 @@ from grpo_core.monitor import (
 from grpo_core.parallel import accumulating, policy_of, whole
 from grpo_core.randomness import randomness, shuffled
 from grpo_core.reference_model import reference_of
-from grpo_core.rewards import Reward
+from grpo_core.rewards import Reward, Scores
 from grpo_core.rollout import Problem, Rollout, rollout
+from grpo_core.samples import Samples
 from grpo_core.shares import alike, check_shares, divisor, figures_of_all, own_share
 from grpo_core.supervised import learning_rate_share
 from grpo_core.trainer_config import TrainerConfig as TrainerConfig
 
 DrawProblems = Callable[[int, random.Random], Sequence[Problem]]
+Drawn = tuple[Sequence[Problem], Sequence[Sequence[int]], Scores]
 
 
 class Trainer:
@@ -66,11 +69,14 @@ class Trainer:
             end a run after the step it is in, saved; `resume` goes on.
         label: the run's name in records and on the progress bar.
         loggers: take each step's record as well, see `loggers`.
+        samples: keeps what the model writes.
+        console: shows the run as it goes; None is a progress bar.
 
     In a process group only the main process writes and logs.
 
     Attributes:
         policy: what is called for the loss, `model` with DDP or FSDP2 around it if need be.
+        drawn: this process's part of the last rollout, and what it earned.
 
     Raises:
         ValueError: the model or the options cannot do what is asked for.
@@ -87,6 +93,8 @@ class Trainer:
         checkpoints: Path | None = None,
         label: str = "grpo",
         loggers: Sequence[Logger] = (),
+        samples: Samples | None = None,
+        console: Console | None = None,
     ) -> None:
         check_shares(config)
         if config.loss != "fused":
@@ -101,6 +109,8 @@ class Trainer:
         self.checkpoints = checkpoints
         self.label = label
         self.loggers = loggers
+        self.samples = samples
+        self.console = console or Bar()
         wants_reference = config.objective.beta > 0
         self.reference = reference_of(model, config.shard) if wants_reference else None
         self.policy = policy_of(model, config.shard)
@@ -111,6 +121,7 @@ class Trainer:
         self.skipped_updates = 0
         self.skipped_in_a_row = 0
         self.watch = Watch()
+        self.drawn: Drawn = [], [], Scores(torch.empty(0), {})
 
     def train(self, evaluation: Callable[[], Metrics] | None = None) -> list[Metrics]:
         """The steps that are left, with a progress bar, and a record of each.
@@ -169,6 +180,7 @@ class Trainer:
             **clock.memory(),
         }
         self.watch(metrics)
+        self.drawn = asked, drawn.completions(), scores
         return metrics
 
     def minibatches(self, drawn: Rollout, rewards: Tensor, order: Tensor) -> list[list[Batch]]:

@@ -9,12 +9,11 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from grpo_core import trainer_state
 from grpo_core.checkpoint import Interrupted, Request, stop_request
+from grpo_core.console import Console
 from grpo_core.distributed import gathered, is_main
-from grpo_core.monitor import Metrics, append_json
+from grpo_core.monitor import Metrics, append_json, warn
 
 if TYPE_CHECKING:
     from grpo_core.trainer import Trainer
@@ -23,26 +22,34 @@ if TYPE_CHECKING:
 def train(trainer: Trainer, evaluation: Callable[[], Metrics] | None) -> list[Metrics]:
     """See `Trainer.train`."""
     config, history = trainer.config, []
-    if not trainer.steps_done:
-        history.append(record(trainer, {"step": 0}, evaluation))
-    progress = tqdm(
-        range(trainer.steps_done, config.steps),
-        desc=trainer.label,
-        unit="step",
-        initial=trainer.steps_done,
-        total=config.steps,
-        disable=not is_main(),
-    )
-    with stop_request() if trainer.checkpoints else nullcontext(Request()) as request:
-        for _ in progress:
-            metrics = trainer.step()
-            last = trainer.steps_done == config.steps
-            due = last or trainer.steps_done % config.evaluate_every == 0
-            history.append(record(trainer, metrics, evaluation if due else None))
-            shown = {name: metrics[name] for name in ("reward", "length", "kl")}
-            progress.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
-            save_or_stop(trainer, request, last)
+    console = trainer.console if is_main() else Console()
+    console.begin(trainer.label, trainer.steps_done, config)
+    trainer.watch.tell = console.note
+    try:
+        if not trainer.steps_done:
+            history.append(record(trainer, {"step": 0}, evaluation))
+            show(trainer, console, history[-1])
+        with stop_request() if trainer.checkpoints else nullcontext(Request()) as request:
+            while trainer.steps_done < config.steps:
+                metrics = trainer.step()
+                last = trainer.steps_done == config.steps
+                due = last or trainer.steps_done % config.evaluate_every == 0
+                if trainer.samples:
+                    trainer.samples.step(trainer.steps_done, *trainer.drawn, keep=due)
+                history.append(record(trainer, metrics, evaluation if due else None))
+                show(trainer, console, history[-1])
+                save_or_stop(trainer, request, last)
+    finally:
+        trainer.watch.tell = warn
+        console.end()
     return history
+
+
+def show(trainer: Trainer, console: Console, entry: Metrics) -> None:
+    """A record on the console, with what the model wrote lately."""
+    samples, (_, _, scores) = trainer.samples, trainer.drawn
+    written = [*samples.held_out, *samples.rollout] if samples else []
+    console.step(entry, list(scores.parts), written)
 
 
 def save_or_stop(trainer: Trainer, request: Request, last: bool) -> None:

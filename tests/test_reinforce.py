@@ -22,6 +22,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*had equal rewards"),
 ]
 
+KINDS = ("held out", "best", "worst")
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -65,6 +67,13 @@ def records(directory: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if k not in MACHINE} for line in lines]
 
 
+def asked(files: Path) -> tuple[set[str], set[str]]:
+    """The prompts that are held out, and those that are trained on."""
+    lines = (files / "train.jsonl").read_text().splitlines()
+    prompts = [json.loads(line)["prompt"] for line in lines]
+    return set(prompts[:4]), set(prompts[4:])
+
+
 @pytest.fixture(scope="module")
 def straight(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run from start to end."""
@@ -82,7 +91,15 @@ def test_a_run_leaves_behind_what_it_promises(straight: Path, files: Path) -> No
     assert logged[1]["reward"] == pytest.approx(expected, rel=1e-5)
     assert ["held_out" in record for record in logged] == [True, False, True, True]
     samples = [json.loads(line) for line in (straight / "samples.jsonl").read_text().splitlines()]
-    assert [sample["step"] for sample in samples] == [0] * 4 + [2] * 4 + [3] * 4
+    kinds = {kind: [s["step"] for s in samples if s["kind"] == kind] for kind in KINDS}
+    assert kinds["held out"] == [0] * 4 + [2] * 4 + [3] * 4
+    assert kinds["best"] == [2, 3] and set(kinds["worst"]) <= {2, 3}
+    assert {s["prompt"] for s in samples if s["kind"] == "held out"} <= asked(files)[0]
+    assert {s["prompt"] for s in samples if s["kind"] != "held out"} <= asked(files)[1]
+    for sample in samples:
+        digits = sum(c.isdigit() for c in sample["completion"]) / 8
+        assert sample["parts"][reward] == digits
+        assert sample["reward"] == pytest.approx(digits + 0.2 * sample["parts"]["format"])
     results = json.loads((straight / "results.json").read_text())
     assert results["before"]["sampled"]["reward"] == logged[0]["held_out"]["reward"]
     trained = AutoModelForCausalLM.from_pretrained(straight / "model")
@@ -109,6 +126,8 @@ def test_an_interrupted_run_goes_on(
         assert main(options(files, tmp_path / "run")) == 128 + signal.SIGTERM
     assert main(options(files, tmp_path / "run", "--resume", "True")) == 0
     assert records(tmp_path / "run") == records(straight)
+    kept = [(run / "samples.jsonl").read_text() for run in (tmp_path / "run", straight)]
+    assert kept[0] == kept[1]
     ours, theirs = (run / "model/model.safetensors" for run in (tmp_path / "run", straight))
     assert ours.read_bytes() == theirs.read_bytes()
 
