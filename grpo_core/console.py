@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Literal
 
@@ -18,14 +19,14 @@ from tqdm import tqdm
 
 from grpo_core.columns import Column, choose, memory_of, short
 from grpo_core.monitor import Metrics, warn
-from grpo_core.samples import Sample
+from grpo_core.samples import Sample, shortened
 from grpo_core.trainer_config import TrainerConfig
 
 Kind = Literal["rich", "plain", "off"]
 HEADER_EVERY = 20  # lines
 LOSS_IS_ZERO = (
-    "the loss is {loss:.4f}, and that is as it should be: the advantages of a group sum to 0, so "
-    "on policy the loss is about 0 whatever is learnt, while its gradient is not. Watch the reward."
+    "the loss is {loss:.4f}, and nothing is wrong: the advantages of a group sum to 0, so on "
+    "policy the loss is near 0 whatever is learnt, while its gradient is not. Watch the reward."
 )
 # more than rounding leaves, less than a loss that says something
 NEAR_ZERO = 0.01
@@ -72,37 +73,51 @@ class Bar(Console):
 
 
 class Lines(Console):
-    """A line for every step, of at most 80 columns, and samples wherever there are new ones."""
+    """A line for every step, and what the model wrote wherever it is looked at; 80 columns."""
 
     width = 80
 
     def begin(self, label: str, done: int, config: TrainerConfig) -> None:
-        self.config, self.lines, self.shown = config, 0, -1
-        self.explained = False
+        self.config, self.rows = config, 0
         say(f"{label}: step {done} of {config.steps}")
 
     def step(self, record: Metrics, parts: Sequence[str], samples: Sequence[Sample]) -> None:
-        if record["step"]:
-            columns = choose(parts, self.config, self.width)
-            if self.lines % HEADER_EVERY == 0:
-                say(_row(columns, [column.head for column in columns]))
-                peaks = memory_of(record)
-                if self.lines == 0 and peaks:
-                    say(f"  memory: {peaks}")
-            say(_row(columns, [column.text(record) for column in columns]))
-            self.lines += 1
-            if not self.explained and abs(record["loss"]) < NEAR_ZERO:
-                self.note(LOSS_IS_ZERO.format(loss=record["loss"]))
-            self.explained = True
+        step = record["step"]
+        if step:
+            self._row(record, choose(parts, self.config, self.width))
         if held_out := record.get("held_out"):
-            figures = [f"{name} {short(value)}" for name, value in held_out.items()]
-            say("  held out: " + ", ".join(figures))
+            figures = (f"{name} {short(value)}" for name, value in held_out.items())
+            self.tell("held out: " + ", ".join(figures))
+        if step == self.config.steps or step % self.config.evaluate_every == 0:
             for sample in samples:
-                say(f"  {sample.kind}, {sample.reward:.2f}: {sample.question!r}")
-                say(f"    {sample.completion!r}")
+                asked = shortened(sample.question, 2 * self.width)
+                self.tell(f"{sample.kind}, earned {sample.reward:.2f}: {asked}")
+                self.tell(shortened(sample.completion, 4 * self.width) or "(nothing)", indent=4)
 
     def note(self, message: str) -> None:
-        say(f"  note: {message}")
+        self.tell(f"note: {message}")
+
+    def tell(self, text: str, indent: int = 2) -> None:
+        """A text in as many lines as it takes."""
+        first, more = " " * indent, " " * max(4, indent)
+        say(textwrap.fill(text, self.width, initial_indent=first, subsequent_indent=more))
+
+    def _row(self, record: Metrics, columns: Sequence[Column]) -> None:
+        if self.rows % HEADER_EVERY == 0:
+            say(_cells(columns, [column.head for column in columns]))
+        say(_cells(columns, [column.text(record) for column in columns]))
+        if self.rows == 0:
+            if memory := memory_of(record):
+                self.tell(f"memory: {memory}")
+            if explained := explanation(record):
+                self.note(explained)
+        self.rows += 1
+
+
+def explanation(record: Metrics) -> str:
+    """What there is to say to a loss that looks like nothing learnt; "" to another."""
+    loss = record["loss"]
+    return LOSS_IS_ZERO.format(loss=loss) if abs(loss) < NEAR_ZERO else ""
 
 
 def say(line: str) -> None:
@@ -110,7 +125,7 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def _row(columns: Sequence[Column], cells: Sequence[str]) -> str:
+def _cells(columns: Sequence[Column], cells: Sequence[str]) -> str:
     """The cells beneath their heads."""
     pairs = zip(columns, cells, strict=True)
     return "  ".join(f"{cell:>{column.width}}" for column, cell in pairs)

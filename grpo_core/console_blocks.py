@@ -17,7 +17,7 @@ from rich.text import Text
 
 from grpo_core.columns import Column, bare, memory_of, percent, short
 from grpo_core.monitor import TRUNCATED_LIMIT, ZERO_STD_LIMIT, Metrics
-from grpo_core.samples import Sample
+from grpo_core.samples import Sample, shortened
 
 EIGHTHS = "▁▂▃▄▅▆▇█"
 MARGIN = 10  # of the names at the left
@@ -184,15 +184,6 @@ def spark(values: Sequence[float], width: int) -> str:
     scale = 8 / (high - low) if high > low else 0.0
     drawn = "".join(EIGHTHS[min(7, int(scale * (mean - low)))] for mean in means)
     return f"{drawn:<{width}}"
-
-
-def shortened(text: str, limit: int) -> str:
-    """A text in one line: its beginning and its end, where the answer stands."""
-    line = " ".join(text.split())
-    if len(line) <= limit:
-        return line
-    head = (limit - 3) // 2
-    return f"{line[:head]} … {line[len(line) - (limit - 3 - head) :]}"
 
 
 def clock(seconds: float) -> str:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from grpo_core import console_blocks as blocks
 from grpo_core.columns import choose
-from grpo_core.console import LOSS_IS_ZERO, NEAR_ZERO, Console
+from grpo_core.console import Console, explanation
 from grpo_core.monitor import Metrics
 from grpo_core.samples import Sample
 from grpo_core.trainer_config import TrainerConfig
@@ -60,8 +60,8 @@ class Live(Console):
         if record["step"]:
             self.records.append(record)
             self.done, self.parts = record["step"], list(parts)
-            if len(self.records) == 1 and abs(record["loss"]) < NEAR_ZERO:
-                self.notes.append(LOSS_IS_ZERO.format(loss=record["loss"]))
+            if len(self.records) == 1 and (explained := explanation(record)):
+                self.notes.append(explained)
         now = time.monotonic()
         if now - self.shown_since > SHOWN_FOR or self.done == self.config.steps:
             self.samples, self.shown_since = list(samples), now

@@ -99,7 +99,8 @@ class Watch:
             yield (
                 "sampler_mismatch",
                 f"the sampler's log-probabilities are {metrics['sampler_mismatch']:.2f} nats from "
-                "the trainer's on average; it samples from another policy than the one that learns",
+                "the trainer's on average; with dropout, in another precision or from old weights "
+                "it samples another policy",
             )
         rate = metrics.get("clip_fraction", 0.0)
         if rate > CLIP_LIMIT:

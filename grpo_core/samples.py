@@ -139,3 +139,12 @@ class Samples:
     def _write(self, samples: Sequence[Sample]) -> None:
         for sample in samples:
             append_json(self.path, {"stage": self.label, **asdict(sample)})
+
+
+def shortened(text: str, limit: int) -> str:
+    """A text in one line: its beginning and its end, where the answer stands."""
+    line = " ".join(text.split())
+    if len(line) <= limit:
+        return line
+    head = (limit - 3) // 2
+    return f"{line[:head]} … {line[len(line) - (limit - 3 - head) :]}"
