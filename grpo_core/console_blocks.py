@@ -153,7 +153,7 @@ def written(sample: Sample, low: float, high: float, width: int) -> RenderableTy
     """
     colour = GOOD if sample.reward == high > low else BAD if sample.reward == low < high else ""
     kind = f"  {sample.kind}, step {sample.step}"
-    head = Text(f"{sample.reward:>{MARGIN - 2}.2f}  ", style=f"bold {colour}")
+    head = Text().append(f"{sample.reward:>{MARGIN - 2}.2f}  ", style=f"bold {colour}")
     head.append(shortened(sample.question, width - MARGIN - len(kind)), style="bold")
     head.append(kind, style=QUIET)
     body = Text(shortened(sample.completion, 2 * (width - MARGIN) - 8) or "(nothing)")

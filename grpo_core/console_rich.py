@@ -42,6 +42,12 @@ class Live(Console):
         self.terminal = terminal or Terminal(highlight=False)
 
     def begin(self, label: str, done: int, config: TrainerConfig) -> None:
+        self.prepare(label, done, config)
+        self.live = live.Live(self.frame(), console=self.terminal, auto_refresh=False)
+        self.live.start()
+
+    def prepare(self, label: str, done: int, config: TrainerConfig) -> None:
+        """Takes note of the run; nothing is drawn yet."""
         self.label, self.config = label, config
         self.first = self.done = done
         self.start = time.monotonic()
@@ -51,10 +57,13 @@ class Live(Console):
         self.samples: list[Sample] = []
         self.shown_since = -math.inf
         self.notes: list[str] = []
-        self.live = live.Live(self.frame(), console=self.terminal, auto_refresh=False)
-        self.live.start()
 
     def step(self, record: Metrics, parts: Sequence[str], samples: Sequence[Sample]) -> None:
+        self.take(record, parts, samples)
+        self.live.update(self.frame(), refresh=True)
+
+    def take(self, record: Metrics, parts: Sequence[str], samples: Sequence[Sample]) -> None:
+        """Takes note of a step."""
         if "held_out" in record:
             self.looks.append(record)
         if record["step"]:
@@ -65,7 +74,6 @@ class Live(Console):
         now = time.monotonic()
         if now - self.shown_since > SHOWN_FOR or self.done == self.config.steps:
             self.samples, self.shown_since = list(samples), now
-        self.live.update(self.frame(), refresh=True)
 
     def note(self, message: str) -> None:
         self.notes.append(message)

@@ -102,9 +102,10 @@ class RunConfig:
         if not self.rewards:
             raise ValueError("rewards: expected at least one, got none")
         check_at_least(self, 0, "held_out", "longest_prompt", "lora_rank", "samples", "threads")
+        if self.eval_temperature < 0:
+            raise ValueError(f"eval_temperature: expected at least 0, got {self.eval_temperature}")
         self.trainer(Sampling(self.max_new_tokens, self.temperature))
         check_samples(self.eval_samples, self.eval_k, "eval_samples", "eval_k")
-        Sampling(self.max_new_tokens, self.eval_temperature)
 
     def trainer(self, sampling: Sampling) -> TrainerConfig:
         """The part that the trainer wants to know."""

@@ -9,6 +9,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,7 +94,7 @@ def test_lines_hold_the_figures_of_their_steps(
         assert cells["cut"] == percent(record["truncated"])
         assert cells["grad"] == short(record["grad_norm"])
     text = " ".join(" ".join(lines).split())
-    assert text.count("the loss is") == text.count("ran into max_new_tokens") == 1
+    assert text.count("nothing is wrong") == text.count("ran into max_new_tokens") == 1
     assert text.count("held out: reward") == 3
     best = max(history[-1]["held_out"]["sevens/pass@3"], 0)
     assert f"sevens/pass@3 {short(best)}" in text
@@ -108,7 +109,7 @@ def test_a_loss_that_is_not_near_zero_is_not_explained(
     _, history = run(tmp_path, Lines(), objective=RECIPES["dapo"], steps=2)
     assert abs(history[1]["loss"]) > console.NEAR_ZERO
     shown = capsys.readouterr().out
-    assert "the loss is" not in shown
+    assert "nothing is wrong" not in shown
     assert " KL " not in shown
 
 
@@ -316,3 +317,35 @@ def test_a_curve_runs_from_its_lowest_to_its_highest() -> None:
     assert spark([3.0, 3.0], 4) == "▁▁  "
     assert spark([], 3) == "   "
     assert (clock(65), clock(7384)) == ("1:05", "2:03:04")
+
+
+def test_a_run_is_shown_from_its_files(
+    tmp_path: Path, recorded: Recorder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("rich")
+    from grpo_core.show import main
+
+    run_directory = tmp_path / "run"
+    run_directory.mkdir()
+    with pytest.raises(SystemExit):
+        main([str(run_directory)])
+    assert "metrics.jsonl" in capsys.readouterr().err
+    lines = [json.dumps(record) for record, *_ in recorded.given]
+    (run_directory / "metrics.jsonl").write_text("\n".join(lines))
+    (run_directory / "config.json").write_text(json.dumps({"steps": 20}))
+    with pytest.raises(SystemExit):
+        main([str(run_directory), "--stage", "SFT"])
+    assert "stage: expected one of ['grpo'], got 'SFT'" in capsys.readouterr().err
+    kept = [
+        json.dumps({"stage": "grpo", **asdict(sample)})
+        for _, _, written in recorded.given[-1:]
+        for sample in written
+    ]
+    (run_directory / "samples.jsonl").write_text("\n".join(kept))
+    assert main([str(run_directory), "--svg", str(tmp_path / "run.svg")]) == 0
+    shown = capsys.readouterr().out
+    last = recorded.given[-1][0]
+    for text in ("step 9 of 20", "sevens", f"{last['reward']:.3f}", "best", "held out", "KL"):
+        assert text in shown
+    assert "ran into max_new_tokens" in shown
+    assert (tmp_path / "run.svg").read_text().startswith("<svg")

@@ -163,6 +163,11 @@ def test_options_from_a_file_and_an_adapter(files: Path, tmp_path: Path) -> None
         "tokens_per_microbatch": 40,
         "gradient_checkpointing": True,
         "autocast": True,
+        "held_out": 3,
+        "eval_samples": 3,
+        "eval_k": [1, 2],
+        "eval_temperature": 0.7,
+        "console": "off",
     }
     file.write_text(json.dumps(settings))
     run = tmp_path / "run"
@@ -171,6 +176,13 @@ def test_options_from_a_file_and_an_adapter(files: Path, tmp_path: Path) -> None
     assert (run / "model/adapter_model.safetensors").exists()
     (first,) = records(run)[1:]
     assert {"accuracy", "format", "kl"} <= first.keys()
+    figures = first["held_out"]
+    several = {f"format/{name}" for name in ("avg@3", "pass@1", "pass@2")}
+    assert {*several, "greedy_format", "greedy_accuracy"} <= figures.keys()
+    assert figures["format/avg@3"] == pytest.approx(figures["format/pass@1"])
+    after = json.loads((run / "results.json").read_text())["after"]
+    assert after["sampled"]["format/pass@2"] == figures["format/pass@2"]
+    assert after["greedy"]["format"] == figures["greedy_format"]
 
 
 @pytest.mark.parametrize(
@@ -183,6 +195,10 @@ def test_options_from_a_file_and_an_adapter(files: Path, tmp_path: Path) -> None
         (["--temperature", "0"], "temperature: expected more than 0"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--model", ""], "model: expected a value"),
+        (["--eval_samples", "2", "--eval_k", "4"], "eval_k: expected 1 to 2, the eval_samples"),
+        (["--eval_samples", "0"], "eval_samples: expected at least 1, got 0"),
+        (["--eval_temperature", "-1"], "eval_temperature: expected at least 0, got -1.0"),
+        (["--console", "loud"], "invalid choice: 'loud'"),
         (["--system", "Think."], "no chat template"),
     ],
 )
