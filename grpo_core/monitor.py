@@ -59,7 +59,8 @@ class Watch:
     @state.setter
     def state(self, state: dict[str, Any]) -> None:
         self.warned = set(state["warned"])
-        self.zero_std_streak, self.skipped = state["zero_std_streak"], state["skipped"]
+        self.zero_std_streak = state["zero_std_streak"]
+        self.skipped = state.get("skipped", 0)
 
     def __call__(self, metrics: Metrics) -> None:
         """Looks at one step's metrics, and leaves what it warns of under "warnings"."""

@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from grpo_core.checkpoint import Interrupted
 from grpo_core.console import open_console
@@ -146,6 +147,8 @@ class Run:
 
     def train(self) -> None:
         """From the start or the last checkpoint to results.json and the model."""
+        # a bar for every checkpoint would run through what the console draws
+        logging.disable_progress_bar()
         if self.config.resume:
             self.trainer.resume()
         elif is_main():
