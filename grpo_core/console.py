@@ -25,7 +25,7 @@ from grpo_core.trainer_config import TrainerConfig
 Kind = Literal["rich", "plain", "off"]
 HEADER_EVERY = 20  # lines
 LOSS_IS_ZERO = (
-    "the loss is {loss:.4f}, and nothing is wrong: the advantages of a group sum to 0, so on "
+    "the loss is {loss}, and nothing is wrong: the advantages of a group sum to 0, so on "
     "policy the loss is near 0 whatever is learnt, while its gradient is not. Watch the reward."
 )
 # more than rounding leaves, less than a loss that says something
@@ -117,7 +117,7 @@ class Lines(Console):
 def explanation(record: Metrics) -> str:
     """What there is to say to a loss that looks like nothing learnt; "" to another."""
     loss = record["loss"]
-    return LOSS_IS_ZERO.format(loss=loss) if abs(loss) < NEAR_ZERO else ""
+    return LOSS_IS_ZERO.format(loss=short(loss)) if abs(loss) < NEAR_ZERO else ""
 
 
 def say(line: str) -> None:

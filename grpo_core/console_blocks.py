@@ -122,7 +122,8 @@ def looks(found: Sequence[Metrics], width: int) -> RenderableType:
     named = last["held_out"]
     heads, room = {}, width - MARGIN
     for name in named:
-        head = bare(name).split("/")
+        head = bare(name).split("/") + ["greedy"] * name.startswith("greedy_")
+        head[0] = head[0].removeprefix("greedy_")
         room -= max(5, *map(len, head)) + 2
         if room < -2:
             break

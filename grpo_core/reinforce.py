@@ -184,7 +184,7 @@ class Run:
         if self.config.eval_samples == 1:
             return found.metrics
         greedy = self.greedy().metrics
-        return found.metrics | {f"greedy_{name}": greedy[name] for name in found.scores.parts}
+        return {f"greedy_{name}": greedy[name] for name in found.scores.parts} | found.metrics
 
     def greedy(self) -> Evaluation:
         """The most likely answer to every held-out problem."""

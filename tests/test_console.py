@@ -242,6 +242,26 @@ def test_markup_in_a_completion_is_text_and_colours_tell(tmp_path: Path) -> None
     assert terminal.export_html().count(blocks.BAD) >= 1
 
 
+def test_held_out_figures_stand_under_their_names() -> None:
+    """Of a part with an avg@k its mean is not repeated; of greedy answers it says so."""
+    rich = pytest.importorskip("rich.console")
+    from grpo_core import console_blocks as blocks
+
+    figures = {"greedy_r.py:math": 0.5, "reward": 1.0, "r.py:math": 0.25, "r.py:math/avg@8": 0.25}
+    first = {"step": 0, "held_out": figures}
+    last = {"step": 5, "held_out": {**figures, "reward": 2.0, "r.py:math/pass@8": 0.75}}
+    terminal = rich.Console(width=80, file=io.StringIO())
+    lines = [line.split() for line in plain(terminal, blocks.looks([first, last], 80)).splitlines()]
+    assert lines[:4] == [
+        ["held", "out", "math", "reward", "math", "math"],
+        ["greedy", "avg@8", "pass@8"],
+        ["step", "0", "0.500", "1.000", "0.250", "nan"],
+        ["step", "5", "0.500", "2.000", "0.250", "0.750"],
+    ]
+    narrow = plain(terminal, blocks.looks([first, last], 30)).splitlines()
+    assert narrow[0].split() == ["held", "out", "math", "reward"]
+
+
 def test_the_console_is_what_can_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(open_console("plain"), Lines)
     assert type(open_console("off")) is Console
