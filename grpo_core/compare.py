@@ -30,6 +30,7 @@ from grpo_core.batch import Batch, pack
 from grpo_core.demo import SAMPLED, Demo, DemoConfig
 from grpo_core.dpo import PreferenceConfig, sample_pairs, train_preferences
 from grpo_core.evaluate import evaluate
+from grpo_core.forward import packed_logp, reference_logp
 from grpo_core.live_bytes import LiveBytes
 from grpo_core.options import check_at_least, option
 from grpo_core.ppo import CriticConfig, PPOTrainer
@@ -272,8 +273,8 @@ class PricedTrainer(Trainer):
 
     def minibatches(self, drawn: Rollout, rewards: Tensor, order: Tensor) -> list[list[Batch]]:
         """As in `Trainer`, from the lower rewards."""
-        rows = pack(drawn, rewards).rows
-        gap = self.frozen_logp(self.model, rows) - self.reference_logp(self.start, rows)
+        config, rows = self.config, pack(drawn, rewards).rows
+        gap = packed_logp(self.model, rows, config) - reference_logp(self.start, rows, config)
         price = torch.zeros_like(rewards).index_add(0, rows.sequence, gap)
         return super().minibatches(drawn, rewards - self.beta * price, order)
 

@@ -5,8 +5,8 @@
     SFT      the base after a few steps on long chains of thought
     R1       reinforcement learning on top of those
 
-Everything a run leaves behind lies in its own directory: config.json, metrics.jsonl, results.json,
-report.md, curves.png and one folder per model in the `transformers` format.
+Everything a run leaves behind lies in its own directory: config.json, metrics.jsonl, samples.jsonl,
+results.json, report.md, curves.png and one folder per model in the `transformers` format.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from typing import Literal
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from grpo_core import RECIPES, Objective, decimals
+from grpo_core.console import open_console
 from grpo_core.evaluate import evaluate
 from grpo_core.monitor import append_json, keep_records, write_whole
 from grpo_core.options import check_at_least, option, recipe_with_kl
 from grpo_core.rewards import TextReward
 from grpo_core.rollout import Problem, Sampling
+from grpo_core.samples import Samples
 from grpo_core.supervised import Example, SupervisedConfig, train_supervised
 from grpo_core.trainer import Trainer, TrainerConfig
 
@@ -66,6 +68,10 @@ class DemoConfig:
     held_out: int = option(512, "Questions that are never trained on and measure every stage.")
     gate: float = option(0.9, "Greedy accuracy off the traps that the base must reach to go on.")
     threads: int = option(0, "CPU threads; 0: as torch likes. Take 1 on a busy machine.")
+    console: Literal["rich", "plain", "off"] = option(
+        "rich",
+        "A live table (plain without rich or a terminal), a line for every step, or nothing.",
+    )
     plot: bool = option(True, "Draw curves.png (needs matplotlib); --no_plot does not.")
     resume: bool = option(False, "Go on with an interrupted run of the same options.")
 
@@ -139,7 +145,8 @@ class Demo:
 
     def clear(self) -> None:
         """An earlier run's results must not pass for this one's; its base may."""
-        for name in ("metrics.jsonl", "results.json", "report.md", "curves.png"):
+        files = ("metrics.jsonl", "samples.jsonl", "results.json", "report.md", "curves.png")
+        for name in files:
             (self.directory / name).unlink(missing_ok=True)
         for name in ("r1-zero", "sft", "r1", "checkpoints"):
             shutil.rmtree(self.directory / name, ignore_errors=True)
@@ -212,17 +219,21 @@ class Demo:
             metrics_path=self.metrics_path,
             checkpoints=self.directory / "checkpoints" / name.lower(),
             label=name,
+            samples=Samples(self.tokenizer, self.directory / "samples.jsonl", label=name),
+            console=open_console(config.console),
         )
         if config.resume:
             trainer.resume()
-        trainer.train(lambda: self.progress(model))
+        trainer.train(lambda: self.progress(trainer))
         return model
 
-    def progress(self, model: PreTrainedModel) -> dict[str, float]:
+    def progress(self, trainer: Trainer) -> dict[str, float]:
         """Held-out figures on the way: sampled ones are smooth, greedy ones on the traps jump."""
-        sampled = evaluate(model, self.held_out, self.reward, SAMPLED).metrics
-        greedy = evaluate(model, self.traps, self.reward, GREEDY).metrics
-        return {**sampled, "greedy_accuracy/trap": greedy["accuracy"]}
+        sampled = evaluate(trainer.model, self.held_out, self.reward, SAMPLED)
+        greedy = evaluate(trainer.model, self.traps, self.reward, GREEDY)
+        if trainer.samples:
+            trainer.samples.look(trainer.steps_done, self.held_out, sampled)
+        return {**sampled.metrics, "greedy_accuracy/trap": greedy.metrics["accuracy"]}
 
     def measure(self, name: str, model: PreTrainedModel) -> None:
         """Full held-out figures and the showcase's answers; the model is saved under its name.

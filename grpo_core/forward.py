@@ -15,6 +15,7 @@ from grpo_core.batch import Batch, Rows
 from grpo_core.fused_loss import LossOutput, fused_loss, token_logp
 from grpo_core.head_requests import HeadOutput, LogpRequest, LossRequest
 from grpo_core.reference import reference_loss
+from grpo_core.reference_model import adapter_off
 from grpo_core.trainer_config import TrainerConfig
 
 
@@ -30,6 +31,12 @@ def packed_logp(model: PreTrainedModel, rows: Rows, config: TrainerConfig) -> Te
     with precision(rows, config):
         logp: Tensor = model(**rows.inputs, request=request).logp
     return logp
+
+
+def reference_logp(reference: PreTrainedModel, rows: Rows, config: TrainerConfig) -> Tensor:
+    """The same by the policy that learning began with."""
+    with adapter_off(reference):
+        return packed_logp(reference, rows, config)
 
 
 def packed_loss(

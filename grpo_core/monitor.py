@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,65 +23,93 @@ TRUNCATED_LIMIT = 0.2
 # row.
 ZERO_STD_LIMIT = 0.9
 ZERO_STD_PATIENCE = 5
+# nats; bfloat16 attention is up to 0.06 from itself on single tokens, 6e-5 on average
+MISMATCH_LIMIT = 0.1
+# of the tokens with an advantage
+CLIP_LIMIT = 0.5
 
 
-class Clock:
-    """Wall-clock seconds per phase of a step."""
-
-    def __init__(self) -> None:
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Adds the time spent inside to `name`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] += time.perf_counter() - start
+def warn(message: str) -> None:
+    """As a warning of Python's, by the main process."""
+    if is_main():
+        warnings.warn(message, stacklevel=2)
 
 
 class Watch:
-    """Warns of what otherwise fails in silence; each kind of trouble once per run."""
+    """Warns of what otherwise fails in silence; each kind of trouble once per run.
+
+    An update that is skipped is trouble every time.
+
+    Attributes:
+        tell: what a warning is given to.
+    """
 
     def __init__(self) -> None:
         self.warned: set[str] = set()
         self.zero_std_streak = 0
+        self.skipped = 0
+        self.tell: Callable[[str], None] = warn
 
     @property
     def state(self) -> dict[str, Any]:
         """What it remembers, for a checkpoint."""
-        return {"warned": sorted(self.warned), "zero_std_streak": self.zero_std_streak}
+        remembered = {"zero_std_streak": self.zero_std_streak, "skipped": self.skipped}
+        return {"warned": sorted(self.warned), **remembered}
 
     @state.setter
     def state(self, state: dict[str, Any]) -> None:
         self.warned = set(state["warned"])
         self.zero_std_streak = state["zero_std_streak"]
+        self.skipped = state.get("skipped", 0)
 
     def __call__(self, metrics: Metrics) -> None:
-        """Looks at one step's metrics."""
+        """Looks at one step's metrics, and leaves what it warns of under "warnings"."""
+        found = {kind: message for kind, message in self._troubles(metrics)}
+        new = [message for kind, message in found.items() if kind not in self.warned]
+        self.warned |= found.keys() - {"skipped"}
+        if new:
+            metrics["warnings"] = new
+        for message in new:
+            self.tell(message)
+
+    def _troubles(self, metrics: Metrics) -> Iterator[tuple[str, str]]:
+        """Their kinds, and what there is to say."""
         if metrics["truncated"] > TRUNCATED_LIMIT:
-            self.warn(
+            yield (
                 "truncated",
                 f"{metrics['truncated']:.0%} of the completions ran into max_new_tokens; with a "
                 "higher limit the reward would measure answers and not length",
             )
         streak = self.zero_std_streak + 1 if metrics["zero_std"] > ZERO_STD_LIMIT else 0
         self.zero_std_streak = streak
-        if streak == ZERO_STD_PATIENCE:
-            self.warn(
+        if streak >= ZERO_STD_PATIENCE:
+            yield (
                 "zero_std",
                 f"for {streak} steps more than {ZERO_STD_LIMIT:.0%} of the groups had equal rewards"
                 f" ({metrics['reward']:.3f} on average); solved or hopeless, they teach nothing",
             )
-        if metrics["skipped_updates"]:
-            self.warn("skipped", "an update was skipped: its loss or gradient was not finite")
-
-    def warn(self, kind: str, message: str) -> None:
-        if kind not in self.warned:
-            if is_main():
-                warnings.warn(message, stacklevel=4)
-            self.warned.add(kind)
+        total, before = metrics["skipped_updates"], self.skipped
+        self.skipped = total
+        if total > before:
+            yield (
+                "skipped",
+                f"step {metrics['step']}: an update was skipped, {total} so far; its loss or "
+                "gradient was not finite, and the weights are as they were",
+            )
+        if metrics.get("sampler_mismatch", 0.0) > MISMATCH_LIMIT:
+            yield (
+                "sampler_mismatch",
+                f"the sampler's log-probabilities are {metrics['sampler_mismatch']:.2f} nats from "
+                "the trainer's on average; with dropout, in another precision or from old weights "
+                "it samples another policy",
+            )
+        rate = metrics.get("clip_fraction", 0.0)
+        if rate > CLIP_LIMIT:
+            yield (
+                "clip_fraction",
+                f"{rate:.0%} of the tokens with an advantage were clipped and taught nothing; a "
+                "lower learning rate, or fewer updates of a rollout, would keep the policy closer",
+            )
 
 
 def rollout_metrics(drawn: Rollout, rewards: Tensor, group_size: int) -> Metrics:

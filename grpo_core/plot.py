@@ -156,9 +156,11 @@ def draw_levels(ax: Axes, run: Run, figure: str) -> None:
 
 
 def held_out(name: str) -> Callable[[Sequence[dict[str, Any]]], list[tuple[int, float]]]:
-    """(step, figure) wherever held-out figures were taken."""
+    """(step, figure) wherever this held-out figure was taken."""
     return lambda history: [
-        (record["step"], record["held_out"][name]) for record in history if "held_out" in record
+        (record["step"], record["held_out"][name])
+        for record in history
+        if name in record.get("held_out", {})
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +17,31 @@ if TYPE_CHECKING:
 History = Sequence[dict[str, Any]]
 COLOURS = ("#d1495b", "#2e6f95", "#5b9279", "#b08d57", "#7a5195", "#4a4e69", "#c77d2e", "#3d8c95")
 PHASES = {"rollout": "#2e6f95", "reference": "#8d99ae", "loss": "#d1495b", "critic": "#7a5195"}
-PANELS: tuple[tuple[str, str, Callable[[History], list[tuple[int, float]]]], ...] = (
-    ("Reward", "training", training("reward")),
-    ("Reward, held out", "", held_out("reward")),
-    ("Accuracy, held out", "", held_out("accuracy")),
-    ("Length", "training, tokens", training("length")),
-    ("KL", "to the start, nats per token", training("kl")),
-    ("Entropy", "nats per token", training("entropy")),
-    ("Clip fraction", "share of tokens that are held back", training("clip_fraction")),
-    ("Gradient norm", "before clipping", training("grad_norm")),
+PHASES |= {"rest": "#d9dce1"}
+Curve = Callable[[History], list[tuple[int, float]]]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A pair of axes: its texts, and what is drawn of every history, each in its line style."""
+
+    title: str
+    note: str
+    curves: tuple[tuple[Curve, str], ...]
+
+
+def _single(title: str, note: str, curve: Curve) -> Panel:
+    return Panel(title, note, ((curve, "-"),))
+
+
+PANELS = (
+    _single("Reward", "training", training("reward")),
+    _single("Reward, held out", "", held_out("reward")),
+    _single("Length", "training, tokens", training("length")),
+    _single("KL", "to the start, nats per token", training("kl")),
+    _single("Entropy", "nats per token", training("entropy")),
+    _single("Clip fraction", "share of tokens that are held back", training("clip_fraction")),
+    _single("Gradient norm", "before clipping", training("grad_norm")),
 )
 
 
@@ -57,9 +74,9 @@ def plot_runs(runs: Sequence[Path], output: Path) -> Path:
     """
     histories = read_histories(runs)
     panels = [
-        (title, note, curve)
-        for title, note, curve in PANELS
-        if any(curve(history) for history in histories.values())
+        panel
+        for panel in (*PANELS[:2], *accuracy_panels(histories), *PANELS[2:])
+        if any(curve(history) for history in histories.values() for curve, _ in panel.curves)
     ]
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -70,10 +87,12 @@ def plot_runs(runs: Sequence[Path], output: Path) -> Path:
         figure = Figure(figsize=(12.5, 3.3 * rows + 0.5))
         figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12, rect=(0, 0, 1, 0.95))
         axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-        for ax, (title, note, curve) in zip(axes, panels, strict=False):
-            titled(ax, title, note)
+        for ax, panel in zip(axes, panels, strict=False):
+            titled(ax, panel.title, panel.note)
             for colour, (name, history) in zip(_colours(histories), histories.items(), strict=True):
-                _curve(ax, curve(history), colour, name)
+                for curve, style in panel.curves:
+                    label = name if style == "-" else None
+                    _curve(ax, curve(history), colour, label, style)
         _time(axes[len(panels)], histories)
         for ax in axes[len(panels) + 1 :]:
             ax.set_axis_off()
@@ -114,14 +133,47 @@ def titled(ax: Axes, title: str, note: str) -> None:
     ax.text(0, 1.03, note, transform=ax.transAxes, fontsize=8.5, color=QUIET)
 
 
-def _curve(ax: Axes, points: Sequence[tuple[int, float]], colour: str, name: str) -> None:
+def accuracy_panels(histories: dict[str, History]) -> list[Panel]:
+    """A panel for every reward's held-out mean; pass@k and greedy answers where they were taken."""
+    figures = dict.fromkeys(
+        name
+        for history in histories.values()
+        for record in history
+        for name in record.get("held_out", {})
+    )
+    panels = []
+    for part in figures:
+        if "/" in part or part.startswith("greedy_") or part in ("reward", "length", "truncated"):
+            continue
+        curves, notes = [(held_out(part), "-")], []
+        passes = [name for name in figures if name.startswith(f"{part}/pass@")]
+        if passes:
+            # the largest k is the last
+            best = max(passes, key=lambda name: int(name.rpartition("@")[2]))
+            averages = [name for name in figures if name.startswith(f"{part}/avg@")]
+            notes += [f"line: {name.rpartition('/')[2]}" for name in averages]
+            notes.append(f"dashed: {best.rpartition('/')[2]}")
+            curves.append((held_out(best), "--"))
+        if f"greedy_{part}" in figures:
+            notes.append("dotted: greedy")
+            curves.append((held_out(f"greedy_{part}"), ":"))
+        title = f"{part.rpartition(':')[2].capitalize()}, held out"
+        panels.append(Panel(title, ", ".join(notes), tuple(curves)))
+    return panels
+
+
+def _curve(
+    ax: Axes, points: Sequence[tuple[int, float]], colour: str, name: str | None, style: str
+) -> None:
     """A line through the steps' figures; of many, smoothed with the single ones pale behind."""
     steps, values = [step for step, _ in points], [value for _, value in points]
+    settings: dict[str, Any] = {"color": colour, "linestyle": style, "label": name}
     if len(values) > 15:
         ax.plot(steps, values, color=colour, alpha=0.2, linewidth=1)
-        ax.plot(steps, smooth(values), color=colour, linewidth=2.2, label=name)
+        ax.plot(steps, smooth(values), linewidth=2.2, **settings)
     elif values:
-        ax.plot(steps, values, color=colour, linewidth=2.2, marker="o", markersize=4, label=name)
+        marker = "o" if style == "-" else None
+        ax.plot(steps, values, linewidth=2.2, marker=marker, markersize=4, **settings)
 
 
 def _time(ax: Axes, histories: dict[str, History]) -> None:

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grpo_core.batch import Batch, Rows, pack
+from grpo_core.clock import Clock
 from grpo_core.distributed import world
-from grpo_core.monitor import Clock, Metrics
+from grpo_core.forward import packed_logp, reference_logp
+from grpo_core.monitor import Metrics
 from grpo_core.reference_model import reference_of
 from grpo_core.rollout import Rollout
 from grpo_core.trainer import Trainer
@@ -113,9 +115,9 @@ class PPOTrainer(Trainer):
     def with_values(self, part: Batch) -> Batch:
         """A part whose `advantage` is its sequences' reward, with what GAE makes of that."""
         settings, rows = self.critic_config, part.rows
-        old_logp, ref_logp = self.frozen_logp(self.model, rows), None
+        old_logp, ref_logp = packed_logp(self.model, rows, self.config), None
         if self.reference is not None:
-            ref_logp = self.reference_logp(self.reference, rows)
+            ref_logp = reference_logp(self.reference, rows, self.config)
         value = self.critic(rows)
         reward = torch.zeros(len(rows.ids), device=value.device)
         reward[rows.sequence] = part.advantage

@@ -9,11 +9,10 @@ results.json and the model in the `transformers` format (or peft's, for an adapt
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,19 +25,23 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from grpo_core.checkpoint import Interrupted
+from grpo_core.console import open_console
 from grpo_core.data import Epochs, problems_of, read_records
 from grpo_core.distributed import barrier, in_group, is_main, process_group, rank, world
-from grpo_core.evaluate import evaluate
+from grpo_core.evaluate import Evaluation, evaluate
 from grpo_core.extras import extra
 from grpo_core.loggers import open_logger
-from grpo_core.monitor import Metrics, append_json
+from grpo_core.monitor import Metrics
+from grpo_core.named_rewards import find_reward
 from grpo_core.parallel import export
-from grpo_core.rewards import FunctionReward, Rule, accuracy, brevity, strict_format
+from grpo_core.rewards import FunctionReward
 from grpo_core.rollout import Problem, Sampling
 from grpo_core.run_config import RunConfig, check_resumed, clear
-from grpo_core.tasks import math_accuracy, reasoning_gym_task
+from grpo_core.samples import Samples
+from grpo_core.tasks import reasoning_gym_task
 from grpo_core.trainer import Trainer
 
 GYM = "reasoning_gym:"
@@ -108,6 +111,8 @@ class Run:
             metrics_path=self.directory / "metrics.jsonl",
             checkpoints=self.directory / "checkpoints",
             loggers=loggers,
+            samples=Samples(self.tokenizer, self.directory / "samples.jsonl", count=config.samples),
+            console=open_console(config.console),
         )
         if world() > 1:
             # dropout is every process's own
@@ -142,6 +147,8 @@ class Run:
 
     def train(self) -> None:
         """From the start or the last checkpoint to results.json and the model."""
+        # a bar for every checkpoint would run through what the console draws
+        logging.disable_progress_bar()
         if self.config.resume:
             self.trainer.resume()
         elif is_main():
@@ -171,22 +178,30 @@ class Run:
 
     def look(self) -> Metrics:
         """Held-out figures on the way, at the temperature of the rollouts; keeps some answers."""
-        found = evaluate(self.model, self.held_out, self.reward, self.sampling)
-        chosen = found.completions[: self.config.samples]
-        texts = self.tokenizer.batch_decode(chosen, skip_special_tokens=True)
-        for problem, text in zip(self.held_out, texts if is_main() else [], strict=False):
-            shown = {"prompt": problem.source, "completion": text, "answer": problem.answer}
-            step = self.trainer.steps_done
-            append_json(self.directory / "samples.jsonl", {"step": step, **shown})
-        return found.metrics
+        found = self.sampled()
+        assert self.trainer.samples is not None
+        self.trainer.samples.look(self.trainer.steps_done, self.held_out, found)
+        if self.config.eval_samples == 1:
+            return found.metrics
+        greedy = self.greedy().metrics
+        return {f"greedy_{name}": greedy[name] for name in found.scores.parts} | found.metrics
+
+    def greedy(self) -> Evaluation:
+        """The most likely answer to every held-out problem."""
+        greedy = Sampling(self.config.max_new_tokens, temperature=0.0)
+        return evaluate(self.model, self.held_out, self.reward, greedy)
+
+    def sampled(self) -> Evaluation:
+        """As many answers to each as the options say."""
+        config = self.config
+        temperature = config.eval_temperature or config.temperature
+        sampling = Sampling(config.max_new_tokens, temperature)
+        count, k = config.eval_samples, config.eval_k
+        return evaluate(self.model, self.held_out, self.reward, sampling, samples=count, k=k)
 
     def measured(self) -> dict[str, Metrics]:
         """Held-out figures, greedy and sampled."""
-        greedy = Sampling(self.config.max_new_tokens, temperature=0.0)
-        return {
-            name: evaluate(self.model, self.held_out, self.reward, sampling).metrics
-            for name, sampling in (("greedy", greedy), ("sampled", self.sampling))
-        }
+        return {"greedy": self.greedy().metrics, "sampled": self.sampled().metrics}
 
 
 def load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -220,53 +235,18 @@ def load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrai
     return policy
 
 
-def find_reward(name: str) -> Callable[..., Sequence[float | None]]:
-    """A reward by its name, or from a file as path.py:function.
-
-    Raises:
-        ValueError: neither.
-    """
-    if name == "math":
-        return math_accuracy
-    if name in RULES:
-        return _over(RULES[name])
-    path, colon, function = name.rpartition(":")
-    if not colon or not path.endswith(".py"):
-        raise ValueError(
-            f"rewards: expected math, {', '.join(RULES)} or path.py:function, got {name!r}"
-        )
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, function):
-        raise ValueError(f"rewards: {path} has no function {function!r}")
-    found: Callable[..., Sequence[float | None]] = getattr(module, function)
-    return found
-
-
-RULES: dict[str, Rule] = {"accuracy": accuracy, "format": strict_format, "brevity": brevity}
-
-
-def _over(rule: Rule) -> Callable[..., list[float]]:
-    """A rule as a function over columns."""
-
-    def reward(completions: Sequence[str], answer: Sequence[Any], **_: Any) -> list[float]:
-        pairs = zip(completions, answer, strict=True)
-        return [rule(text, str(true)) for text, true in pairs]
-
-    return reward
-
-
 def table(stages: dict[str, dict[str, Metrics]]) -> list[str]:
     """Every held-out figure before and after, greedy and sampled."""
     heads = [f"{when} {how}" for how in ("greedy", "sampled") for when in ("before", "after")]
     lines = [f"{'held out':24}" + "".join(f"{head:>16}" for head in heads)]
-    for name in stages["before"]["greedy"]:
+    for name in stages["before"]["sampled"]:
         values = [
-            stages[when][how][name] for how in ("greedy", "sampled") for when in ("before", "after")
+            stages[when][how].get(name)
+            for how in ("greedy", "sampled")
+            for when in ("before", "after")
         ]
-        lines.append(f"{name:24}" + "".join(f"{value:16.3f}" for value in values))
+        cells = (f"{'' if value is None else f'{value:.3f}':>16}" for value in values)
+        lines.append(f"{name:24}" + "".join(cells))
     return lines
 
 

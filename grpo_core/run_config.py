@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from grpo_core.evaluate import check_samples
 from grpo_core.options import (
     check_at_least,
     check_unchanged,
@@ -19,7 +20,7 @@ from grpo_core.rollout import Sampling
 from grpo_core.trainer_config import TrainerConfig
 
 # what may differ between a run and the command that goes on with it
-FREE = ("resume", "threads", "log", "output", "checkpoint_every", "keep_checkpoints")
+FREE = ("resume", "threads", "log", "output", "checkpoint_every", "keep_checkpoints", "console")
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,19 @@ class RunConfig:
     )
     lora_rank: int = option(0, "Train an adapter of this rank (needs peft); 0: the whole model.")
     evaluate_every: int = option(10, "Steps between looks at the held-out problems.")
+    eval_samples: int = option(
+        1, "Answers to each held-out problem at a look; from 2 on avg@k, pass@k and greedy as well."
+    )
+    eval_k: list[int] = field(
+        default_factory=list,
+        metadata={"help": "The k of pass@k, each at most eval_samples; none: eval_samples."},
+    )
+    eval_temperature: float = option(0.0, "Of these answers; 0: that of the rollouts.")
     samples: int = option(4, "Held-out answers kept in samples.jsonl at every look.")
+    console: Literal["rich", "plain", "off"] = option(
+        "rich",
+        "A live table (plain without rich or a terminal), a line for every step, or nothing.",
+    )
     checkpoint_every: int = option(10, "Steps between checkpoints.")
     keep_checkpoints: int = option(2, "How many of them stay.")
     resume: bool = option(False, "Go on from the last checkpoint of the run in --output.")
@@ -89,7 +102,10 @@ class RunConfig:
         if not self.rewards:
             raise ValueError("rewards: expected at least one, got none")
         check_at_least(self, 0, "held_out", "longest_prompt", "lora_rank", "samples", "threads")
+        if self.eval_temperature < 0:
+            raise ValueError(f"eval_temperature: expected at least 0, got {self.eval_temperature}")
         self.trainer(Sampling(self.max_new_tokens, self.temperature))
+        check_samples(self.eval_samples, self.eval_k, "eval_samples", "eval_k")
 
     def trainer(self, sampling: Sampling) -> TrainerConfig:
         """The part that the trainer wants to know."""

@@ -71,7 +71,7 @@ def save_config(config: DemoConfig, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     if config.resume:
         file = directory / "config.json"
-        shown = ("resume", "threads", "plot", "output")
+        shown = ("resume", "threads", "plot", "console", "output")
         check_unchanged(asdict(config), read_resumed(file)["options"], file, shown)
     environment = {
         "torch": torch.__version__,

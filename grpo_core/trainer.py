@@ -15,29 +15,26 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from grpo_core import HeadOutput, LossOutput, trainer_state, with_fused_head
+from grpo_core import HeadOutput, LossOutput, trainer_state, training_loop, with_fused_head
 from grpo_core.advantages import estimate_advantages
-from grpo_core.batch import Batch, Rows, check_output_matrix, pack
-from grpo_core.checkpoint import Interrupted, Request, stop_request
-from grpo_core.distributed import gathered, is_main, joined, rank
-from grpo_core.forward import packed_logp, packed_loss
+from grpo_core.batch import Batch, check_output_matrix, pack
+from grpo_core.clock import Clock
+from grpo_core.console import Bar, Console
+from grpo_core.distributed import joined, rank
+from grpo_core.forward import packed_logp, packed_loss, reference_logp
 from grpo_core.head import has_fused_head
 from grpo_core.loggers import Logger
 from grpo_core.metrics import merge_metrics
 from grpo_core.monitor import (
-    Clock,
     Metrics,
     Watch,
-    append_json,
     means,
     rollout_metrics,
     sampler_mismatch,
@@ -45,14 +42,16 @@ from grpo_core.monitor import (
 )
 from grpo_core.parallel import accumulating, policy_of, whole
 from grpo_core.randomness import randomness, shuffled
-from grpo_core.reference_model import adapter_off, reference_of
-from grpo_core.rewards import Reward
+from grpo_core.reference_model import reference_of
+from grpo_core.rewards import Reward, Scores
 from grpo_core.rollout import Problem, Rollout, rollout
+from grpo_core.samples import Samples
 from grpo_core.shares import alike, check_shares, divisor, figures_of_all, own_share
 from grpo_core.supervised import learning_rate_share
 from grpo_core.trainer_config import TrainerConfig as TrainerConfig
 
 DrawProblems = Callable[[int, random.Random], Sequence[Problem]]
+Drawn = tuple[Sequence[Problem], Sequence[Sequence[int]], Scores]
 
 
 class Trainer:
@@ -70,11 +69,14 @@ class Trainer:
             end a run after the step it is in, saved; `resume` goes on.
         label: the run's name in records and on the progress bar.
         loggers: take each step's record as well, see `loggers`.
+        samples: keeps what the model writes.
+        console: shows the run as it goes; None is a progress bar.
 
     In a process group only the main process writes and logs.
 
     Attributes:
         policy: what is called for the loss, `model` with DDP or FSDP2 around it if need be.
+        drawn: this process's part of the last rollout, and what it earned.
 
     Raises:
         ValueError: the model or the options cannot do what is asked for.
@@ -91,6 +93,8 @@ class Trainer:
         checkpoints: Path | None = None,
         label: str = "grpo",
         loggers: Sequence[Logger] = (),
+        samples: Samples | None = None,
+        console: Console | None = None,
     ) -> None:
         check_shares(config)
         if config.loss != "fused":
@@ -105,6 +109,8 @@ class Trainer:
         self.checkpoints = checkpoints
         self.label = label
         self.loggers = loggers
+        self.samples = samples
+        self.console = console or Bar()
         wants_reference = config.objective.beta > 0
         self.reference = reference_of(model, config.shard) if wants_reference else None
         self.policy = policy_of(model, config.shard)
@@ -115,6 +121,7 @@ class Trainer:
         self.skipped_updates = 0
         self.skipped_in_a_row = 0
         self.watch = Watch()
+        self.drawn: Drawn = [], [], Scores(torch.empty(0), {})
 
     def train(self, evaluation: Callable[[], Metrics] | None = None) -> list[Metrics]:
         """The steps that are left, with a progress bar, and a record of each.
@@ -126,32 +133,7 @@ class Trainer:
             Interrupted: after a signal, once the step is done and saved.
             FloatingPointError: too many updates in a row were not finite, see `update`.
         """
-        config, history = self.config, []
-        if not self.steps_done:
-            history.append(self.record({"step": 0}, evaluation))
-        progress = tqdm(
-            range(self.steps_done, config.steps),
-            desc=self.label,
-            unit="step",
-            initial=self.steps_done,
-            total=config.steps,
-            disable=not is_main(),
-        )
-        with stop_request() if self.checkpoints else nullcontext(Request()) as request:
-            for _ in progress:
-                metrics = self.step()
-                due = self.steps_done % config.evaluate_every == 0
-                last = self.steps_done == config.steps
-                history.append(self.record(metrics, evaluation if due or last else None))
-                shown = {name: metrics[name] for name in ("reward", "length", "kl")}
-                progress.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
-                if self.checkpoints and (self.steps_done % config.checkpoint_every == 0 or last):
-                    trainer_state.save(self, self.checkpoints)
-                # a signal to any process stops them all
-                number = max(gathered(request.number)) if self.checkpoints else 0
-                if self.checkpoints and number and not last:
-                    raise Interrupted(number, trainer_state.save(self, self.checkpoints))
-        return history
+        return training_loop.train(self, evaluation)
 
     def resume(self) -> int:
         """Goes on from the last checkpoint, if there is one; returns the steps that are done.
@@ -167,7 +149,7 @@ class Trainer:
 
     def step(self) -> Metrics:
         """One rollout and the updates made of it."""
-        config, clock = self.config, Clock()
+        config, clock = self.config, Clock(self.model.device)
         with (
             clock.phase("rollout"),
             randomness(config.seed, self.steps_done, self.model.device, rank()) as rng,
@@ -194,9 +176,11 @@ class Trainer:
             **update_metrics(updates),
             "learning_rate": rate,
             "skipped_updates": self.skipped_updates,
-            "seconds": dict(clock.seconds),
+            "seconds": clock.seconds,
+            **clock.memory(),
         }
         self.watch(metrics)
+        self.drawn = asked, drawn.completions(), scores
         return metrics
 
     def minibatches(self, drawn: Rollout, rewards: Tensor, order: Tensor) -> list[list[Batch]]:
@@ -226,19 +210,10 @@ class Trainer:
         if config.old_logp == "sampler":
             old_logp = part.sampler_logp
         elif not config.on_policy:
-            old_logp = self.frozen_logp(self.model, rows)
+            old_logp = packed_logp(self.model, rows, config)
         if self.reference is not None:
-            ref_logp = self.reference_logp(self.reference, rows)
+            ref_logp = reference_logp(self.reference, rows, config)
         return replace(part, old_logp=old_logp, ref_logp=ref_logp)
-
-    def frozen_logp(self, model: PreTrainedModel, rows: Rows) -> Tensor:
-        """The target's log-probability at each row, [N] float32, without gradient."""
-        return packed_logp(model, rows, self.config)
-
-    def reference_logp(self, reference: PreTrainedModel, rows: Rows) -> Tensor:
-        """The same by the policy that learning began with."""
-        with adapter_off(reference):
-            return self.frozen_logp(reference, rows)
 
     def update(self, parts: Sequence[Batch], clock: Clock) -> Metrics:
         """One optimizer step; skipped and counted if the loss or its gradient is not finite.
@@ -286,16 +261,3 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * share
         return config.learning_rate * share
-
-    def record(self, metrics: Metrics, evaluation: Callable[[], Metrics] | None) -> Metrics:
-        """The step's record, with held-out figures if any, appended to the metrics file."""
-        entry = {"stage": self.label, **metrics}
-        if evaluation is not None:
-            entry["held_out"] = evaluation()
-        if not is_main():
-            return entry
-        if self.metrics_path is not None:
-            append_json(self.metrics_path, entry)
-        for log in self.loggers:
-            log(entry)
-        return entry

@@ -99,10 +99,12 @@ def _processes(trainer: Trainer) -> str:
 
 
 def _forget_steps(trainer: Trainer, after: int) -> None:
-    """Takes the records of later steps out of the metrics file."""
+    """Takes the records of later steps out of the metrics file, and what was written in them."""
 
     def wanted(record: Metrics) -> bool:
         return record["stage"] != trainer.label or record.get("step", 0) <= after
 
-    if trainer.metrics_path is not None and is_main():
-        keep_records(trainer.metrics_path, wanted)
+    files = (trainer.metrics_path, trainer.samples.path if trainer.samples else None)
+    for file in files if is_main() else ():
+        if file is not None:
+            keep_records(file, wanted)

@@ -17,9 +17,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from grpo_core import RECIPES, trainer_state
 from grpo_core.checkpoint import Interrupted, checkpoints, save_checkpoint, step_of
+from grpo_core.clock import MACHINE
 from grpo_core.rewards import Scores
 from grpo_core.rollout import Problem, Sampling
 from grpo_core.trainer import Trainer, TrainerConfig
+from grpo_core.training_loop import record
 from tests.compiled import ROOT
 from tests.micro import MAX_NEW_TOKENS, draw_problems, micro_model, share_of_sevens
 
@@ -76,7 +78,7 @@ def at_step(step: int, act: Callable[[], object]) -> Any:
 def records(directory: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the clock."""
     lines = (directory / "metrics.jsonl").read_text("utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in MACHINE} for line in lines]
 
 
 def assert_same(run: Trainer, other: Trainer) -> None:
@@ -130,9 +132,9 @@ def test_records_after_the_checkpoint_are_taken_back(
 ) -> None:
     """The run went on for two steps and half a line after its last checkpoint, and then died."""
     run = trainer(tmp_path, checkpoint_every=2)
-    run.record({"step": 0}, None)
+    record(run, {"step": 0}, None)
     for _ in range(4):
-        run.record(run.step(), None)
+        record(run, run.step(), None)
         if run.steps_done == 2:
             trainer_state.save(run, tmp_path / "checkpoints")
     with (tmp_path / "metrics.jsonl").open("a") as file:

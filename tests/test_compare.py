@@ -10,6 +10,7 @@ import torch
 
 from grpo_core import RECIPES
 from grpo_core.compare import METHODS, PricedTrainer, main
+from grpo_core.forward import packed_logp
 from grpo_core.live_bytes import LiveBytes
 from grpo_core.rollout import Sampling, rollout
 from grpo_core.trainer_config import TrainerConfig
@@ -57,7 +58,7 @@ def test_the_kl_comes_off_the_reward_before_groups_are_compared() -> None:
     first, second = trainer.minibatches(drawn, rewards, torch.arange(8))
     prices, advantages = [], []
     for (part,) in (first, second):
-        ref = trainer.frozen_logp(trainer.start, part.rows)
+        ref = packed_logp(trainer.start, part.rows, trainer.config)
         gap = part.old_logp - ref
         for sequence in range(4):
             mine = part.rows.sequence == sequence

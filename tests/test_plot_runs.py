@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from grpo_core.plot_runs import main, read_histories
+from grpo_core.plot_runs import accuracy_panels, main, read_histories
 
 
 def write_run(directory: Path, steps: int, **more: Any) -> Path:
@@ -56,3 +56,25 @@ def test_without_matplotlib_it_says_what_to_install(
     with pytest.raises(SystemExit):
         main([str(write_run(tmp_path / "run", 3))])
     assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_held_out_figures_of_any_reward_and_of_several_answers(tmp_path: Path) -> None:
+    """The command's own rewards are "math" and "format"; few runs have an "accuracy"."""
+    run = write_run(tmp_path / "first", 10)
+    figures = ("math", "math/avg@8", "math/pass@2", "math/pass@8", "greedy_math", "math/trap")
+    with (run / "metrics.jsonl").open("a") as file:
+        for step in (11, 12):
+            held_out = {name: step / 20 for name in (*figures, "reward", "a.py:digits")}
+            file.write("\n" + json.dumps({"stage": "grpo", "step": step, "held_out": held_out}))
+    histories = read_histories([run])
+    panels = {panel.title: panel for panel in accuracy_panels(histories)}
+    assert list(panels) == ["Accuracy, held out", "Math, held out", "Digits, held out"]
+    math_panel = panels["Math, held out"]
+    assert math_panel.note == "line: avg@8, dashed: pass@8, dotted: greedy"
+    assert [style for _, style in math_panel.curves] == ["-", "--", ":"]
+    (history,) = histories.values()
+    for curve, _ in math_panel.curves:
+        assert curve(history) == [(11, 0.55), (12, 0.6)]
+    ((curve, _),) = panels["Accuracy, held out"].curves
+    assert [step for step, _ in curve(history)] == [0, 5, 10]
+    assert main([str(run)]) == 0

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from grpo_core import RECIPES
-from grpo_core.monitor import Clock
+from grpo_core.clock import Clock
+from grpo_core.forward import packed_logp
 from grpo_core.ppo import CriticConfig, PPOTrainer
 from grpo_core.rollout import Sampling, rollout
 from grpo_core.trainer_config import TrainerConfig
@@ -57,7 +58,7 @@ def test_advantages_are_those_of_gae_over_rewards_less_the_kl() -> None:
     rewards = torch.tensor([1.0, -2.0])
     ((part,),) = run.minibatches(drawn, rewards, torch.arange(2))
     assert run.reference is not None and run.reference is not run.model
-    ref_logp = run.frozen_logp(run.reference, part.rows)
+    ref_logp = packed_logp(run.reference, part.rows, run.config)
     assert not torch.equal(ref_logp, part.old_logp)
     price = 0.5 * (part.old_logp - ref_logp)
     advantage = []

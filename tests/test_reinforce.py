@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from grpo_core import decimals
+from grpo_core.clock import MACHINE
 from grpo_core.loggers import flat, open_logger
 from grpo_core.reinforce import main
 from grpo_core.trainer import Trainer
@@ -20,6 +21,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*ran into max_new_tokens"),
     pytest.mark.filterwarnings("ignore:.*had equal rewards"),
 ]
+
+KINDS = ("held out", "best", "worst")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,14 @@ def options(files: Path, output: Path, *more: str) -> list[str]:
 
 def records(directory: Path) -> list[dict[str, Any]]:
     lines = (directory / "metrics.jsonl").read_text("utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in MACHINE} for line in lines]
+
+
+def asked(files: Path) -> tuple[set[str], set[str]]:
+    """The prompts that are held out, and those that are trained on."""
+    lines = (files / "train.jsonl").read_text().splitlines()
+    prompts = [json.loads(line)["prompt"] for line in lines]
+    return set(prompts[:4]), set(prompts[4:])
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +91,15 @@ def test_a_run_leaves_behind_what_it_promises(straight: Path, files: Path) -> No
     assert logged[1]["reward"] == pytest.approx(expected, rel=1e-5)
     assert ["held_out" in record for record in logged] == [True, False, True, True]
     samples = [json.loads(line) for line in (straight / "samples.jsonl").read_text().splitlines()]
-    assert [sample["step"] for sample in samples] == [0] * 4 + [2] * 4 + [3] * 4
+    kinds = {kind: [s["step"] for s in samples if s["kind"] == kind] for kind in KINDS}
+    assert kinds["held out"] == [0] * 4 + [2] * 4 + [3] * 4
+    assert kinds["best"] == [2, 3] and set(kinds["worst"]) <= {2, 3}
+    assert {s["prompt"] for s in samples if s["kind"] == "held out"} <= asked(files)[0]
+    assert {s["prompt"] for s in samples if s["kind"] != "held out"} <= asked(files)[1]
+    for sample in samples:
+        digits = sum(c.isdigit() for c in sample["completion"]) / 8
+        assert sample["parts"][reward] == digits
+        assert sample["reward"] == pytest.approx(digits + 0.2 * sample["parts"]["format"])
     results = json.loads((straight / "results.json").read_text())
     assert results["before"]["sampled"]["reward"] == logged[0]["held_out"]["reward"]
     trained = AutoModelForCausalLM.from_pretrained(straight / "model")
@@ -108,6 +126,8 @@ def test_an_interrupted_run_goes_on(
         assert main(options(files, tmp_path / "run")) == 128 + signal.SIGTERM
     assert main(options(files, tmp_path / "run", "--resume", "True")) == 0
     assert records(tmp_path / "run") == records(straight)
+    kept = [(run / "samples.jsonl").read_text() for run in (tmp_path / "run", straight)]
+    assert kept[0] == kept[1]
     ours, theirs = (run / "model/model.safetensors" for run in (tmp_path / "run", straight))
     assert ours.read_bytes() == theirs.read_bytes()
 
@@ -143,6 +163,11 @@ def test_options_from_a_file_and_an_adapter(files: Path, tmp_path: Path) -> None
         "tokens_per_microbatch": 40,
         "gradient_checkpointing": True,
         "autocast": True,
+        "held_out": 3,
+        "eval_samples": 3,
+        "eval_k": [1, 2],
+        "eval_temperature": 0.7,
+        "console": "off",
     }
     file.write_text(json.dumps(settings))
     run = tmp_path / "run"
@@ -151,6 +176,13 @@ def test_options_from_a_file_and_an_adapter(files: Path, tmp_path: Path) -> None
     assert (run / "model/adapter_model.safetensors").exists()
     (first,) = records(run)[1:]
     assert {"accuracy", "format", "kl"} <= first.keys()
+    figures = first["held_out"]
+    several = {f"format/{name}" for name in ("avg@3", "pass@1", "pass@2")}
+    assert {*several, "greedy_format", "greedy_accuracy"} <= figures.keys()
+    assert figures["format/avg@3"] == pytest.approx(figures["format/pass@1"])
+    after = json.loads((run / "results.json").read_text())["after"]
+    assert after["sampled"]["format/pass@2"] == figures["format/pass@2"]
+    assert after["greedy"]["format"] == figures["greedy_format"]
 
 
 @pytest.mark.parametrize(
@@ -163,6 +195,10 @@ def test_options_from_a_file_and_an_adapter(files: Path, tmp_path: Path) -> None
         (["--temperature", "0"], "temperature: expected more than 0"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--model", ""], "model: expected a value"),
+        (["--eval_samples", "2", "--eval_k", "4"], "eval_k: expected 1 to 2, the eval_samples"),
+        (["--eval_samples", "0"], "eval_samples: expected at least 1, got 0"),
+        (["--eval_temperature", "-1"], "eval_temperature: expected at least 0, got -1.0"),
+        (["--console", "loud"], "invalid choice: 'loud'"),
         (["--system", "Think."], "no chat template"),
     ],
 )

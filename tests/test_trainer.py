@@ -15,6 +15,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from grpo_core import RECIPES, PolicyFactor, SamplerCorrection, token_logp
 from grpo_core.batch import pack
+from grpo_core.clock import MACHINE
 from grpo_core.rewards import Scores
 from grpo_core.rollout import Problem, Sampling, rollout
 from grpo_core.trainer import Trainer, TrainerConfig
@@ -44,7 +45,7 @@ def config(**changes: Any) -> TrainerConfig:
 
 
 def without_times(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in m.items() if key != "seconds"} for m in history]
+    return [{key: value for key, value in m.items() if key not in MACHINE} for m in history]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -220,7 +221,7 @@ def test_evaluation_is_called_on_time_and_recorded(tmp_path: Path) -> None:
     records = [json.loads(line) for line in path.read_text().splitlines()]
     taken = {r["step"]: r["held_out"]["figure"] for r in records if "held_out" in r}
     assert taken == {0: 0, 2: 1, 4: 2, 5: 3}
-    assert set(records[-1]["seconds"]) == {"rollout", "reference", "loss", "optimizer"}
+    assert set(records[-1]["seconds"]) == {"rollout", "reference", "loss", "optimizer", "rest"}
 
 
 def test_learning_rate_warms_up_and_decays() -> None:

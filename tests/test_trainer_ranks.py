@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -231,8 +232,11 @@ def test_the_command_under_torchrun(files: Path, tmp_path: Path) -> None:  # noq
     logged = records_of(tmp_path / "run")
     assert [record["step"] for record in logged] == [0, 1, 2, 3]
     assert all(record["length"] <= MAX_NEW_TOKENS for record in logged[1:])
+    assert done.stdout.count("grpo: step 0 of 3") == 1
+    assert len(re.findall(r"^ +[123] +\d\.\d{3} ", done.stdout, flags=re.MULTILINE)) == 3
     samples = (tmp_path / "run/samples.jsonl").read_text().splitlines()
-    assert len(samples) == 12
+    kinds = [json.loads(sample)["kind"] for sample in samples]
+    assert kinds.count("held out") == 12 and kinds.count("best") == 2 and len(kinds) <= 16
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
     start = AutoModelForCausalLM.from_pretrained(files / "model")
     assert not torch.equal(trained.lm_head.weight, start.lm_head.weight)

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from grpo_core import RECIPES, Estimator, PolicyFactor, trainer_state
 from grpo_core.batch import Batch
 from grpo_core.checkpoint import Interrupted, checkpoints
+from grpo_core.clock import MACHINE
 from grpo_core.distributed import in_group, is_main, rank, world
 from grpo_core.evaluate import evaluate
 from grpo_core.parallel import export
@@ -161,7 +162,8 @@ def fixed_run(name: str, shard: str) -> dict[str, Any]:
         run.optimizer = torch.optim.SGD(run.model.parameters(), lr=config.learning_rate)
     history = [run.step() for _ in range(2)]
     for metrics in history:
-        del metrics["seconds"]
+        for name in MACHINE:
+            metrics.pop(name, None)
     return {"history": history, "weights": weights(run.model), "counts": run.counts}
 
 
