@@ -12,7 +12,6 @@ those of one process with the whole batch. See `shares` and `parallel`.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -25,10 +24,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from grpo_core import HeadOutput, LossOutput, trainer_state, with_fused_head
-from grpo_core.advantages import estimate_advantages
 from grpo_core.batch import Batch, Rows, check_output_matrix, pack
 from grpo_core.checkpoint import Interrupted, Request, stop_request
-from grpo_core.distributed import gathered, is_main, joined, rank
+from grpo_core.distributed import gathered, is_main, joined
 from grpo_core.forward import packed_logp, packed_loss
 from grpo_core.head import has_fused_head
 from grpo_core.loggers import Logger
@@ -38,16 +36,15 @@ from grpo_core.monitor import (
     Metrics,
     Watch,
     append_json,
-    means,
-    rollout_metrics,
     sampler_mismatch,
     update_metrics,
 )
 from grpo_core.parallel import accumulating, policy_of, whole
-from grpo_core.randomness import randomness, shuffled
 from grpo_core.reference_model import adapter_off, reference_of
+from grpo_core.resampling import batch_advantages, collect, dealt_out
 from grpo_core.rewards import Reward
-from grpo_core.rollout import Problem, Rollout, rollout
+from grpo_core.rollout import Problem, Rollout
+from grpo_core.rollouts import Engine, Rollouts
 from grpo_core.shares import alike, check_shares, divisor, figures_of_all, own_share
 from grpo_core.supervised import learning_rate_share
 from grpo_core.trainer_config import TrainerConfig as TrainerConfig
@@ -70,6 +67,7 @@ class Trainer:
             end a run after the step it is in, saved; `resume` goes on.
         label: the run's name in records and on the progress bar.
         loggers: take each step's record as well, see `loggers`.
+        engine: writes the completions, see `rollouts`; None for the model itself.
 
     In a process group only the main process writes and logs.
 
@@ -91,6 +89,7 @@ class Trainer:
         checkpoints: Path | None = None,
         label: str = "grpo",
         loggers: Sequence[Logger] = (),
+        engine: Engine | None = None,
     ) -> None:
         check_shares(config)
         if config.loss != "fused":
@@ -111,6 +110,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
         )
+        self.rollouts = Rollouts(model, engine)
         self.steps_done = 0
         self.skipped_updates = 0
         self.skipped_in_a_row = 0
@@ -168,28 +168,16 @@ class Trainer:
     def step(self) -> Metrics:
         """One rollout and the updates made of it."""
         config, clock = self.config, Clock()
-        with (
-            clock.phase("rollout"),
-            randomness(config.seed, self.steps_done, self.model.device, rank()) as rng,
-        ):
-            problems = self.draw_problems(config.prompts_per_step, rng)
-            problems = problems[own_share(len(problems))]
-            asked = [problem for problem in problems for _ in range(config.group_size)]
-            drawn = rollout(self.model, [problem.prompt for problem in asked], config.sampling)
-            order = torch.randperm(len(asked)).to(self.model.device)
-
-        scores = self.reward(asked, drawn.completions())
-        rewards = shuffled(scores.total, rng) if config.shuffle_rewards else scores.total
+        found = collect(self, clock)
         with clock.phase("reference"):
-            minibatches = self.minibatches(drawn, rewards.to(self.model.device), order)
+            minibatches = self.minibatches(found.drawn, found.rewards, found.order)
 
         rate = self.set_learning_rate()
         updates = [self.update(parts, clock) for _ in range(config.epochs) for parts in minibatches]
         self.steps_done += 1
         metrics = {
             "step": self.steps_done,
-            **rollout_metrics(drawn, joined(rewards), config.group_size),
-            **means({name: joined(part) for name, part in scores.parts.items()}),
+            **found.figures,
             **sampler_mismatch([part for parts in minibatches for part in parts]),
             **update_metrics(updates),
             "learning_rate": rate,
@@ -210,12 +198,9 @@ class Trainer:
         config = self.config
         # of all processes, since some estimators look at the whole batch
         everyone = joined(rewards)
-        advantage = estimate_advantages(
-            everyone, config.objective.advantage, config.group_size, None
-        )
-        advantage = advantage[own_share(len(everyone))]
+        advantage = batch_advantages(everyone, config)[own_share(len(everyone))]
         packed = pack(drawn, advantage, mask_truncated=config.mask_truncated)
-        split = packed.split(config.minibatches, order)
+        split = dealt_out(packed, rewards, order, config)
         minibatches = alike([each.microbatches(config.tokens_per_microbatch) for each in split])
         return [[self.with_logp(part) for part in parts] for parts in minibatches]
 
@@ -225,7 +210,8 @@ class Trainer:
         old_logp = ref_logp = None
         if config.old_logp == "sampler":
             old_logp = part.sampler_logp
-        elif not config.on_policy:
+        elif not config.on_policy or self.rollouts.engine.separate:
+            # of an engine the distance is wanted, too
             old_logp = self.frozen_logp(self.model, rows)
         if self.reference is not None:
             ref_logp = self.reference_logp(self.reference, rows)
@@ -241,7 +227,7 @@ class Trainer:
             return self.frozen_logp(reference, rows)
 
     def update(self, parts: Sequence[Batch], clock: Clock) -> Metrics:
-        """One optimizer step; skipped and counted if the loss or its gradient is not finite.
+        """One optimizer step; skipped and counted if it is not `TrainerConfig.sound`.
 
         Raises:
             FloatingPointError: that happened too often in a row; names the file of the inputs.
@@ -264,7 +250,7 @@ class Trainer:
             # The one place where the host waits for the device.
             values = torch.stack([figure.float() for figure in figures.values()]).tolist()
             metrics = dict(zip(figures, values, strict=True))
-            if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+            if self.config.sound(metrics):
                 self.optimizer.step()
                 self.skipped_in_a_row = 0
             else:

@@ -106,9 +106,8 @@ class Fixed(Trainer):
 
     def step(self) -> dict[str, Any]:
         everything = given(self.steps_done, self.lengths)
-        mine = own_share(len(self.lengths))
-        drawn = Rollout(**{name: value[mine] for name, value in vars(everything).items()})
-        with mock.patch("grpo_core.trainer.rollout", lambda *_: drawn):
+        drawn = everything.select(own_share(len(self.lengths)))
+        with mock.patch.object(self.rollouts, "draw", lambda *_: drawn):
             return super().step()
 
     def minibatches(self, drawn: Rollout, rewards: Tensor, order: Tensor) -> list[list[Batch]]:
