@@ -135,19 +135,20 @@ def _adapters(base: nn.Module) -> dict[str, Any]:
     for name, module in base.named_modules():
         if not isinstance(module, BaseTunerLayer):
             continue
-        plain = type(module) is Linear and type(module.get_base_layer()) is nn.Linear
-        if not plain or module.lora_variant or any(module.lora_bias.values()) or module.merged:
+        layer: Any = module
+        plain = type(layer) is Linear and type(layer.get_base_layer()) is nn.Linear
+        if not plain or layer.lora_variant or any(layer.lora_bias.values()) or layer.merged:
             raise ValueError(
                 "model: expected LoRA adapters of linear layers, not merged yet and without DoRA "
-                f"or a bias, to merge for the engine, got {type(module).__name__} at {name}"
+                f"or a bias, to merge for the engine, got {type(layer).__name__} at {name}"
             )
-        if len(module.active_adapters) != 1:
-            raise ValueError(f"model: expected one active adapter, got {module.active_adapters}")
-        if uses.count(id(module.get_base_layer().weight)) > 1:
+        if len(layer.active_adapters) != 1:
+            raise ValueError(f"model: expected one active adapter, got {layer.active_adapters}")
+        if uses.count(id(layer.get_base_layer().weight)) > 1:
             raise ValueError(
                 f"model: expected no adapter on a tied weight, whose twin has none, got {name}"
             )
-        found[name] = module
+        found[name] = layer
     return found
 
 

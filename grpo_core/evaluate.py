@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,9 @@ from transformers import PreTrainedModel
 from grpo_core.distributed import gathered, joined, rank, world
 from grpo_core.monitor import means
 from grpo_core.rewards import Reward
-from grpo_core.rollout import Problem, Sampling, rollout
+from grpo_core.rollout import Problem, Rollout, Sampling, rollout
+
+Draw = Callable[[Sequence[Sequence[int]], Sampling], Rollout]
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ def evaluate(
     sampling: Sampling,
     *,
     seed: int = 0,
+    draw: Draw | None = None,
 ) -> Evaluation:
     """Answers every problem once; several processes share them, and all get the whole figures.
 
@@ -38,6 +41,7 @@ def evaluate(
         reward: what it scores by; its parts become the figures.
         sampling: temperature 0 for greedy answers.
         seed: of the sampler; the global generator is left as it was found.
+        draw: writes the completions in the place of the model, see `rollouts`.
 
     Returns:
         The completions, and means by name: "reward", each part ("accuracy"), each part by tag
@@ -47,7 +51,8 @@ def evaluate(
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed + rank())
         mine = _equal_share(problems)
-        drawn = rollout(model, [problem.prompt for problem in mine], sampling)
+        prompts = [problem.prompt for problem in mine]
+        drawn = draw(prompts, sampling) if draw else rollout(model, prompts, sampling)
     scores = reward(mine, drawn.completions())
     count = len(problems)
     completions = [ids for theirs in gathered(drawn.completions()) for ids in theirs][:count]

@@ -104,8 +104,7 @@ def _draw(trainer: Trainer, again: int, clock: Clock) -> _Round:
         problems = trainer.draw_problems(config.prompts_per_step, rng)
         problems = problems[own_share(len(problems))]
         asked = [problem for problem in problems for _ in range(config.group_size)]
-        prompts = [problem.prompt for problem in asked]
-        drawn = trainer.rollouts.draw(prompts, config.sampling, trainer.steps_done)
+        drawn = trainer.draw([problem.prompt for problem in asked], config.sampling)
         order = torch.randperm(len(asked)).to(device)
     scores = trainer.reward(asked, drawn.completions())
     rewards = shuffled(scores.total, rng) if config.shuffle_rewards else scores.total

@@ -72,7 +72,8 @@ class Rollout:
     def select(self, sequences: Tensor | slice) -> Rollout:
         """The part that belongs to the given sequences, in their order."""
         named = vars(self).items()
-        return replace(self, **{name: v[sequences] for name, v in named if isinstance(v, Tensor)})
+        parts: dict[str, Any] = {n: v[sequences] for n, v in named if isinstance(v, Tensor)}
+        return replace(self, **parts)
 
     def completions(self) -> list[list[int]]:
         """Token ids without padding, one list per completion."""

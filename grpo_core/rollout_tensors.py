@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,5 +74,7 @@ def end_to_end(rollouts: Sequence[Rollout], pad: int) -> Rollout:
         return torch.nn.functional.pad(tensor, ends, value=fill)
 
     names = [name for name, value in vars(rollouts[0]).items() if isinstance(value, Tensor)]
-    joined = {name: torch.cat([widened(each, name) for each in rollouts]) for name in names}
+    joined: dict[str, Any] = {
+        name: torch.cat([widened(each, name) for each in rollouts]) for name in names
+    }
     return replace(rollouts[0], **joined)

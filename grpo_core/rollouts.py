@@ -93,9 +93,7 @@ class Rollouts:
         """The model's weights are others than they were: those of a checkpoint."""
         self.version = None
 
-    def draw(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, version: int | None
-    ) -> Rollout:
+    def draw(self, prompts: Sequence[Sequence[int]], sampling: Sampling, version: int) -> Rollout:
         """Completions written with the model's weights of now.
 
         Args:
@@ -106,7 +104,6 @@ class Rollouts:
         Raises:
             RuntimeError: they were written with other weights, or the engine did not get them.
         """
-        assert version is not None
         if self.version != version:
             self.push(version)
         drawn = self.engine.generate(prompts, sampling)

@@ -43,7 +43,7 @@ from grpo_core.parallel import accumulating, policy_of, whole
 from grpo_core.reference_model import adapter_off, reference_of
 from grpo_core.resampling import batch_advantages, collect, dealt_out
 from grpo_core.rewards import Reward
-from grpo_core.rollout import Problem, Rollout
+from grpo_core.rollout import Problem, Rollout, Sampling
 from grpo_core.rollouts import Engine, Rollouts
 from grpo_core.shares import alike, check_shares, divisor, figures_of_all, own_share
 from grpo_core.supervised import learning_rate_share
@@ -186,6 +186,10 @@ class Trainer:
         }
         self.watch(metrics)
         return metrics
+
+    def draw(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
+        """Completions by whoever writes them, with the weights of now; see `rollouts`."""
+        return self.rollouts.draw(prompts, sampling, self.steps_done)
 
     def minibatches(self, drawn: Rollout, rewards: Tensor, order: Tensor) -> list[list[Batch]]:
         """What the updates are made of: each a list of parts that share an optimizer step.
