@@ -30,6 +30,7 @@ from transformers import (
 from grpo_core.checkpoint import Interrupted
 from grpo_core.data import Epochs, problems_of, read_records
 from grpo_core.distributed import barrier, in_group, is_main, process_group, rank, world
+from grpo_core.engines import make_engine
 from grpo_core.evaluate import Evaluation, evaluate
 from grpo_core.extras import extra
 from grpo_core.loggers import open_logger
@@ -37,12 +38,9 @@ from grpo_core.monitor import Metrics, append_json
 from grpo_core.parallel import export
 from grpo_core.rewards import FunctionReward, Rule, accuracy, brevity, strict_format
 from grpo_core.rollout import Problem, Sampling
-from grpo_core.rollouts import Engine
 from grpo_core.run_config import RunConfig, check_resumed, clear
 from grpo_core.tasks import math_accuracy, reasoning_gym_task
 from grpo_core.trainer import Trainer
-from grpo_core.vllm_engine import VllmEngine
-from grpo_core.vllm_server import VllmServer
 
 GYM = "reasoning_gym:"
 
@@ -64,7 +62,7 @@ def _run(parser: HfArgumentParser, given: list[str]) -> int:
             given = [*_as_arguments(asdict(file)), *given[1:]]
         config = parser.parse_args_into_dataclasses(given)[0]
         run = Run(config)
-    except (OSError, ValueError, ModuleNotFoundError, RuntimeError) as error:
+    except (OSError, ValueError, ModuleNotFoundError) as error:
         parser.error(str(error))
     try:
         run.train()
@@ -227,31 +225,6 @@ def load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrai
         model = peft.get_peft_model(model, adapter)
     policy: PreTrainedModel = model
     return policy
-
-
-def make_engine(config: RunConfig, model: PreTrainedModel) -> Engine | None:
-    """What writes the completions; None for the model itself.
-
-    Raises:
-        ModuleNotFoundError: vLLM is needed and not there.
-        ValueError, RuntimeError: it cannot be had as asked for, see `vllm_engine`, `vllm_server`.
-    """
-    if config.rollout == "transformers":
-        return None
-    if config.rollout == "vllm-server":
-        return VllmServer(config.rollout_url, model)
-    if world() > 1:
-        raise ValueError(
-            f"rollout: expected transformers or vllm-server on {world()} processes, got 'vllm'"
-        )
-    longest = config.longest_prompt + config.max_new_tokens if config.longest_prompt else None
-    return VllmEngine(
-        config.model,
-        model,
-        memory=config.rollout_memory,
-        longest=longest,
-        sleep=config.rollout_sleep,
-    )
 
 
 def find_reward(name: str) -> Callable[..., Sequence[float | None]]:

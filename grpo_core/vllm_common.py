@@ -95,7 +95,8 @@ def weight_update(client: Client, version: str) -> Iterator[None]:
     """Around the sending of weights: vLLM is told of the end in any case.
 
     After an error without a version, so that the engine keeps the old one and its completions are
-    refused until a whole update has come.
+    refused until a whole update has come. Should the end fail as well, its error is raised with the
+    first one as its context.
     """
     client.start_weight_update()
     complete = False

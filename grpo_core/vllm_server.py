@@ -50,7 +50,7 @@ class Server:
     """A vLLM server's HTTP routes.
 
     Raises:
-        RuntimeError: of every method; it cannot be reached, or answers with an error.
+        ConnectionError: of every method; it cannot be reached, or answers with an error.
     """
 
     def __init__(self, url: str) -> None:
@@ -84,9 +84,11 @@ class Server:
                 text = answer.read()
         except urllib.error.HTTPError as error:
             said = error.read().decode(errors="replace")
-            raise RuntimeError(f"{request.full_url}: status {error.code}, {said:.500}") from error
+            if error.code == 404:
+                said += "; was the server started with VLLM_SERVER_DEV_MODE=1?"
+            raise ConnectionError(f"{request.full_url}: status {error.code}, {said}") from error
         except OSError as error:
-            raise RuntimeError(f"{request.full_url}: {error}; is the server running?") from error
+            raise ConnectionError(f"{request.full_url}: {error}; is the server up?") from error
         return json.loads(text) if text else None
 
 
@@ -100,7 +102,7 @@ class VllmServer:
 
     Raises:
         ModuleNotFoundError: there is no vLLM in the trainer's environment, which sends by it.
-        RuntimeError: the server cannot be reached.
+        ConnectionError: the server cannot be reached.
         ValueError: it was started without what is needed.
     """
 
