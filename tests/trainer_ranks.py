@@ -331,7 +331,12 @@ class OneForAll(CopyEngine):
 
 def with_engine(shard: str, engine: Any) -> dict[str, Any]:
     """A run whose completions an engine writes, and which draws again; all processes alike."""
-    changes = {"dynamic_sampling": "resample", "max_resamples": 2, "prompts_per_step": 4}
+    changes = {
+        "dynamic_sampling": "resample",
+        "max_resamples": 2,
+        "prompts_per_step": 4,
+        "steps": 3,
+    }
     run = short_run(None, micro_model(), shard=shard, **changes)
     run.rollouts = Rollouts(run.model, engine)
     history = run.train()
