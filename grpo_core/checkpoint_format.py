@@ -67,14 +67,12 @@ class ModelWeights(Iterator[tuple[str, Tensor]]):
         dtype: floating-point weights are handed out in; None leaves them as they are.
 
     Raises:
-        ValueError: an adapter that cannot be merged weight by weight, or a model whose checkpoint
-            holds several of its weights in one.
+        ValueError: once they are asked for; an adapter that cannot be merged weight by weight, or a
+            model whose checkpoint holds several of its weights in one.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
-        self.model, self.dtype = beneath(model), dtype
-        self._sources = _sources(model)
-        _check_conversions(self.model)
+        self.model, self.dtype = model, dtype
         self._pairs = self._converted(lambda source: source.tensor())
 
     def __next__(self) -> tuple[str, Tensor]:
@@ -95,8 +93,10 @@ class ModelWeights(Iterator[tuple[str, Tensor]]):
         return [Described(n, t.dtype, tuple(t.shape)) for n, t in self._converted(empty)]
 
     def _converted(self, read: Callable[[_Source], Tensor]) -> Iterator[tuple[str, Tensor]]:
-        for source in self._sources:
-            found = revert_weight_conversion(self.model, {source.name: read(source)})
+        base = beneath(self.model)
+        _check_conversions(base)
+        for source in _sources(self.model):
+            found = revert_weight_conversion(base, {source.name: read(source)})
             for name, tensor in found.items():
                 casts = self.dtype is not None and tensor.is_floating_point()
                 yield name, tensor.to(self.dtype) if casts else tensor

@@ -73,7 +73,8 @@ class Rollouts:
         engine: None for the model itself.
 
     Raises:
-        ValueError: an engine of this process alone, and there are several.
+        ValueError: an engine of this process alone, and there are several; or a model whose weights
+            an engine cannot take, see `checkpoint_format`.
     """
 
     def __init__(self, model: PreTrainedModel, engine: Engine | None = None) -> None:
@@ -86,7 +87,7 @@ class Rollouts:
             )
         if self.engine.separate:
             # names that cannot be translated are an error before anything is trained
-            ModelWeights(model)
+            ModelWeights(model).described()
         self.version: int | None = None
 
     def forget(self) -> None:

@@ -43,8 +43,8 @@ class TrainerConfig:
     # it and others are drawn in their place, in so many rounds at most, see `resampling`.
     dynamic_sampling: DynamicSampling = "off"
     max_resamples: int = 3
-    # An update in which a ratio exceeds e to this is not made, as one that is not finite; 0: all
-    # are. See `sound`.
+    # An update in which a ratio or the KL exceeds e to this is not made, as one that is not finite;
+    # 0: all are. See `sound`.
     max_log_ratio: float = 20.0
     autocast: bool = False  # the trainer's matrix products in bfloat16
     shuffle_rewards: bool = False  # the control: every completion gets another one's reward
@@ -87,15 +87,18 @@ class TrainerConfig:
     def sound(self, update: Mapping[str, float]) -> bool:
         """Whether an update's figures allow for its step.
 
-        Loss and gradient norm have to be finite, and the largest ratio at most e^max_log_ratio. A
-        ratio far above it may still be finite while its gradient drowns all others. (A log-ratio
-        that float32 cannot hold as a ratio, from 88.7 on, leaves the loss by itself, see
-        `nonfinite_rows`; one far below 0 is a ratio of 0.) No ratio is bent: what is below the
-        limit is learnt from bit for bit as without one.
+        Loss and gradient norm have to be finite. The largest ratio is to be at most
+        e^max_log_ratio, and so is the KL, summed over the tokens (k3 grows with the ratio to the
+        reference): far above it they may still be finite while their gradient drowns all others. A
+        log-ratio that float32 cannot hold as a ratio, from 88.7 on, leaves the loss by itself, see
+        `nonfinite_rows`; one far below 0 is a ratio of 0. No ratio is bent: what is below the limit
+        is learnt from bit for bit as without one.
         """
         finite = math.isfinite(update["loss"]) and math.isfinite(update["grad_norm"])
-        limit = self.max_log_ratio
-        return finite and not (limit and update["ratio_max"] > math.exp(min(limit, 700)))
+        if not self.max_log_ratio:
+            return finite
+        limit = math.exp(min(self.max_log_ratio, 700))
+        return finite and not max(update["ratio_max"], update["kl"] * update["tokens"]) > limit
 
     def identity(self) -> dict[str, str]:
         """What may not change between a checkpoint and the run that goes on from it."""

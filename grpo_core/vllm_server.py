@@ -14,6 +14,7 @@ only ever run against a stand-in for both ends, see `tests/fake_vllm`.
 from __future__ import annotations
 
 import json
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -41,6 +42,8 @@ from grpo_core.vllm_common import (
 
 # requests at a time; the server batches them
 AT_ONCE = 128
+# further attempts at a completion whose connection broke: it has a seed, and comes out the same
+ATTEMPTS = 3
 # seconds: of a rollout or an update; and of the end of one that has failed, where the server's
 # workers may wait for weights that never come
 PATIENCE, LAST_WORDS = 1800.0, 30.0
@@ -58,14 +61,21 @@ class Server:
 
     def get(self, route: str) -> Any:
         """The answer to a GET."""
-        return self._ask(urllib.request.Request(f"{self.url}/{route}"), PATIENCE)
+        return self._ask(urllib.request.Request(f"{self.url}/{route}"), PATIENCE, ATTEMPTS)
 
-    def post(self, route: str, body: dict[str, Any] | None = None, patience: float = 0.0) -> Any:
-        """The answer to a POST."""
+    def post(
+        self,
+        route: str,
+        body: dict[str, Any] | None = None,
+        *,
+        patience: float = 0.0,
+        attempts: int = 0,
+    ) -> Any:
+        """The answer to a POST; `attempts` more if the connection breaks."""
         data = json.dumps({} if body is None else body).encode()
         head = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{self.url}/{route}", data, head, method="POST")
-        return self._ask(request, patience or PATIENCE)
+        return self._ask(request, patience or PATIENCE, attempts)
 
     def start_weight_update(self) -> None:
         """Of `vllm_common.Client`."""
@@ -78,7 +88,7 @@ class Server:
         else:
             self.post("finish_weight_update", {"weight_version": weight_version})
 
-    def _ask(self, request: urllib.request.Request, patience: float) -> Any:
+    def _ask(self, request: urllib.request.Request, patience: float, attempts: int) -> Any:
         try:
             with urllib.request.urlopen(request, timeout=patience) as answer:
                 text = answer.read()
@@ -88,6 +98,9 @@ class Server:
                 said += "; was the server started with VLLM_SERVER_DEV_MODE=1?"
             raise ConnectionError(f"{request.full_url}: status {error.code}, {said}") from error
         except OSError as error:
+            if attempts:
+                time.sleep(0.5)
+                return self._ask(request, patience, attempts - 1)
             raise ConnectionError(f"{request.full_url}: {error}; is the server up?") from error
         return json.loads(text) if text else None
 
@@ -128,7 +141,8 @@ class VllmServer:
 
         def ask(prompt: Sequence[int], seed: int) -> Any:
             body = named | {"prompt": list(prompt), "seed": seed, "return_token_ids": True}
-            return self.server.post("v1/completions", body)["choices"][0]
+            found = self.server.post("v1/completions", body, attempts=ATTEMPTS)
+            return found["choices"][0]
 
         before = self.server.get("weight_info")["weight_version"]
         with ThreadPoolExecutor(AT_ONCE) as threads:

@@ -161,6 +161,8 @@ class Worker:
     calls: list[str] = field(default_factory=list)
     # raised by the next update, once
     fails: Exception | None = None
+    # connections that the server drops without an answer
+    drops: int = 0
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         known = {
@@ -380,13 +382,16 @@ def server(
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if worker.drops and "completions" in self.path:
+                worker.drops -= 1
+                return
             act = posts.get(self.path)
             self.answer(act and (lambda: act(body)))
 
         def log_message(self, *_: Any) -> None:
             pass
 
-    found = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    found = Listener(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=found.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
@@ -395,6 +400,12 @@ def server(
         found.shutdown()
         found.server_close()
         thread.join()
+
+
+class Listener(ThreadingHTTPServer):
+    """As many connections may wait as a rollout opens."""
+
+    request_queue_size = 128
 
 
 # global generators are one process's: requests take turns

@@ -13,6 +13,9 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausal
 
 from grpo_core import with_fused_head
 from grpo_core.checkpoint_format import ModelWeights
+from grpo_core.rollout import Sampling
+from grpo_core.rollouts import Rollouts
+from tests.engines import CopyEngine
 from tests.micro import micro_model
 
 
@@ -100,8 +103,11 @@ def test_adapters_that_cannot_be_merged_one_by_one_are_refused() -> None:
         (adapted(micro_model(tie_word_embeddings=True)), "tied weight, .*got lm_head"),
     ):
         with pytest.raises(ValueError, match=said):
-            ModelWeights(model)
+            Rollouts(model, CopyEngine(micro_model()))
     merged = adapted()
     merged.merge_adapter()
     with pytest.raises(ValueError, match="not merged yet"):
-        ModelWeights(merged)
+        dict(ModelWeights(merged))
+    # the model itself needs no merging
+    drawn = Rollouts(adapted(use_dora=True)).draw([[3, 4]], Sampling(2), 5)
+    assert drawn.weight_version == 5

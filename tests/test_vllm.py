@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from grpo_core import vllm_engine, vllm_server
 from grpo_core.checkpoint_format import ModelWeights
@@ -29,9 +30,11 @@ from tests.test_rollouts import trainer
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*ran into max_new_tokens"),
     pytest.mark.filterwarnings("ignore:.*had equal rewards"),
+    pytest.mark.filterwarnings("ignore:.*groups were missing"),
 ]
 
 PROMPTS = [[5], [3, 9, 4]] * 3
+SHORT = ["--steps", "2", "--group_size", "2", "--minibatches", "1"]
 
 
 @pytest.fixture
@@ -41,6 +44,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(vllm_engine, "sending_gpu", lambda model: fake_vllm.GPU)
     monkeypatch.setattr(vllm_server, "LAST_WORDS", 2.0)
+    monkeypatch.setattr(vllm_server.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(fake_vllm, "GROUP", fake_vllm.Group())
 
 
@@ -97,13 +101,15 @@ def test_seeds_come_from_torchs_generator_and_differ_within_a_group(engine: Any)
     for _ in range(2):
         torch.manual_seed(4)
         drawn.append(rollouts.draw([[5, 6]] * 6, Sampling(MAX_NEW_TOKENS), 0))
+        # a connection that breaks is tried once more, with the same seed
+        engine.worker.drops = 1
     assert torch.equal(drawn[0].completion, drawn[1].completion)
     assert torch.equal(drawn[0].sampler_logp, drawn[1].sampler_logp)
     assert len({tuple(ids) for ids in drawn[0].completions()}) > 3
-    long = rollouts.draw(PROMPTS * 3, Sampling(12), 0)
+    long = rollouts.draw(PROMPTS, Sampling(12), 0)
     for ids, cut in zip(long.completions(), long.truncated.tolist(), strict=True):
         assert cut == (EOS not in ids) and EOS not in ids[:-1]
-    assert long.prompt[0].tolist()[-1:] == [5] and long.prompt_mask.sum(1).tolist() == [1, 3] * 9
+    assert long.prompt[0].tolist()[-1:] == [5] and long.prompt_mask.sum(1).tolist() == [1, 3] * 3
 
 
 def test_an_adapter_comes_merged(engine: Any) -> None:
@@ -240,14 +246,39 @@ def test_the_command_trains_with_vllm(
     tmp_path: Path,
 ) -> None:
     """Held-out answers are the engine's, too; bfloat16 of a sampler shows in the mismatch."""
-    more = ["--rollout", "vllm", "--sampler_correction", "truncate", "--held_out", "2"]
+    more = ["--rollout", "vllm", "--sampler_correction", "truncate", "--held_out", "1", *SHORT]
     assert main(options(files, tmp_path / "run", *more)) == 0
     found = records(tmp_path / "run")[1:]
     assert all(0 < m["sampler_mismatch"] < 0.1 for m in found)
     assert all(m["factor_mean"] == pytest.approx(1, abs=0.1) for m in found)
     calls = LLM.made.worker.calls
-    assert [call for call in calls if "finish" in call] == [f"finish {n}" for n in range(4)]
+    assert [call for call in calls if "finish" in call] == [f"finish {n}" for n in range(3)]
     assert LLM.made.worker.model.dtype == torch.bfloat16
+
+
+def test_the_command_trains_with_a_server_and_draws_again(
+    vllm: None,
+    files: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """It goes on from a checkpoint with the weights of that, whatever the server has."""
+    worker = Worker(AutoModelForCausalLM.from_pretrained(files / "model").eval(), "nccl")
+    with server(worker) as url:
+        more = ["--rollout", "vllm-server", "--rollout_url", url, "--held_out", "0"]
+        more += ["--dynamic_sampling", "resample", "--max_resamples", "1", "--temperature", "0.8"]
+        more += ["--sampler_correction", "reject", *SHORT]
+        words = options(files, tmp_path / "run", *more)
+        assert main(words) == 0
+        found = records(tmp_path / "run")[1:]
+        assert all(m["groups_drawn"] == 2 * (1 + m["resamples"]) for m in found)
+        assert all(m["sampler_mismatch"] < 0.1 for m in found)
+        worker.calls.clear()
+        (tmp_path / "run/checkpoints/step-000002").rename(tmp_path / "elsewhere")
+        assert main([*words, "--resume", "True"]) == 0
+        assert [call for call in worker.calls if "finish" in call] == ["finish 1"]
+        again = records(tmp_path / "run")[1:]
+        assert [record["step"] for record in again] == [1, 2]
+        assert again == found
 
 
 def test_the_command_says_what_is_missing(
