@@ -34,6 +34,7 @@ setup(
         "data": ["datasets"],
         "lora": ["peft"],
         "tasks": ["math-verify[antlr4_13_2]", "reasoning-gym"],
+        "vllm": ["vllm>=0.28"],
         "trl": ["trl>=1.15,<1.17"],
         "bench": ["pytest", "pytest-benchmark"],
         "test": [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 from grpo_core.distributed import gathered, joined, rank, world
 from grpo_core.monitor import means
 from grpo_core.rewards import Reward, Scores
-from grpo_core.rollout import Problem, Sampling, rollout
+from grpo_core.rollout import Problem, Rollout, Sampling, rollout
+
+Draw = Callable[[Sequence[Sequence[int]], Sampling], Rollout]
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ def evaluate(
     samples: int = 1,
     k: Sequence[int] = (),
     seed: int = 0,
+    draw: Draw | None = None,
 ) -> Evaluation:
     """Answers every problem; several processes share them, and all get the whole figures.
 
@@ -51,6 +54,7 @@ def evaluate(
         samples: answers to each problem, one after the other: no more memory than one takes.
         k: of the figures pass@k, each at most `samples`; without any, `samples`.
         seed: of the sampler; the global generator is left as it was found.
+        draw: writes the completions in the place of the model, see `rollouts`.
 
     Returns:
         The first answers, and means by name: "reward", each part ("accuracy"), each part by tag
@@ -69,8 +73,9 @@ def evaluate(
     rounds: list[tuple[list[list[int]], Tensor, Tensor]] = []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed + rank())
+        prompts = [problem.prompt for problem in mine]
         for _ in range(samples):
-            drawn = rollout(model, [problem.prompt for problem in mine], sampling)
+            drawn = draw(prompts, sampling) if draw else rollout(model, prompts, sampling)
             rounds.append((drawn.completions(), drawn.completion_mask.sum(1), drawn.truncated))
     scored = [_of_all(reward(mine, completions), count) for completions, *_ in rounds]
     first = [ids for theirs in gathered(rounds[0][0]) for ids in theirs][:count]

@@ -88,13 +88,20 @@ class Watch:
                 f"for {streak} steps more than {ZERO_STD_LIMIT:.0%} of the groups had equal rewards"
                 f" ({metrics['reward']:.3f} on average); solved or hopeless, they teach nothing",
             )
+        if metrics.get("groups_missing"):
+            yield (
+                "groups_missing",
+                f"{metrics['groups_missing']} groups were missing after {metrics['resamples']} "
+                "further rounds of prompts: the others had equal rewards",
+            )
         total, before = metrics["skipped_updates"], self.skipped
         self.skipped = total
         if total > before:
             yield (
                 "skipped",
                 f"step {metrics['step']}: an update was skipped, {total} so far; its loss or "
-                "gradient was not finite, and the weights are as they were",
+                "gradient was not finite, or a ratio was above e^max_log_ratio; the weights are as "
+                "they were",
             )
         if metrics.get("sampler_mismatch", 0.0) > MISMATCH_LIMIT:
             yield (
@@ -135,19 +142,35 @@ def means(parts: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def sampler_mismatch(minibatches: Sequence[Batch]) -> Metrics:
-    """Distance of the sampler's log-probabilities from the trainer's, nats: mean and largest.
+    """Distance of the sampler's log-probabilities from the trainer's, of the same weights.
 
-    Nothing where the trainer did not need its own before an update.
+    With d = log π_old − log π_sampler of each token: mean and largest |d|, nats; the KL of the
+    sampler to the trainer as the mean of e^d − 1 − d, nats; the largest ratio e^d. Tokens of which
+    one is not finite are left out and counted, if there are any.
+
+    Nothing where the trainer did not need its own before an update, or took the sampler's for its
+    own: then the ratio of the first update holds the distance.
     """
     gaps = [
-        (batch.sampler_logp - batch.old_logp).abs()
+        batch.old_logp - batch.sampler_logp
         for batch in minibatches
-        if batch.old_logp is not None
+        if batch.old_logp is not None and batch.old_logp is not batch.sampler_logp
     ]
     if not gaps:
         return {}
-    gap = joined(torch.cat(gaps))
-    return {"sampler_mismatch": gap.mean().item(), "sampler_mismatch_max": gap.max().item()}
+    gap = joined(torch.cat(gaps)).double()
+    known = gap[gap.isfinite()]
+    unknown = len(gap) - len(known)
+    counted = {"sampler_mismatch_unknown": unknown} if unknown else {}
+    if not len(known):
+        return counted
+    return {
+        "sampler_mismatch": known.abs().mean().item(),
+        "sampler_mismatch_max": known.abs().max().item(),
+        "sampler_mismatch_kl": (known.expm1() - known).mean().item(),
+        "sampler_mismatch_ratio_max": known.max().exp().item(),
+        **counted,
+    }
 
 
 def update_metrics(updates: Sequence[Metrics]) -> Metrics:

@@ -80,6 +80,9 @@ class PPOTrainer(Trainer):
         objective = self.config.objective
         if objective.kl is not None:
             raise ValueError(f"objective: expected no KL of its own, got {objective.kl!r}")
+        if self.config.dynamic_sampling != "off":
+            got = self.config.dynamic_sampling
+            raise ValueError(f"dynamic_sampling: expected 'off', PPO has no groups, got {got!r}")
         if self.checkpoints is not None:
             raise ValueError("checkpoints: expected None, they do not hold the critic")
         if world() > 1:

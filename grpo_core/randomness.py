@@ -1,4 +1,4 @@
-"""Randomness without state: what a step draws depends on seed, step and process alone."""
+"""Randomness without state: what a step draws depends on seed, step, round and process alone."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from torch import Tensor
 
 @contextmanager
 def randomness(
-    seed: int, step: int, device: torch.device, rank: int = 0
+    seed: int, step: int, device: torch.device, rank: int = 0, again: int = 0
 ) -> Iterator[random.Random]:
     """Generators for one step; torch's global one is put back afterwards.
 
-    The one that is handed out is the same on every rank; torch's is each rank's own.
+    The one that is handed out is the same on every rank; torch's is each rank's own. Where a step
+    draws `again`, it draws anew.
     """
-    rng = random.Random(f"{seed}/{step}")
+    place = f"{seed}/{step}/again {again}" if again else f"{seed}/{step}"
+    rng = random.Random(place)
     of_torch = rng.getrandbits(63)
     if rank:
-        of_torch = random.Random(f"{seed}/{step}/{rank}").getrandbits(63)
+        of_torch = random.Random(f"{place}/{rank}").getrandbits(63)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(of_torch)
         yield rng

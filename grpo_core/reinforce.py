@@ -31,6 +31,7 @@ from grpo_core.checkpoint import Interrupted
 from grpo_core.console import open_console
 from grpo_core.data import Epochs, problems_of, read_records
 from grpo_core.distributed import barrier, in_group, is_main, process_group, rank, world
+from grpo_core.engines import make_engine
 from grpo_core.evaluate import Evaluation, evaluate
 from grpo_core.extras import extra
 from grpo_core.loggers import open_logger
@@ -113,6 +114,7 @@ class Run:
             loggers=loggers,
             samples=Samples(self.tokenizer, self.directory / "samples.jsonl", count=config.samples),
             console=open_console(config.console),
+            engine=make_engine(config, self.model),
         )
         if world() > 1:
             # dropout is every process's own
@@ -188,16 +190,21 @@ class Run:
 
     def greedy(self) -> Evaluation:
         """The most likely answer to every held-out problem."""
-        greedy = Sampling(self.config.max_new_tokens, temperature=0.0)
-        return evaluate(self.model, self.held_out, self.reward, greedy)
+        return self.evaluated(Sampling(self.config.max_new_tokens, temperature=0.0))
 
     def sampled(self) -> Evaluation:
         """As many answers to each as the options say."""
         config = self.config
         temperature = config.eval_temperature or config.temperature
         sampling = Sampling(config.max_new_tokens, temperature)
-        count, k = config.eval_samples, config.eval_k
-        return evaluate(self.model, self.held_out, self.reward, sampling, samples=count, k=k)
+        return self.evaluated(sampling, samples=config.eval_samples, k=config.eval_k)
+
+    def evaluated(
+        self, sampling: Sampling, *, samples: int = 1, k: Sequence[int] = ()
+    ) -> Evaluation:
+        """Held-out problems, answered by whoever writes the completions of the training."""
+        model, held_out, draw = self.model, self.held_out, self.trainer.draw
+        return evaluate(model, held_out, self.reward, sampling, samples=samples, k=k, draw=draw)
 
     def measured(self) -> dict[str, Metrics]:
         """Held-out figures, greedy and sampled."""

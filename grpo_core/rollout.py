@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -66,6 +66,14 @@ class Rollout:
     completion_mask: Tensor  # [S, T_completion] bool
     sampler_logp: Tensor  # [S, T_completion] float32, nats; 0 where masked
     truncated: Tensor  # [S] bool: the length limit came before an end token
+    # of the weights that wrote them, see `rollouts`; None where nobody keeps count
+    weight_version: int | None = None
+
+    def select(self, sequences: Tensor | slice) -> Rollout:
+        """The part that belongs to the given sequences, in their order."""
+        named = vars(self).items()
+        parts: dict[str, Any] = {n: v[sequences] for n, v in named if isinstance(v, Tensor)}
+        return replace(self, **parts)
 
     def completions(self) -> list[list[int]]:
         """Token ids without padding, one list per completion."""

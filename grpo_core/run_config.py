@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,10 +17,14 @@ from grpo_core.options import (
 )
 from grpo_core.recipes import RECIPES
 from grpo_core.rollout import Sampling
+from grpo_core.sampler import SamplerCorrection
 from grpo_core.trainer_config import TrainerConfig
 
 # what may differ between a run and the command that goes on with it
-FREE = ("resume", "threads", "log", "output", "checkpoint_every", "keep_checkpoints", "console")
+FREE = (
+    *("resume", "threads", "log", "output", "checkpoint_every", "keep_checkpoints", "console"),
+    *("rollout_url", "rollout_memory", "rollout_sleep"),
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,27 @@ class RunConfig:
     max_new_tokens: int = option(512, "Longest completion; keep the truncated share below 20 %.")
     temperature: float = option(1.0, "Of rollouts and loss alike.")
     mask_truncated: bool = option(False, "Learn nothing from completions cut off by the limit.")
+    dynamic_sampling: Literal["off", "filter", "resample"] = option(
+        "off", "Groups with equal rewards: stay, leave the batch, or are drawn anew (DAPO)."
+    )
+    max_resamples: int = option(3, "Further rounds of prompts in a step, with resample.")
+    max_log_ratio: float = option(
+        20.0, "An update in which a ratio exceeds e to this is skipped; 0: none is for that."
+    )
+    rollout: Literal["transformers", "vllm", "vllm-server"] = option(
+        "transformers", "Who writes completions: the model, vLLM on its GPU, or a server."
+    )
+    rollout_url: str = option("http://localhost:8000", "Of the server.")
+    rollout_memory: float = option(0.4, "Share of the GPU's memory that vLLM takes.")
+    rollout_sleep: bool = option(False, "vLLM leaves the GPU's memory between rollouts.")
+    sampler_correction: Literal["none", "truncate", "zero", "reject"] = option(
+        "none", "What is done where trainer and sampler disagree about a token's probability."
+    )
+    sampler_level: Literal["token", "sequence", "geometric"] = option(
+        "token", "Their ratio: of a token, or of a sequence as a product or a geometric mean."
+    )
+    sampler_low: float = option(0.0, "The smallest ratio that is left alone.")
+    sampler_high: float = option(2.0, "The largest.")
     tokens_per_microbatch: int = option(
         0, "Places of one forward and backward, padding included; 0: a minibatch as a whole."
     )
@@ -109,8 +134,17 @@ class RunConfig:
 
     def trainer(self, sampling: Sampling) -> TrainerConfig:
         """The part that the trainer wants to know."""
+        objective = recipe_with_kl(self.objective, self.beta)
+        if self.sampler_correction != "none":
+            correction = SamplerCorrection(
+                self.sampler_level, self.sampler_correction, self.sampler_low, self.sampler_high
+            )
+            objective = objective.replace(factor=replace(objective.factor, sampler=correction))
         return TrainerConfig(
-            objective=recipe_with_kl(self.objective, self.beta),
+            objective=objective,
+            dynamic_sampling=self.dynamic_sampling,
+            max_resamples=self.max_resamples,
+            max_log_ratio=self.max_log_ratio,
             steps=self.steps,
             prompts_per_step=self.prompts,
             group_size=self.group_size,

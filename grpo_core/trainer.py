@@ -12,7 +12,6 @@ those of one process with the whole batch. See `shares` and `parallel`.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,35 +22,27 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo_core import HeadOutput, LossOutput, trainer_state, training_loop, with_fused_head
-from grpo_core.advantages import estimate_advantages
 from grpo_core.batch import Batch, check_output_matrix, pack
 from grpo_core.clock import Clock
 from grpo_core.console import Bar, Console
-from grpo_core.distributed import joined, rank
+from grpo_core.distributed import joined
 from grpo_core.forward import packed_logp, packed_loss, reference_logp
 from grpo_core.head import has_fused_head
 from grpo_core.loggers import Logger
 from grpo_core.metrics import merge_metrics
-from grpo_core.monitor import (
-    Metrics,
-    Watch,
-    means,
-    rollout_metrics,
-    sampler_mismatch,
-    update_metrics,
-)
+from grpo_core.monitor import Metrics, Watch, sampler_mismatch, update_metrics
 from grpo_core.parallel import accumulating, policy_of, whole
-from grpo_core.randomness import randomness, shuffled
 from grpo_core.reference_model import reference_of
+from grpo_core.resampling import Answered, batch_advantages, collect, dealt_out
 from grpo_core.rewards import Reward, Scores
-from grpo_core.rollout import Problem, Rollout, rollout
+from grpo_core.rollout import Problem, Rollout, Sampling
+from grpo_core.rollouts import Engine, Rollouts
 from grpo_core.samples import Samples
 from grpo_core.shares import alike, check_shares, divisor, figures_of_all, own_share
 from grpo_core.supervised import learning_rate_share
 from grpo_core.trainer_config import TrainerConfig as TrainerConfig
 
 DrawProblems = Callable[[int, random.Random], Sequence[Problem]]
-Drawn = tuple[Sequence[Problem], Sequence[Sequence[int]], Scores]
 
 
 class Trainer:
@@ -71,6 +62,7 @@ class Trainer:
         loggers: take each step's record as well, see `loggers`.
         samples: keeps what the model writes.
         console: shows the run as it goes; None is a progress bar.
+        engine: writes the completions, see `rollouts`; None for the model itself.
 
     In a process group only the main process writes and logs.
 
@@ -95,6 +87,7 @@ class Trainer:
         loggers: Sequence[Logger] = (),
         samples: Samples | None = None,
         console: Console | None = None,
+        engine: Engine | None = None,
     ) -> None:
         check_shares(config)
         if config.loss != "fused":
@@ -117,11 +110,12 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
         )
+        self.rollouts = Rollouts(model, engine)
         self.steps_done = 0
         self.skipped_updates = 0
         self.skipped_in_a_row = 0
         self.watch = Watch()
-        self.drawn: Drawn = [], [], Scores(torch.empty(0), {})
+        self.drawn: Answered = [], [], Scores(torch.empty(0), {})
 
     def train(self, evaluation: Callable[[], Metrics] | None = None) -> list[Metrics]:
         """The steps that are left, with a progress bar, and a record of each.
@@ -150,28 +144,16 @@ class Trainer:
     def step(self) -> Metrics:
         """One rollout and the updates made of it."""
         config, clock = self.config, Clock(self.model.device)
-        with (
-            clock.phase("rollout"),
-            randomness(config.seed, self.steps_done, self.model.device, rank()) as rng,
-        ):
-            problems = self.draw_problems(config.prompts_per_step, rng)
-            problems = problems[own_share(len(problems))]
-            asked = [problem for problem in problems for _ in range(config.group_size)]
-            drawn = rollout(self.model, [problem.prompt for problem in asked], config.sampling)
-            order = torch.randperm(len(asked)).to(self.model.device)
-
-        scores = self.reward(asked, drawn.completions())
-        rewards = shuffled(scores.total, rng) if config.shuffle_rewards else scores.total
+        found = collect(self, clock)
         with clock.phase("reference"):
-            minibatches = self.minibatches(drawn, rewards.to(self.model.device), order)
+            minibatches = self.minibatches(found.drawn, found.rewards, found.order)
 
         rate = self.set_learning_rate()
         updates = [self.update(parts, clock) for _ in range(config.epochs) for parts in minibatches]
         self.steps_done += 1
         metrics = {
             "step": self.steps_done,
-            **rollout_metrics(drawn, joined(rewards), config.group_size),
-            **means({name: joined(part) for name, part in scores.parts.items()}),
+            **found.figures,
             **sampler_mismatch([part for parts in minibatches for part in parts]),
             **update_metrics(updates),
             "learning_rate": rate,
@@ -180,8 +162,12 @@ class Trainer:
             **clock.memory(),
         }
         self.watch(metrics)
-        self.drawn = asked, drawn.completions(), scores
+        self.drawn = found.answered
         return metrics
+
+    def draw(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
+        """Completions by whoever writes them, with the weights of now; see `rollouts`."""
+        return self.rollouts.draw(prompts, sampling, self.steps_done)
 
     def minibatches(self, drawn: Rollout, rewards: Tensor, order: Tensor) -> list[list[Batch]]:
         """What the updates are made of: each a list of parts that share an optimizer step.
@@ -194,12 +180,9 @@ class Trainer:
         config = self.config
         # of all processes, since some estimators look at the whole batch
         everyone = joined(rewards)
-        advantage = estimate_advantages(
-            everyone, config.objective.advantage, config.group_size, None
-        )
-        advantage = advantage[own_share(len(everyone))]
+        advantage = batch_advantages(everyone, config)[own_share(len(everyone))]
         packed = pack(drawn, advantage, mask_truncated=config.mask_truncated)
-        split = packed.split(config.minibatches, order)
+        split = dealt_out(packed, rewards, order, config)
         minibatches = alike([each.microbatches(config.tokens_per_microbatch) for each in split])
         return [[self.with_logp(part) for part in parts] for parts in minibatches]
 
@@ -209,14 +192,15 @@ class Trainer:
         old_logp = ref_logp = None
         if config.old_logp == "sampler":
             old_logp = part.sampler_logp
-        elif not config.on_policy:
+        elif not config.on_policy or self.rollouts.engine.separate:
+            # of an engine the distance is wanted, too
             old_logp = packed_logp(self.model, rows, config)
         if self.reference is not None:
             ref_logp = reference_logp(self.reference, rows, config)
         return replace(part, old_logp=old_logp, ref_logp=ref_logp)
 
     def update(self, parts: Sequence[Batch], clock: Clock) -> Metrics:
-        """One optimizer step; skipped and counted if the loss or its gradient is not finite.
+        """One optimizer step; skipped and counted if it is not `TrainerConfig.sound`.
 
         Raises:
             FloatingPointError: that happened too often in a row; names the file of the inputs.
@@ -239,7 +223,7 @@ class Trainer:
             # The one place where the host waits for the device.
             values = torch.stack([figure.float() for figure in figures.values()]).tolist()
             metrics = dict(zip(figures, values, strict=True))
-            if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+            if self.config.sound(metrics):
                 self.optimizer.step()
                 self.skipped_in_a_row = 0
             else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -9,6 +11,8 @@ from grpo_core import RECIPES, Objective
 from grpo_core.options import check_at_least, check_warmup
 from grpo_core.parallel import Shard
 from grpo_core.rollout import Sampling
+
+DynamicSampling = Literal["off", "filter", "resample"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,13 @@ class TrainerConfig:
     # about memory: parts of a minibatch share its divisor, and so make the same update.
     tokens_per_microbatch: int = 0
     mask_truncated: bool = False  # learn nothing from completions that ran into the length limit
+    # Groups whose rewards are all equal teach nothing. They stay in the batch, leave it, or leave
+    # it and others are drawn in their place, in so many rounds at most, see `resampling`.
+    dynamic_sampling: DynamicSampling = "off"
+    max_resamples: int = 3
+    # An update in which a ratio or the KL exceeds e to this is not made, as one that is not finite;
+    # 0: all are. See `sound`.
+    max_log_ratio: float = 20.0
     autocast: bool = False  # the trainer's matrix products in bfloat16
     shuffle_rewards: bool = False  # the control: every completion gets another one's reward
     evaluate_every: int = 5
@@ -59,6 +70,12 @@ class TrainerConfig:
         check_warmup(self)
         if self.shard not in get_args(Shard):
             raise ValueError(f"shard: expected one of {get_args(Shard)}, got {self.shard!r}")
+        if self.dynamic_sampling not in get_args(DynamicSampling):
+            raise ValueError(
+                f"dynamic_sampling: expected one of {get_args(DynamicSampling)}, got "
+                f"{self.dynamic_sampling!r}"
+            )
+        check_at_least(self, 0, "max_resamples", "max_log_ratio")
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature: expected more than 0 to train on, got 0")
 
@@ -66,6 +83,22 @@ class TrainerConfig:
     def on_policy(self) -> bool:
         """One update to a rollout: the policy that sampled is the one that is trained."""
         return self.minibatches * self.epochs == 1
+
+    def sound(self, update: Mapping[str, float]) -> bool:
+        """Whether an update's figures allow for its step.
+
+        Loss and gradient norm have to be finite. The largest ratio is to be at most
+        e^max_log_ratio, and so is the KL, summed over the tokens (k3 grows with the ratio to the
+        reference): far above it they may still be finite while their gradient drowns all others. A
+        log-ratio that float32 cannot hold as a ratio, from 88.7 on, leaves the loss by itself, see
+        `nonfinite_rows`; one far below 0 is a ratio of 0. No ratio is bent: what is below the limit
+        is learnt from bit for bit as without one.
+        """
+        finite = math.isfinite(update["loss"]) and math.isfinite(update["grad_norm"])
+        if not self.max_log_ratio:
+            return finite
+        limit = math.exp(min(self.max_log_ratio, 700))
+        return finite and not max(update["ratio_max"], update["kl"] * update["tokens"]) > limit
 
     def identity(self) -> dict[str, str]:
         """What may not change between a checkpoint and the run that goes on from it."""

@@ -72,6 +72,7 @@ def resume(trainer: Trainer) -> int:
     if state["position"] is not None:
         trainer.draw_problems.position = state["position"]  # type: ignore[attr-defined]
     trainer.steps_done = step_of(last)
+    trainer.rollouts.forget()
     _forget_steps(trainer, after=trainer.steps_done)
     return trainer.steps_done
 
@@ -87,8 +88,9 @@ def give_up(trainer: Trainer, parts: Sequence[Batch], metrics: Metrics) -> None:
         where = f"they lie in {file}"
     raise FloatingPointError(
         f"step {step}: {trainer.skipped_in_a_row} updates in a row had a loss or gradient that is "
-        f"not finite (loss {metrics['loss']}, gradient norm {metrics['grad_norm']}); as for the "
-        f"last one's inputs, {where}"
+        f"not finite, or a ratio above e^max_log_ratio (loss {metrics['loss']}, gradient norm "
+        f"{metrics['grad_norm']}, largest ratio {metrics['ratio_max']}); as for the last one's "
+        f"inputs, {where}"
     )
 
 

@@ -334,7 +334,8 @@ def test_one_update_to_a_rollout_needs_no_old_log_probabilities() -> None:
         settings = config(steps=3, minibatches=1, epochs=1, old_logp=old_logp, learning_rate=1e-3)
         trainer = Trainer(micro_model(), draw_problems, share_of_sevens, settings)
         metrics = trainer.step()
-        assert ("sampler_mismatch" in metrics) == (old_logp == "sampler")
+        # the trainer has none of its own to compare
+        assert "sampler_mismatch" not in metrics
         weights.append(list(trainer.model.parameters()))
     for mine, theirs in zip(*weights, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)

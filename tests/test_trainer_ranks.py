@@ -20,7 +20,7 @@ from tests.micro import MAX_NEW_TOKENS, micro_model
 from tests.test_checkpoint import records, trainer
 from tests.test_reinforce import files, options  # noqa: F401
 from tests.test_reinforce import records as records_of
-from tests.trainer_ranks import CASES, fixed_run, held_out, model_of, run
+from tests.trainer_ranks import CASES, adapted, fixed_run, held_out, model_of, run
 
 pytestmark = [
     pytest.mark.slow,
@@ -176,6 +176,44 @@ def test_held_out_problems_are_shared(shard: str, ranks: Found) -> None:
         found = rank[f"{shard}: evaluated"]
         assert found["completions"] == one["completions"]
         assert found["metrics"] == pytest.approx(one["metrics"])
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+def test_an_engine_follows_and_all_processes_draw_as_often(shard: str, ranks: Found) -> None:
+    """Weights of shards are put together for it; one engine serves all, and gets them once."""
+    own, theirs = ranks[0][f"{shard}: own model"], ranks[0][f"{shard}: engine"]
+    for rank in ranks:
+        for kind in ("own model", "engine"):
+            found = rank[f"{shard}: {kind}"]
+            assert found["history"] == ranks[0][f"{shard}: {kind}"]["history"]
+            for name, weight in found["weights"].items():
+                assert torch.equal(weight, own["weights"][name])
+    for mine, other in zip(own["history"], theirs["history"], strict=True):
+        assert mine == {**other, **{k: mine[k] for k in mine if k.startswith("sampler")}}
+    steps = own["history"][1:]
+    assert any(metrics["resamples"] for metrics in steps)
+    for metrics in steps:
+        assert metrics["groups_kept"] + metrics["groups_missing"] == 4
+        assert metrics["groups_drawn"] == 4 * (1 + metrics["resamples"])
+
+
+def test_an_update_that_fails_on_one_process_fails_on_all(ranks: Found) -> None:
+    assert ranks[0]["failed"] == "OSError: half way"
+    assert ranks[1]["failed"].startswith("RuntimeError: engine: the main process could not bring")
+
+
+def test_an_adapter_on_shards_is_merged(ranks: Found) -> None:
+    model = adapted()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(0.1)
+    expected = model.merge_and_unload().state_dict()
+    for rank in ranks:
+        assert rank["merged"].keys() == expected.keys()
+        for name, weight in expected.items():
+            torch.testing.assert_close(rank["merged"][name], weight, rtol=1e-6, atol=1e-6)
+        assert rank["alone"].startswith("engine: expected one that all 2 processes share")
 
 
 def test_processes_draw_apart(ranks: Found) -> None:

@@ -18,14 +18,17 @@ from torch.distributed.tensor import DTensor
 from grpo_core import RECIPES, Estimator, PolicyFactor, trainer_state
 from grpo_core.batch import Batch
 from grpo_core.checkpoint import Interrupted, checkpoints
+from grpo_core.checkpoint_format import ModelWeights
 from grpo_core.clock import MACHINE
-from grpo_core.distributed import in_group, is_main, rank, world
+from grpo_core.distributed import gathered, in_group, is_main, rank, world
 from grpo_core.evaluate import evaluate
-from grpo_core.parallel import export
+from grpo_core.parallel import export, sharded
 from grpo_core.rewards import Scores
 from grpo_core.rollout import Problem, Rollout, Sampling, rollout
+from grpo_core.rollouts import Rollouts
 from grpo_core.shares import own_share
 from grpo_core.trainer import Trainer, TrainerConfig
+from tests.engines import CopyEngine
 from tests.micro import (
     EOS,
     MAX_NEW_TOKENS,
@@ -36,6 +39,7 @@ from tests.micro import (
 )
 from tests.test_checkpoint import at_step, records
 from tests.test_checkpoint import trainer as short_run
+from tests.test_rollouts import broken
 
 RANKS = 2
 PROMPTS, GROUP = 4, 4
@@ -45,6 +49,8 @@ UNEQUAL = (8, 8, 7, 8, 8, 6, 8, 8, 1, 2, 1, 2, 1, 1, 2, 1)
 # the whole second share runs into the limit
 HALF_CUT = (*LENGTHS[:8], *[-MAX_NEW_TOKENS] * 8)
 PARTS = {"tokens_per_microbatch": 40}
+# one minibatch, since what is left of several is dealt out within a process
+LEAVES = {"dynamic_sampling": "filter", "minibatches": 1}
 DAPO = RECIPES["dapo"]
 
 # name -> (changes of the configuration, lengths of the completions, options of the run)
@@ -70,6 +76,17 @@ CASES: dict[str, tuple[dict[str, Any], Sequence[int], dict[str, Any]]] = {
     "an adapter": ({"objective": RECIPES["grpo"]} | PARTS, UNEQUAL, {"adapter": True}),
     "gradient checkpointing": (PARTS, UNEQUAL, {"checkpointed": True}),
     "a gradient that is not finite": ({}, LENGTHS, {"poisoned": True}),
+    "groups leave": (LEAVES, LENGTHS, {"equal": (1,)}),
+    "groups leave, sequence mean, KL": (
+        LEAVES | {"objective": RECIPES["grpo"]} | PARTS,
+        UNEQUAL,
+        {"equal": (0, 2)},
+    ),
+    "all groups of a rank leave": (
+        LEAVES | {"objective": RECIPES["dr_grpo"]},
+        LENGTHS,
+        {"equal": (2, 3)},
+    ),
 }
 
 
@@ -78,6 +95,20 @@ def sum_of_ids(problems: Sequence[Problem], completions: Sequence[Sequence[int]]
     total = torch.tensor([sum(ids) % 7 / 7 for ids in map(list, completions)])
     part = torch.tensor([ids[0] / 8 if len(ids) > 4 else torch.nan for ids in completions])
     return Scores(total, {"first": part})
+
+
+def partly_equal(groups: Sequence[int]) -> Any:
+    """The same without the part; these groups, counted over all processes, have equal rewards."""
+
+    def reward(problems: Sequence[Problem], completions: Sequence[Sequence[int]]) -> Scores:
+        total = sum_of_ids(problems, completions).total
+        for group in groups:
+            mine = group - rank() * PROMPTS // world()
+            if 0 <= mine < PROMPTS // world():
+                total[mine * GROUP : (mine + 1) * GROUP] = 0.25
+        return Scores(total, {})
+
+    return reward
 
 
 def given(step: int, lengths: Sequence[int]) -> Rollout:
@@ -107,9 +138,8 @@ class Fixed(Trainer):
 
     def step(self) -> dict[str, Any]:
         everything = given(self.steps_done, self.lengths)
-        mine = own_share(len(self.lengths))
-        drawn = Rollout(**{name: value[mine] for name, value in vars(everything).items()})
-        with mock.patch("grpo_core.trainer.rollout", lambda *_: drawn):
+        drawn = everything.select(own_share(len(self.lengths)))
+        with mock.patch.object(self.rollouts, "draw", lambda *_: drawn):
             return super().step()
 
     def minibatches(self, drawn: Rollout, rewards: Tensor, order: Tensor) -> list[list[Batch]]:
@@ -155,7 +185,8 @@ def fixed_run(name: str, shard: str) -> dict[str, Any]:
         "shard": shard if in_group() else "ddp",
     }
     config = TrainerConfig(**settings | changes)
-    run = Fixed(model_of(options), draw_problems, sum_of_ids, config)
+    reward = partly_equal(options["equal"]) if "equal" in options else sum_of_ids
+    run = Fixed(model_of(options), draw_problems, reward, config)
     run.lengths, run.poisoned = lengths, options.get("poisoned", False)
     if options.get("rate", True):
         # AdamW would not show a gradient that is too large by a factor
@@ -287,6 +318,58 @@ def shards_write() -> tuple[list[list[int]], list[bool]]:
     return drawn.completions(), [isinstance(p, DTensor) for p in run.model.parameters()]
 
 
+class OneForAll(CopyEngine):
+    """Every process has a part of it that writes; weights come from the main process."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(micro_model(seed=9), shared=True, **options)
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
+        for weight in self.model.parameters():
+            dist.broadcast(weight.data, 0)
+        self.version = gathered(self.version)[0]
+        return super().generate(prompts, sampling)
+
+
+def with_engine(shard: str, engine: Any) -> dict[str, Any]:
+    """A run whose completions an engine writes, and which draws again; all processes alike."""
+    changes = {
+        "dynamic_sampling": "resample",
+        "max_resamples": 2,
+        "prompts_per_step": 4,
+        "steps": 3,
+    }
+    run = short_run(None, micro_model(), shard=shard, **changes)
+    run.rollouts = Rollouts(run.model, engine)
+    history = run.train()
+    for metrics in history:
+        metrics.pop("seconds", None)
+    return {"history": history, "weights": weights(run.model), "calls": run.rollouts.version}
+
+
+def failed_update() -> str:
+    """The main process's engine takes one weight of a sharded model and then fails."""
+    run = short_run(None, micro_model(), shard="fsdp")
+    engine = OneForAll()
+    engine.update_weights = broken  # type: ignore[method-assign]
+    run.rollouts = Rollouts(run.model, engine)
+    try:
+        run.step()
+    except (OSError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "went on"
+
+
+def merged() -> dict[str, Tensor]:
+    """An adapter on a sharded model, merged weight by weight."""
+    model = adapted()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(0.1)
+    return dict(ModelWeights(sharded(model)))
+
+
 def work(number: int, folder: str) -> None:
     """A rank: everything, results to a file."""
     torch.set_num_threads(1)
@@ -299,6 +382,12 @@ def work(number: int, folder: str) -> None:
             found[f"{shard}: {name}"] = fixed_run(name, shard)
         found[f"{shard}: resumed"] = interrupted(shard, place / shard, dropping)
         found[f"{shard}: evaluated"] = evaluated(shard)
+        found[f"{shard}: own model"] = with_engine(shard, None)
+        found[f"{shard}: engine"] = with_engine(shard, OneForAll())
+    found["failed"] = failed_update()
+    found["merged"] = merged()
+    alone = CopyEngine(micro_model())
+    found["alone"] = refused(lambda: Rollouts(micro_model(), alone))
     found["fsdp: resumed, adapter"] = interrupted("fsdp", place / "fsdp-lora", adapted)
     found["poisoned"] = poisoned_save(place / "poisoned")
     found["drawn"] = drawn_apart()

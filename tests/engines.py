@@ -1,0 +1,75 @@
+"""Engines for tests, which hold weights of their own and know names and tensors only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from grpo_core.checkpoint_format import ModelWeights
+from grpo_core.rollout import Rollout, Sampling, rollout
+
+
+class CopyEngine:
+    """Writes with a model of its own.
+
+    Args:
+        model: of the same kind as the trainer's, without an adapter.
+        version: that it claims to have.
+        off: added to the log-probabilities that it tells, nats.
+        deaf: takes versions and no weights.
+    """
+
+    separate = True
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        version: int | None = None,
+        off: float = 0.0,
+        deaf: bool = False,
+        shared: bool = False,
+    ) -> None:
+        self.model, self.version, self.off, self.deaf = model, version, off, deaf
+        self.shared = shared
+        self.updates: list[int] = []
+        self.asked: list[Sampling] = []
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
+        self.asked.append(sampling)
+        drawn = rollout(self.model, prompts, sampling)
+        told = torch.where(drawn.completion_mask, drawn.sampler_logp + self.off, 0.0)
+        return replace(drawn, sampler_logp=told, weight_version=self.version)
+
+    def update_weights(self, weights: ModelWeights, version: int) -> None:
+        self.updates.append(version)
+        if self.deaf:
+            return
+        state = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in weights:
+                state.pop(name).copy_(tensor)
+        assert not state
+        self.version = version
+
+
+class GivenEngine:
+    """Hands out completions that are given to it, step by step."""
+
+    separate = False
+    shared = False
+
+    def __init__(self, *rollouts: Rollout) -> None:
+        self.rollouts = list(rollouts)
+        self.version: int | None = None
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
+        drawn = replace(self.rollouts.pop(0), weight_version=self.version)
+        assert len(prompts) == len(drawn.completion)
+        return drawn
+
+    def update_weights(self, weights: ModelWeights, version: int) -> None:
+        self.version = version

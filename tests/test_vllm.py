@@ -1,0 +1,291 @@
+"""The vLLM engines against a stand-in for the package and for its server, see `fake_vllm`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from grpo_core import vllm_engine, vllm_server
+from grpo_core.checkpoint_format import ModelWeights
+from grpo_core.reinforce import main
+from grpo_core.rollout import Sampling
+from grpo_core.rollouts import Rollouts
+from grpo_core.vllm_common import check_ends
+from grpo_core.vllm_engine import VllmEngine
+from grpo_core.vllm_server import VllmServer
+from tests import fake_vllm
+from tests.fake_vllm import LLM, Worker, server
+from tests.micro import EOS, MAX_NEW_TOKENS, micro_model
+from tests.test_checkpoint_format import adapted
+from tests.test_reinforce import files, options, records  # noqa: F401
+from tests.test_rollouts import trainer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*ran into max_new_tokens"),
+    pytest.mark.filterwarnings("ignore:.*had equal rewards"),
+    pytest.mark.filterwarnings("ignore:.*groups were missing"),
+]
+
+PROMPTS = [[5], [3, 9, 4]] * 3
+SHORT = ["--steps", "2", "--group_size", "2", "--minibatches", "1"]
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package, and a GPU for the model."""
+    for name, module in fake_vllm.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(vllm_engine, "sending_gpu", lambda model: fake_vllm.GPU)
+    monkeypatch.setattr(vllm_server, "LAST_WORDS", 2.0)
+    monkeypatch.setattr(vllm_server.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(fake_vllm, "GROUP", fake_vllm.Group())
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    """A checkpoint that vLLM loads: other weights than the trainer's."""
+    micro_model(seed=9).save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.fixture(params=["colocated", "server"])
+def engine(request: pytest.FixtureRequest, vllm: None, path: str) -> Iterator[Any]:
+    """Either one, in float32, with its worker as `worker`."""
+    if request.param == "colocated":
+        found: Any = VllmEngine(path, micro_model(), dtype=torch.float32)
+        found.worker = LLM.made.worker
+        yield found
+        return
+    worker = Worker(micro_model(seed=9), "nccl")
+    with server(worker) as url:
+        found = VllmServer(url, micro_model(), dtype=torch.float32)
+        found.worker = worker
+        yield found
+
+
+def same_weights(engine: Any, model: Any) -> bool:
+    """The engine's worker has the model's, bit for bit."""
+    state = model.state_dict()
+    return all(torch.equal(w, state[n]) for n, w in engine.worker.model.named_parameters())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_completions_come_with_what_the_trainer_would_say_of_them(
+    engine: Any, temperature: float
+) -> None:
+    """Of its own weights, at the temperature they were drawn at."""
+    run = trainer(engine, sampling=Sampling(MAX_NEW_TOKENS, temperature))
+    metrics = run.step()
+    assert metrics["sampler_mismatch_max"] < 1e-4
+    assert same_weights(engine, micro_model())
+    before = deepcopy(run.model)
+    assert run.step()["sampler_mismatch_max"] < 1e-4
+    assert same_weights(engine, before)
+    if temperature == 1:
+        # these completions had rewards to learn from
+        assert not same_weights(engine, micro_model()) and not same_weights(engine, run.model)
+    finishes = [call for call in engine.worker.calls if call.startswith("finish")]
+    assert finishes == ["finish 0", "finish 1"]
+
+
+def test_seeds_come_from_torchs_generator_and_differ_within_a_group(engine: Any) -> None:
+    rollouts = Rollouts(micro_model(), engine)
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(4)
+        drawn.append(rollouts.draw([[5, 6]] * 6, Sampling(MAX_NEW_TOKENS), 0))
+        # a connection that breaks is tried once more, with the same seed
+        engine.worker.drops = 1
+    assert torch.equal(drawn[0].completion, drawn[1].completion)
+    assert torch.equal(drawn[0].sampler_logp, drawn[1].sampler_logp)
+    assert len({tuple(ids) for ids in drawn[0].completions()}) > 3
+    long = rollouts.draw(PROMPTS, Sampling(12), 0)
+    for ids, cut in zip(long.completions(), long.truncated.tolist(), strict=True):
+        assert cut == (EOS not in ids) and EOS not in ids[:-1]
+    assert long.prompt[0].tolist()[-1:] == [5] and long.prompt_mask.sum(1).tolist() == [1, 3] * 3
+
+
+def test_an_adapter_comes_merged(engine: Any) -> None:
+    model = adapted()
+    Rollouts(model, engine).draw([[5]], Sampling(2), 0)
+    expected = dict(ModelWeights(model))
+    for name, weight in engine.worker.model.named_parameters():
+        assert torch.equal(weight, expected[name])
+
+
+def test_an_update_is_finished_after_an_error_too(engine: Any) -> None:
+    """Without a version; the next one is made whole, and completions are refused until then."""
+    model = micro_model()
+    rollouts = Rollouts(model, engine)
+    rollouts.draw([[5]], Sampling(2), 0)
+    worker = engine.worker
+    worker.calls.clear()
+    worker.fails = MemoryError("no room")
+    # the worker has given up by itself, and says so when it is told of the end
+    with pytest.raises((RuntimeError, ConnectionError), match="without a matching start"):
+        rollouts.draw([[5]], Sampling(2), 1)
+    assert worker.calls[:3] == ["start", "update", "finish None"] and not worker.active
+    fake_vllm.GROUP.sent.queue.clear()
+    rollouts.draw([[5]], Sampling(2), 2)
+    assert worker.calls[3:] in (
+        ["start", "update", "finish 2"],
+        ["start", "update", "finish 2", "reset"],
+    )
+
+
+def test_an_error_of_the_trainers_is_the_one_that_is_raised(
+    engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A weight that cannot be read, after some that could."""
+
+    def broken(self: ModelWeights) -> Any:
+        if next(count) == 3:
+            raise OSError("unreadable")
+        return advance(self)
+
+    rollouts = Rollouts(micro_model(), engine)
+    advance, count = ModelWeights.__next__, iter(range(100))
+    monkeypatch.setattr(ModelWeights, "__next__", broken)
+    # a worker that would otherwise wait for the rest
+    monkeypatch.setattr(Worker, "received", lambda self, **_: [])
+    with pytest.raises(OSError, match="unreadable"):
+        rollouts.draw([[5]], Sampling(2), 0)
+    assert engine.worker.calls[-1] == "finish None" and not engine.worker.active
+    assert rollouts.version is None
+
+
+def test_another_trainer_on_the_same_engine_is_noticed(engine: Any) -> None:
+    rollouts = Rollouts(micro_model(), engine)
+    rollouts.draw([[5]], Sampling(2), 0)
+    engine.worker.version = "another/0"
+    with pytest.raises(RuntimeError, match="of step 0, got some by None; does another run"):
+        rollouts.draw([[5]], Sampling(2), 0)
+
+
+def test_large_weights_and_many_pieces(
+    vllm: None, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The buffer holds the largest weight; vLLM's GPU memory is left in between, and no level 2."""
+    monkeypatch.setattr(vllm_engine, "BUFFER_BYTES", 1)
+    engine = VllmEngine(path, micro_model(), sleep=True, longest=32)
+    llm = LLM.made
+    assert llm.asleep
+    rollouts = Rollouts(micro_model(), engine)
+    drawn = rollouts.draw(PROMPTS, Sampling(4), 0)
+    assert llm.worker.calls.count("update") > 3 and llm.worker.calls[-1] == "finish 0"
+    assert llm.asleep and llm.resets == 1
+    state = micro_model().state_dict()
+    for name, weight in llm.worker.model.named_parameters():
+        assert weight.dtype == torch.bfloat16 and torch.equal(weight, state[name].bfloat16())
+    assert drawn.sampler_logp.dtype == torch.float32
+
+
+def test_a_server_that_cannot_serve_is_refused(vllm: None) -> None:
+    worker = Worker(micro_model(), "nccl")
+    with (
+        server(worker, logprobs_mode="raw_logprobs") as url,
+        pytest.raises(ValueError, match=r"--logprobs-mode processed_logprobs, .* 'raw_logprobs'"),
+    ):
+        VllmServer(url, micro_model())
+    with (
+        server(worker, backend=None) as url,
+        pytest.raises(ValueError, match=r"--weight-transfer-config .*nccl.*, got None"),
+    ):
+        VllmServer(url, micro_model())
+    with pytest.raises(ConnectionError, match="is the server up"):
+        VllmServer("http://127.0.0.1:9", micro_model())
+    with (
+        server(worker) as url,
+        pytest.raises(ConnectionError, match=r"404, .*VLLM_SERVER_DEV_MODE=1"),
+    ):
+        VllmServer(f"{url}/elsewhere", micro_model())
+
+
+def test_ends_that_the_trainer_does_not_know_are_an_error() -> None:
+    check_ends([[4, EOS], [4, 5]], ["stop", "length"], [EOS])
+    for ids, reason in (([4, 5], "stop"), ([], "stop"), ([4], "abort"), ([4], None)):
+        with pytest.raises(RuntimeError, match="expected an end by one of the tokens"):
+            check_ends([[EOS], ids], ["stop", reason], [EOS])
+
+
+def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    for make in (lambda: VllmEngine(path, micro_model()), lambda: VllmServer("", micro_model())):
+        with pytest.raises(ModuleNotFoundError, match=r"pip install 'vllm>=0\.28'$"):
+            make()
+    for name, module in fake_vllm.modules(version="0.27.1").items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(ValueError, match=r"vllm: expected 0\.28 or later, got 0\.27\.1"):
+        VllmServer("", micro_model())
+    for name, module in fake_vllm.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(ValueError, match=r"model: expected one on a GPU, .* got cpu"):
+        VllmEngine(path, micro_model())
+    on_gpu: Any = type("Model", (), {"device": torch.device("cuda", 0)})
+    monkeypatch.delenv("VLLM_ALLOW_INSECURE_SERIALIZATION", raising=False)
+    with pytest.raises(ValueError, match="VLLM_ALLOW_INSECURE_SERIALIZATION: expected 1"):
+        vllm_engine.sending_gpu(on_gpu)
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    with pytest.raises(ValueError, match="VLLM_ENABLE_V1_MULTIPROCESSING: expected vLLM in"):
+        vllm_engine.sending_gpu(on_gpu)
+    with pytest.raises(ValueError, match=r"memory: expected a share between 0 and 1, got 1\.5"):
+        VllmEngine(path, micro_model(), memory=1.5)
+
+
+def test_the_command_trains_with_vllm(
+    vllm: None,
+    files: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """Held-out answers are the engine's, too; bfloat16 of a sampler shows in the mismatch."""
+    more = ["--rollout", "vllm", "--sampler_correction", "truncate", "--held_out", "1", *SHORT]
+    assert main(options(files, tmp_path / "run", *more)) == 0
+    found = records(tmp_path / "run")[1:]
+    assert all(0 < m["sampler_mismatch"] < 0.1 for m in found)
+    assert all(m["factor_mean"] == pytest.approx(1, abs=0.1) for m in found)
+    calls = LLM.made.worker.calls
+    assert [call for call in calls if "finish" in call] == [f"finish {n}" for n in range(3)]
+    assert LLM.made.worker.model.dtype == torch.bfloat16
+
+
+def test_the_command_trains_with_a_server_and_draws_again(
+    vllm: None,
+    files: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """It goes on from a checkpoint with the weights of that, whatever the server has."""
+    worker = Worker(AutoModelForCausalLM.from_pretrained(files / "model").eval(), "nccl")
+    with server(worker) as url:
+        more = ["--rollout", "vllm-server", "--rollout_url", url, "--held_out", "0"]
+        more += ["--dynamic_sampling", "resample", "--max_resamples", "1", "--temperature", "0.8"]
+        more += ["--sampler_correction", "reject", *SHORT]
+        words = options(files, tmp_path / "run", *more)
+        assert main(words) == 0
+        found = records(tmp_path / "run")[1:]
+        assert all(m["groups_drawn"] == 2 * (1 + m["resamples"]) for m in found)
+        assert all(m["sampler_mismatch"] < 0.1 for m in found)
+        worker.calls.clear()
+        (tmp_path / "run/checkpoints/step-000002").rename(tmp_path / "elsewhere")
+        assert main([*words, "--resume", "True"]) == 0
+        assert [call for call in worker.calls if "finish" in call] == ["finish 1"]
+        again = records(tmp_path / "run")[1:]
+        assert [record["step"] for record in again] == [1, 2]
+        assert again == found
+
+
+def test_the_command_says_what_is_missing(
+    files: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(options(files, tmp_path, "--rollout", "vllm"))
+    assert "vLLM, which is not installed: pip install 'vllm>=0.28'" in capsys.readouterr().err
