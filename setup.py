@@ -26,6 +26,7 @@ setup(
     ],
     install_requires=[
         "torch>=2.9",
+        # 3.6 interprets kernels, as the tests do without a GPU, only beside numpy < 2.4
         "triton>=3.6; platform_system == 'Linux'",
         "transformers>=5",
     ],
