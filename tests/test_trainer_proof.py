@@ -302,7 +302,7 @@ def test_every_option_that_the_document_names_exists() -> None:
 def bytes_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of transformers that reads bytes."""
     folder = tmp_path_factory.mktemp("bytes")
-    micro_model(vocab_size=400, max_position_embeddings=1024).save_pretrained(folder)
+    micro_model(vocab_size=384, max_position_embeddings=1024).save_pretrained(folder)
     ByT5Tokenizer().save_pretrained(folder)
     return folder
 
