@@ -36,7 +36,7 @@ from grpo_core.evaluate import Evaluation, evaluate
 from grpo_core.extras import extra
 from grpo_core.loggers import open_logger
 from grpo_core.monitor import Metrics
-from grpo_core.named_rewards import find_reward
+from grpo_core.named_rewards import find_reward, shown_name
 from grpo_core.parallel import export
 from grpo_core.rewards import FunctionReward
 from grpo_core.rollout import Problem, Sampling
@@ -123,7 +123,11 @@ class Run:
     def task(self) -> tuple[list[Problem], FunctionReward]:
         """Problems and their reward, from a file or from reasoning-gym."""
         config, tokenizer = self.config, self.tokenizer
-        functions = {name: find_reward(name) for name in config.rewards}
+        names = [shown_name(name) for name in config.rewards]
+        if len(set(names)) < len(names):
+            raise ValueError(f"rewards: expected names that differ, got {names}")
+        functions = dict(zip(names, map(find_reward, config.rewards), strict=True))
+        weights = dict(zip(names, config.reward_weights, strict=False))
         if config.data.startswith(GYM):
             problems, reward = reasoning_gym_task(
                 config.data.removeprefix(GYM),
@@ -132,7 +136,8 @@ class Run:
                 seed=config.seed,
                 chat=tokenizer.chat_template is not None,
             )
-            # its own scoring takes the place of comparing answers
+            # its own scoring takes the place of comparing answers, and the weight
+            weights = {"accuracy" if k == "math" else k: v for k, v in weights.items()}
             others = {k: v for k, v in functions.items() if k not in ("accuracy", "math")}
             functions = {**reward.functions, **others}
         else:
@@ -143,7 +148,6 @@ class Run:
                 template=config.template or None,
                 longest_prompt=config.longest_prompt or None,
             )
-        weights = dict(zip(config.rewards, config.reward_weights, strict=False))
         weights = {name: weight for name, weight in weights.items() if name in functions}
         return problems, FunctionReward(tokenizer, functions, weights)
 

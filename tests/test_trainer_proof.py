@@ -19,8 +19,8 @@ from yaml import safe_load
 
 from grpo_core import RECIPES, fused_linear_loss, fused_loss
 from grpo_core.advantages import estimate_advantages
+from grpo_core.clock import Clock
 from grpo_core.evaluate import evaluate
-from grpo_core.monitor import Clock
 from grpo_core.reinforce import main as reinforce
 from grpo_core.rewards import FunctionReward, Scores
 from grpo_core.rollout import Problem, Rollout, Sampling
@@ -325,7 +325,6 @@ def test_the_first_run_of_the_document(bytes_model: Path, tmp_path: Path) -> Non
     assert step["length"] <= 4
 
 
-@pytest.mark.xfail(strict=True, reason="reinforce gives it the weight 1, whatever was asked for")
 def test_the_score_of_reasoning_gym_takes_the_weight_of_what_it_replaces(
     bytes_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
