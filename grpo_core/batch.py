@@ -26,6 +26,7 @@ class Rows:
     attention: Tensor  # [S, T] bool
     sequence: Tensor  # [N] int64, ascending
     column: Tensor  # [N] int64: the target's column less one
+    end_to_end: bool = False  # how a model gets them: as one sequence, without the padding
 
     @property
     def target(self) -> Tensor:
@@ -40,20 +41,33 @@ class Rows:
         return places
 
     @property
+    def hidden_places(self) -> Tensor:
+        """The same where a model has been given `inputs`: [S, T], or [1, tokens] end to end."""
+        return self.places[self.attention][None] if self.end_to_end else self.places
+
+    @property
     def inputs(self) -> dict[str, Any]:
         """What a model's forward takes."""
+        # Left padding must not shift positions; padded places get 0 and are never attended to.
+        positions = (self.attention.long().cumsum(1) - 1).clamp(min=0)
+        if self.end_to_end:
+            # a position that is no step of one tells attention that a sequence begins
+            return {
+                "input_ids": self.ids[self.attention][None],
+                "position_ids": positions[self.attention][None],
+                "use_cache": False,
+            }
         return {
             "input_ids": self.ids,
             "attention_mask": self.attention.long(),
-            # Left padding must not shift positions; padded places get 0 and are never attended to.
-            "position_ids": (self.attention.long().cumsum(1) - 1).clamp(min=0),
+            "position_ids": positions,
             "use_cache": False,
         }
 
     def hidden(self, model: PreTrainedModel) -> Tensor:
         """What the output matrix is applied to, [N, D]: the backbone over all tokens."""
         hidden = beneath(model).base_model(**self.inputs).last_hidden_state  # [S, T, D]
-        rows: Tensor = hidden[self.sequence, self.column]
+        rows: Tensor = hidden[self.hidden_places]
         return rows
 
     def logits(self, model: PreTrainedModel) -> Tensor:
@@ -91,7 +105,8 @@ class Batch:
         renumbered = chosen.long().cumsum(0) - 1
         named = vars(self).items()
         vectors: dict[str, Any] = {name: v[kept] for name, v in named if isinstance(v, Tensor)}
-        chosen_rows = Rows(
+        chosen_rows = replace(
+            rows,
             ids=rows.ids[chosen],
             attention=rows.attention[chosen],
             sequence=renumbered[rows.sequence[kept]],
@@ -100,23 +115,27 @@ class Batch:
         return replace(self, rows=chosen_rows, **vectors)
 
     def microbatches(self, tokens: int) -> list[Batch]:
-        """Parts of at most `tokens` places, padding included, of sequences of like length.
+        """Parts of at most `tokens` places a model is given, of sequences of like length.
 
-        A sequence longer than that is a part of its own. 0 leaves everything together.
+        Padding is counted where there is any. A sequence longer than that is a part of its own. 0
+        leaves everything together.
         """
         if not tokens:
             return [self]
         attention = self.rows.attention.long()
         firsts = attention.argmax(1)
         ends = attention.shape[1] - attention.flip(1).argmax(1)
+        lengths = attention.sum(1).tolist()
         parts: list[list[int]] = []
-        first, end = 0, 0
+        first, end, total = 0, 0, 0
         for sequence in (ends - firsts).argsort(descending=True, stable=True).tolist():
             mine = int(firsts[sequence]), int(ends[sequence])
             wider = min(first, mine[0]), max(end, mine[1])
-            if not parts or (wider[1] - wider[0]) * (len(parts[-1]) + 1) > tokens:
+            total += lengths[sequence]
+            places = (wider[1] - wider[0]) * (len(parts[-1]) + 1) if parts else 0
+            if not parts or (total if self.rows.end_to_end else places) > tokens:
                 parts.append([])
-                wider = mine
+                wider, total = mine, lengths[sequence]
             parts[-1].append(sequence)
             first, end = wider
         device = attention.device
@@ -127,7 +146,8 @@ class Batch:
         seen = self.rows.attention.any(0).nonzero().squeeze(1)
         first, end = (int(seen[0]), int(seen[-1]) + 1) if seen.numel() else (0, 0)
         rows = self.rows
-        trimmed = Rows(
+        trimmed = replace(
+            rows,
             ids=rows.ids[:, first:end],
             attention=rows.attention[:, first:end],
             sequence=rows.sequence,
@@ -139,7 +159,8 @@ class Batch:
         """Two tokens of a sequence, none to be learnt, for a process that has no part left."""
         first = torch.zeros(1, dtype=torch.int64, device=self.rows.ids.device)
         one = self.select(first).trimmed()
-        rows = Rows(
+        rows = replace(
+            one.rows,
             ids=one.rows.ids[:, :2],
             attention=one.rows.attention[:, :2],
             sequence=one.rows.sequence[:0],
@@ -153,11 +174,19 @@ class Batch:
         return [self.select(part) for part in order.chunk(count)]
 
 
-def pack(rollout: Rollout, advantage: Tensor, *, mask_truncated: bool = False) -> Batch:
+def pack(
+    rollout: Rollout,
+    advantage: Tensor,
+    *,
+    mask_truncated: bool = False,
+    end_to_end: bool = False,
+) -> Batch:
     """Completions and their advantages [S] float32, as rows.
 
-    With `mask_truncated` those that ran into the length limit are not learnt from (DAPO,
-    arXiv 2503.14476, section 3.4).
+    Args:
+        mask_truncated: those that ran into the length limit are not learnt from (DAPO,
+            arXiv 2503.14476, section 3.4).
+        end_to_end: a model gets them without padding, see `padding`.
     """
     no_prompt = torch.zeros_like(rollout.prompt_mask)
     learnt = rollout.completion_mask
@@ -169,7 +198,7 @@ def pack(rollout: Rollout, advantage: Tensor, *, mask_truncated: bool = False) -
         is_target=torch.cat([no_prompt, learnt], dim=1),
     )
     return Batch(
-        rows=rows,
+        rows=replace(rows, end_to_end=end_to_end),
         advantage=advantage[rows.sequence],
         # A boolean mask and `nonzero` walk the completions in the same order.
         sampler_logp=rollout.sampler_logp[learnt],

@@ -27,7 +27,7 @@ def packed_logp(model: PreTrainedModel, rows: Rows, config: TrainerConfig) -> Te
         with precision(rows, config):
             logits = rows.logits(model)
         return token_logp(logits, rows.target, temperature=temperature).logp
-    request = LogpRequest(rows.target, rows=rows.places, temperature=temperature)
+    request = LogpRequest(rows.target, rows=rows.hidden_places, temperature=temperature)
     with precision(rows, config):
         logp: Tensor = model(**rows.inputs, request=request).logp
     return logp
@@ -63,7 +63,7 @@ def packed_loss(
     if config.objective.factor.needs_sampler:
         terms["sampler_logp"] = part.sampler_logp
     if config.loss == "fused":
-        request = LossRequest(rows.target, rows=rows.places, **terms)
+        request = LossRequest(rows.target, rows=rows.hidden_places, **terms)
         with precision(rows, config):
             found: HeadOutput = policy(**rows.inputs, request=request)
         return found

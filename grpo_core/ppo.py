@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from grpo_core.batch import Batch, Rows, pack
+from grpo_core.batch import Batch, Rows
 from grpo_core.clock import Clock
 from grpo_core.distributed import world
 from grpo_core.forward import packed_logp, reference_logp
@@ -60,7 +60,7 @@ class Critic(nn.Module):
     def forward(self, rows: Rows) -> Tensor:
         """The value before each target is written, [N] float32."""
         hidden = self.backbone(**rows.inputs).last_hidden_state
-        values: Tensor = self.head(hidden[rows.sequence, rows.column]).squeeze(1)
+        values: Tensor = self.head(hidden[rows.hidden_places]).squeeze(1)
         return values.float()
 
 
@@ -100,7 +100,7 @@ class PPOTrainer(Trainer):
     def minibatches(self, drawn: Rollout, rewards: Tensor, order: Tensor) -> list[list[Batch]]:
         """As in `Trainer`; the advantage of every token by GAE, whitened over the rollout."""
         config = self.config
-        packed = pack(drawn, rewards, mask_truncated=config.mask_truncated)
+        packed = self.packed(drawn, rewards)
         minibatches = [
             [self.with_values(part) for part in whole.microbatches(config.tokens_per_microbatch)]
             for whole in packed.split(config.minibatches, order)

@@ -66,6 +66,9 @@ class RunConfig:
     warmup_steps: int = option(5, "Steps of linear warm-up; then it falls linearly to 0.")
     max_new_tokens: int = option(512, "Longest completion; keep the truncated share below 20 %.")
     temperature: float = option(1.0, "Of rollouts and loss alike.")
+    padding_free: Literal["auto", "always", "never"] = option(
+        "auto", "Sequences end to end, without padding: where attention gains by it (flash, flex)."
+    )
     mask_truncated: bool = option(False, "Learn nothing from completions cut off by the limit.")
     dynamic_sampling: Literal["off", "filter", "resample"] = option(
         "off", "Groups with equal rewards: stay, leave the batch, or are drawn anew (DAPO)."
@@ -156,6 +159,7 @@ class RunConfig:
             loss=self.loss,
             tokens_per_microbatch=self.tokens_per_microbatch,
             mask_truncated=self.mask_truncated,
+            padding_free=self.padding_free,
             autocast=self.autocast,
             evaluate_every=self.evaluate_every,
             seed=self.seed,

@@ -31,6 +31,7 @@ from grpo_core.head import has_fused_head
 from grpo_core.loggers import Logger
 from grpo_core.metrics import merge_metrics
 from grpo_core.monitor import Metrics, Watch, sampler_mismatch, update_metrics
+from grpo_core.padding import is_padding_free
 from grpo_core.parallel import accumulating, policy_of, whole
 from grpo_core.reference_model import reference_of
 from grpo_core.resampling import Answered, batch_advantages, collect, dealt_out
@@ -107,6 +108,7 @@ class Trainer:
         wants_reference = config.objective.beta > 0
         self.reference = reference_of(model, config.shard) if wants_reference else None
         self.policy = policy_of(model, config.shard)
+        self.end_to_end = is_padding_free(model, config.padding_free)
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
         )
@@ -181,10 +183,14 @@ class Trainer:
         # of all processes, since some estimators look at the whole batch
         everyone = joined(rewards)
         advantage = batch_advantages(everyone, config)[own_share(len(everyone))]
-        packed = pack(drawn, advantage, mask_truncated=config.mask_truncated)
-        split = dealt_out(packed, rewards, order, config)
+        split = dealt_out(self.packed(drawn, advantage), rewards, order, config)
         minibatches = alike([each.microbatches(config.tokens_per_microbatch) for each in split])
         return [[self.with_logp(part) for part in parts] for parts in minibatches]
+
+    def packed(self, drawn: Rollout, advantage: Tensor) -> Batch:
+        """Completions and their advantages [S] float32 as the model will get them."""
+        masks = self.config.mask_truncated
+        return pack(drawn, advantage, mask_truncated=masks, end_to_end=self.end_to_end)
 
     def with_logp(self, part: Batch) -> Batch:
         """The microbatch with the log-probabilities its ratio and KL are measured against."""

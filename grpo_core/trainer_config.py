@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from grpo_core import RECIPES, Objective
 from grpo_core.options import check_at_least, check_warmup
+from grpo_core.padding import PaddingFree
 from grpo_core.parallel import Shard
 from grpo_core.rollout import Sampling
 
@@ -35,6 +36,8 @@ class TrainerConfig:
     loss: Literal["fused", "logits", "naive"] = "fused"
     # Where the ratio's denominator comes from: one more forward pass, or what the sampler noted.
     old_logp: Literal["trainer", "sampler"] = "trainer"
+    # Sequences end to end in the place of padded ones: where attention gains by it, see `padding`.
+    padding_free: PaddingFree = "auto"
     # Places of a forward and backward, padding included; 0 takes a minibatch as a whole. It decides
     # about memory: parts of a minibatch share its divisor, and so make the same update.
     tokens_per_microbatch: int = 0
@@ -68,6 +71,9 @@ class TrainerConfig:
                 f"completions of a step, got {self.minibatches}"
             )
         check_warmup(self)
+        if self.padding_free not in get_args(PaddingFree):
+            want = get_args(PaddingFree)
+            raise ValueError(f"padding_free: expected one of {want}, got {self.padding_free!r}")
         if self.shard not in get_args(Shard):
             raise ValueError(f"shard: expected one of {get_args(Shard)}, got {self.shard!r}")
         if self.dynamic_sampling not in get_args(DynamicSampling):
