@@ -13,10 +13,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -28,7 +27,6 @@ BLOCK_BYTES = 2**19
 # numbers below which torch gives a thread nothing to do
 GRAIN = 2**15
 
-Scratch = TypeVar("Scratch")
 Place = slice | Tensor  # of rows: neighbours, or int64 indices
 
 
@@ -81,8 +79,7 @@ class Chunk:
 
 
 def for_each_chunk(
-    work: Callable[[Chunk, Scratch], None],
-    new_scratch: Callable[[], Scratch],
+    work: Callable[[Chunk], None],
     rows: Rows,
     target: Tensor,
     wanted: Tensor,
@@ -91,7 +88,7 @@ def for_each_chunk(
     *,
     blocks: int,
 ) -> None:
-    """Does `work(chunk, scratch)` on the wanted rows; unwanted rows of `dlogits` become 0.
+    """Does `work(chunk)` on the wanted rows; unwanted rows of `dlogits` become 0.
 
     Args:
         target: [N] int64, within [0, V) where wanted.
@@ -106,19 +103,18 @@ def for_each_chunk(
     views = _Views(logits, ref, home, target, logits.at_targets(target), ref_mine)
     if home is not None:
         home.zero(~wanted)
-    threads, scratch = torch.get_num_threads(), new_scratch()
-    with _kept_thread_count(), torch.no_grad():
+    with _kept_thread_count() as threads, torch.no_grad():
         for shared, places in _chunks(logits, wanted, blocks, threads):
             torch.set_num_threads(threads if shared else 1)
-            work(views.chunk(places), scratch)
+            work(views.chunk(places))
 
 
 @contextmanager
-def _kept_thread_count() -> Iterator[None]:
-    """Leaves torch's number of threads as it was."""
+def _kept_thread_count() -> Iterator[int]:
+    """Torch's number of threads, which it leaves as it was."""
     threads = torch.get_num_threads()
     try:
-        yield
+        yield threads
     finally:
         torch.set_num_threads(threads)
 
@@ -126,7 +122,7 @@ def _kept_thread_count() -> Iterator[None]:
 def gradient_rows(rows: Rows, dlogits: Tensor) -> Rows:
     """The gradient lies as the logits do, being them, or is contiguous."""
     if dlogits.stride() == rows.logits.stride():
-        return Rows(dlogits, *list(vars(rows).values())[1:])
+        return replace(rows, logits=dlogits)
     return Rows.of(dlogits.view(rows.N, rows.V))
 
 
@@ -210,7 +206,7 @@ class _Views:
 
     def chunk(self, places: list[Place]) -> Chunk:
         """The blocks at these places."""
-        at, ref_mine = _joined(places), self.ref_mine
+        at, ref_mine = _joined(places, self.target.device), self.ref_mine
         return Chunk(
             [self.block(place) for place in places],
             [_count(place) for place in places],
@@ -273,11 +269,12 @@ def _count(at: Place) -> int:
     return at.stop - at.start if isinstance(at, slice) else at.numel()
 
 
-def _joined(places: list[Place]) -> Place:
+def _joined(places: list[Place], device: torch.device) -> Place:
     """All of them as one place."""
     slices = [place for place in places if isinstance(place, slice)]
     if len(slices) < len(places):
         return torch.cat([place for place in places if isinstance(place, Tensor)])
     if all(one.stop == other.start for one, other in pairwise(slices)):
         return slice(slices[0].start, slices[-1].stop)
-    return torch.cat([torch.arange(place.start, place.stop) for place in slices])
+    # torch's default device may be another than the rows'
+    return torch.cat([torch.arange(at.start, at.stop, device=device) for at in slices])

@@ -100,8 +100,9 @@ class RowSoftmax:
         Uses up what was kept of them.
         """
         policy, reference, z = self.policy, self.reference, found.z
-        still = ~slopes.any
         share, logp = torch.sigmoid(z), logsigmoid(-z)
+        # a certain target has no gradient, even where a word without probability has infinite KL
+        still = ~slopes.any | (share == 0)
         at_target = slopes.dlogp * share
         factor = -at_target
         # what is added to the powers, and times what
@@ -177,8 +178,7 @@ class _Others:
             centred_in, powers_in: which of the scratch arrays take them.
             home: [b, V] float32, takes the powers instead; may be `logits`.
         """
-        shape = logits.shape
-        from_all, centred = self._array("centred", centred_in, shape)
+        from_all, centred = self._array("centred", centred_in, logits)
         centred.copy_(logits)
         centred.scatter_(1, hole, LOWEST)
         largest = centred.amax(1, keepdim=True)
@@ -188,7 +188,7 @@ class _Others:
         if home is not None and _like_scratch(home):
             powers = torch.exp(centred, out=home)
         else:
-            to_all, powers = self._array("powers", powers_in if home is None else 0, shape)
+            to_all, powers = self._array("powers", powers_in if home is None else 0, logits)
             torch.exp(from_all, out=to_all)
             powers = powers if home is None else home.copy_(powers)
         self.largest.append(largest)
@@ -246,14 +246,16 @@ class _Others:
         still = still | (self.total == 0)
         return (vector / (self.temperature * self.total)).float().masked_fill_(still, 0.0)[:, None]
 
-    def _array(self, name: str, number: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    def _array(self, name: str, number: int, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Scratch for a block, of longer rows that nobody reads to their end, and its view."""
-        b, V = shape
+        b, V = logits.shape
         found = self.views.get((name, number, b))
         if found is None:
             array = self.arrays.get((name, number))
             if array is None or len(array) < b:
-                array = self.arrays[name, number] = torch.zeros(b, -(-V // STRIDE) * STRIDE)
+                shape = b, -(-V // STRIDE) * STRIDE
+                array = logits.new_zeros(shape, dtype=torch.float32)
+                self.arrays[name, number] = array
                 for key in [key for key in self.views if key[:2] == (name, number)]:
                     del self.views[key]
             found = self.views[name, number, b] = array[:b], array[:b, :V]
@@ -282,7 +284,9 @@ def _entropy(z: Tensor, logp: Tensor, entropy_others: Tensor) -> Tensor:
 
 def _exact_kl(z: Tensor, ref_z: Tensor, kl_others: Tensor) -> Tensor:
     """KL(π ‖ π_ref) of each row, nats, float64 `[n]`, from that among the others."""
-    logp, log_others = logsigmoid(-z), logsigmoid(z)
+    logp, log_others, share = logsigmoid(-z), logsigmoid(z), torch.sigmoid(z)
     gap_others = log_others - logsigmoid(ref_z) + kl_others
-    inner = torch.where(z > -math.inf, log_others.exp() * gap_others, 0.0)
+    # where the reference knows no other word, inf − inf
+    gap_others = gap_others.masked_fill(ref_z == -math.inf, math.inf)
+    inner = torch.where(share > 0, share * gap_others, 0.0)
     return inner + torch.where(z < math.inf, logp.exp() * (logp - logsigmoid(-ref_z)), 0.0)

@@ -7,8 +7,6 @@ and units are those of the host functions in kernels/; see there for what the ar
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -35,15 +33,16 @@ def row_stats(
 ) -> RowStats:
     """Softmax statistics of every row at its target; `state` of the policy alone."""
     vectors = target.new_zeros(5, rows.N, dtype=torch.float32)
+    softmax = RowSoftmax(temperature)
 
-    def read(chunk: Chunk, softmax: RowSoftmax) -> None:
+    def read(chunk: Chunk) -> None:
         found = softmax.read(chunk)
         kl = torch.zeros_like(found.logp) if found.kl is None else found.kl
         values = (found.logp, found.entropy, kl, *softmax.policy.state())
         vectors[:, chunk.at] = torch.stack(values).float()
 
-    wanted, scratch = _readable(target, rows.V), partial(RowSoftmax, temperature)
-    for_each_chunk(read, scratch, rows, target, wanted, ref_rows=ref_rows, blocks=FREE_BLOCKS)
+    wanted = _readable(target, rows.V)
+    for_each_chunk(read, rows, target, wanted, ref_rows=ref_rows, blocks=FREE_BLOCKS)
     logp, entropy, kl = vectors[:3]
     return RowStats(logp, entropy, None if ref_rows is None else kl, vectors[3:])
 
@@ -61,8 +60,10 @@ def row_loss(
     vectors = target.new_zeros(7, rows.N, dtype=torch.float32)
     # at once, as a chunk has few rows and many operations
     double = tokens.double()
+    bonus = tokens.entropy_weight is not None
+    softmax = RowSoftmax(temperature, bonus=bonus and dlogits is not None)
 
-    def pass_over(chunk: Chunk, softmax: RowSoftmax) -> None:
+    def pass_over(chunk: Chunk) -> None:
         at, some = chunk.at, double.at(chunk.at)
         found = softmax.read(chunk)
         logp = found.logp
@@ -76,10 +77,8 @@ def row_loss(
             softmax.write_gradient(chunk, some.slopes(dlogp, token.dropped, exact_beta), found)
 
     wanted = (tokens.weight != 0) & _readable(target, rows.V)
-    bonus = tokens.entropy_weight is not None
-    scratch = partial(RowSoftmax, temperature, bonus=bonus and dlogits is not None)
     blocks = blocks_at_once(dlogits, bonus=bonus, exact_kl=ref_rows is not None)
-    for_each_chunk(pass_over, scratch, rows, target, wanted, dlogits, ref_rows, blocks=blocks)
+    for_each_chunk(pass_over, rows, target, wanted, dlogits, ref_rows, blocks=blocks)
     logp, entropy, ratio, kl, loss, dlogp, dropped = vectors
     state = vectors.new_empty(0, rows.N)
     return RowLoss(logp, entropy, ratio, kl, loss, dlogp, dropped.bool(), state, loss.sum())
@@ -95,18 +94,17 @@ def row_dlogits(
     ref_rows: Rows | None = None,
 ) -> Tensor:
     """Writes dL/dlogits into `dlogits`; the softmax is found again from the logits alone."""
-    entropy = stats.entropy.double()
+    entropy, bonus = stats.entropy.double(), slopes.dentropy is not None
+    softmax = RowSoftmax(temperature, bonus=bonus)
 
-    def write(chunk: Chunk, softmax: RowSoftmax) -> None:
+    def write(chunk: Chunk) -> None:
         found = softmax.read(chunk, entropy=entropy[chunk.at])
         softmax.write_gradient(chunk, slopes.at(chunk.at), found)
 
     wanted = slopes.any & _readable(target, rows.V)
     ref_rows = None if slopes.dkl is None else ref_rows
-    bonus = slopes.dentropy is not None
-    scratch = partial(RowSoftmax, temperature, bonus=bonus)
     blocks = blocks_at_once(dlogits, bonus=bonus, exact_kl=ref_rows is not None)
-    for_each_chunk(write, scratch, rows, target, wanted, dlogits, ref_rows, blocks=blocks)
+    for_each_chunk(write, rows, target, wanted, dlogits, ref_rows, blocks=blocks)
     return dlogits
 
 
@@ -162,7 +160,7 @@ def sequence_loss(stats: RowStats, tokens: TokenVectors, level: Level, terms: Te
     token = token_loss(logp, log_ratio, tokens, entropy, exact_kl, terms)
     dlogp = token.dlogp + ratios.backward(token_ratio, token.dlog_ratio)
     dlogp = torch.where(token.dropped, 0.0, dlogp)
-    ratio, total = log_ratio.exp() * level.valid, token.loss.sum()
+    ratio, total = torch.where(level.valid, log_ratio.exp(), 0.0), token.loss.sum()
     return RowLoss(logp, entropy, ratio, token.kl, token.loss, dlogp, token.dropped, state, total)
 
 

@@ -107,3 +107,61 @@ def test_threads_do_not_change_a_bit(V: int, masked: bool) -> None:
         torch.set_num_threads(before)
     for one, other in pairwise(found):
         assert all(map(torch.equal, one, other))
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_scratch_is_float32_whatever_the_default(default: torch.dtype) -> None:
+    """As are its results, to the bit, with runs of three rows between masked ones."""
+    logits, target = torch.randn(40, 70), torch.arange(40)
+    target[::4] = -100
+    found = []
+    given = {"advantage": torch.linspace(-1, 1, 40), "sequence_id": torch.arange(40)}
+    for dtype in (torch.float32, default):
+        leaf = logits.clone().requires_grad_()
+        try:
+            torch.set_default_dtype(dtype)
+            out = fused_loss(leaf, target, objective=BONUS, backend="torch", **given)
+            out.loss.backward()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found.append((out.loss.detach(), out.logp, out.entropy, leaf.grad))
+    assert all(map(torch.equal, *found))
+
+
+def test_a_certain_target_whose_reference_forbids_other_words() -> None:
+    """They have no probability left: the KL is the target's, and the row has no gradient."""
+    logits, ref_logits = torch.zeros(2, 70), torch.zeros(2, 70)
+    logits[:, 3] = torch.tensor([2000.0, 1.0])
+    ref_logits[0, 5:9] = -math.inf
+    leaf = logits.requires_grad_()
+    out = fused_loss(
+        leaf,
+        torch.tensor([3, 3]),
+        objective=RECIPES["grpo"].replace(kl="exact", beta=0.1),
+        ref_logits=ref_logits,
+        advantage=torch.ones(2),
+        sequence_id=torch.arange(2),
+        backend="torch",
+    )
+    out.loss.backward()
+    assert out.metrics["nonfinite_rows"] == 0
+    assert out.kl[0].item() == pytest.approx(math.log(66))
+    assert not leaf.grad[0].any()
+    assert leaf.grad[1].all()
+
+
+def test_a_masked_token_of_a_broken_sequence_has_ratio_0() -> None:
+    """The ratio of the sequence is NaN, and every token that counts is left out."""
+    logits = torch.zeros(1, 3, 5)
+    logits[0, 0, 1] = math.nan
+    out = fused_loss(
+        logits,
+        torch.zeros(1, 3, dtype=torch.int64),
+        objective="gspo",
+        advantage=torch.ones(1),
+        mask=torch.tensor([[True, False, True]]),
+        backend="torch",
+    )
+    assert out.ratio[0, 1] == 0
+    assert out.ratio[0, [0, 2]].isnan().all()
+    assert out.metrics["nonfinite_rows"] == 2
