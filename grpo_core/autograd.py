@@ -87,7 +87,8 @@ def _of_tokens(stats: RowStats, tokens: Tokens, terms: Terms, kernels: ModuleTyp
     logp, entropy, exact_kl, state = stats
     log_ratio = logp - (logp if tokens.old_logp is None else tokens.old_logp)
     found = kernels.token_loss(logp, log_ratio, tokens, entropy, exact_kl, terms)
-    dlogp, ratio = found.dlogp + found.dlog_ratio, log_ratio.exp() * tokens.valid
+    dlogp = found.dlogp + found.dlog_ratio
+    ratio = torch.where(tokens.valid, log_ratio.exp(), 0.0)
     loss, total = found.loss, found.loss.sum()
     return RowLoss(logp, entropy, ratio, found.kl, loss, dlogp, found.dropped, state, total)
 

@@ -165,3 +165,18 @@ def test_a_masked_token_of_a_broken_sequence_has_ratio_0() -> None:
     assert out.ratio[0, 1] == 0
     assert out.ratio[0, [0, 2]].isnan().all()
     assert out.metrics["nonfinite_rows"] == 2
+
+
+def test_a_masked_token_has_ratio_0_whatever_its_old_logp() -> None:
+    """VESPO's loss waits for its sequences: the ratio is made from vectors."""
+    out = fused_loss(
+        torch.zeros(1, 3, 5),
+        torch.zeros(1, 3, dtype=torch.int64),
+        objective="vespo",
+        advantage=torch.ones(1),
+        mask=torch.tensor([[False, True, False]]),
+        old_logp=torch.tensor([[-1e4, -1.0, math.nan]]),
+        backend="torch",
+    )
+    assert out.ratio[0, [0, 2]].tolist() == [0.0, 0.0]
+    assert out.ratio[0, 1] == pytest.approx(math.e / 5)
