@@ -103,9 +103,9 @@ def for_each_chunk(
     views = _Views(logits, ref, home, target, logits.at_targets(target), ref_mine)
     if home is not None:
         home.zero(~wanted)
-    with _kept_thread_count() as threads, torch.no_grad():
-        for shared, places in _chunks(logits, wanted, blocks, threads):
-            torch.set_num_threads(threads if shared else 1)
+    with _kept_thread_count() as threads, torch.inference_mode():
+        for sharers, places in _chunks(logits, wanted, blocks, threads):
+            torch.set_num_threads(sharers)
             work(views.chunk(places))
 
 
@@ -229,40 +229,47 @@ class _Views:
 
 def _chunks(
     logits: RowViews, wanted: Tensor, blocks: int, threads: int
-) -> Iterator[tuple[bool, list[Place]]]:
-    """Places of the blocks of each chunk of wanted rows, and whether threads may share them.
+) -> Iterator[tuple[int, list[Place]]]:
+    """Places of the blocks of each chunk of wanted rows, and how many threads are to share them.
 
-    They may where each gets whole rows: a row's sum and its powers, see `row_softmax`, are then
-    those of one thread.
+    Each of these gets whole rows: a row's sum and its powers, see `row_softmax`, are then those of
+    one thread.
     """
     V, runs = logits.rows.V, logits.runs(wanted)
     count = sum(map(_count, runs))
     block = threads * max(1, BLOCK_BYTES // (4 * V))
-    places: list[Place] = [
-        slice(start, min(start + block, run.stop))
-        for run in runs
-        for start in range(run.start, run.stop, block)
-    ]
+    places: list[Place] = [cut for run in runs for cut in _cuts(run, block, threads, V)]
     if len(places) > 2 * -(-count // block):
         # so short that a copy of many is cheaper than operations on each
         places = list(wanted.nonzero().squeeze(1).split(block))
 
-    def shared(place: Place) -> bool:
-        return _count(place) % threads == 0 and _count(place) * V >= threads * GRAIN
-
-    for among_threads in (True, False):
+    shares: dict[int, list[Place]] = {}
+    for place in places:
+        rows = _count(place)
+        sharers = min(rows, threads)
+        even = rows % sharers == 0 and rows * V >= sharers * GRAIN
+        shares.setdefault(sharers if even else 1, []).append(place)
+    for sharers, theirs in shares.items():
         chunk: list[Place] = []
         room = blocks * block
-        for place in places:
-            if shared(place) is not among_threads:
-                continue
+        for place in theirs:
             if _count(place) > room:
-                yield among_threads, chunk
+                yield sharers, chunk
                 chunk, room = [], blocks * block
             chunk.append(place)
             room -= _count(place)
-        if chunk:
-            yield among_threads, chunk
+        yield sharers, chunk
+
+
+def _cuts(run: slice, block: int, threads: int, V: int) -> Iterator[slice]:
+    """A run as blocks; of rows worth a thread each, what is left over comes apart."""
+    for start in range(run.start, run.stop, block):
+        stop = min(start + block, run.stop)
+        even = stop - (stop - start) % threads
+        if start < even < stop and V >= GRAIN:
+            yield slice(start, even)
+            start = even
+        yield slice(start, stop)
 
 
 def _count(at: Place) -> int:

@@ -25,8 +25,9 @@ from grpo_core.row_chunks import Chunk
 STRIDE = 64
 # bytes that scratch begins at a multiple of
 ALIGNMENT = 64
-# blocks of a chunk whose scratch is one array each, and of one that keeps nothing in scratch
-SCRATCH_BLOCKS, FREE_BLOCKS = 3, 16
+# blocks of a chunk whose scratch is one array each, with the centred one eight rows a core; and of
+# one that keeps nothing in scratch
+SCRATCH_BLOCKS, FREE_BLOCKS = 7, 16
 # stands for -inf at the target: finite, so that nothing times its power, which is 0, is a NaN
 LOWEST = -1e30
 
@@ -100,7 +101,7 @@ class RowSoftmax:
         Uses up what was kept of them.
         """
         policy, reference, z = self.policy, self.reference, found.z
-        share, logp = torch.sigmoid(z), logsigmoid(-z)
+        share = torch.sigmoid(z)
         # a certain target has no gradient, even where a word without probability has infinite KL
         still = ~slopes.any | (share == 0)
         at_target = slopes.dlogp * share
@@ -110,7 +111,7 @@ class RowSoftmax:
         if slopes.dentropy is not None:
             slope, mine = slopes.dentropy, torch.sigmoid(-z)
             spread = torch.where(share > 0, logsigmoid(z) + found.entropy - policy.lse, 0.0)
-            of_target = mine * (logp + found.entropy)
+            of_target = mine * (logsigmoid(-z) + found.entropy)
             at_target = at_target - torch.where(mine > 0, slope * of_target, 0.0)
             # q·log q of the softmax among the others, log q = `centred` − lse
             factor = factor - slope * share * spread
@@ -121,7 +122,7 @@ class RowSoftmax:
             slope, mine = slopes.dkl, torch.sigmoid(-z)
             gap = logsigmoid(z) - logsigmoid(found.ref_z) - found.kl
             gap = gap - (policy.lse - reference.lse)
-            of_target = mine * (logp - logsigmoid(-found.ref_z) - found.kl)
+            of_target = mine * (logsigmoid(-z) - logsigmoid(-found.ref_z) - found.kl)
             at_target = at_target + torch.where(mine > 0, slope * of_target, 0.0)
             factor = factor + torch.where(share > 0, slope * share * gap, 0.0)
             of_excess = policy.scaled(slope * share, still)
@@ -130,7 +131,8 @@ class RowSoftmax:
         factors = policy.scaled(factor, still).split(chunk.sizes)
         at_targets = at_target.split(chunk.sizes)
         # a dropped row may hold NaN, which no factor removes
-        for row in still.nonzero().squeeze(1).tolist():
+        broken = still if slopes.dkl is not None else still & policy.total.isnan()
+        for row in broken.nonzero().squeeze(1).tolist():
             k, inside = chunk.find(row)
             for matrices in (policy.powers, *(matrices for matrices, _ in more)):
                 matrices[k][inside].zero_()

@@ -139,16 +139,17 @@ def token_loss(
     if terms.beta:
         loss = loss + terms.beta * kl_value
         dlogp, dlog_ratio = dlogp + terms.beta * dkl, dlog_ratio + terms.beta * dkl_ratio
-    loss = weight * loss
-    if tokens.entropy_weight is not None:
-        loss = loss - tokens.entropy_weight.double() * entropy.double()
-    weighted = [part.float() for part in (loss, weight * dlogp, weight * dlog_ratio)]
-    alive = weight != 0
     # at once, as a chunk has few rows and many operations
-    usable = torch.stack([logp, log_ratio, log_ratio.exp().float(), *weighted]).isfinite().all(0)
-    loss, dlogp, dlog_ratio = (torch.where(alive & usable, part, 0.0) for part in weighted)
-    kl_value = torch.where(alive, kl_value.float(), 0.0)
-    return TokenLoss(loss, dlogp, dlog_ratio, kl_value, dropped=alive & ~usable)
+    weighted = torch.stack([loss, dlogp, dlog_ratio]) * weight
+    if tokens.entropy_weight is not None:
+        weighted[0] -= tokens.entropy_weight.double() * entropy.double()
+    ratio = log_ratio.exp()
+    checked = torch.cat([weighted, torch.stack([logp, log_ratio, ratio])]).float()
+    alive, usable = weight != 0, checked.isfinite().all(0)
+    unused = ~(alive & usable)
+    loss, dlogp, dlog_ratio = checked[:3].masked_fill_(unused, 0.0)
+    kl_value = kl_value.float().masked_fill_(~alive, 0.0)
+    return TokenLoss(loss, dlogp, dlog_ratio, kl_value, dropped=alive & unused)
 
 
 def sequence_loss(stats: RowStats, tokens: TokenVectors, level: Level, terms: Terms) -> RowLoss:
