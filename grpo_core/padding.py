@@ -21,12 +21,13 @@ from grpo_core.rollout import evaluation_mode
 PaddingFree = Literal["auto", "always", "never"]
 
 
-def is_padding_free(model: PreTrainedModel, wish: PaddingFree) -> bool:
+def is_padding_free(model: PreTrainedModel, wish: PaddingFree, autocast: bool = False) -> bool:
     """Whether a model is given sequences end to end.
 
     Args:
         model: any of transformers.
         wish: "auto" where its attention gains by it and it can be done, "always", "never".
+        autocast: it computes in bfloat16, which FlashAttention asks for.
 
     Raises:
         ValueError: always, by a model that mixes them.
@@ -34,7 +35,9 @@ def is_padding_free(model: PreTrainedModel, wish: PaddingFree) -> bool:
     attention = str(getattr(model.config, "_attn_implementation", ""))
     if wish == "never" or (wish == "auto" and not ("flash" in attention or "flex" in attention)):
         return False
-    if keeps_apart(model):
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
+        apart = keeps_apart(model)
+    if apart:
         return True
     if wish == "always":
         raise ValueError(

@@ -220,7 +220,9 @@ def load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrai
     # shards go to their device one by one; a whole model may not fit there
     on_gpu = torch.cuda.is_available() and not (in_group() and config.shard == "fsdp")
     device = "cuda" if on_gpu else "cpu"
-    model: Any = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        config.model, dtype=torch.float32, attn_implementation=config.attention or None
+    )
     model.to(device)
     generation = model.generation_config
     if generation.eos_token_id is None:

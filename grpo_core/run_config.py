@@ -66,6 +66,9 @@ class RunConfig:
     warmup_steps: int = option(5, "Steps of linear warm-up; then it falls linearly to 0.")
     max_new_tokens: int = option(512, "Longest completion; keep the truncated share below 20 %.")
     temperature: float = option(1.0, "Of rollouts and loss alike.")
+    attention: str = option(
+        "", "Of transformers: sdpa, eager, flex_attention, flash_attention_2; empty: its choice."
+    )
     padding_free: Literal["auto", "always", "never"] = option(
         "auto", "Sequences end to end, without padding: where attention gains by it (flash, flex)."
     )

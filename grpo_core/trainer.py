@@ -108,7 +108,7 @@ class Trainer:
         wants_reference = config.objective.beta > 0
         self.reference = reference_of(model, config.shard) if wants_reference else None
         self.policy = policy_of(model, config.shard)
-        self.end_to_end = is_padding_free(model, config.padding_free)
+        self.end_to_end = is_padding_free(model, config.padding_free, config.autocast)
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
         )
