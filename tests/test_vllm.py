@@ -157,7 +157,8 @@ def test_an_error_of_the_trainers_is_the_one_that_is_raised(
     monkeypatch.setattr(Worker, "received", lambda self, **_: [])
     with pytest.raises(OSError, match="unreadable"):
         rollouts.draw([[5]], Sampling(2), 0)
-    assert engine.worker.calls[-1] == "finish None" and not engine.worker.active
+    # a server may get to the announcement, sent beside the weights, after it is told of the end
+    assert engine.worker.calls.count("finish None") == 1 and not engine.worker.active
     assert rollouts.version is None
 
 
