@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from grpo_core.clock import MACHINE
 from grpo_core.monitor import Metrics
+from grpo_core.rewards import shown_name
 from grpo_core.trainer_config import TrainerConfig
 
 GAP = 2  # between columns
@@ -40,7 +41,7 @@ def choose(parts: Sequence[str], config: TrainerConfig, width: int) -> list[Colu
         width: of the terminal.
     """
     rewards = [
-        _figure(name, rank=1 if place == 0 else 3, head=bare(name)[:LONGEST_HEAD])
+        _figure(name, rank=1 if place == 0 else 3, head=shown_name(name)[:LONGEST_HEAD])
         for place, name in enumerate(parts)
     ]
     kl = [_figure("kl", rank=1, head="KL")] if config.objective.beta > 0 else []
@@ -84,11 +85,6 @@ def _share(name: str, *, rank: int, head: str) -> Column:
     """The same in percent."""
     column = _figure(name, rank=rank, head=head, text=percent)
     return Column(head, column.text, rank, 4)
-
-
-def bare(name: str) -> str:
-    """A reward's name without the file it comes from."""
-    return name.rpartition(":")[2]
 
 
 def percent(share: float) -> str:

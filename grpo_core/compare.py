@@ -22,8 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import HfArgumentParser, PreTrainedModel
-from transformers.utils import logging
+from transformers import PreTrainedModel
 
 from grpo_core import RECIPES, Objective
 from grpo_core.batch import Batch, pack
@@ -32,7 +31,7 @@ from grpo_core.dpo import PreferenceConfig, sample_pairs, train_preferences
 from grpo_core.evaluate import evaluate
 from grpo_core.forward import packed_logp, reference_logp
 from grpo_core.live_bytes import LiveBytes
-from grpo_core.options import check_at_least, option
+from grpo_core.options import begin, check_at_least, option
 from grpo_core.ppo import CriticConfig, PPOTrainer
 from grpo_core.randomness import randomness
 from grpo_core.reference_model import reference_of
@@ -87,14 +86,7 @@ class Outcome:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the comparison; returns the exit status."""
-    parser = HfArgumentParser(CompareConfig, prog="python -m grpo_core.compare")  # type: ignore[arg-type]
-    try:
-        config = parser.parse_args_into_dataclasses(arguments)[0]
-    except ValueError as error:
-        parser.error(str(error))
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    logging.disable_progress_bar()
+    _, config = begin(CompareConfig, "grpo_core.compare", arguments)
     directory = Path(config.output)
     outcomes = [
         outcome for seed in range(config.seeds) for outcome in Comparison(config, seed).run()

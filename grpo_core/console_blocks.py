@@ -15,8 +15,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from grpo_core.columns import Column, bare, memory_of, percent, short
+from grpo_core.columns import Column, memory_of, percent, short
 from grpo_core.monitor import TRUNCATED_LIMIT, ZERO_STD_LIMIT, Metrics
+from grpo_core.rewards import shown_name
 from grpo_core.samples import Sample, shortened
 
 EIGHTHS = "▁▂▃▄▅▆▇█"
@@ -58,7 +59,7 @@ def curves(records: Sequence[Metrics], parts: Sequence[str]) -> RenderableType:
     for name, colour in zip(names, COLOURS, strict=False):
         values = [record[name] for record in records if name in record]
         if values:
-            cell = Text(f"{heads.get(name, bare(name)):<{MARGIN}.{MARGIN - 1}}", style=QUIET)
+            cell = Text(f"{heads.get(name, shown_name(name)):<{MARGIN}.{MARGIN - 1}}", style=QUIET)
             cell.append(spark(values, CURVE), style=colour).append(f"{short(values[-1]):>7}")
             cells.append(cell)
     for place in range(0, len(cells), 2):
@@ -122,7 +123,7 @@ def looks(found: Sequence[Metrics], width: int) -> RenderableType:
     named = last["held_out"]
     heads, room = {}, width - MARGIN
     for name in named:
-        head = bare(name).split("/") + ["greedy"] * name.startswith("greedy_")
+        head = shown_name(name).split("/") + ["greedy"] * name.startswith("greedy_")
         head[0] = head[0].removeprefix("greedy_")
         room -= max(5, *map(len, head)) + 2
         if room < -2:

@@ -38,11 +38,6 @@ def find_reward(name: str) -> Callable[..., Sequence[float | None]]:
     return found
 
 
-def shown_name(name: str) -> str:
-    """What its figures are called: of path.py:function the function."""
-    return name.rpartition(":")[2]
-
-
 def _over(rule: Rule) -> Callable[..., list[float]]:
     """A rule as a function over columns."""
 

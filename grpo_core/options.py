@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import HfArgumentParser
+from transformers.utils import logging
 
 from grpo_core.objective import Objective
 from grpo_core.recipes import RECIPES
@@ -15,6 +19,27 @@ from grpo_core.recipes import RECIPES
 def option(default: Any, help: str) -> Any:
     """A dataclass field with a help text for the command line."""
     return field(default=default, metadata={"help": help})
+
+
+def begin(
+    kind: type, command: str, arguments: Sequence[str] | None
+) -> tuple[HfArgumentParser, Any]:
+    """A command's parser and options, `threads` among them; exits with the usage if one is wrong.
+
+    Args:
+        kind: the dataclass of the options.
+        command: the module that is run.
+        arguments: None for those of the process.
+    """
+    parser = HfArgumentParser(kind, prog=f"python -m {command}")  # type: ignore[arg-type]
+    try:
+        config = parser.parse_args_into_dataclasses(arguments)[0]
+    except ValueError as error:
+        parser.error(str(error))
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    logging.disable_progress_bar()
+    return parser, config
 
 
 def check_at_least(config: Any, least: int, *names: str) -> None:

@@ -36,9 +36,9 @@ from grpo_core.evaluate import Evaluation, evaluate
 from grpo_core.extras import extra
 from grpo_core.loggers import open_logger
 from grpo_core.monitor import Metrics
-from grpo_core.named_rewards import find_reward, shown_name
+from grpo_core.named_rewards import find_reward
 from grpo_core.parallel import export
-from grpo_core.rewards import FunctionReward
+from grpo_core.rewards import FunctionReward, shown_name
 from grpo_core.rollout import Problem, Sampling
 from grpo_core.run_config import RunConfig, check_resumed, clear
 from grpo_core.samples import Samples

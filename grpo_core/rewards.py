@@ -167,6 +167,11 @@ def _columns(problems: Sequence[Problem]) -> dict[str, list[Any]]:
     return {"answer": [problem.answer for problem in problems]} | columns
 
 
+def shown_name(name: str) -> str:
+    """What a reward's figures are called: of path.py:function the function."""
+    return name.rpartition(":")[2]
+
+
 def _check_weights(weights: Mapping[str, float], names: Mapping[str, Any]) -> None:
     """Raises ValueError for a weight of something that is not there."""
     unknown = set(weights) - set(names)

@@ -200,7 +200,6 @@ class _Views:
     ref: RowViews | None
     home: RowViews | None
     target: Tensor
-
     mine: Tensor
     ref_mine: Tensor | None
 

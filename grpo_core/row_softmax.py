@@ -60,7 +60,7 @@ class RowSoftmax:
 
     Args:
         temperature: divides the logits.
-        bonus: the gradient of the entropy will be asked for.
+        bonus: where there is a gradient, that of the entropy is asked for, too.
     """
 
     def __init__(self, temperature: float, *, bonus: bool = False) -> None:

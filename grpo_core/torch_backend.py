@@ -61,7 +61,7 @@ def row_loss(
     # at once, as a chunk has few rows and many operations
     double = tokens.double()
     bonus = tokens.entropy_weight is not None
-    softmax = RowSoftmax(temperature, bonus=bonus and dlogits is not None)
+    softmax = RowSoftmax(temperature, bonus=bonus)
 
     def pass_over(chunk: Chunk) -> None:
         at, some = chunk.at, double.at(chunk.at)

@@ -12,25 +12,17 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import HfArgumentParser
 
 from grpo_core.checkpoint import Interrupted
 from grpo_core.demo import Demo, DemoConfig
-from grpo_core.options import check_unchanged, read_resumed
+from grpo_core.options import begin, check_unchanged, read_resumed
 from grpo_core.plot import plot
 from grpo_core.report import markdown, show
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demo; returns the exit status."""
-    parser = HfArgumentParser(DemoConfig, prog="python -m grpo_core.train")  # type: ignore[arg-type]
-    try:
-        config = parser.parse_args_into_dataclasses(arguments)[0]
-    except ValueError as error:
-        parser.error(str(error))
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    transformers.utils.logging.disable_progress_bar()
+    parser, config = begin(DemoConfig, "grpo_core.train", arguments)
 
     start = time.perf_counter()
     try:
