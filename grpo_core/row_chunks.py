@@ -171,8 +171,12 @@ class RowViews:
 
     def zero(self, which: Tensor) -> None:
         """Rows where `which` `[N]` is true become 0, whatever they hold."""
-        for run in self.runs(which):
-            self.take(run).zero_()
+        at = which.nonzero().squeeze(1)
+        if self.flat is not None:
+            self.flat.index_fill_(0, at, 0.0)
+            return
+        each = self.rows.rows_per_batch
+        self.rows.logits[at // each, at % each] = 0.0
 
     def runs(self, which: Tensor) -> list[slice]:
         """Neighbours of one batch where `which` is true, as long as possible."""
