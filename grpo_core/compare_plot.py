@@ -13,7 +13,7 @@ from grpo_core.plot_runs import titled
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from grpo_core.compare import Outcome
+    from grpo_core.comparison import Outcome
 
 COLOURS = {
     "base": "#8d99ae",

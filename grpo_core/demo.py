@@ -19,17 +19,18 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
+import torch
+import transformers
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from grpo_core import RECIPES, Objective, decimals
+from grpo_core import decimals
 from grpo_core.console import open_console
 from grpo_core.evaluate import evaluate
 from grpo_core.monitor import append_json, keep_records, write_whole
-from grpo_core.options import check_at_least, option, recipe_with_kl
 from grpo_core.rewards import TextReward
 from grpo_core.rollout import Problem, Sampling
+from grpo_core.run_config import DemoConfig, clear
 from grpo_core.samples import Samples
 from grpo_core.supervised import Example, SupervisedConfig, train_supervised
 from grpo_core.trainer import Trainer, TrainerConfig
@@ -39,52 +40,6 @@ MAX_NEW_TOKENS = 40
 GREEDY = Sampling(MAX_NEW_TOKENS, temperature=0.0)
 SAMPLED = Sampling(MAX_NEW_TOKENS)
 COLD_START_EXAMPLES = 256
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """Options of the embedded run; the defaults are the run the README reports."""
-
-    output: str = option(
-        "runs/demo",
-        "Run directory; its base model is used again, all else replaced, except with --resume.",
-    )
-    seed: int = option(0, "Seed of everything random: weights, corpus, prompts, sampling.")
-    stages: Literal["zero", "r1", "both"] = option("both", "Which way from the base to go.")
-    loss: Literal["fused", "logits", "naive"] = option(
-        "fused", "From hidden states, from logits in one pass, or from logits by plain PyTorch."
-    )
-    objective: str = option("dapo", f"Recipe of the loss: {', '.join(RECIPES)}.")
-    beta: float = option(0.01, "Weight of the KL to the model that learning starts from; 0: none.")
-    steps: int = option(40, "Steps of reinforcement learning, of one rollout and 4 updates each.")
-    prompts: int = option(16, "Prompts per step, each answered 8 times.")
-    learning_rate: float = option(2e-4, "Peak learning rate of reinforcement learning.")
-    old_logp: Literal["trainer", "sampler"] = option(
-        "trainer", "Whose log-probabilities the ratio starts from; the trainer's cost a forward."
-    )
-    shuffle_rewards: bool = option(False, "The control: permute the rewards before each update.")
-    base_steps: int = option(700, "Steps of 32 texts that build the base model.")
-    sft_steps: int = option(10, "Steps of 32 long chains of thought before R1's learning.")
-    held_out: int = option(512, "Questions that are never trained on and measure every stage.")
-    gate: float = option(0.9, "Greedy accuracy off the traps that the base must reach to go on.")
-    threads: int = option(0, "CPU threads; 0: as torch likes. Take 1 on a busy machine.")
-    console: Literal["rich", "plain", "off"] = option(
-        "rich",
-        "A live table (plain without rich or a terminal), a line for every step, or nothing.",
-    )
-    plot: bool = option(True, "Draw curves.png (needs matplotlib); --no_plot does not.")
-    resume: bool = option(False, "Go on with an interrupted run of the same options.")
-
-    def __post_init__(self) -> None:
-        self.build_objective()
-        check_at_least(self, 1, "steps", "prompts", "base_steps", "sft_steps", "held_out")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate: expected more than 0, got {self.learning_rate}")
-        check_at_least(self, 0, "threads")
-
-    def build_objective(self) -> Objective:
-        """The recipe with this run's KL term."""
-        return recipe_with_kl(self.objective, self.beta)
 
 
 @dataclass(frozen=True)
@@ -116,14 +71,15 @@ class Demo:
         """Every stage asked for, in order; measured, saved and recorded as it is done.
 
         Raises:
-            ValueError: the base is too weak, see `check_base`.
+            ValueError: the run directory cannot be used; the base is too weak, see `check_base`.
             Interrupted: by a signal in the middle of reinforcement learning, which is saved.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self.config.check_here()
         if self.config.resume:
             self.read_stages()
         else:
-            self.clear()
+            clear(self.directory)
+        self.write_config()
         way = {"zero": ["R1-Zero"], "r1": ["SFT", "R1"], "both": ["R1-Zero", "SFT", "R1"]}
         done = [stage.name for stage in self.stages]
         for name in ["base", *way[self.config.stages]]:
@@ -143,13 +99,16 @@ class Demo:
             return self.reinforce(self.base_model(), name)
         return self.reinforce(LlamaForCausalLM.from_pretrained(self.directory / "sft"), name)
 
-    def clear(self) -> None:
-        """An earlier run's results must not pass for this one's; its base may."""
-        files = ("metrics.jsonl", "samples.jsonl", "results.json", "report.md", "curves.png")
-        for name in files:
-            (self.directory / name).unlink(missing_ok=True)
-        for name in ("r1-zero", "sft", "r1", "checkpoints"):
-            shutil.rmtree(self.directory / name, ignore_errors=True)
+    def write_config(self) -> None:
+        """config.json: the options, and what they ran on."""
+        environment = {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "threads": torch.get_num_threads(),
+        }
+        record = {"options": asdict(self.config), "environment": environment}
+        text = json.dumps(record, indent=2) + "\n"
+        (self.directory / "config.json").write_text(text, "utf-8")
 
     def read_stages(self) -> None:
         """The stages that an interrupted run has finished; what it noted of others is forgotten."""
@@ -209,7 +168,6 @@ class Demo:
                 steps=config.steps,
                 prompts_per_step=config.prompts,
                 learning_rate=config.learning_rate,
-                warmup_steps=min(5, config.steps - 1),
                 sampling=SAMPLED,
                 loss=config.loss,
                 old_logp=config.old_logp,

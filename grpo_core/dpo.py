@@ -46,7 +46,7 @@ class PreferenceConfig:
     steps: int
     batch_size: int
     learning_rate: float
-    warmup_steps: int = 5
+    warmup_steps: int | None = None  # 5, or all steps but the last
     beta: float = 0.1
     max_grad_norm: float = 1.0
     final_learning_rate: float = 0.0  # as a share of `learning_rate`

@@ -9,7 +9,6 @@ sequences, which a trial of seven tokens shows.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -17,8 +16,7 @@ from transformers import PreTrainedModel
 from grpo_core.batch import rows_of
 from grpo_core.parallel import whole_weights
 from grpo_core.rollout import evaluation_mode
-
-PaddingFree = Literal["auto", "always", "never"]
+from grpo_core.trainer_config import PaddingFree
 
 
 def is_padding_free(model: PreTrainedModel, wish: PaddingFree, autocast: bool = False) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -26,8 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from grpo_core.distributed import barrier, in_group, is_main
+from grpo_core.trainer_config import Shard
 
-Shard = Literal["ddp", "fsdp"]
 # an adapter's modules as peft names them, around those of the model beneath
 PEFT_PREFIX = "base_model.model."
 

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from transformers import PreTrainedModel
 
 from grpo_core.distributed import in_group
-from grpo_core.parallel import Shard, sharded
+from grpo_core.parallel import sharded
 from grpo_core.rollout import evaluation_mode
+from grpo_core.trainer_config import Shard
 
 
 def reference_of(model: PreTrainedModel, shard: Shard = "ddp") -> PreTrainedModel:

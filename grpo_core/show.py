@@ -71,7 +71,7 @@ def replay(live: Live, run: Path, stage: str | None = None) -> None:
     history = histories[stage]
     with_kl = RECIPES["grpo"].replace(beta=1.0, kl="k3")
     objective = with_kl if any(record.get("kl") for record in history) else RECIPES["dapo"]
-    live.prepare(stage, 0, TrainerConfig(objective=objective, steps=steps, warmup_steps=0))
+    live.prepare(stage, 0, TrainerConfig(objective=objective, steps=steps))
     samples = list(_samples(run / "samples.jsonl", stage))
     parts = list(samples[-1].parts) if samples else []
     for record in history:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from grpo_core.batch import Rows, rows_of
-from grpo_core.options import check_at_least, check_warmup
+from grpo_core.options import check_at_least, check_warmup, warmup
 
 if TYPE_CHECKING:
     from grpo_core.dpo import PreferenceConfig
@@ -34,7 +34,7 @@ class SupervisedConfig:
     steps: int
     batch_size: int
     learning_rate: float
-    warmup_steps: int
+    warmup_steps: int | None
     prompt_loss: bool  # whether the prompt's tokens are targets as well
     max_grad_norm: float = 1.0
     final_learning_rate: float = 0.1  # as a share of `learning_rate`
@@ -121,9 +121,7 @@ def descend(
         if len(queue) < config.batch_size:
             queue = rng.sample(list(items), len(items))
         chosen = [queue.pop() for _ in range(min(config.batch_size, len(queue)))]
-        share = learning_rate_share(
-            step, config.steps, config.warmup_steps, config.final_learning_rate
-        )
+        share = learning_rate_share(step, config.steps, warmup(config), config.final_learning_rate)
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * share
 

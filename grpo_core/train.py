@@ -2,40 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
-import torch
-import transformers
-
-from grpo_core.checkpoint import Interrupted
-from grpo_core.demo import Demo, DemoConfig
-from grpo_core.options import begin, check_unchanged, read_resumed
-from grpo_core.plot import plot
-from grpo_core.report import markdown, show
+from grpo_core.options import begin, prepare
+from grpo_core.run_config import DemoConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demo; returns the exit status."""
     parser, config = begin(DemoConfig, "grpo_core.train", arguments)
-
     start = time.perf_counter()
+    # the imports that follow take seconds
+    print(
+        f"grpo_core.train: {config.stages}, seed {config.seed}, into {config.output}/", flush=True
+    )
+    prepare(config.threads)
+    import torch
+
+    from grpo_core.checkpoint import Interrupted
+    from grpo_core.demo import Demo
+    from grpo_core.report import markdown, show
+
     try:
         demo = Demo(config)
-        save_config(config, demo.directory)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     try:
         stages = demo.run()
-    except ValueError as error:
-        print(f"\nstopped: {error}", file=sys.stderr)
-        return 1
-    except FloatingPointError as error:
+    except (ValueError, FloatingPointError) as error:
         print(f"\nstopped: {error}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, Interrupted) as stop:
@@ -54,28 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def save_config(config: DemoConfig, directory: Path) -> None:
-    """config.json: the options as resolved, and what they ran on.
-
-    Raises:
-        ValueError: with --resume, another option than the interrupted run had.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    if config.resume:
-        file = directory / "config.json"
-        shown = ("resume", "threads", "plot", "console", "output")
-        check_unchanged(asdict(config), read_resumed(file)["options"], file, shown)
-    environment = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "threads": torch.get_num_threads(),
-    }
-    record = {"options": asdict(config), "environment": environment}
-    (directory / "config.json").write_text(json.dumps(record, indent=2) + "\n", "utf-8")
-
-
 def draw(directory: Path) -> None:
     """curves.png, unless matplotlib is missing: then a line that says how to get it."""
+    from grpo_core.plot import plot
+
     try:
         plot(directory)
     except ModuleNotFoundError as error:

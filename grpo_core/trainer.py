@@ -31,6 +31,7 @@ from grpo_core.head import has_fused_head
 from grpo_core.loggers import Logger
 from grpo_core.metrics import merge_metrics
 from grpo_core.monitor import Metrics, Watch, sampler_mismatch, update_metrics
+from grpo_core.options import warmup
 from grpo_core.padding import is_padding_free
 from grpo_core.parallel import accumulating, policy_of, whole
 from grpo_core.reference_model import reference_of
@@ -247,7 +248,7 @@ class Trainer:
     def set_learning_rate(self) -> float:
         """Warm-up, then linear decay to 0 after the last step; returns the rate in force."""
         config = self.config
-        share = learning_rate_share(self.steps_done, config.steps, config.warmup_steps, final=0.0)
+        share = learning_rate_share(self.steps_done, config.steps, warmup(config), final=0.0)
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * share
         return config.learning_rate * share

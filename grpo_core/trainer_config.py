@@ -1,87 +1,130 @@
-"""The options of a run, checked before anything is trained."""
+"""The options of a run, checked before anything is trained; imports no torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
-from grpo_core import RECIPES, Objective
-from grpo_core.options import check_at_least, check_warmup
-from grpo_core.padding import PaddingFree
-from grpo_core.parallel import Shard
-from grpo_core.rollout import Sampling
+from grpo_core.options import check_at_least, check_choices, check_warmup, option, warmup
+
+if TYPE_CHECKING:
+    from grpo_core.objective import Objective
+    from grpo_core.rollout import Sampling
 
 DynamicSampling = Literal["off", "filter", "resample"]
+PaddingFree = Literal["auto", "always", "never"]
+Shard = Literal["ddp", "fsdp"]
 
 
 @dataclass(frozen=True)
-class TrainerConfig:
-    """A run. A step is one rollout, and each rollout feeds `minibatches * epochs` updates."""
+class TrainingOptions:
+    """What a `TrainerConfig` and the command line have in common, declared once.
 
-    objective: Objective = field(
-        default_factory=lambda: RECIPES["dapo"].replace(beta=0.04, kl="k3")
+    A step is one rollout, and each rollout feeds `minibatches * epochs` updates.
+    """
+
+    steps: int = option(40, "Training steps, one rollout each.")
+    group_size: int = option(8, "Completions per prompt.")
+    minibatches: int = option(2, "Updates per epoch, each on a part of the rollout.")
+    epochs: int = option(2, "Passes over each rollout.")
+    learning_rate: float = option(1e-4, "Peak learning rate of AdamW.")
+    warmup_steps: int | None = option(
+        None,
+        "Steps of linear warm-up; then linear decay to 0. Default: 5, at most steps - 1.",
     )
-    steps: int = 40
+    loss: Literal["fused", "logits", "naive"] = option(
+        "fused",
+        "fused: loss in the model's forward, from hidden states; logits: fused_loss on the logits; "
+        "naive: plain PyTorch on the logits.",
+    )
+    padding_free: PaddingFree = option(
+        "auto",
+        "Concatenate sequences instead of padding them; auto: with flash and flex attention.",
+    )
+    tokens_per_microbatch: int = option(
+        0, "Tokens per forward and backward, padding included; 0: a whole minibatch."
+    )
+    mask_truncated: bool = option(False, "No loss on completions cut off at the length limit.")
+    dynamic_sampling: DynamicSampling = option(
+        "off",
+        "Groups whose rewards are all equal: off keeps them, filter drops them, resample replaces "
+        "them with new prompts (DAPO).",
+    )
+    max_resamples: int = option(3, "Further rounds of prompts per step, with resample.")
+    max_log_ratio: float = option(
+        20.0, "Skip updates whose largest ratio or summed KL exceeds exp(x); 0 disables."
+    )
+    autocast: bool = option(False, "Matrix products in bfloat16; weights stay float32.")
+    evaluate_every: int = option(5, "Steps between evaluations on the held-out problems.")
+    seed: int = option(0, "Random seed.")
+    checkpoint_every: int = option(10, "Steps between checkpoints.")
+    keep_checkpoints: int = option(2, "How many checkpoints to keep.")
+    shard: Shard = option(
+        "ddp", "Under torchrun: ddp replicates the model on every process, fsdp shards it."
+    )
+
+    def check(self, prompts: int) -> None:
+        """Raises ValueError for an option out of its range.
+
+        Args:
+            prompts: per step.
+        """
+        counts = ("steps", "minibatches", "epochs", "evaluate_every")
+        check_at_least(self, 1, *counts, "checkpoint_every", "keep_checkpoints")
+        check_at_least(self, 2, "group_size")
+        zeros = ("tokens_per_microbatch", "max_resamples", "max_log_ratio", "learning_rate")
+        check_at_least(self, 0, *zeros)
+        check_choices(self, TrainingOptions)
+        check_warmup(self)
+        if self.minibatches > prompts * self.group_size:
+            raise ValueError(
+                f"minibatches: expected at most {prompts * self.group_size}, the completions of a "
+                f"step, got {self.minibatches}"
+            )
+
+
+def _default_objective() -> Objective:
+    from grpo_core.recipes import RECIPES
+
+    return RECIPES["dapo"].replace(beta=0.04, kl="k3")
+
+
+def _default_sampling() -> Sampling:
+    from grpo_core.rollout import Sampling
+
+    return Sampling(max_new_tokens=40)
+
+
+@dataclass(frozen=True)
+class TrainerConfig(TrainingOptions):
+    """A run of the trainer.
+
+    Attributes:
+        objective: what is minimised.
+        prompts_per_step: prompts of a rollout.
+        max_grad_norm: the gradient is scaled down to this norm.
+        sampling: how completions are drawn.
+        old_logp: where the ratio's denominator comes from: "trainer", one more forward pass, or
+            "sampler", the log-probabilities noted while sampling.
+        shuffle_rewards: the control: every completion gets another one's reward.
+        max_skipped_updates: in a row; one more stops the run.
+    """
+
+    objective: Objective = field(default_factory=_default_objective)
     prompts_per_step: int = 16
-    group_size: int = 8
-    minibatches: int = 2
-    epochs: int = 2
-    learning_rate: float = 1e-4
-    warmup_steps: int = 5
     max_grad_norm: float = 1.0
-    sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=40))
-    # From hidden states inside the model's forward; from its logits; from them in plain PyTorch.
-    loss: Literal["fused", "logits", "naive"] = "fused"
-    # Where the ratio's denominator comes from: one more forward pass, or what the sampler noted.
+    sampling: Sampling = field(default_factory=_default_sampling)
     old_logp: Literal["trainer", "sampler"] = "trainer"
-    # Sequences end to end in the place of padded ones: where attention gains by it, see `padding`.
-    padding_free: PaddingFree = "auto"
-    # Places of a forward and backward, padding included; 0 takes a minibatch as a whole. It decides
-    # about memory: parts of a minibatch share its divisor, and so make the same update.
-    tokens_per_microbatch: int = 0
-    mask_truncated: bool = False  # learn nothing from completions that ran into the length limit
-    # Groups whose rewards are all equal teach nothing. They stay in the batch, leave it, or leave
-    # it and others are drawn in their place, in so many rounds at most, see `resampling`.
-    dynamic_sampling: DynamicSampling = "off"
-    max_resamples: int = 3
-    # An update in which a ratio or the KL exceeds e to this is not made, as one that is not finite;
-    # 0: all are. See `sound`.
-    max_log_ratio: float = 20.0
-    autocast: bool = False  # the trainer's matrix products in bfloat16
-    shuffle_rewards: bool = False  # the control: every completion gets another one's reward
-    evaluate_every: int = 5
-    seed: int = 0
-    checkpoint_every: int = 10  # steps, where there is a folder for checkpoints
-    keep_checkpoints: int = 2
-    max_skipped_updates: int = 8  # in a row; one more stops the run
-    # Where there is a process group: replicas of the model (DDP), or shards of it (FSDP2).
-    shard: Shard = "ddp"
+    shuffle_rewards: bool = False
+    max_skipped_updates: int = 8
 
     def __post_init__(self) -> None:
-        counts = ("steps", "prompts_per_step", "minibatches", "epochs", "evaluate_every")
-        kept = ("checkpoint_every", "keep_checkpoints", "max_skipped_updates")
-        check_at_least(self, 1, *counts, *kept)
-        check_at_least(self, 0, "tokens_per_microbatch")
-        check_at_least(self, 2, "group_size")
-        if self.minibatches > self.prompts_per_step * self.group_size:
-            raise ValueError(
-                f"minibatches: expected at most {self.prompts_per_step * self.group_size}, the "
-                f"completions of a step, got {self.minibatches}"
-            )
-        check_warmup(self)
-        if self.padding_free not in get_args(PaddingFree):
-            want = get_args(PaddingFree)
-            raise ValueError(f"padding_free: expected one of {want}, got {self.padding_free!r}")
-        if self.shard not in get_args(Shard):
-            raise ValueError(f"shard: expected one of {get_args(Shard)}, got {self.shard!r}")
-        if self.dynamic_sampling not in get_args(DynamicSampling):
-            raise ValueError(
-                f"dynamic_sampling: expected one of {get_args(DynamicSampling)}, got "
-                f"{self.dynamic_sampling!r}"
-            )
-        check_at_least(self, 0, "max_resamples", "max_log_ratio")
+        check_at_least(self, 1, "prompts_per_step", "max_skipped_updates")
+        self.check(self.prompts_per_step)
+        if self.old_logp not in ("trainer", "sampler"):
+            raise ValueError(f"old_logp: expected trainer or sampler, got {self.old_logp!r}")
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature: expected more than 0 to train on, got 0")
 
@@ -109,8 +152,9 @@ class TrainerConfig:
     def identity(self) -> dict[str, str]:
         """What may not change between a checkpoint and the run that goes on from it."""
         free = ("checkpoint_every", "keep_checkpoints", "max_skipped_updates", "evaluate_every")
+        values: dict[str, Any] = vars(self) | {"warmup_steps": warmup(self)}
         # how the model is spread over processes is compared apart, see `trainer_state`
-        kept = {name: value for name, value in vars(self).items() if name not in (*free, "shard")}
+        kept = {name: value for name, value in values.items() if name not in (*free, "shard")}
         named = {name: repr(value) for name, value in kept.items()}
         numbers = ", ".join(map(str, self.objective.numbers))
         return named | {"objective": f"{self.objective.key} ({numbers})"}

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from grpo_core import RECIPES
-from grpo_core.compare import METHODS, PricedTrainer, main
+from grpo_core.compare import main
+from grpo_core.comparison import METHODS, PricedTrainer
 from grpo_core.forward import packed_logp
 from grpo_core.live_bytes import LiveBytes
 from grpo_core.rollout import Sampling, rollout

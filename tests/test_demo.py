@@ -67,7 +67,7 @@ def test_fused_and_naive_runs_get_the_same_rewards(
 
     # By the way: without matplotlib the run goes on and says how to get it.
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert main([*arguments, "--loss", "naive"]) == 0
+    assert main([*arguments, "--loss", "naive", "--overwrite", "True"]) == 0
     naive = records(tmp_path)
 
     assert [r.get("reward") for r in fused] == [r.get("reward") for r in naive]
@@ -141,7 +141,7 @@ def test_an_interrupted_run_says_what_is_left(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Demo, "base_model", interrupt)
-    assert main(["--output", str(tmp_path), "--no_plot"]) == 130
+    assert main(["--output", str(tmp_path), "--no_plot", "--overwrite", "True"]) == 130
     assert "interrupted; what was finished lies in" in capsys.readouterr().err
     assert not (tmp_path / "results.json").exists()
     assert not (tmp_path / "r1").exists()
@@ -204,7 +204,8 @@ def test_there_must_be_something_to_go_on_with(
         (["--steps", "0"], "steps: expected at least 1, got 0"),
         (["--prompts", "0"], "prompts: expected at least 1, got 0"),
         (["--held_out", "0"], "held_out: expected at least 1, got 0"),
-        (["--beta", "-1"], "beta: expected a finite number >= 0, got -1.0"),
+        (["--beta", "-1"], "--beta: expected a finite number >= 0, got -1.0"),
+        (["--learning_rate", "nan"], "learning_rate: expected more than 0, got nan"),
         (["--learning_rate", "-1"], "learning_rate: expected more than 0, got -1.0"),
         (["--threads", "-3"], "threads: expected 0 or more, got -3"),
         (["--output", "/proc/nowhere"], "nowhere"),

@@ -193,12 +193,12 @@ def test_options_from_a_file_and_an_adapter(files: Path, tmp_path: Path) -> None
         (["--held_out", "20"], "held_out: expected fewer than the 20 problems, got 20"),
         (["--log", "paper"], "log: expected one of"),
         (["--temperature", "0"], "temperature: expected more than 0"),
-        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--data", "nowhere.jsonl"], "--data: expected a file, found no nowhere.jsonl"),
         (["--model", ""], "model: expected a value"),
         (["--eval_samples", "2", "--eval_k", "4"], "eval_k: expected 1 to 2, the eval_samples"),
         (["--eval_samples", "0"], "eval_samples: expected at least 1, got 0"),
-        (["--eval_temperature", "-1"], "eval_temperature: expected at least 0, got -1.0"),
-        (["--console", "loud"], "invalid choice: 'loud'"),
+        (["--eval_temperature", "-1"], "eval_temperature: expected 0 or more, got -1.0"),
+        (["--console", "loud"], "--console: expected one of rich, plain, off, got 'loud'"),
         (["--system", "Think."], "no chat template"),
     ],
 )
@@ -207,7 +207,7 @@ def test_bad_options_are_named_before_anything_is_touched(
 ) -> None:
     before = sorted(path.name for path in straight.iterdir())
     with pytest.raises(SystemExit):
-        main([*options(files, straight), *more])
+        main([*options(files, straight, "--overwrite", "True"), *more])
     assert message in capsys.readouterr().err
     assert sorted(path.name for path in straight.iterdir()) == before
 

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import ByT5Tokenizer, HfArgumentParser
-from yaml import safe_load
+from transformers import ByT5Tokenizer
 
 from grpo_core import RECIPES, fused_linear_loss, fused_loss
 from grpo_core.advantages import estimate_advantages
 from grpo_core.clock import Clock
 from grpo_core.evaluate import evaluate
+from grpo_core.options import Parser, add_options, read_yaml
 from grpo_core.reinforce import main as reinforce
 from grpo_core.rewards import FunctionReward, Scores
 from grpo_core.rollout import Problem, Rollout, Sampling
@@ -284,7 +284,7 @@ def test_every_test_that_the_document_names_exists() -> None:
         assert f"def {name}(" in (TESTS / file).read_text("utf-8"), f"{file}::{name}"
 
 
-def test_every_option_that_the_document_names_exists() -> None:
+def test_every_option_that_the_document_names_exists(tmp_path: Path) -> None:
     """On the command lines of a run, and in a YAML file, which is read."""
     text = (TESTS.parent / "docs/training.md").read_text("utf-8")
     blocks = "".join(re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL))
@@ -293,8 +293,10 @@ def test_every_option_that_the_document_names_exists() -> None:
     assert named >= {"model", "data", "shard"}
     assert named <= RunConfig.__dataclass_fields__.keys()
     (yaml,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
-    parser = HfArgumentParser(RunConfig)  # type: ignore[arg-type]
-    (config,) = parser.parse_dict(safe_load(yaml))
+    (tmp_path / "run.yaml").write_text(yaml)
+    parser = Parser("grpo_core.reinforce")
+    add_options(parser, RunConfig)
+    config = parser.parse_args(read_yaml(tmp_path / "run.yaml"))
     assert (config.prompts, config.rewards, config.learning_rate) == (32, ["math", "format"], 1e-6)
 
 
@@ -331,7 +333,7 @@ def test_the_score_of_reasoning_gym_takes_the_weight_of_what_it_replaces(
     """Its own scoring stands in the place of `math`."""
     made = []
     monkeypatch.setattr(
-        "grpo_core.reinforce.FunctionReward",
+        "grpo_core.run.FunctionReward",
         lambda *given: made.append(FunctionReward(*given)) or made[-1],
     )
     gym_run(bytes_model, tmp_path, "--reward_weights", "3", "0.5")
