@@ -6,10 +6,8 @@ these figures, taken in the same minutes on the same card, rather than against a
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from bench.clock import median_seconds
 from bench.machine import describe
+from grpo_core.options import Parser, new_file
 
 # of bfloat16, as logits: far beyond any cache
 ELEMENTS, DRY_ELEMENTS = 2**30, 2**12
@@ -93,8 +92,8 @@ def _reader(source: Tensor, sums: Tensor, block: int, warps: int) -> Callable[[]
 
 def _main() -> None:
     """Prints the table, and writes JSON where asked to."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser = Parser("bench.ceilings", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=new_file, help="write the figures there")
     parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU, interpreted")
     given = parser.parse_args()
     device = "cpu" if given.dry_run else "cuda"

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from grpo_core.options import Parser
+
 if TYPE_CHECKING:
     # whoever imports our kernels has decided whether they are interpreted
     from bench.batch import Direction, Recipe
@@ -166,6 +168,7 @@ def _all_counts() -> list[dict[str, Any]]:
 
 def _main() -> None:
     """Writes both files, and prints the one for people."""
+    Parser("bench.counted", description=__doc__.splitlines()[0]).parse_args()
     from bench.machine import versions
 
     figures = _all_counts()

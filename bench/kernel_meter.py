@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from grpo_core.options import Parser
+
 # every tensor that is not of vocabulary size
 VECTORS = "[N] vectors"
 # bytes per logit below which a line of the table says nothing
@@ -224,6 +226,7 @@ def _metered(call: Callable[[], object]) -> KernelMeter:
 
 def _main() -> None:
     """Prints every contender with kernels: launches, and bytes per logit by tensor."""
+    Parser("bench.kernel_meter", description=__doc__.splitlines()[0]).parse_args()
     from bench.counted import CASES, ROWS, V, case_name
     from bench.counted import call_at as call_of
     from bench.paths import contenders

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import platform
 import re
-import sys
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+
+from grpo_core.options import Parser
 
 PACKAGES = ("torch", "triton", "numpy", "pytest", "pytest-benchmark", "liger-kernel", "trl")
 PACKAGES += ("transformers", "hypothesis", "matplotlib")
@@ -56,4 +57,6 @@ def folder() -> str:
 
 
 if __name__ == "__main__":
-    print(folder() if "--folder" in sys.argv else json.dumps(describe(), indent=1))
+    parser = Parser("bench.machine", description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", action="store_true", help="the name under bench/results/")
+    print(folder() if parser.parse_args().folder else json.dumps(describe(), indent=1))

@@ -11,7 +11,6 @@ matrix products differs a little), so what is longer is read off the line.
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from bench.hidden import HiddenBatch, HiddenContender, naive, ours
 from bench.machine import device_name, versions
 from bench.meter import peak_extra_bytes
 from grpo_core import fused_loss
+from grpo_core.options import Parser
 
 # (V, D) of output matrices that are about
 HEADS = {
@@ -116,7 +116,7 @@ def head_lines() -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Counts, and prints the table; that of all heads goes into a file."""
-    parser = argparse.ArgumentParser(prog="python -m bench.memory")
+    parser = Parser("bench.memory")
     parser.add_argument("--head", type=int, nargs=2, metavar=("V", "D"), help="one alone")
     given = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"

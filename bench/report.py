@@ -6,7 +6,6 @@ with a table per case and, where matplotlib is installed, three figures: time, b
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.table import hidden_table
+from grpo_core.options import Parser, existing_file
 
 Run = Mapping[str, Any]
 MIB = 2**20
@@ -134,8 +134,8 @@ def _milliseconds(seconds: float) -> str:
 
 def _main() -> None:
     """Writes the page and its figures beside the JSON, in a folder of its name."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path, help="of --benchmark-json")
+    parser = Parser("bench.report", description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=existing_file, help="of --benchmark-json")
     parser.add_argument("--folder", type=Path, help="default: FILE without .json")
     given = parser.parse_args()
     folder = given.folder or given.file.with_suffix("")

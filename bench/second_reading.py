@@ -18,7 +18,6 @@ Estimates, to compare with what `bench.tune` measures; other rules of replacemen
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ from grpo_core.ahead import Compiled, as_if_on, examine
 from grpo_core.inspect import BUDGETS, VOCABULARY, hottest
 from grpo_core.kernels import launch
 from grpo_core.kernels.launch import LOAD_BYTES, REGISTERS, TILES, Tuning
+from grpo_core.options import Parser
 
 CANDIDATES = {
     "default": Tuning(8),
@@ -234,7 +234,7 @@ def table(card: str, dtype: torch.dtype, V: int) -> Iterator[str]:
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("bench.second_reading", description=__doc__.splitlines()[0])
     parser.add_argument("cards", nargs="*", default=["sm_90"], help=" ".join(CACHES))
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")

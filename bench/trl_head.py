@@ -16,7 +16,6 @@ out: they allocate nothing, and what they would have written has no bearing on i
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -32,6 +31,7 @@ from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 from bench.meter import peak_extra_bytes
 from grpo_core import RECIPES, fused_linear_loss, linear_token_logp
 from grpo_core.integrations.trl import patch_log_probs
+from grpo_core.options import Parser
 
 WAYS = ("logits", "stock", "safe", "fast")
 EPS_LOW, EPS_HIGH = 0.2, 0.28
@@ -166,7 +166,7 @@ def rows(figures: Callable[[str, bool], Figures]) -> Iterator[str]:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser("bench.trl_head", description=__doc__.splitlines()[0])
     for name, default in (("n", 1024), ("V", 65_536), ("D", 128)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -12,7 +12,6 @@ gradient share an entry of the table, so their times are added.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import json
 import time
@@ -30,6 +29,7 @@ from bench.second_reading import CANDIDATES
 from bench.trials import Key, Plans, Timer, Trial, fits, try_out
 from grpo_core.kernels import launch
 from grpo_core.kernels.launch import Tuning
+from grpo_core.options import Parser, existing_file, new_file
 
 # values to try of every field of `Tuning`; those of fields it does not have are left out
 AXES: dict[str, tuple[Any, ...]] = {
@@ -161,10 +161,10 @@ def _pretend(call: Callable[[], object], tuning: Tuning) -> float:
 
 
 def _main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write every trial there")
+    parser = Parser("bench.tune", description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=new_file, help="write every trial there")
     parser.add_argument("--table", type=Path, default=TABLE, help="the launch.py to rewrite")
-    parser.add_argument("--apply", type=Path, help="take the choice from such a JSON file")
+    parser.add_argument("--apply", type=existing_file, help="take the choice from such a JSON file")
     parser.add_argument("--minutes", type=float, help=f"default: {MINUTES}")
     parser.add_argument("--dry-run", action="store_true", help="tiny, interpreted, untimed")
     given = parser.parse_args()

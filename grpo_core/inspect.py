@@ -9,18 +9,15 @@ stays well below 100 % can be limited by memory; one above cannot. How a loop is
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from grpo_core.hot_loops import Loop
+from grpo_core.options import Parser, check_package, new_file, vocabulary
 
 if TYPE_CHECKING:
     from grpo_core.ahead import Compiled
@@ -63,7 +60,7 @@ BUDGETS = {
     "sm_100": Budget("B200", 148, 1.85, 7.0),
 }
 CARDS = (*BUDGETS, "gfx942")
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = ("bfloat16", "float16", "float32")
 # Qwen 2.5 and 3
 VOCABULARY = 151_936
 
@@ -84,37 +81,38 @@ LIMITS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the tables; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m grpo_core.inspect",
+    parser = Parser(
+        "grpo_core.inspect",
         description="Compiles every kernel for cards that are not here; prints what came out.",
     )
     parser.add_argument(
         "cards", nargs="*", help=f"sm_NUMBER or gfxNAME; default: {' '.join(CARDS)}"
     )
     add = parser.add_argument
-    add("--dtype", action="append", choices=DTYPES, help="of the logits; may be repeated")
-    add("--vocabulary", action="append", type=int, metavar="V", help="words; may be repeated")
+    add("--dtype", action="append", choices=DTYPES, help="dtype of the logits; may be repeated")
+    add("--vocabulary", action="append", type=vocabulary, metavar="V", help="may be repeated")
     add("--all", action="store_true", help="every surrogate and every KL estimator")
-    add("--opcodes", action="store_true", help="what each loop's instructions are")
-    add("--json", type=Path, metavar="FILE", help="write the figures there, too")
-    add("--gate", action="store_true", help="exit with 1 if a limit is exceeded, and list which")
+    add("--opcodes", action="store_true", help="list the instructions of each loop")
+    add("--json", type=new_file, metavar="FILE", help="also write the figures to FILE")
+    add("--gate", action="store_true", help="exit with 1 and a list if a limit is exceeded")
     options = parser.parse_args(arguments)
     cards = options.cards or CARDS
     try:
+        check_package("inspect", "triton")
+        import torch
+
         from grpo_core.ahead import compile_kernels, must_compile, target
 
         must_compile()
         for card in cards:
             target(card)
-    except ModuleNotFoundError as missing:
-        parser.error(f"needs the package {missing.name}")
-    except (RuntimeError, ValueError) as error:
+    except (ModuleNotFoundError, RuntimeError, ValueError) as error:
         parser.error(str(error))
     kernels: list[Compiled] = []
     for card in cards:
         for dtype in options.dtype or ["bfloat16"]:
             for V in options.vocabulary or [VOCABULARY]:
-                made = list(compile_kernels(card, DTYPES[dtype], V, options.all))
+                made = list(compile_kernels(card, getattr(torch, dtype), V, options.all))
                 kernels += made
                 print("\n".join(table(made, options.opcodes)), end="\n\n", flush=True)
     if options.json:

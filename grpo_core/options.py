@@ -26,16 +26,30 @@ if TYPE_CHECKING:
 WARMUP = 5  # steps, where nobody says otherwise and the run is longer
 # `recipes.RECIPES` has the objectives
 RECIPE_NAMES = (
-    *("ppo", "dual_clip", "grpo", "dr_grpo", "dapo", "bnpo", "intellect2", "gspo", "luspo"),
-    *("gmpo", "cispo", "sapo", "vespo", "rloo", "reinforce_plus_plus"),
-    *("reinforce_plus_plus_baseline", "gpg", "dro", "dppo", "topr"),
+    *("ppo", "dual_clip", "grpo", "dr_grpo", "dapo", "bnpo", "intellect2", "gspo", "gmpo"),
+    *("luspo", "cispo", "sapo", "vespo", "rloo"),
+    *("reinforce_plus_plus", "reinforce_plus_plus_baseline", "gpg", "dro", "dppo", "topr"),
 )
 # what a run leaves in its directory
-RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "before.json", "results.json")
+RUN_FILES: tuple[str, ...] = (
+    "config.json",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "before.json",
+    "results.json",
+)
 RUN_FILES += ("report.md", "curves.png", "compare.json", "compare.md", "compare.png")
 RUN_FOLDERS = ("checkpoints", "model", "r1-zero", "sft", "r1")
 # what may differ between a run and the command that resumes it
-FREE = ("resume", "overwrite", "threads", "log", "output", "checkpoint_every", "keep_checkpoints")
+FREE: tuple[str, ...] = (
+    "resume",
+    "overwrite",
+    "threads",
+    "log",
+    "output",
+    "checkpoint_every",
+    "keep_checkpoints",
+)
 FREE += ("console", "plot", "rollout_url", "rollout_memory", "rollout_sleep")
 
 KINDS = {"int": "a whole number", "float": "a number", "Path": "a path"}
@@ -65,6 +79,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, command: str, **settings: Any) -> None:
         super().__init__(prog=f"python -m {command}", allow_abbrev=False, **settings)
+        # argparse takes -1e-6 for an option
+        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.I)
 
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
@@ -299,6 +315,34 @@ def load_from_file(option: str, name: str) -> Any:
             f"{option}: expected a name in {path}, got {attribute!r}{nearest(attribute, names)}"
         )
     return getattr(module, attribute)
+
+
+def existing_file(text: str) -> Path:
+    """A path on a command line that must be there."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"expected a file, found no {text}")
+    return Path(text)
+
+
+def new_file(text: str) -> Path:
+    """A path on a command line that will be written."""
+    if not Path(text).parent.is_dir() or Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file in an existing folder, got {text}")
+    return Path(text)
+
+
+def vocabulary(text: str) -> int:
+    """A size of a vocabulary on a command line: one token to reward, one to refuse."""
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 2, got {text!r}")
+    return int(text)
+
+
+def run_with_metrics(text: str) -> Path:
+    """A run directory on a command line."""
+    if not (Path(text) / "metrics.jsonl").is_file():
+        raise argparse.ArgumentTypeError(f"expected a run directory, found no {text}/metrics.jsonl")
+    return Path(text)
 
 
 def check_file(option: str, path: str) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grpo_core.options import Parser, check_package, new_file, run_with_metrics
 from grpo_core.plot import INK, QUIET, STYLE, Run, held_out, smooth, training
 
 if TYPE_CHECKING:
@@ -47,20 +47,17 @@ PANELS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draws the picture; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m grpo_core.plot", description="Draws the curves of one run or several."
-    )
-    parser.add_argument("runs", nargs="+", type=Path, help="run directories")
+    parser = Parser("grpo_core.plot", description="Draws the curves of one run or several.")
+    parser.add_argument("runs", nargs="+", type=run_with_metrics, help="run directories")
     parser.add_argument(
-        "--output", type=Path, help="picture to write; default: curves.png in the first run"
+        "--output", type=new_file, help="picture to write; default: curves.png in the first run"
     )
     options = parser.parse_args(arguments)
     try:
+        check_package("plot", "matplotlib")
         path = plot_runs(options.runs, options.output or options.runs[0] / "curves.png")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ModuleNotFoundError) as error:
         parser.error(str(error))
-    except ModuleNotFoundError as missing:
-        parser.error(f"needs {missing.name}: pip install {missing.name}")
     print(path)
     return 0
 

@@ -6,7 +6,6 @@ For runs that go on somewhere else, or went on last week; RUN is the directory o
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -15,25 +14,24 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grpo_core.options import Parser, check_package, new_file, run_with_metrics
 from grpo_core.plot import Run
-from grpo_core.recipes import RECIPES
-from grpo_core.samples import Sample
-from grpo_core.trainer_config import TrainerConfig
 
 if TYPE_CHECKING:
     from grpo_core.console_rich import Live
+    from grpo_core.samples import Sample
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draws it; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m grpo_core.show", description="Shows a run from its files."
-    )
-    parser.add_argument("run", type=Path, help="run directory")
-    parser.add_argument("--stage", help="of the run; default: the last")
-    parser.add_argument("--svg", type=Path, help="picture to write, 80 columns wide")
+    parser = Parser("grpo_core.show", description="Shows a run from its files.")
+    parser.add_argument("run", type=run_with_metrics, help="run directory")
+    parser.add_argument("--stage", help="stage of the run; default: the last")
+    parser.add_argument("--svg", type=new_file, help="picture to write, 80 columns wide")
     options = parser.parse_args(arguments)
     try:
+        check_package("show", "rich")
+        find_stage(options.run, options.stage)
         from rich.console import Console as Terminal
 
         from grpo_core.console_rich import Live
@@ -43,10 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         live = Live(picture if options.svg else Terminal(highlight=False))
         replay(live, options.run, options.stage)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ModuleNotFoundError) as error:
         parser.error(str(error))
-    except ModuleNotFoundError as missing:
-        parser.error(f"needs {missing.name}: pip install {missing.name}")
     live.terminal.print(live.frame(whole=True))
     if options.svg:
         drawn = live.terminal.export_svg(title=f"{live.label} in {options.run}")
@@ -62,13 +58,12 @@ def replay(live: Live, run: Path, stage: str | None = None) -> None:
     Raises:
         FileNotFoundError, ValueError: no run, or no such stage in it.
     """
-    histories = Run.read(run / "metrics.jsonl").histories
-    if not histories or (stage or next(reversed(histories))) not in histories:
-        raise ValueError(f"stage: expected one of {list(histories)}, got {stage!r}")
-    stage = stage or next(reversed(histories))
+    from grpo_core.recipes import RECIPES
+    from grpo_core.trainer_config import TrainerConfig
+
+    stage, history = find_stage(run, stage)
     options = json.loads((run / "config.json").read_text("utf-8"))
     steps = options.get("options", options)["steps"]
-    history = histories[stage]
     with_kl = RECIPES["grpo"].replace(beta=1.0, kl="k3")
     objective = with_kl if any(record.get("kl") for record in history) else RECIPES["dapo"]
     live.prepare(stage, 0, TrainerConfig(objective=objective, steps=steps))
@@ -83,8 +78,23 @@ def replay(live: Live, run: Path, stage: str | None = None) -> None:
     live.start = time.monotonic() - taken
 
 
+def find_stage(run: Path, stage: str | None) -> tuple[str, list[dict[str, Any]]]:
+    """A stage's name and records; the last one's for None.
+
+    Raises:
+        FileNotFoundError, ValueError: no run, or no such stage in it.
+    """
+    histories = Run.read(run / "metrics.jsonl").histories
+    if not histories or (stage or next(reversed(histories))) not in histories:
+        raise ValueError(f"stage: expected one of {list(histories)}, got {stage!r}")
+    stage = stage or next(reversed(histories))
+    return stage, histories[stage]
+
+
 def _samples(path: Path, stage: str) -> Iterator[Sample]:
     """What is kept of a stage's samples."""
+    from grpo_core.samples import Sample
+
     for line in path.read_text("utf-8").splitlines() if path.exists() else ():
         record: dict[str, Any] = json.loads(line)
         if record.pop("stage") == stage:

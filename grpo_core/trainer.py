@@ -127,6 +127,7 @@ class Trainer:
             evaluation: called before the first step, now and then, and at the end.
 
         Raises:
+            ValueError: the folder for checkpoints has some that were not resumed from.
             Interrupted: after a signal, once the step is done and saved.
             FloatingPointError: too many updates in a row were not finite, see `update`.
         """

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from grpo_core import trainer_state
-from grpo_core.checkpoint import Interrupted, Request, stop_request
+from grpo_core.checkpoint import Interrupted, Request, checkpoints, stop_request
 from grpo_core.console import Console
 from grpo_core.distributed import gathered, is_main
 from grpo_core.monitor import Metrics, append_json, warn
@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 def train(trainer: Trainer, evaluation: Callable[[], Metrics] | None) -> list[Metrics]:
     """See `Trainer.train`."""
     config, history = trainer.config, []
+    if trainer.checkpoints and not trainer.steps_done:
+        # a new run would soon delete them
+        found = checkpoints(trainer.checkpoints)
+        if found:
+            raise ValueError(
+                f"checkpoints: expected a folder without any, found {found[-1]}; go on from it by "
+                "Trainer.resume(), or take another folder"
+            )
     console = trainer.console if is_main() else Console()
     console.begin(trainer.label, trainer.steps_done, config)
     trainer.watch.tell = console.note

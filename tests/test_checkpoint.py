@@ -238,6 +238,17 @@ def test_another_run_is_not_gone_on_with(straight: tuple[Trainer, Path]) -> None
         trainer(straight[1], objective=RECIPES["grpo"].replace(beta=0.1)).resume()
 
 
+def test_a_new_run_does_not_delete_the_checkpoints_of_another(
+    straight: tuple[Trainer, Path],
+) -> None:
+    """It keeps the last few of its folder, which would be those of the longer run before."""
+    _, folder = straight
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(ValueError, match=r"checkpoints: expected a folder without any, found .*-0"):
+        trainer(folder).train()
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_without_a_checkpoint_it_begins_at_the_beginning(tmp_path: Path) -> None:
     assert trainer(tmp_path).resume() == 0
     assert trainer().resume() == 0

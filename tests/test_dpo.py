@@ -80,4 +80,4 @@ def test_nothing_to_learn_from_is_an_error() -> None:
     with pytest.raises(ValueError, match="group_size: expected at least 2, got 1"):
         sample_pairs(micro_model(), problems(1), share_of_sevens, SAMPLING, group_size=1)
     with pytest.raises(ValueError, match="warmup_steps: expected 0 to 2, got 5"):
-        PreferenceConfig(steps=3, batch_size=2, learning_rate=1e-3)
+        PreferenceConfig(steps=3, batch_size=2, learning_rate=1e-3, warmup_steps=5)

@@ -285,7 +285,10 @@ class TestGate:
     ("arguments", "complaint"),
     [
         (["-m", "grpo_core.inspect", "h100"], "expected a name such as sm_90"),
-        (["-m", "grpo_core.inspect", "--dtype", "int8"], "invalid choice"),
+        (
+            ["-m", "grpo_core.inspect", "--dtype", "int8"],
+            "--dtype: expected one of bfloat16, float16, float32",
+        ),
     ],
 )
 def test_a_wrong_argument_is_named(arguments: list[str], complaint: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from grpo_core import decimals
 from grpo_core.clock import MACHINE
 from grpo_core.loggers import flat, open_logger
 from grpo_core.reinforce import main
+from grpo_core.run import check_positions
+from grpo_core.run_config import RunConfig
 from grpo_core.trainer import Trainer
 
 pytestmark = [
@@ -132,6 +135,74 @@ def test_an_interrupted_run_goes_on(
     assert ours.read_bytes() == theirs.read_bytes()
 
 
+def test_the_same_command_again_deletes_nothing(
+    files: Path, straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unless it is told to: then it begins anew, and nothing of the old run is left."""
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert any("checkpoints" in path.parts for path in before)
+    for more in ([], ["--seed", "5"]):
+        with pytest.raises(SystemExit) as stop:
+            main(options(files, run, *more))
+        assert stop.value.code == 2
+        assert "--resume True" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert main(options(files, run, "--steps", "2", "--overwrite", "True")) == 0
+    assert [record["step"] for record in records(run)] == [0, 1, 2]
+    kept = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert kept == ["step-000001", "step-000002"]
+
+
+def test_an_own_surrogate_from_a_file(files: Path, straight: Path, tmp_path: Path) -> None:
+    """DAPO's clip written down once more trains the same model as the recipe, bit for bit."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import math\n"
+        "from grpo_core import RECIPES, Surrogate\n"
+        "from grpo_core.kernels.language import tl, triton\n\n\n"
+        "@triton.jit\n"
+        "def asymmetric(logp, log_ratio, advantage, low, high):\n"
+        "    ratio = tl.exp(log_ratio)\n"
+        "    free = ratio * advantage\n"
+        "    bound = tl.minimum(tl.maximum(ratio, 1 - low), 1 + high) * advantage\n"
+        "    slope = tl.where(free <= bound, -free, 0.0)\n"
+        "    return -tl.minimum(free, bound), slope * 0, slope\n\n\n"
+        "wide = RECIPES['dapo'].replace(surrogate=Surrogate(asymmetric, (0.2, 0.28), True))\n"
+        "narrow = wide.replace(surrogate=Surrogate(asymmetric, (0.0, 0.0), True))\n"
+    )
+    models = {}
+    for name in (f"{file}:wide", f"{file}:narrow", "dapo"):
+        run = tmp_path / name.rpartition(":")[2]
+        more = ["--steps", "2", "--objective", name, "--epochs", "2", "--learning_rate", "0.01"]
+        assert main(options(files, run, *more)) == 0
+        assert records(run)[2]["tokens"] > 0
+        models[run.name] = (run / "model/model.safetensors").read_bytes()
+    assert models["wide"] == models["dapo"] != models["narrow"]
+    assert json.loads((tmp_path / "wide/config.json").read_text())["objective"] == f"{file}:wide"
+
+
+def test_a_completion_that_the_model_cannot_read_is_refused(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before weights are read: the longest prompt and max_new_tokens fill its 256 positions."""
+    tokenizer = decimals.build_tokenizer()
+    lines = (files / "train.jsonl").read_text().splitlines()
+    longest = max(len(tokenizer(json.loads(line)["prompt"])["input_ids"]) for line in lines)
+    monkeypatch.setattr("grpo_core.run.load_model", lambda *_: pytest.fail("too late"))
+    with pytest.raises(SystemExit):
+        main(options(files, tmp_path, "--max_new_tokens", str(257 - longest)))
+    assert capsys.readouterr().err.endswith(
+        f"error: --max_new_tokens: expected at most {256 - longest}, since the model has 256 "
+        f"positions and the longest prompt {longest} tokens, got {257 - longest}; leave long "
+        "prompts out with --longest_prompt\n"
+    )
+    check_positions(
+        RunConfig(model=str(files / "model"), data="d", max_new_tokens=256 - longest), longest
+    )
+
+
 def test_another_run_or_none_cannot_be_resumed(
     files: Path, straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -145,8 +216,16 @@ def test_another_run_or_none_cannot_be_resumed(
     assert (straight / "results.json").exists()
 
 
-def test_options_from_a_file_and_an_adapter(files: Path, tmp_path: Path) -> None:
-    """YAML first, then what stands behind it; LoRA leaves an adapter."""
+def test_options_from_a_file_and_an_adapter(
+    files: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    """YAML first, then what stands behind it; LoRA leaves an adapter.
+
+    No bars of other libraries are drawn above the console, nor their advice to developers.
+    """
     pytest.importorskip("peft")
     file = tmp_path / "run.yaml"
     settings = {
@@ -161,6 +240,8 @@ def test_options_from_a_file_and_an_adapter(files: Path, tmp_path: Path) -> None
         "lora_rank": 2,
         "beta": 0.1,
         "tokens_per_microbatch": 40,
+        "template": None,
+        "system": None,
         "gradient_checkpointing": True,
         "autocast": True,
         "held_out": 3,
@@ -176,6 +257,8 @@ def test_options_from_a_file_and_an_adapter(files: Path, tmp_path: Path) -> None
     assert (run / "model/adapter_model.safetensors").exists()
     (first,) = records(run)[1:]
     assert {"accuracy", "format", "kl"} <= first.keys()
+    assert "Loading weights" not in capfd.readouterr().err
+    assert not [w.message for w in recwarn if issubclass(w.category, FutureWarning)]
     figures = first["held_out"]
     several = {f"format/{name}" for name in ("avg@3", "pass@1", "pass@2")}
     assert {*several, "greedy_format", "greedy_accuracy"} <= figures.keys()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import warnings
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +13,7 @@ from bench.accuracy.document import DOCUMENT, write
 from bench.accuracy.measure import measure
 from bench.accuracy.plot import PICTURE, plot
 from grpo_core.hardware_rounding import round_as_hardware_does
+from grpo_core.options import Parser
 
 # the versions that docs/accuracy.md speaks of
 PEERS = {"liger-kernel": "0.8.5", "trl": "1.16.0"}
@@ -21,7 +21,7 @@ PEERS = {"liger-kernel": "0.8.5", "trl": "1.16.0"}
 
 def main() -> None:
     """Checks that the peers are there, measures, writes."""
-    argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__).parse_args()
+    Parser("bench.accuracy", description=__doc__).parse_args()
     for name, wanted in PEERS.items():
         try:
             found = version(name)

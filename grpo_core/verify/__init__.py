@@ -11,15 +11,17 @@ rule between the two is `grpo_core.accuracy`'s.
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from grpo_core.backends import Backend
-from grpo_core.verify.checks import Bits, Found, Place, check_bits, check_confident, check_losses
-from grpo_core.verify.inputs import CASES, Sizes, one_per_plan
-from grpo_core.verify.report import Report
+    from grpo_core.backends import Backend
+    from grpo_core.verify.checks import Bits, Found
+    from grpo_core.verify.inputs import Sizes
+    from grpo_core.verify.report import Report
 
-__all__ = ["Report", "verify"]
+__all__ = ["verify"]
 
 
 def verify(
@@ -39,6 +41,11 @@ def verify(
         device: where they run.
         sizes: how many rows, over which vocabularies.
     """
+    # here, so that the command's options are read before torch is loaded
+    from grpo_core.verify.checks import Place, check_bits, check_confident, check_losses
+    from grpo_core.verify.inputs import CASES, one_per_plan
+    from grpo_core.verify.report import Report
+
     start = time.perf_counter()
     place = Place(backend, device, sizes)
     losses: list[Found] = []

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import torch
+from grpo_core.options import RECIPE_NAMES, Parser, new_file, vocabulary
 
-import grpo_core
-from grpo_core.backends import Backend, choose_backend
-from grpo_core.verify import verify
-from grpo_core.verify.inputs import OBJECTIVES, SIZES, one_per_plan
-from grpo_core.verify.table import DTYPES, LEGEND, dtype_name, summary, table
+# those of `backends.Backend`, `inputs.OBJECTIVES` and `table.DTYPES`
+BACKENDS = ("triton", "torch")
+OBJECTIVES = (*RECIPE_NAMES, "exact KL", "entropy bonus", "exact KL, entropy", "sampler")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,14 +25,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     given = parser.parse_args(arguments)
+    import torch
+
+    from grpo_core.backends import Backend, choose_backend
+    from grpo_core.verify import verify
+    from grpo_core.verify.inputs import SIZES, one_per_plan
+    from grpo_core.verify.table import LEGEND, summary, table
+
     backend: Backend = given.backend or ("triton" if torch.cuda.is_available() else "torch")
     device = "cuda" if torch.cuda.is_available() and backend == "triton" else "cpu"
     try:
         choose_backend(backend, torch.empty(0, device=device))
     except NotImplementedError as cannot:
         parser.error(
-            f"{cannot}\non a machine without a GPU the kernels can be interpreted, slowly:\n"
-            "  TRITON_INTERPRET=1 python -m grpo_core.verify --backend triton"
+            f"backend: {cannot}; without a GPU the kernels can be interpreted, slowly: "
+            "TRITON_INTERPRET=1 python -m grpo_core.verify --backend triton"
         )
     interpreted = backend == "triton" and _interpret()
     sizes = SIZES["interpreted" if interpreted else backend]
@@ -44,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipes = one_per_plan(recipes)
     vocabularies = given.vocabulary or sizes.vocabularies[: 1 if given.quick else None]
     sizes = replace(sizes, vocabularies=tuple(vocabularies))
-    dtypes = [dtype for dtype in DTYPES if given.dtype in (None, dtype_name(dtype))]
+    dtypes = [getattr(torch, name) for name in DTYPES if given.dtype in (None, name)]
     where = _device_name(device)
     print(_title(backend, where, interpreted))
     print(f"{len(recipes)} recipes and variants, V = {', '.join(f'{V:,}' for V in vocabularies)}")
@@ -59,46 +63,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if report.failures else 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m grpo_core.verify",
+def _parser() -> Parser:
+    parser = Parser(
+        "grpo_core.verify",
         description="Every plan, recipe and dtype against float64, on this machine.",
         epilog="Exit status: 0 if everything is right, 1 if anything is not.",
     )
     parser.add_argument(
         "--backend",
-        choices=get_args(Backend),
-        help="whose kernels (default: triton on a GPU, else torch)",
+        choices=BACKENDS,
+        help="what computes (default: triton on a GPU, else torch)",
     )
     parser.add_argument(
         "--recipe",
         nargs="+",
         metavar="NAME",
         choices=OBJECTIVES,
-        help=f"of: {', '.join(map(repr, OBJECTIVES))} (default: all)".replace("'", ""),
+        help=f"any of {', '.join(map(repr, OBJECTIVES))} (default: all)".replace("'", ""),
     )
-    parser.add_argument(
-        "--dtype", choices=[dtype_name(dtype) for dtype in DTYPES], help="(default: all)"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the logits (default: all)")
     parser.add_argument(
         "--vocabulary",
         nargs="+",
-        type=_vocabulary,
+        type=vocabulary,
         metavar="V",
         help="all recipes over the first, one of every plan over the others",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every comparison there")
+    parser.add_argument(
+        "--json", type=new_file, metavar="FILE", help="write every comparison there"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="one recipe of every plan, the first vocabulary"
     )
     return parser
-
-
-def _vocabulary(text: str) -> int:
-    """A number of words that can be rewarded and refused."""
-    if (V := int(text)) < 2:
-        raise argparse.ArgumentTypeError(f"expected at least 2, got {V}")
-    return V
 
 
 def _interpret() -> bool:
@@ -116,6 +113,8 @@ def _interpret() -> bool:
 
 
 def _device_name(device: str) -> str:
+    import torch
+
     if device == "cuda":
         return torch.cuda.get_device_name()
     threads = torch.get_num_threads()
@@ -123,7 +122,7 @@ def _device_name(device: str) -> str:
 
 
 def _versions() -> dict[str, Any]:
-    versions = {"grpo_core": grpo_core.__version__, "torch": torch.__version__}
+    versions = {name: sys.modules[name].__version__ for name in ("grpo_core", "torch")}
     if "triton" in sys.modules:
         versions["triton"] = sys.modules["triton"].__version__
     return versions
