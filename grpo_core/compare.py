@@ -6,6 +6,7 @@ Reads the options and writes the result; see `comparison`.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -18,15 +19,21 @@ from grpo_core.run_config import CompareConfig, clear
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the comparison; returns the exit status."""
     _, config = begin(CompareConfig, "grpo_core.compare", arguments)
-    print(f"grpo_core.compare: {config.seeds} seeds, into {config.output}/", flush=True)
-    prepare(config.threads)
+    prepare(f"all methods, {config.seeds} seeds each, in {config.output}/", config.threads)
     from grpo_core.comparison import Comparison, lines, markdown
 
     directory = Path(config.output)
     clear(directory)
-    outcomes = [
-        outcome for seed in range(config.seeds) for outcome in Comparison(config, seed).run()
-    ]
+    try:
+        outcomes = [
+            outcome for seed in range(config.seeds) for outcome in Comparison(config, seed).run()
+        ]
+    except (ValueError, FloatingPointError) as error:
+        print(f"\nstopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; the base models are kept", file=sys.stderr)
+        return 128 + signal.SIGINT
     text = json.dumps([asdict(outcome) for outcome in outcomes], indent=2)
     (directory / "compare.json").write_text(text + "\n", "utf-8")
     (directory / "compare.md").write_text(markdown(outcomes), "utf-8")

@@ -255,12 +255,11 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
 
 def lines(outcomes: Sequence[Outcome]) -> list[str]:
     """The same for a terminal of 80 columns."""
-    rows = [line.strip("|").split("|") for line in markdown(outcomes).splitlines()]
-    cells = [[cell.strip() for cell in row] for row in (rows[0], *rows[2:])]
-    cells[0] = ["", "accuracy", "traps", "drawn", "trained", "held", "a step", "time"]
-    widths = [24, 8, 5, 6, 7, 7, 7, 5]
+    _, _, *rows = (line.strip("| ").split(" | ") for line in markdown(outcomes).splitlines())
+    heads = ["", "accuracy", "traps", "samples", "trained", "held", "memory", "time"]
+    widths = (8, 5, 7, 7, 7, 8, 6)
     return [
-        f"{row[0]:24}"
-        + "".join(f" {cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True))
-        for row in cells
+        f"{name:24}"
+        + "".join(f" {cell:>{width}}" for cell, width in zip(cells, widths, strict=False))
+        for name, *cells in (heads, *rows)
     ]

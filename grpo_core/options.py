@@ -200,14 +200,17 @@ def read_yaml(path: Path) -> list[str]:
     return words
 
 
-def prepare(threads: int) -> None:
+def prepare(line: str, threads: int) -> None:
     """Sets the process up for training.
 
     Bars and advice to developers of other libraries would stand between the lines of the console.
 
     Args:
+        line: printed at once, since what a run imports takes seconds.
         threads: of the CPU; 0 is torch's choice.
     """
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
     import torch
     from transformers.utils import logging
 
@@ -346,9 +349,11 @@ def run_with_metrics(text: str) -> Path:
 
 
 def check_file(option: str, path: str) -> None:
-    """Raises ValueError unless the file that an option names is there."""
+    """Raises ValueError unless the file that an option names can be read."""
     if not Path(path).is_file():
         raise ValueError(f"{option}: expected a file, found no {path}")
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"{option}: expected a file that can be read, got {path}")
 
 
 def check_package(option: str, module: str, package: str = "") -> None:

@@ -19,8 +19,7 @@ from grpo_core.run_config import RunConfig
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs it; returns the exit status."""
     parser, config = begin(RunConfig, "grpo_core.reinforce", arguments)
-    # seconds of imports, once the options are known to be right
-    prepare(config.threads)
+    prepare(f"{config.model} on {config.data}, in {config.output}/", config.threads)
     from grpo_core.distributed import process_group
 
     with process_group():

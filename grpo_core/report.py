@@ -58,10 +58,21 @@ def markdown(stages: Sequence[Stage]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def plain(stages: Sequence[Stage]) -> list[str]:
+    """The whole report for a terminal of 80 columns."""
+    columns = [column.partition(", ") for column in header()]
+    rows = [[head for head, _, _ in columns], [mode for _, _, mode in columns], *table(stages)]
+    lines = [f"{name:8}" + "".join(f"{cell:>9}" for cell in cells) for name, *cells in rows]
+    for pair, answers in transcripts(stages):
+        lines += ["", pair.question]
+        lines += [f"  {name:8} {answer} {'✓' if right else '✗'}" for name, answer, right in answers]
+    return lines
+
+
 def show(stages: Sequence[Stage]) -> None:
-    """Prints the report: in colour if `rich` is installed, else as Markdown."""
+    """Prints the report: in colour if `rich` is installed, else plain."""
     if importlib.util.find_spec("rich") is None:
-        print(markdown(stages))
+        print("\n".join(plain(stages)))
         return
     from rich import box
     from rich.console import Console

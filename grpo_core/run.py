@@ -45,7 +45,11 @@ class Run:
     def __init__(self, config: RunConfig) -> None:
         self.config, self.directory = config, Path(config.output)
         self.tokenizer = from_hub(AutoTokenizer, config.model)
-        problems, self.reward = self.task()
+        try:
+            problems, self.reward = self.task()
+        except (OSError, ValueError) as error:
+            named = str(error).partition(":")[0] in vars(config)
+            raise ValueError(str(error) if named else f"data: {error}") from error
         self.held_out, self.training = problems[: config.held_out], problems[config.held_out :]
         if not self.training:
             raise ValueError(
@@ -84,7 +88,7 @@ class Run:
             problems, reward = reasoning_gym_task(
                 config.data.removeprefix(GYM),
                 tokenizer,
-                size=config.held_out + config.steps * config.prompts,
+                size=config.held_out + config.steps * config.prompts_per_step,
                 seed=config.seed,
                 chat=tokenizer.chat_template is not None,
             )

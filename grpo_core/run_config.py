@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from grpo_core.rollout import Sampling
 
 GYM = "reasoning_gym:"
+PROMPTS = 16  # per step
 REWARDS = ("math", "accuracy", "format", "brevity")
 OBJECTIVE = f"Loss: path.py:name of an Objective of yours, or one of {', '.join(RECIPE_NAMES)}."
 OVERWRITE = "Delete the run that is in --output and begin a new one."
@@ -70,7 +72,9 @@ class RunConfig(TrainingOptions):
         "keeps its own.",
     )
     steps: int = option(100, "Training steps, one rollout each.")
-    prompts: int = option(16, "Prompts per step.")
+    prompts: int | None = option(
+        None, "Prompts per step. Default: 16, or the next multiple of the number of processes."
+    )
     epochs: int = option(1, "Passes over each rollout.")
     learning_rate: float = option(1e-6, "Peak learning rate of AdamW.")
     max_new_tokens: int = option(
@@ -124,7 +128,7 @@ class RunConfig(TrainingOptions):
         if not self.rewards:
             raise ValueError("rewards: expected at least one, got none")
         check_at_least(self, 0, "held_out", "longest_prompt", "lora_rank", "samples", "threads")
-        check_at_least(self, 1, "prompts", "max_new_tokens", "eval_samples")
+        check_at_least(self, 1, "prompts_per_step", "max_new_tokens", "eval_samples")
         check_at_least(self, 0, "eval_temperature", "sampler_low")
         check_more_than_0(self, "temperature", "rollout_memory")
         if self.sampler_high < self.sampler_low:
@@ -139,15 +143,23 @@ class RunConfig(TrainingOptions):
                 raise ValueError(
                     f"eval_k: expected 1 to {self.eval_samples}, the eval_samples, got {k}"
                 )
-        self.check(self.prompts)
+        self.check(self.prompts_per_step)
         _check_beta(self.beta)
         check_objective(self.objective)
+
+    @property
+    def prompts_per_step(self) -> int:
+        """As given, else 16 or a few more, that every process may have as many."""
+        if self.prompts is not None:
+            return self.prompts
+        return -(-PROMPTS // processes()) * processes()
 
     def check_here(self) -> None:
         """Raises ValueError or ModuleNotFoundError for what this machine lacks.
 
-        Packages, files and the run directory; the model and the data are read later.
+        Processes, packages, files and the run directory; the model and the data are read later.
         """
+        self._check_processes()
         for name in self.rewards:
             path, colon, _ = name.rpartition(":")
             if name not in REWARDS and not (colon and path.endswith(".py")):
@@ -172,6 +184,22 @@ class RunConfig(TrainingOptions):
             files = [(name, given.rpartition(":")[0]) for name, given in code]
             check_kept(self.output, ("model", self.model), ("data", self.data), *files)
         check_output(self)
+
+    def _check_processes(self) -> None:
+        """Whether the options suit the processes that a launcher has started."""
+        count = processes()
+        if self.shard == "fsdp" and "WORLD_SIZE" not in os.environ:
+            raise ValueError("shard: expected ddp, or a start by torchrun, got fsdp")
+        if self.prompts_per_step % count:
+            raise ValueError(
+                f"prompts: expected a multiple of {count}, the processes, got {self.prompts}"
+            )
+        if count > 1 and self.loss != "fused":
+            raise ValueError(f"loss: expected fused on {count} processes, got {self.loss}")
+        if count > 1 and self.rollout == "vllm":
+            raise ValueError(
+                f"rollout: expected transformers or vllm-server on {count} processes, got vllm"
+            )
 
     def _check_sources(self) -> None:
         """Whether data and model are where they should be; a name of the hub is tried later."""
@@ -204,7 +232,10 @@ class RunConfig(TrainingOptions):
             each.name: getattr(self, each.name) for each in fields(TrainingOptions)
         }
         return TrainerConfig(
-            **shared, objective=objective, prompts_per_step=self.prompts, sampling=sampling
+            **shared,
+            objective=objective,
+            prompts_per_step=self.prompts_per_step,
+            sampling=sampling,
         )
 
 
@@ -301,6 +332,11 @@ def clear(directory: Path) -> None:
         (directory / name).unlink(missing_ok=True)
     for name in RUN_FOLDERS:
         shutil.rmtree(directory / name, ignore_errors=True)
+
+
+def processes() -> int:
+    """How many a launcher has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _check_beta(beta: float | None) -> None:

@@ -16,11 +16,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the demo; returns the exit status."""
     parser, config = begin(DemoConfig, "grpo_core.train", arguments)
     start = time.perf_counter()
-    # the imports that follow take seconds
-    print(
-        f"grpo_core.train: {config.stages}, seed {config.seed}, into {config.output}/", flush=True
-    )
-    prepare(config.threads)
+    way = {"zero": "R1-Zero", "r1": "SFT and R1", "both": "R1-Zero, SFT and R1"}[config.stages]
+    prepare(f"{way} from a base model, in {config.output}/", config.threads)
     import torch
 
     from grpo_core.checkpoint import Interrupted

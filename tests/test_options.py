@@ -16,6 +16,10 @@ import pytest
 
 from grpo_core import RECIPES
 from grpo_core.compare import main as compare
+from grpo_core.comparison import Outcome
+from grpo_core.comparison import lines as comparison_lines
+from grpo_core.decimals import SHOWCASE
+from grpo_core.demo import Stage
 from grpo_core.dpo import PreferenceConfig
 from grpo_core.inspect import main as inspect
 from grpo_core.options import (
@@ -29,6 +33,7 @@ from grpo_core.options import (
 )
 from grpo_core.plot_runs import main as plot
 from grpo_core.reinforce import main as reinforce
+from grpo_core.report import plain
 from grpo_core.rollout import Sampling
 from grpo_core.run import table
 from grpo_core.run_config import RunConfig
@@ -370,6 +375,28 @@ def test_a_trainer_takes_no_unknown_name(options: dict[str, Any]) -> None:
         TrainerConfig(**options)
 
 
+def test_the_options_suit_the_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Known from the launcher's environment; prompts that nobody sets are shared out evenly."""
+    (tmp_path / "data.jsonl").write_text("{}")
+    words = ["--model", "name", "--data", str(tmp_path / "data.jsonl"), "--rewards", "format"]
+    line = refused(reinforce, [*words, "--shard", "fsdp"], capsys)
+    assert line == "--shard: expected ddp, or a start by torchrun, got fsdp"
+    assert RunConfig(model="m", data="d").prompts_per_step == 16
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert RunConfig(model="m", data="d").prompts_per_step == 18
+    for more, line in (
+        (["--prompts", "16"], "--prompts: expected a multiple of 3, the processes, got 16"),
+        (["--loss", "naive"], "--loss: expected fused on 3 processes, got naive"),
+        (
+            ["--rollout", "vllm"],
+            "--rollout: expected transformers or vllm-server on 3 processes, got vllm",
+        ),
+    ):
+        assert refused(reinforce, [*words, *more], capsys) == line
+
+
 def test_an_objective_from_a_file(tmp_path: Path) -> None:
     """Its own KL unless a weight is given; a recipe has the default of the command."""
     file = tmp_path / "mine.py"
@@ -409,3 +436,20 @@ def test_the_package_shows_its_public_names_alone() -> None:
     with pytest.raises(AttributeError, match="'grpo_core' has no attribute 'nonsense'"):
         grpo_core.nonsense  # noqa: B018
     assert sorted(grpo_core._HOMES) == sorted(grpo_core.__all__)
+
+
+def test_a_report_fits_a_terminal() -> None:
+    """That of the embedded run without rich, and that of the comparison."""
+    figures = {"accuracy": 0.125, "accuracy/trap": 0.5, "format": 1.0, "length": 31.25}
+    stages = [Stage("R1-Zero", figures, figures, ["<answer>3.8</answer>"] * len(SHOWCASE))]
+    lines = plain(stages)
+    assert max(map(len, lines)) == 80
+    assert lines[2].split() == ["R1-Zero", *["0.125", "0.500", "1.000", "31.2"] * 2]
+    assert lines[5] == "  R1-Zero  <answer>3.8</answer> ✓"
+    outcome = Outcome("GRPO, KL in the reward", 0, 0.875, 0.5, 10_240, 2**20, 2**21, 1234.0, 1234.0)
+    lines = comparison_lines([Outcome("base", 0, 0.25, 0.0, 0, 0, 0, 0.0, 0.0), outcome])
+    assert max(map(len, lines)) <= 80
+    assert lines[1].split() == ["base", "0.250", "0.000"]
+    assert lines[2].removeprefix(outcome.method).split() == (
+        ["0.875", "0.500", "10,240", "1.05", "M", "2.10", "M", "1234", "MiB", "1234", "s"]
+    )

@@ -283,15 +283,23 @@ def test_options_from_a_file_and_an_adapter(
         (["--eval_temperature", "-1"], "eval_temperature: expected 0 or more, got -1.0"),
         (["--console", "loud"], "--console: expected one of rich, plain, off, got 'loud'"),
         (["--system", "Think."], "no chat template"),
+        (
+            ["--data", "{files}/model/config.json"],
+            "--data: {files}/model/config.json: expected a l",
+        ),
+        (["--data", "reasoning_gym:chain"], "--data: name: expected a data set of reasoning-gym"),
+        (["--attention", "slow"], "--model: expected a causal language model in {files}/model: "),
     ],
 )
 def test_bad_options_are_named_before_anything_is_touched(
     more: list[str], message: str, files: Path, straight: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(path.name for path in straight.iterdir())
+    more = [word.format(files=files) for word in more]
     with pytest.raises(SystemExit):
         main([*options(files, straight, "--overwrite", "True"), *more])
-    assert message in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert message.format(files=files) in shown.err and shown.err.count("\n") == 1
     assert sorted(path.name for path in straight.iterdir()) == before
 
 
