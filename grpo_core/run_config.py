@@ -178,7 +178,7 @@ class RunConfig(TrainingOptions):
         if self.lora_rank:
             check_package("lora_rank", "peft")
         if self.rollout == "vllm":
-            check_package("rollout", "vllm")
+            check_package("rollout", "vllm", "'vllm>=0.28'")
         if self.overwrite:
             code = [("rewards", name) for name in self.rewards] + [("objective", self.objective)]
             files = [(name, given.rpartition(":")[0]) for name, given in code]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from types import ModuleType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
+import torch
 
-from grpo_core import RECIPES
+from grpo_core import RECIPES, logp_loss
 from grpo_core.compare import main as compare
 from grpo_core.comparison import Outcome
 from grpo_core.comparison import lines as comparison_lines
@@ -263,7 +265,11 @@ def test_an_output_that_cannot_be_made_is_named(
     [
         (["--log", "wandb"], "wandb", "--log: needs wandb, not installed: pip install wandb"),
         (["--lora_rank", "2"], "peft", "--lora_rank: needs peft, not installed: pip install peft"),
-        (["--rollout", "vllm"], "vllm", "--rollout: needs vllm, not installed: pip install vllm"),
+        (
+            ["--rollout", "vllm"],
+            "vllm",
+            "--rollout: needs vllm, not installed: pip install 'vllm>=0.28'",
+        ),
         (
             ["--rewards", "math"],
             "math_verify",
@@ -412,6 +418,21 @@ def test_an_objective_from_a_file(tmp_path: Path) -> None:
         find_objective(f"{file}:x", None)
     with pytest.raises(ValueError, match=r"expected a name in .*, got 'owm'; did you mean own\?"):
         load_from_file("objective", f"{file}:owm")
+
+
+def test_the_objective_that_the_document_shows(tmp_path: Path) -> None:
+    """docs/training.md, as a file: −2·√r·A is what it says it is, and so is its derivative."""
+    text = (ROOT / "docs/training.md").read_text("utf-8")
+    (snippet,) = re.findall(r"```python\n(# losses\.py\n.*?)```", text, flags=re.DOTALL)
+    (tmp_path / "losses.py").write_text(snippet)
+    objective = find_objective(f"{tmp_path}/losses.py:damped_dapo", None)
+    logp = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+    old_logp = torch.tensor([[-1.5, -1.0]])
+    out = logp_loss(logp, old_logp=old_logp, advantage=torch.tensor([2.0]), objective=objective)
+    out.loss.backward()
+    root = (0.5 * (logp.detach() - old_logp)).exp()
+    torch.testing.assert_close(out.loss.detach(), (-2 * root * 2.0).mean())
+    torch.testing.assert_close(logp.grad, -root * 2.0 / 2)
 
 
 def test_the_final_table_fits_a_terminal() -> None:

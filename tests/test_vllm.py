@@ -289,4 +289,6 @@ def test_the_command_says_what_is_missing(
 ) -> None:
     with pytest.raises(SystemExit):
         main(options(files, tmp_path, "--rollout", "vllm"))
-    assert "vLLM, which is not installed: pip install 'vllm>=0.28'" in capsys.readouterr().err
+    assert (
+        "--rollout: needs vllm, not installed: pip install 'vllm>=0.28'" in capsys.readouterr().err
+    )
