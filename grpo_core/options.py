@@ -375,6 +375,8 @@ def check_output(config: Any) -> None:
         ValueError: it holds a run that would be lost; there is none to resume, or one of other
             options; it cannot be written to.
     """
+    if not config.output:
+        raise ValueError("output: expected a folder, got nothing")
     directory = Path(config.output)
     resume = getattr(config, "resume", False)
     if resume and config.overwrite:

@@ -39,7 +39,10 @@ REWARDS = ("math", "accuracy", "format", "brevity")
 OBJECTIVE = f"Loss: path.py:name of an Objective of yours, or one of {', '.join(RECIPE_NAMES)}."
 OVERWRITE = "Delete the run that is in --output and begin a new one."
 THREADS = "CPU threads; 0: torch's choice."
-CONSOLE = "rich: a live table (plain lines without rich or a terminal); plain: a line per step."
+CONSOLE = (
+    "rich: a live table (plain lines without rich or a terminal); plain: a line per step; off: "
+    "nothing."
+)
 
 
 @dataclass(frozen=True)

@@ -420,15 +420,21 @@ def test_an_objective_from_a_file(tmp_path: Path) -> None:
         load_from_file("objective", f"{file}:owm")
 
 
-def test_the_objective_that_the_document_shows(tmp_path: Path) -> None:
+def test_the_objective_that_the_document_shows(backend: Any, device: str, tmp_path: Path) -> None:
     """docs/training.md, as a file: −2·√r·A is what it says it is, and so is its derivative."""
     text = (ROOT / "docs/training.md").read_text("utf-8")
     (snippet,) = re.findall(r"```python\n(# losses\.py\n.*?)```", text, flags=re.DOTALL)
     (tmp_path / "losses.py").write_text(snippet)
     objective = find_objective(f"{tmp_path}/losses.py:damped_dapo", None)
-    logp = torch.tensor([[-1.0, -2.0]], requires_grad=True)
-    old_logp = torch.tensor([[-1.5, -1.0]])
-    out = logp_loss(logp, old_logp=old_logp, advantage=torch.tensor([2.0]), objective=objective)
+    logp = torch.tensor([[-1.0, -2.0]], device=device, requires_grad=True)
+    old_logp = torch.tensor([[-1.5, -1.0]], device=device)
+    out = logp_loss(
+        logp,
+        old_logp=old_logp,
+        advantage=torch.tensor([2.0], device=device),
+        objective=objective,
+        backend=backend,
+    )
     out.loss.backward()
     root = (0.5 * (logp.detach() - old_logp)).exp()
     torch.testing.assert_close(out.loss.detach(), (-2 * root * 2.0).mean())
