@@ -225,12 +225,18 @@ def check_positions(config: RunConfig, longest: int) -> None:
     """
     described = from_hub(AutoConfig, config.model).get_text_config()
     positions = getattr(described, "max_position_embeddings", None)
-    if positions and longest + config.max_new_tokens > positions:
+    if not positions or longest + config.max_new_tokens <= positions:
+        return
+    has = f"the model has {positions} positions and the longest prompt {longest} tokens"
+    if longest < positions:
         raise ValueError(
-            f"max_new_tokens: expected at most {positions - longest}, since the model has "
-            f"{positions} positions and the longest prompt {longest} tokens, got "
-            f"{config.max_new_tokens}; leave long prompts out with --longest_prompt"
+            f"max_new_tokens: expected at most {positions - longest}, since {has}, got "
+            f"{config.max_new_tokens}; --longest_prompt leaves long prompts out"
         )
+    raise ValueError(
+        f"longest_prompt: expected 1 to {positions - 1} less max_new_tokens, since {has}, got "
+        f"{config.longest_prompt}"
+    )
 
 
 def table(stages: dict[str, dict[str, Metrics]]) -> list[str]:

@@ -195,9 +195,11 @@ def test_a_completion_that_the_model_cannot_read_is_refused(
         main(options(files, tmp_path, "--max_new_tokens", str(257 - longest)))
     assert capsys.readouterr().err.endswith(
         f"error: --max_new_tokens: expected at most {256 - longest}, since the model has 256 "
-        f"positions and the longest prompt {longest} tokens, got {257 - longest}; leave long "
-        "prompts out with --longest_prompt\n"
+        f"positions and the longest prompt {longest} tokens, got {257 - longest}; "
+        "--longest_prompt leaves long prompts out\n"
     )
+    with pytest.raises(ValueError, match=r"longest_prompt: expected 1 to 255 less .* 300 tokens"):
+        check_positions(RunConfig(model=str(files / "model"), data="d"), 300)
     check_positions(
         RunConfig(model=str(files / "model"), data="d", max_new_tokens=256 - longest), longest
     )
