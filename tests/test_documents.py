@@ -348,6 +348,28 @@ def test_the_index_names_every_page() -> None:
         assert f"]({page.name})" in index, page.name
 
 
+def test_every_extra_is_in_the_section_on_installing() -> None:
+    section = (
+        (ROOT / "README.md").read_text("utf-8").partition("## Install")[2].partition("\n## ")[0]
+    )
+    call = ast.parse((ROOT / "setup.py").read_text("utf-8")).body[-1]
+    assert isinstance(call, ast.Expr) and isinstance(call.value, ast.Call)
+    (extras,) = (one.value for one in call.value.keywords if one.arg == "extras_require")
+    for extra in ast.literal_eval(extras):
+        assert f"`[{extra}]`" in section, extra
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 140
+
+
+@pytest.mark.parametrize("folder", ["grpo_core", "kernels"])
+def test_the_list_of_files_is_complete(folder: str) -> None:
+    shown = (DOCS / "layout.md").read_text("utf-8")
+    missing = [file.name for file in (ROOT / folder).glob("*.py") if file.name not in shown]
+    assert set(missing) <= {"__init__.py"}
+
+
 # --- docs/api.md ---------------------------------------------------------------------------------
 
 
