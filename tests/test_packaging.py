@@ -27,13 +27,17 @@ print(grpo_core.__file__)
 """
 
 
+def clean_environment() -> dict[str, str]:
+    """This process's, without what leads to the checkout."""
+    return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
+
+
 def python(*arguments: str, cwd: Path, **environment: str) -> str:
     """Runs this interpreter, with this project's directory nowhere on its path but by `cwd`."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd,
-        env=clean | environment,
+        env=clean_environment() | environment,
         capture_output=True,
         text=True,
         check=False,
@@ -154,7 +158,12 @@ def test_every_way_to_install_imports(
         cwd=tmp_path,
     )
     done = subprocess.run(
-        [there, "-c", PROBE], cwd=tmp_path, capture_output=True, text=True, check=False
+        [there, "-c", PROBE],
+        cwd=tmp_path,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     installed = Path(done.stdout.strip())
