@@ -193,6 +193,7 @@ def test_mypy_sees_the_types_of_the_wheel(distributions: Path, tmp_path: Path) -
     done = subprocess.run(
         [sys.executable, "-m", "mypy", *there, "use.py"],
         cwd=tmp_path,
+        env=clean_environment(),
         capture_output=True,
         text=True,
         check=False,
