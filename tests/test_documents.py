@@ -290,27 +290,52 @@ def check_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             assert (ROOT / word).exists(), word
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_commands_exist_with_their_options(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also those of run.yaml, train.jsonl and the file of rewards that the page shows."""
-    for language, name in (("yaml", "run.yaml"), ("json", "train.jsonl")):
-        for block in blocks(page, language):
-            (tmp_path / name).write_text(block.text, "utf-8")
-    (tmp_path / "run.yaml").touch()
+@pytest.fixture
+def with_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a run that the commands may read."""
+    (tmp_path / "RUN").mkdir()
+    (tmp_path / "RUN/metrics.jsonl").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT))
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_exist_with_their_options(
+    page: Path, with_a_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Options of the YAML file that a page shows count as well."""
+    (with_a_run / "run.yaml").touch()
+    for block in blocks(page, "yaml"):
+        (with_a_run / "run.yaml").write_text(block.text, "utf-8")
     for words in commands(page):
         check_command(words, monkeypatch)
 
 
+@pytest.mark.usefixtures("with_a_run")
+@pytest.mark.parametrize(
+    "line",
+    [
+        "python -m grpo_core.train --no_such_option 1",
+        "python -m grpo_core.reinforce --steps many",
+        "python -m bench.no_such_module",
+        "python examples/no_such_file.py",
+        "pip install .[no_such_extra]",
+        "make no_such_target",
+    ],
+)
+def test_a_wrong_command_is_found(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        check_command(shlex.split(line), monkeypatch)
+
+
+@pytest.mark.usefixtures("with_a_run")
 def test_options_in_the_text_are_those_of_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
     known = set(OTHERS)
     for command in COMMANDS:
-        known |= parse(command, ["a"] if command in ("show", "plot") else [], monkeypatch)[
-            0
-        ]._option_string_actions.keys()
+        arguments = ["RUN"] if command in ("show", "plot") else []
+        parser, _ = parse(command, arguments, monkeypatch)
+        known |= parser._option_string_actions.keys()
     for page in PAGES:
         text = BLOCK.sub("", page.read_text("utf-8"))
         spans = re.findall(r"`([^`]+)`", text)
