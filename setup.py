@@ -24,6 +24,7 @@ setup(
             for part in ("integrations", "kernels", "presets", "recipes", "verify")
         ),
     ],
+    package_data={"grpo_core": ["py.typed"]},
     install_requires=[
         "torch>=2.9",
         # 3.6 interprets kernels, as the tests do without a GPU, only beside numpy < 2.4
