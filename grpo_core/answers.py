@@ -35,9 +35,9 @@ CLEANING = [
         (r"(?<=\d)(?:\{,\}|,?\\[,!])(?=\d{3}(?!\d))", ""),
         (r"\\left(?![a-z])|\\right(?![a-z])|\\displaystyle(?![a-z])|\\!|`", ""),
         (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![a-z])|\s+", " "),
-        (r"\$\$|(?<!\\)\\[()[\]]", " "),
-        (r"(?<!\\)\$([^$]*[^$\\])\$", r" \1 "),
         (r"(?<!\S)(\*\*|__|\*)(\S(?:.*?\S)?)\1(?!\w)", r"\2"),
+        (r"(?<!\\)(?:\$\$|\\[()[\]])", " "),
+        (r"(?<!\\)\$((?:[^$\\]|\\.)*)\$", r" \1 "),
         (r"\\(?:boxed|fbox)\s*\{([^{}]*)\}", r" \1 "),
         (r"\\(?:math(?:rm|bf|it|sf)|text(?:rm|bf|it|normal)|mbox)\s*\{", r"\\text{"),
         (r"\\text\s*\{\s*(and|or)\s*\}", r" \1 "),
@@ -45,13 +45,20 @@ CLEANING = [
         # \frac12, \frac1{2}, \frac{1}2
         (r"\\frac\s*(\d)\s*(?=[\d{])", r"\\frac{\1}"),
         (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
-        (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*(?=$|\\text)|\\degree\b", "°"),
+        (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*(?=[\s.)}]*$|\\text)|\\degree\b", "°"),
         (r"(?<=[,(\[])\s*\+\s*\\infty", r"\\infty"),
         (r"_\{(\w)\}", r"_\1"),
         (r"(?i)^\s*(?:the )?(?:final |correct )?answer ?(?:is\b|:|=)\s*:?|^\s*=(?!=)", ""),
     ]
 ]
-WRAPPERS = [("\\boxed{", "}"), ("\\text{", "}"), ("{", "}"), ("(", ")"), ('"', '"')]
+WRAPPERS = [
+    ("\\boxed{", "}"),
+    ("\\fbox{", "}"),
+    ("\\text{", "}"),
+    ("{", "}"),
+    ("(", ")"),
+    ('"', '"'),
+]
 
 INTEGER = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
 FRACTION = re.compile(rf"\\frac\s*\{{\s*([-+]?)\s*({INTEGER})\s*\}}\s*\{{\s*([-+]?{INTEGER})\s*\}}")
@@ -59,12 +66,12 @@ NUMBER = re.compile(
     r"(?P<sign>[-+]?)\s*(?P<currency>\\?[$£€¥₹₩₽]\s*)?(?:"
     rf"(?:(?P<whole>{INTEGER})\s+)?(?P<above>[-+]?{INTEGER})\s*/\s*(?P<below>[-+]?{INTEGER})"
     rf"|(?P<decimal>[-+]?(?:{INTEGER}(?:\.\d+)?|\.\d+))"
-    r"(?:(?P<ten>\s*(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*\{?\s*|[eE])(?P<power>[-+]?\d{1,3})\s*\}?)?)"
+    r"(?:(?P<ten>\s*(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*\{?\s*|[eE])(?P<power>[-+]?\d{1,3})(?:\s*\})?)?)"
 )
 # x =, x_1 =, f(2) =, \text{Area} =
 LABEL = re.compile(r"(\\?[^\W\d_]+|\\text\{[^{}=]*\})(_\{?\w+\}?|'|\(\w\))?\s*=(?!=)\s*")
 
-NAME = r"(?:\\?%|°\s*[CF]?|[$£€¥₹₩₽¢]|[^\W\d_]+)"
+NAME = r"(?:\\?%|°\s*[CF]?|\\?[$£€¥₹₩₽¢]|[^\W\d_]+)"
 POWER = r"(?:\s*\^\s*(?:([23])|\{([23])\}))?"
 UNIT = re.compile(
     rf"(?:(square|sq|cubic|cu)\.?\s+)?({NAME})?{POWER}(?:\s*(?:/|per\s)\s*({NAME}){POWER})?\s*"

@@ -233,17 +233,20 @@ DELIMITERS = [
     *[r"$\boxed{{{}}}$", r"\(\boxed{{{}}}\)", "{}.", "The answer is {}.", "**Answer:** {}", "({})"],
     *["Answer: ${}$", r"\displaystyle {}", r"\left({}\right)", "= {}", "**${}$**", r"\fbox{{{}}}"],
 ]
-LABELS = {"": ["{}"] * 6, "x": ["x = {}", "x={}", "$x$ = {}"], "A": [r"\text{{A}} = {}"]}
+LABELS = {"": ["{}"] * 6, "x": ["x = {}", "x={}"], "A": [r"\text{{A}} = {}"]}
 
 
 def write(value: Fraction, rng: random.Random, plain: bool = False) -> Written:
     """A number in one of its formats, with a unit, a label and delimiters."""
     if plain:
-        return Written(write_number(value, rng)[0], value)
+        number, disguised = write_number(value, rng)
+        return Written(number, value, disguised=disguised)
     unit, label = rng.choice(list(UNITS)), rng.choice(list(LABELS))
     number, disguised = write_number(value, rng)
     text = rng.choice(LABELS[label]).format(rng.choice(UNITS[unit]).format(number))
-    return Written(rng.choice(DELIMITERS).format(text), value, unit, label, disguised)
+    # (1,234) is a pair
+    delimiters = [form for form in DELIMITERS if "," not in text or "(" not in form]
+    return Written(rng.choice(delimiters).format(text), value, unit, label, disguised)
 
 
 def draw_value(rng: random.Random) -> Fraction:
