@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 PATIENCE = 5  # seconds for one comparison by math-verify
 LONGEST = 1000  # characters; a longer answer is right only if it is the same text
-DIGITS = 200  # of two irrational numbers that have to agree
+DIGITS = 100  # of two irrational numbers that have to agree
 
 UNICODE = str.maketrans(
     {"−": "-", "∞": "\\infty ", "π": "\\pi ", "×": "\\times ", "·": "\\cdot ", "≤": "\\le "}
@@ -51,14 +51,8 @@ CLEANING = [
         (r"(?i)^\s*(?:the )?(?:final |correct )?answer ?(?:is\b|:|=)\s*:?|^\s*=(?!=)", ""),
     ]
 ]
-WRAPPERS = [
-    ("\\boxed{", "}"),
-    ("\\fbox{", "}"),
-    ("\\text{", "}"),
-    ("{", "}"),
-    ("(", ")"),
-    ('"', '"'),
-]
+# what may stand around the whole of an answer and says nothing
+WRAPPER = re.compile(r'((?:\\boxed|\\fbox|\\text)?\s*\{|\(|")(.*)[)}"]')
 
 INTEGER = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
 FRACTION = re.compile(rf"\\frac\s*\{{\s*([-+]?)\s*({INTEGER})\s*\}}\s*\{{\s*([-+]?{INTEGER})\s*\}}")
@@ -66,7 +60,8 @@ NUMBER = re.compile(
     r"(?P<sign>[-+]?)\s*(?P<currency>\\?[$£€¥₹₩₽]\s*)?(?:"
     rf"(?:(?P<whole>{INTEGER})\s+)?(?P<above>[-+]?{INTEGER})\s*/\s*(?P<below>[-+]?{INTEGER})"
     rf"|(?P<decimal>[-+]?(?:{INTEGER}(?:\.\d+)?|\.\d+))"
-    r"(?:(?P<ten>\s*(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*\{?\s*|[eE])(?P<power>[-+]?\d{1,3})(?:\s*\})?)?)"
+    r"(?:(?:\s*(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*\{?\s*|[eE])"
+    r"(?P<power>[-+]?\d{1,3})(?:\s*\})?)?)"
 )
 # x =, x_1 =, f(2) =, \text{Area} =
 LABEL = re.compile(r"(\\?[^\W\d_]+|\\text\{[^{}=]*\})(_\{?\w+\}?|'|\(\w\))?\s*=(?!=)\s*")
@@ -90,17 +85,19 @@ UNIT_NAMES = (
 SHORT = {name: unit[0] for unit in map(str.split, UNIT_NAMES.split(",")) for name in unit}
 # words that change the number before them, or say something of it
 NO_UNIT = re.compile(
-    r"(?i)(?:hundred|thousand|[mbtr]+illion|dozen|score|gross|half|halve|third|fourth|quarter|fifth|"
-    r"sixth|seventh|eighth|ninth|tenth|hundredth|thousandth|millionth|squared|cubed|factorial|"
-    r"time|plus|minus|negative|and|x?or|nor|not|no|but|more|less|fewer|over|under|above|below|mod|"
-    r"modulo|base|pi|tau|sqrt|sin|cos|tan|log|ln|exp|inf|infinity|one|two|three|four|five|six|"
-    r"seven|eight|nine|ten|eleven|twelve|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|"
-    r"wrong|false|incorrect|is|isn|was|are|if|to|alpha|beta|gamma|delta|theta|lambda|phi|omega|"
-    r"the|per)s?"
+    r"(?i)(?:hundred|thousand|[mbtr]+illion|mil|grand|lakh|crore|dozen|score|gross|"
+    r"half|halve|third|fourth|quarter|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth|"
+    r"millionth|squared|cubed|factorial|time|plus|minus|negative|mod|modulo|base|"
+    r"one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|thirty|forty|fifty|"
+    r"sixty|seventy|eighty|ninety|infinity|sqrt|sin|cos|tan|log|ln|exp|inf|pi|tau|alpha|beta|gamma|"
+    r"delta|epsilon|zeta|eta|theta|kappa|lambda|rho|sigma|phi|chi|psi|omega|"
+    r"and|or|nor|not|no|but|more|less|fewer|over|under|above|below|wrong|false|incorrect|"
+    r"is|isn|was|are|if|to|the|per)s?"
 )
 # times, ratios, numbers in another base, periods and words: compared as they stand
 AS_TEXT = re.compile(
-    r":|\d\s*_|\\overline|\\[lc]?dots|\.\.\.|\\text|(?<![\\A-Za-z{])(?!sqrt|infinity|arc)[A-Za-z]{4}|^[A-Za-z]{2,3}$"
+    r":|\d\s*_|\\overline|\\[lc]?dots|\.\.\.|\\text|"
+    r"(?<![\\A-Za-z{])(?!sqrt|infinity|arc)[A-Za-z]{4}|^[A-Za-z]{2,3}$"
 )
 
 
@@ -132,6 +129,8 @@ def same_answer(given: str, true: str) -> bool:
     (given, given_unit), (true, true_unit) = _split_unit(given), _split_unit(true)
     if not _agree(given_unit, true_unit):
         return False
+    if len(given) == len(true) == 1:
+        return given.casefold() == true.casefold()
     if given == true or AS_TEXT.search(true) or AS_TEXT.search(given):
         return given == true or ("\\" not in true and given.casefold() == true.casefold())
     return MATH_VERIFY.same(given, true)
@@ -195,26 +194,25 @@ def _clean(text: str) -> str:
 
 def _unwrap(text: str) -> str:
     """Without a full stop, and without brackets around the whole that say nothing."""
-    text = text.strip()
-    if text.endswith(".") and not text.endswith(".."):
-        text = text[:-1].rstrip()
-    for left, right in WRAPPERS:
-        inner = text[len(left) : -len(right)]
-        if text.startswith(left) and text.endswith(right) and _is_whole(inner, left[-1], right):
-            return _unwrap(inner)
-    return text
+    while True:
+        text = text.strip()
+        if text.endswith(".") and not text.endswith(".."):
+            text = text[:-1].rstrip()
+        wrapped = WRAPPER.fullmatch(text)
+        # (1,234) is a pair
+        if not wrapped or not _balanced(wrapped[2]) or (wrapped[1] == "(" and "," in wrapped[2]):
+            return text
+        text = wrapped[2]
 
 
-def _is_whole(inner: str, left: str, right: str) -> bool:
-    """Whether brackets around `inner` belong together; (1,234) is a pair and \\{1\\} a set."""
-    if inner.endswith("\\") or (left == "(" and "," in inner):
-        return False
+def _balanced(text: str) -> bool:
+    """Whether every bracket in it is closed in it."""
     depth = 0
-    for character in inner:
-        depth += (character == left) - (character == right)
+    for character in text:
+        depth += (character in "{(") - (character in ")}")
         if depth < 0:
             return False
-    return depth == 0 and bool(inner.strip())
+    return depth == 0 and bool(text.strip()) and not text.endswith("\\")
 
 
 def _unit(tail: str) -> str | None:
@@ -325,6 +323,10 @@ def _same_to_math_verify(given: str, true: str) -> bool:
 
     rules = NormalizationConfig(units=False, malformed_operators=True, nits=False, boxed="none")
     config = LatexExtractionConfig(boxed_match_priority=-1, normalization_config=rules)
+    # the parser lowers capitals, and would take R² - r² for 0
+    letters = set(re.sub(r"\\[A-Za-z]+", "", given + true))
+    if any(letter != letter.lower() and letter.lower() in letters for letter in letters):
+        given, true = (CAPITAL.sub(r"\1_{u}", text) for text in (given, true))
     parsed = [
         parse(
             f"${DECIMAL.sub(_as_fraction, text)}$",
@@ -339,9 +341,10 @@ def _same_to_math_verify(given: str, true: str) -> bool:
     expected, got = (found[0] for found in parsed)
     if all(isinstance(one, Expr) and one.is_number for one in (expected, got)):
         return _same_number(expected, got)
-    return bool(verify(expected, got, numeric_precision=DIGITS, timeout_seconds=None))
+    return bool(verify(expected, got, numeric_precision=2 * DIGITS, timeout_seconds=None))
 
 
+CAPITAL = re.compile(r"(?<![\\A-Za-z])([A-Z])(?![a-z]|\s*_)")
 DECIMAL = re.compile(r"(\d*)\.(\d+)")
 
 
@@ -355,9 +358,9 @@ def _same_number(one: Any, other: Any) -> bool:
     one, other = one.doit(), other.doit()
     if one == other or (one.is_Rational and other.is_Rational):
         return bool(one == other)
-    one, other = (number.evalf(DIGITS, maxn=10 * DIGITS) for number in (one, other))
+    one, other = (number.evalf(2 * DIGITS, maxn=20 * DIGITS) for number in (one, other))
     largest = max(abs(one), abs(other))
-    return bool(abs(one - other) < largest * Fraction(1, 10 ** (DIGITS // 2)))
+    return bool(abs(one - other) < largest * Fraction(1, 10**DIGITS))
 
 
 def _serve(patience: float) -> None:

@@ -115,6 +115,12 @@ PAIRS = [
     (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}", True),
     (r"\begin{pmatrix}2\\1\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}", False),
     ("(1, 2)", "(2, 1)", False),
+    # capitals are other letters, but for a choice
+    ("0", r"\pi(R^2 - r^2)", False),
+    ("2a", "2A", False),
+    (r"\pi (R - r)(R + r)", r"\pi(R^2 - r^2)", True),
+    ("b", "B", True),
+    ("a", "B", False),
     # and some as they stand: words, times, ratios, other bases, periods
     ("silent", "listen", False),
     (r"\text{East}", "east", True),
