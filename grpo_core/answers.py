@@ -24,8 +24,16 @@ LONGEST = 1000  # characters; a longer answer is right only if it is the same te
 DIGITS = 100  # of two irrational numbers that have to agree
 
 UNICODE = str.maketrans(
-    {"−": "-", "∞": "\\infty ", "π": "\\pi ", "×": "\\times ", "·": "\\cdot ", "≤": "\\le "}
-    | {"≥": "\\ge ", "≠": "\\ne ", "²": "^2", "³": "^3"}
+    {
+        "−": "-",
+        "–": "-",
+        "∞": "\\infty ",
+        "π": "\\pi ",
+        "×": "\\times ",
+        "·": "\\cdot ",
+        "≤": "\\le ",
+    }
+    | {"≥": "\\ge ", "≠": "\\ne ", "∈": "\\in ", "∪": "\\cup ", "²": "^2", "³": "^3"}
     | dict.fromkeys("\u00a0\u2009\u202f", "\\,")
 )
 CLEANING = [
@@ -36,6 +44,7 @@ CLEANING = [
         (r"\\left(?![a-z])|\\right(?![a-z])|\\displaystyle(?![a-z])|\\!|`", ""),
         (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![a-z])|\s+", " "),
         (r"(?<!\S)(\*\*|__|\*)(\S(?:.*?\S)?)\1(?!\w)", r"\2"),
+        (r"\*\*", "^"),
         (r"(?<!\\)(?:\$\$|\\[()[\]])", " "),
         (r"(?<!\\)\$((?:[^$\\]|\\.)*)\$", r" \1 "),
         (r"\\(?:boxed|fbox)\s*\{([^{}]*)\}", r" \1 "),
@@ -48,6 +57,8 @@ CLEANING = [
         (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})\s*(?=[\s.)}]*$|\\text)|\\degree\b", "°"),
         (r"(?<=[,(\[])\s*\+\s*\\infty", r"\\infty"),
         (r"_\{(\w)\}", r"_\1"),
+        (r"√\s*(\d+|\w)", r"\\sqrt{\1}"),
+        (r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi "),
         (r"(?i)^\s*(?:the )?(?:final |correct )?answer ?(?:is\b|:|=)\s*:?|^\s*=(?!=)", ""),
     ]
 ]
@@ -67,9 +78,9 @@ NUMBER = re.compile(
 LABEL = re.compile(r"(\\?[^\W\d_]+|\\text\{[^{}=]*\})(_\{?\w+\}?|'|\(\w\))?\s*=(?!=)\s*")
 
 NAME = r"(?:\\?%|°\s*[CF]?|\\?[$£€¥₹₩₽¢]|[^\W\d_]+)"
-POWER = r"(?:\s*\^\s*(?:([23])|\{([23])\}))?"
+POWER = r"(?:\s*\^\s*\{?([23])\}?)?"
 UNIT = re.compile(
-    rf"(?:(square|sq|cubic|cu)\.?\s+)?({NAME})?{POWER}(?:\s*(?:/|per\s)\s*({NAME}){POWER})?\s*"
+    rf"(?:(?:(square|sq|cubic|cu)\.?\s+)?({NAME}){POWER})?(?:\s*(?:/|per\s)\s*({NAME}){POWER})?\s*"
 )
 # where a unit may begin behind something that is no number
 BEFORE_UNIT = re.compile(r"\s*\\text\s*\{|\s+(?=[a-z]{2})|°|\\?%")
@@ -78,8 +89,8 @@ UNIT_NAMES = (
     "millimeter mm, centimeter cm, meter m metre, kilometer km, inch in inches, foot ft feet, "
     "yard yd, mile mi, milligram mg, gram g, kilogram kg, ounce oz, lb lbs, millisecond ms, "
     "second s sec, minute min, hour h hr hrs, liter L litre, milliliter ml mL, mph, hertz Hz, "
-    "volt V, watt W, joule J, newton N, dollar $ \\$ USD, pound £, euro € EUR, yen ¥, rupee ₹, "
-    "won ₩, ruble ₽, cent ¢, percent % \\% pct percentage, degree ° deg, °C, °F, man men, "
+    "volt V, watt W, joule J, newton N, dollar $ USD, pound £, euro € EUR, yen ¥, rupee ₹, "
+    "won ₩, ruble ₽, cent ¢, percent % pct percentage, degree ° deg, °C, °F, man men, "
     "woman women, child children, person people"
 )
 SHORT = {name: unit[0] for unit in map(str.split, UNIT_NAMES.split(",")) for name in unit}
@@ -157,7 +168,7 @@ def read_quantity(text: str) -> Quantity | None:
         return None
     value = _fraction(found["whole"] or "0") + value / below
     if found["currency"]:
-        currency = SHORT[found["currency"].strip()]
+        currency = SHORT[found["currency"].strip("\\ ")]
         unit = unit if unit.startswith(currency) else currency + unit
     return Quantity(
         -value if found["sign"] == "-" else value,
@@ -222,18 +233,16 @@ def _unit(tail: str) -> str | None:
     found = UNIT.fullmatch(re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", tail).strip())
     if found is None:
         return None
-    power, name, *powers, per, per_power, per_power_braced = found.groups()
-    names = [_unit_name(part, spaced, as_text) for part in (name, per) if part]
-    if None in names or (power and not name):
+    squared, name, power, per, per_power = found.groups()
+    names = [_unit_name(part, spaced, as_text) if part else "" for part in (name, per)]
+    if names[0] is None or names[1] is None:
         return None
-    power = {"s": "2", "c": "3"}[power[0]] if power else powers[0] or powers[1]
-    first = f"{names[0]}^{power}" if power else names[0] if name else ""
-    second = f"/{names[-1]}{per_power or per_power_braced or ''}" if per else ""
-    return f"{first}{second}"
+    power = {"s": "2", "c": "3"}[squared[0]] if squared else power or ""
+    return names[0] + power + (f"/{names[1]}{per_power or ''}" if per else "")
 
 
 def _unit_name(name: str, spaced: bool, as_text: bool) -> str | None:
-    name = re.sub(r"\s", "", name)
+    name = re.sub(r"[\s\\]", "", name)
     if name in SHORT and (len(name) > 1 or not name.isalpha() or spaced or as_text):
         return SHORT[name]
     if NO_UNIT.fullmatch(name):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -111,6 +112,9 @@ PAIRS = [
     (r"\sqrt{12}", r"2\sqrt{3}", True),
     ("x^2 - 1", "(x-1)(x+1)", True),
     ("0.5x", r"\frac{x}{2}", True),
+    ("25pi", r"25\pi", True),
+    ("2√3 - x**2", r"2\sqrt{3} - x^2", True),
+    ("(–∞, 2) ∪ (3, ∞)", r"(-\infty, 2) \cup (3, \infty)", True),
     (r"\log_2 3", r"\frac{\ln 3}{\ln 2}", True),
     (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}", True),
     (r"\begin{pmatrix}2\\1\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}", False),
@@ -143,17 +147,30 @@ def test_a_hostile_answer_is_wrong(text: str) -> None:
     assert not same_answer(text, "72") and not same_answer(text, r"\sqrt{2}")
 
 
+TOKENS = r"23.,/^-+=%$()[]{}!***:_£°√π²\frac\frac{\text{\boxed{\sqrt\(\)\$\£\,\%\circ\ \\ "
+WRITTEN = ["x = ", "e", " pens", " cm", " per ", "square ", "answer is ", "2{,}333", "^{2}", "10^"]
+
+
+def test_no_text_without_the_answer_is_the_answer() -> None:
+    """Nor does any raise: tokens that mean something here, in any order, and no digit of 7919."""
+    rng = random.Random(0)
+    tokens = re.findall(r"\\[a-z]+\{?|\*\*|\\?[^a-z]", TOKENS) + WRITTEN
+    for _ in range(5000):
+        text = "".join(rng.choices(tokens, k=rng.randint(1, 8)))
+        assert not same_answer(text, "7919"), text
+
+
 def test_a_limit_of_time_holds_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both would go on for minutes; what comes after them is still compared."""
-    mine = answers.MathVerify(patience=1)
+    """They would go on for minutes; what comes after them is still compared."""
+    mine = answers.MathVerify(patience=0.5)
     monkeypatch.setattr(answers, "MATH_VERIFY", mine)
-    hard = [("9999999999!", r"\sqrt{2}"), (r"9^{9^{9^9}}", r"\sqrt{2}"), ("99999999!", "72")]
+    hard = [("9999999999!", r"\sqrt{2}"), ("99999999!", "72")]
     found: list[bool] = []
     work = threading.Thread(target=lambda: found.extend(same_answer(*pair) for pair in hard))
     start = time.monotonic()
     work.start()
     work.join(60)
-    assert found == [False] * 3
+    assert found == [False] * 2
     assert time.monotonic() - start < 30
     assert same_answer(r"\sqrt{8}", r"2\sqrt{2}")
     mine.close()
@@ -393,8 +410,8 @@ def wrong_verdicts(
 
 
 def test_no_written_number_is_taken_for_another_or_missed() -> None:
-    assert wrong_verdicts(draw_numbers, 6000, seed=0) == []
+    assert wrong_verdicts(draw_numbers, 4000, seed=0) == []
 
 
 def test_no_formula_is_taken_for_another_or_missed() -> None:
-    assert wrong_verdicts(draw_formulas, 60, seed=0) == []
+    assert wrong_verdicts(draw_formulas, 40, seed=0) == []
