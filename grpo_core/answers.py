@@ -281,11 +281,17 @@ class MathVerify:
         with self._lock:
             process = self._started()
             assert process.stdin is not None and process.stdout is not None
-            process.stdin.write(json.dumps([given, true]) + "\n")
-            process.stdin.flush()
-            verdict = process.stdout.readline()
-            if not verdict:
-                self.close()
+            verdict = ""
+            try:
+                process.stdin.write(json.dumps([given, true]) + "\n")
+                process.stdin.flush()
+                verdict = process.stdout.readline()
+            except BrokenPipeError:
+                pass
+            finally:
+                # its verdict would be taken for the next one's
+                if not verdict:
+                    self.close()
             return verdict == "True\n"
 
     def close(self) -> None:

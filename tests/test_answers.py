@@ -176,6 +176,24 @@ def test_a_limit_of_time_holds_in_threads(monkeypatch: pytest.MonkeyPatch) -> No
     mine.close()
 
 
+def test_a_verdict_that_nobody_waited_for_is_not_the_next_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mine = answers.MathVerify()
+    assert mine.same(r"\sqrt{8}", r"2\sqrt{2}")
+    process = mine._process
+    assert process is not None and process.stdout is not None
+
+    def interrupted() -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(process.stdout, "readline", interrupted, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        mine.same(r"\sqrt{8}", r"2\sqrt{2}")
+    assert not mine.same(r"\sqrt{8}", r"2\sqrt{3}")
+    mine.close()
+
+
 class Written(NamedTuple):
     text: str
     value: Fraction
