@@ -157,10 +157,11 @@ def dealt_out(packed: Batch, rewards: Tensor, order: Tensor, config: TrainerConf
         order: [S] int64, in which they are dealt out.
         config: the run.
     """
-    stays = _staying(rewards, config)[order]
-    if config.dynamic_sampling == "off" and stays.all():
-        return packed.split(config.minibatches, order)
-    hands = order[stays].tensor_split(config.minibatches)
+    stays = _staying(rewards, config)
+    hands = order[stays[order]].tensor_split(config.minibatches)
+    if config.dynamic_sampling == "off":
+        # as many as on every other process, whatever was scored here
+        hands = tuple(hand[stays[hand]] for hand in order.chunk(config.minibatches))
     return [packed.select(hand) if len(hand) else packed.filler() for hand in hands]
 
 
