@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -139,6 +140,8 @@ class RunConfig:
                 f"reward_weights: expected {len(self.rewards)}, one for each of {self.rewards}, "
                 f"got {len(self.reward_weights)}"
             )
+        if not all(map(math.isfinite, self.reward_weights)):
+            raise ValueError(f"reward_weights: expected finite numbers, got {self.reward_weights}")
         check_at_least(self, 0, "held_out", "longest_prompt", "lora_rank", "samples", "threads")
         if self.eval_temperature < 0:
             raise ValueError(f"eval_temperature: expected at least 0, got {self.eval_temperature}")
