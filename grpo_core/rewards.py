@@ -73,7 +73,7 @@ def score(
         raise RewardError(f"{where}: {error}") from error.__cause__
     except Exception as error:
         raise RewardError(f"{where}: {_name_of(reward)} raised {_shown_error(error)}") from error
-    if not isinstance(found, Scores):
+    if not isinstance(found, Scores) or not isinstance(found.parts, Mapping):
         raise RewardError(f"{where}: {_name_of(reward)}: expected Scores, got {_shown(found)}")
     count = len(completions)
     parts = {name: _vector(f"{where}: {name}", part, count) for name, part in found.parts.items()}
@@ -220,7 +220,7 @@ class FunctionReward:
         """All that functions may ask for but the completions."""
         ends = [tuple(problem.prompt[-LONGEST_OPENED:]) for problem in problems]
         different = list(set(ends))
-        texts = self.tokenizer.batch_decode(list(map(list, different)))
+        texts = self.tokenizer.batch_decode(list(map(list, different)), skip_special_tokens=True)
         found = map(OPENED.search, texts)
         opens = dict(zip(different, (tag[0] if tag else "" for tag in found), strict=True))
         return _columns(problems) | {
@@ -290,14 +290,16 @@ def _vector(name: str, found: Any, count: int) -> Tensor:
 
 
 def _wanted(name: str, function: RewardFunction, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the given columns that a function takes."""
+    """A copy of those of the given columns that a function takes."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
         raise RewardError(f"reward {name!r}: expected a function, got {function!r}") from None
     takes_all = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     everything = given.keys() - {"prompt_opens"} if takes_all else set()
-    wanted = {key: given[key] for key in given if key in everything | signature.parameters.keys()}
+    named = everything | signature.parameters.keys()
+    # copies, since a function may change its lists in place
+    wanted = {key: list(values) for key, values in given.items() if key in named}
     try:
         signature.bind(**wanted)
     except TypeError as error:

@@ -120,7 +120,7 @@ def test_an_answer_without_a_reward_is_in_no_mean() -> None:
 
 
 def test_a_reward_that_fails_is_named() -> None:
-    with pytest.raises(RewardError, match="^held-out problems: reward 'bad' raised KeyError: 3$"):
+    with pytest.raises(RewardError, match=r"^held-out problems: reward 'bad' raised KeyError: 3$"):
         evaluate(micro_model(), problems(), bad, SAMPLED)
 
 

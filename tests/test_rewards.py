@@ -228,6 +228,17 @@ def test_a_function_gets_what_it_names() -> None:
         assert seen == expected
 
 
+def test_a_function_that_changes_its_lists_changes_no_other_ones() -> None:
+    def careless(completions: list[str], answer: list[str]) -> list[float]:
+        completions[:], answer[:] = ["z", "z"], ["z"]
+        return [1.0, 1.0]
+
+    def same(completions: list[str], answer: list[str]) -> list[bool]:
+        return [completions == ["x", "y"], answer == ["a", "b"]]
+
+    assert scored(careless, others={"same": same}).parts["same"].tolist() == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("function", "columns", "message"),
     [
@@ -266,6 +277,8 @@ def test_none_of_the_only_reward_leaves_a_completion_without_a_total() -> None:
     [
         (torch.ones(2), "reward 'judge': expected Scores, got Tensor"),
         (None, "reward 'judge': expected Scores, got NoneType None"),
+        (Scores(torch.ones(2), None), "reward 'judge': expected Scores, got Scores"),
+        ((torch.ones(2), {}), "reward 'judge': expected Scores, got tuple"),
         (Scores(torch.ones(3), {}), r"total: expected shape \[S\] = \[2\], got \[3\]"),
         (Scores(torch.ones(2), {"a": torch.ones(2, 1)}), r"a: expected shape .* got \[2, 1\]"),
         (Scores([1.0, 1.0], {}), r"total: expected shape .* got list \[1\.0, 1\.0\]"),

@@ -349,15 +349,13 @@ def test_the_score_of_reasoning_gym_takes_the_weight_of_what_it_replaces(
     ],
 )
 def test_reasoning_gym_is_scored_by_the_rewards_that_are_named(
-    rewards: list[str], expected: Any, bytes_model: Path
+    rewards: list[str], expected: Any
 ) -> None:
     pytest.importorskip("reasoning_gym")
     named = {"rewards": rewards} if rewards else {}
-    settings = RunConfig(
-        str(bytes_model), "reasoning_gym:chain_sum", steps=1, warmup_steps=0, **named
-    )
     run = Run.__new__(Run)
-    run.config, run.tokenizer = settings, ByT5Tokenizer()
+    run.config = RunConfig("m", "reasoning_gym:chain_sum", steps=1, warmup_steps=0, **named)
+    run.tokenizer = ByT5Tokenizer()
     if isinstance(expected, str):
         with pytest.raises(ValueError, match=expected):
             run.task()
@@ -369,11 +367,11 @@ def test_reasoning_gym_is_scored_by_the_rewards_that_are_named(
     assert all(part.all() for part in parts.values()) and parts.keys() == expected.keys()
 
 
-def test_tags_that_a_tokenizer_drops_are_refused(bytes_model: Path, tmp_path: Path) -> None:
+def test_tags_that_a_tokenizer_drops_are_refused(tmp_path: Path) -> None:
     data = tmp_path / "train.jsonl"
     data.write_text('{"prompt": "3", "answer": "3"}')
     run = Run.__new__(Run)
-    run.config = RunConfig(str(bytes_model), str(data), rewards=["format"])
-    run.tokenizer = ByT5Tokenizer(additional_special_tokens=["<think>"])
+    run.config = RunConfig("m", str(data), rewards=["format"])
+    run.tokenizer = ByT5Tokenizer(extra_ids=0, additional_special_tokens=["<think>"])
     with pytest.raises(ValueError, match=r"rewards: expected a tokenizer .* \['<think>'\] among"):
         run.task()
