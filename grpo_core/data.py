@@ -12,11 +12,12 @@ import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from transformers import PreTrainedTokenizerBase
 
 from grpo_core.extras import extra
+from grpo_core.rewards import answer_text
 from grpo_core.rollout import Problem
 from grpo_core.supervised import Example
 
@@ -63,6 +64,7 @@ def problems_of(
     system: str | None = None,
     template: str | None = None,
     longest_prompt: int | None = None,
+    compared: bool = False,
 ) -> list[Problem]:
     """Records as problems.
 
@@ -71,27 +73,39 @@ def problems_of(
         tokenizer: encodes strings as they are, and messages by its chat template with the opening
             of the assistant's turn.
         system: a system message to put before messages, or before a prompt made into one.
-        template: makes a string of a string, such as "Question: {prompt}\\nAnswer:".
+        template: what a string stands in, such as "Question: {prompt}\\nAnswer:"; other braces
+            are left as they are.
         longest_prompt: in tokens; longer ones are left out.
+        compared: completions are compared with the answers, so each has to be text or a number.
 
     Raises:
-        ValueError: a record without a usable prompt, messages without a chat template, or nothing
-            is left.
+        ValueError: a template without {prompt}, a record without a usable prompt or answer,
+            messages without a chat template or beside a template, or nothing is left.
     """
+    if template is not None and "{prompt}" not in template:
+        raise ValueError(f"template: expected a text with {{prompt}} in it, got {template!r:.60}")
     problems = []
     for n, record in enumerate(records):
         prompt = record.get("prompt")
-        if not prompt or not isinstance(prompt, str | list):
+        if not is_prompt(prompt):
             raise ValueError(
                 f"record {n}: expected a prompt, a string or messages, got {prompt!r:.60}"
             )
-        source = prompt
-        if template is not None and isinstance(prompt, str):
-            source = prompt = template.format(prompt=prompt)
+        if compared:
+            check_answer(record, n)
+        source: str | Messages = prompt
+        if template is not None:
+            if not isinstance(prompt, str):
+                raise ValueError(f"record {n}: expected a string for the template, got messages")
+            source = prompt = template.replace("{prompt}", prompt)
         if system is not None:
             asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            if asked[0]["role"] == "system":
+                raise ValueError(f"record {n}: expected no system message beside the one given")
             source = prompt = [{"role": "system", "content": system}, *asked]
         ids = encode_prompt(prompt, tokenizer)
+        if not ids:
+            raise ValueError(f"record {n}: expected a prompt of one token or more, got none")
         if longest_prompt is None or len(ids) <= longest_prompt:
             named = ("prompt", "answer", "tag")
             problems.append(
@@ -107,6 +121,25 @@ def problems_of(
         limit = "" if longest_prompt is None else f" of at most {longest_prompt} tokens"
         raise ValueError(f"records: expected at least one prompt{limit}, got none")
     return problems
+
+
+def is_prompt(prompt: Any) -> TypeGuard[str | Messages]:
+    """Whether it is a string or a list of messages, and not empty."""
+    if isinstance(prompt, list):
+        known = (isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in prompt)
+        return bool(prompt) and all(known)
+    return isinstance(prompt, str) and bool(prompt)
+
+
+def check_answer(record: Record, n: int) -> None:
+    """Raises ValueError unless the answer of the nth record is text or a number."""
+    if "answer" not in record:
+        got = f"got the columns {sorted(record)}"
+        raise ValueError(f"record {n}: answer: expected text or a number, {got}")
+    try:
+        answer_text(record["answer"])
+    except ValueError as error:
+        raise ValueError(f"record {n}: {error}") from error
 
 
 def examples_of(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase) -> list[Example]:

@@ -21,7 +21,7 @@ from grpo_core.linear_logp import linear_logp
 from grpo_core.options import check_at_least, check_warmup
 from grpo_core.preference import dpo_loss, sequence_logp
 from grpo_core.reference_model import adapter_off, reference_of
-from grpo_core.rewards import Reward
+from grpo_core.rewards import Reward, best_and_worst, score
 from grpo_core.rollout import Problem, Sampling, rollout
 from grpo_core.supervised import Example, descend, pad_examples
 
@@ -85,10 +85,10 @@ def sample_pairs(
         torch.manual_seed(seed)
         drawn = rollout(model, [problem.prompt for problem in asked], sampling)
     completions = drawn.completions()
-    scores = reward(asked, completions).total.view(-1, group_size)
+    scores = score(reward, asked, completions, "pairs").total.view(-1, group_size)
     pairs = []
     for group, problem in enumerate(problems):
-        best, worst = int(scores[group].argmax()), int(scores[group].argmin())
+        best, worst = best_and_worst(scores[group])
         if scores[group, best] > scores[group, worst]:
             answers = completions[group * group_size :]
             pairs.append(Pair(list(problem.prompt), answers[best], answers[worst]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -80,6 +81,12 @@ class Watch:
                 f"{metrics['truncated']:.0%} of the completions ran into max_new_tokens; with a "
                 "higher limit the reward would measure answers and not length",
             )
+        if metrics.get("unscored"):
+            yield (
+                "unscored",
+                f"no reward applies to {metrics['unscored']} completions of step "
+                f"{metrics['step']}; they are left out of the update",
+            )
         streak = self.zero_std_streak + 1 if metrics["zero_std"] > ZERO_STD_LIMIT else 0
         self.zero_std_streak = streak
         if streak >= ZERO_STD_PATIENCE:
@@ -124,16 +131,26 @@ def rollout_metrics(drawn: Rollout, rewards: Tensor, group_size: int) -> Metrics
 
     Args:
         drawn: the completions of this process.
-        rewards: [S], of all processes.
+        rewards: [S], of all processes; NaN for a completion that no reward applies to.
         group_size: completions of a prompt.
     """
-    spread = rewards.view(-1, group_size).amax(1) - rewards.view(-1, group_size).amin(1)
+    unscored = int(rewards.isnan().sum())
+    counted = {"unscored": unscored} if unscored else {}
     return {
-        "reward": rewards.mean().item(),
+        "reward": rewards.nanmean().item(),
         "length": joined(drawn.completion_mask.sum(1)).float().mean().item(),
         "truncated": joined(drawn.truncated).float().mean().item(),
-        "zero_std": (spread == 0).float().mean().item(),
+        "zero_std": (~varied(rewards, group_size)).float().mean().item(),
+        **counted,
     }
+
+
+def varied(rewards: Tensor, group_size: int) -> Tensor:
+    """[S] bool: the completions [S] in groups whose rewards, without NaN, are not all equal."""
+    groups = rewards.view(-1, group_size)
+    lacking = groups.isnan()
+    highest, lowest = (groups.masked_fill(lacking, at) for at in (-math.inf, math.inf))
+    return (highest.amax(1) > lowest.amin(1)).repeat_interleave(group_size)
 
 
 def means(parts: Mapping[str, Tensor]) -> dict[str, float]:

@@ -13,11 +13,13 @@ import json
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
+from traceback import format_exception
 from typing import Any
 
 import torch
+import yaml
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -36,9 +38,9 @@ from grpo_core.evaluate import Evaluation, evaluate
 from grpo_core.extras import extra
 from grpo_core.loggers import open_logger
 from grpo_core.monitor import Metrics
-from grpo_core.named_rewards import find_reward
+from grpo_core.named_rewards import COMPARING, RULES, find_reward
 from grpo_core.parallel import export
-from grpo_core.rewards import FunctionReward, shown_name
+from grpo_core.rewards import TAGS, FunctionReward, RewardError, shown_name
 from grpo_core.rollout import Problem, Sampling
 from grpo_core.run_config import RunConfig, check_resumed, clear
 from grpo_core.samples import Samples
@@ -61,16 +63,15 @@ def _run(parser: HfArgumentParser, given: list[str]) -> int:
     try:
         if given and given[0].endswith((".yaml", ".yml")):
             # what follows on the command line counts more
-            file = parser.parse_yaml_file(given[0])[0]
-            given = [*_as_arguments(asdict(file)), *given[1:]]
+            given = [*_from_file(Path(given[0])), *given[1:]]
         config = parser.parse_args_into_dataclasses(given)[0]
         run = Run(config)
     except (OSError, ValueError, ModuleNotFoundError) as error:
-        parser.error(str(error))
+        parser.error(_told(error))
     try:
         run.train()
-    except FloatingPointError as error:
-        say(f"\nstopped: {error}", error=True)
+    except (FloatingPointError, RewardError) as error:
+        say(f"\nstopped: {_told(error)}", error=True)
         return 1
     except (Interrupted, KeyboardInterrupt) as stop:
         say("\ninterrupted; the same command with --resume True goes on", error=True)
@@ -124,10 +125,7 @@ class Run:
         """Problems and their reward, from a file or from reasoning-gym."""
         config, tokenizer = self.config, self.tokenizer
         names = [shown_name(name) for name in config.rewards]
-        if len(set(names)) < len(names):
-            raise ValueError(f"rewards: expected names that differ, got {names}")
-        functions = dict(zip(names, map(find_reward, config.rewards), strict=True))
-        weights = dict(zip(names, config.reward_weights, strict=False))
+        functions = list(map(find_reward, config.rewards))
         if config.data.startswith(GYM):
             problems, reward = reasoning_gym_task(
                 config.data.removeprefix(GYM),
@@ -136,10 +134,10 @@ class Run:
                 seed=config.seed,
                 chat=tokenizer.chat_template is not None,
             )
-            # its own scoring takes the place of comparing answers, and the weight
-            weights = {"accuracy" if k == "math" else k: v for k, v in weights.items()}
-            others = {k: v for k, v in functions.items() if k not in ("accuracy", "math")}
-            functions = {**reward.functions, **others}
+            # its own scoring takes the place of comparing answers
+            for place, name in enumerate(config.rewards):
+                if name in COMPARING:
+                    names[place], functions[place] = "accuracy", reward.functions["accuracy"]
         else:
             problems = problems_of(
                 read_records(config.data),
@@ -147,9 +145,20 @@ class Run:
                 system=config.system or None,
                 template=config.template or None,
                 longest_prompt=config.longest_prompt or None,
+                compared=any(name in COMPARING for name in config.rewards),
             )
-        weights = {name: weight for name, weight in weights.items() if name in functions}
-        return problems, FunctionReward(tokenizer, functions, weights)
+        dropped = sorted({*TAGS} & {*tokenizer.all_special_tokens})
+        if dropped and {"math", *RULES} & {*config.rewards}:
+            raise ValueError(
+                f"rewards: expected a tokenizer that leaves {', '.join(TAGS)} in a text, this one "
+                f"has {dropped} among its special tokens"
+            )
+        if len(set(names)) < len(names):
+            raise ValueError(f"rewards: expected names that differ, got {names}")
+        weights = dict(zip(names, config.weights, strict=True))
+        reward = FunctionReward(tokenizer, dict(zip(names, functions, strict=True)), weights)
+        reward.check(problems)
+        return problems, reward
 
     def train(self) -> None:
         """From the start or the last checkpoint to results.json and the model."""
@@ -263,13 +272,31 @@ def table(stages: dict[str, dict[str, Metrics]]) -> list[str]:
     return lines
 
 
-def _as_arguments(options: dict[str, Any]) -> list[str]:
-    """Options as a command line has them."""
+def _told(error: Exception) -> str:
+    """The message; beneath it the traceback of what a reward has raised."""
+    cause = error.__cause__ if isinstance(error, RewardError) else None
+    if cause is None:
+        return str(error)
+    # without the line that calls it
+    cause = cause.with_traceback(cause.__traceback__ and cause.__traceback__.tb_next)
+    return f"{error}\n{''.join(format_exception(cause))}"
+
+
+def _from_file(path: Path) -> list[str]:
+    """The options of a YAML file as a command line has them; those that are null are not given."""
+    options = yaml.safe_load(path.read_text("utf-8"))
+    if not isinstance(options, dict):
+        raise ValueError(f"{path}: expected options by name, got {type(options).__name__}")
+    known = [option.name for option in fields(RunConfig)]
+    if unknown := options.keys() - set(known):
+        raise ValueError(f"{path}: expected options among {known}, got {sorted(map(str, unknown))}")
     words = []
     for name, value in options.items():
-        values = value if isinstance(value, list) else [value]
-        if values:
-            words += [f"--{name}", *map(str, values)]
+        if isinstance(value, list) and value:
+            words += [f"--{name}", *map(str, value)]
+        elif not isinstance(value, list | None):
+            # in one word, since a value may begin with a dash
+            words.append(f"--{name}={value}")
     return words
 
 

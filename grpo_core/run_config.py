@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -46,8 +47,10 @@ class RunConfig:
         metadata={"help": "Of math, accuracy, format, brevity, or path.py:function."},
     )
     reward_weights: list[float] = field(
-        default_factory=lambda: [1.0, 0.2],
-        metadata={"help": "Of each reward in turn; 1 where missing."},
+        default_factory=list,
+        metadata={
+            "help": "One for each reward; none: 1 and 0.2 for math and format, else 1 for each."
+        },
     )
     system: str = option("", "System message before every prompt (needs a chat template).")
     template: str = option("", 'What a string prompt stands in, such as "Question: {prompt}".')
@@ -132,11 +135,24 @@ class RunConfig:
                 raise ValueError(f"{name}: expected a value, got nothing")
         if not self.rewards:
             raise ValueError("rewards: expected at least one, got none")
+        if self.reward_weights and len(self.reward_weights) != len(self.rewards):
+            raise ValueError(
+                f"reward_weights: expected {len(self.rewards)}, one for each of {self.rewards}, "
+                f"got {len(self.reward_weights)}"
+            )
+        if not all(map(math.isfinite, self.reward_weights)):
+            raise ValueError(f"reward_weights: expected finite numbers, got {self.reward_weights}")
         check_at_least(self, 0, "held_out", "longest_prompt", "lora_rank", "samples", "threads")
         if self.eval_temperature < 0:
             raise ValueError(f"eval_temperature: expected at least 0, got {self.eval_temperature}")
         self.trainer(Sampling(self.max_new_tokens, self.temperature))
         check_samples(self.eval_samples, self.eval_k, "eval_samples", "eval_k")
+
+    @property
+    def weights(self) -> list[float]:
+        """One for each reward."""
+        default = [1.0, 0.2] if self.rewards == ["math", "format"] else [1.0] * len(self.rewards)
+        return self.reward_weights or default
 
     def trainer(self, sampling: Sampling) -> TrainerConfig:
         """The part that the trainer wants to know."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo_core.answers import same_answer
 from grpo_core.data import problems_of
 from grpo_core.extras import extra
-from grpo_core.rewards import FunctionReward, given_answer
+from grpo_core.rewards import FunctionReward, continued, given_answer
 from grpo_core.rollout import Problem
 
 # how a model is told where its answer belongs; for base models and chat models alike
@@ -79,6 +79,7 @@ def reasoning_gym_task(
         for entry in data
     ]
 
+    @continued
     def accuracy(completions: Sequence[str], entry: Sequence[Any], **_: Any) -> list[float]:
         """Some data sets give a part for a wrong answer; that is none here."""
         given = [given_answer(text) for text in completions]
