@@ -90,7 +90,8 @@ class Request:
     __slots__ = ("arguments", "rows", "target")
 
     def __init__(self, target: Tensor, *, rows: Tensor | None = None, **arguments: Any) -> None:
-        inspect.signature(self._function).bind(None, None, target, **arguments)
+        if not torch.compiler.is_compiling():
+            inspect.signature(self._function).bind(None, None, target, **arguments)
         self.target, self.rows, self.arguments = target, rows, arguments
 
     @staticmethod

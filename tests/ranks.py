@@ -188,9 +188,9 @@ def outside() -> str:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-    head = model.lm_head.fused_head
+    around = model.fused_head
     try:
-        LossRequest(**arguments).of(torch.randn(*ids.shape, 32), model.lm_head, head.around)
+        LossRequest(**arguments).of(torch.randn(*ids.shape, 32), model.lm_head, around)
     except ValueError as error:
         return str(error)
     return "none"
