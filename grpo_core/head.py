@@ -158,7 +158,9 @@ def _probed(model: Any) -> Around:
     probe, device = Probe(model.config), next(model.parameters()).device
     ids = torch.arange(PROBED, device=device)[None]
     devices = [device] if device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices):
+    # what a probe finds are numbers, which no graph has
+    eager = torch.compiler.set_stance("force_eager")
+    with torch.no_grad(), torch.random.fork_rng(devices), eager:
         outputs = model(input_ids=ids, use_cache=False, request=probe)
     return probe.around(outputs.logits)
 
