@@ -4,9 +4,9 @@
     out = model(input_ids=ids, attention_mask=mask, request=LossRequest(target, rewards=rewards))
 
 The model and its head change their class for a subclass, as under FSDP2: the model's forward keeps
-the request for its thread while it runs, and the head's answers it. So hooks fire as usual:
-DistributedDataParallel, FSDP, ZeRO and PEFT need nothing, and a copy, pickled or not, is a model
-with a fused head, too. Without a request, nothing is different.
+the request for its thread while it runs, and the head's answers it. So hooks fire as usual,
+DistributedDataParallel, FSDP, ZeRO and PEFT need nothing, and a copy of the model, pickled or not,
+has a fused head as well. Without a request, nothing is different.
 """
 
 from __future__ import annotations
@@ -16,53 +16,21 @@ import inspect
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from types import MethodType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from grpo_core.fused_loss import TokenLogp
 from grpo_core.head_reading import Around, Probe
-from grpo_core.head_requests import HeadOutput, Request, Sealed
+from grpo_core.head_requests import Call, HeadOutput, Request
 
 Model = TypeVar("Model", bound=nn.Module)
 # tokens of the probe
 PROBED = 4
-# `call` is the request that the running forward of each thread is to answer; torch.compile can
-# trace this, and no ContextVar
+# `call`: the request that the forward of this thread is to answer; torch.compile can trace this,
+# but no ContextVar
 _PENDING = threading.local()
-
-
-class _Call:
-    """A request during a model's forward, and its answer.
-
-    Args:
-        request: what the head is to do instead of logits.
-        module: the output embedding.
-        around: what the model does to its logits.
-    """
-
-    def __init__(self, request: Request | Probe, module: nn.Module, around: Around) -> None:
-        self.request, self.module, self.around = request, module, around
-        self.waits = True
-        self.found: HeadOutput | None = None
-
-    def answer(self, hidden: Tensor, plain: Callable[..., Tensor]) -> Tensor:
-        """What the head's forward returns; its wrappers see no more than a number."""
-        self.waits = False
-        if isinstance(self.request, Probe):
-            return self.request.answer(hidden, self.module, plain(hidden))
-        content = self.request.of(hidden, self.module, self.around)
-        if isinstance(content, TokenLogp):
-            self.found = HeadOutput(None, Sealed(content))
-            return content.logp.new_zeros(1, 1, 1)
-        # hooks on what is returned are to fire when the loss is differentiated
-        seen = content.loss.reshape(1, 1, 1).clone()
-        content = replace(content, loss=seen.sum())
-        self.found = HeadOutput(content.loss, Sealed(content))
-        return seen
 
 
 def with_fused_head(model: Model, *, vocabulary: int | None = None) -> Model:
@@ -81,7 +49,8 @@ def with_fused_head(model: Model, *, vocabulary: int | None = None) -> Model:
         ValueError: a model whose logits are more than cap(scale · lm_head(hidden)), or that has a
             fused head already.
     """
-    inner, module = _inner(model), _output_embedding(model)
+    inner: Any = _inner(model)
+    module = _output_embedding(model)
     if has_fused_head(model):
         raise ValueError("model: expected one without a fused head; see without_fused_head")
     with ExitStack() as undo:
@@ -131,7 +100,7 @@ def _model_forward(plain: Callable, self: Any, *args: Any, **kwargs: Any) -> Any
     if kwargs.get("labels") is not None:
         raise ValueError("labels: expected None with a request, whose target they are")
     before = getattr(_PENDING, "call", None)
-    call = _PENDING.call = _Call(request, module, around)
+    call = _PENDING.call = Call(request, module, around)
     try:
         outputs = plain(*args, **kwargs)
     finally:
@@ -204,19 +173,20 @@ class _Fused(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced, kind = super().__reduce_ex__(protocol), type(self)
+        # where fully_shard has made another class of it, its rules hold
         if "plain_class" not in vars(kind):
             return reduced
         return _blank, (kind.plain_class, kind.intercept), *reduced[2:]
 
 
-def _blank(plain_class: type[nn.Module], intercept: Callable) -> nn.Module:
+def _blank(plain_class: Any, intercept: Callable) -> nn.Module:
     """What a copy's state is put into."""
     kind = _fused_class(plain_class, intercept)
     return kind.__new__(kind)
 
 
 @functools.lru_cache
-def _fused_class(plain_class: type[nn.Module], intercept: Callable) -> type[_Fused]:
+def _fused_class(plain_class: Any, intercept: Callable) -> type[_Fused]:
     """A subclass of the same name whose forward is `intercept(plain, module, ...)`."""
     plain = plain_class.forward
 
@@ -228,29 +198,31 @@ def _fused_class(plain_class: type[nn.Module], intercept: Callable) -> type[_Fus
 
     for function in (forward, outer):
         functools.update_wrapper(function, plain)
-        # generation reads it; accelerate unwraps a forward until there is no __wrapped__
+        # generation reads the signature
         function.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]
-        # methods are pickled by name
+        # a method is pickled by its name
         function.__name__ = "forward"
-    del forward.__wrapped__  # type: ignore[attr-defined]
+    # accelerate unwraps a forward down to where there is no __wrapped__
     outer.__wrapped__ = forward  # type: ignore[attr-defined]
+    del forward.__wrapped__  # type: ignore[attr-defined]
     members = {name: getattr(plain_class, name) for name in ("__module__", "__qualname__")}
     members |= {"plain_class": plain_class, "intercept": staticmethod(intercept)}
     members |= {"forward": forward, "outer": outer}
     return type(plain_class.__name__, (_Fused, plain_class), members)
 
 
-def _fuse(module: nn.Module, intercept: Callable) -> None:
+def _fuse(module: Any, intercept: Callable) -> None:
     """Changes the class of a module, whose own forward, if it has one, is wrapped."""
-    if not isinstance(module, _Fused):
-        module.__class__ = _fused_class(type(module), intercept)
+    kind: Any = type(module)
+    if not issubclass(kind, _Fused):
+        module.__class__ = kind = _fused_class(kind, intercept)
     own = module.__dict__.get("forward")
     if own is not None and not _is_ours(own, module):
         module.__dict__["forward_before"] = own
-        module.__dict__["forward"] = MethodType(type(module).outer, module)
+        module.__dict__["forward"] = MethodType(kind.outer, module)
 
 
-def _restore(*modules: nn.Module) -> None:
+def _restore(*modules: Any) -> None:
     """Undoes `_fuse`; a class or a forward that has been wrapped since passes everything on."""
     for module in modules:
         module.__dict__.pop("fused_head", None)
@@ -264,7 +236,7 @@ def _restore(*modules: nn.Module) -> None:
             module.__class__ = type(module).plain_class
 
 
-def _is_ours(own: Any, module: nn.Module) -> bool:
+def _is_ours(own: Any, module: Any) -> bool:
     """Whether a module's own forward is that of its fused class."""
     kind, function = type(module), getattr(own, "__func__", None)
     return isinstance(module, _Fused) and function in (kind.forward, kind.outer)

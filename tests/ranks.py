@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from grpo_core import LogpRequest, LossRequest, with_fused_head
+from grpo_core import LogpRequest, LossRequest, with_fused_head, without_fused_head
 from tests.tiny_models import batch, tiny
 
 RANKS = 2
@@ -196,6 +196,22 @@ def outside() -> str:
     return "none"
 
 
+def undone() -> dict[str, Any]:
+    """A head that was there before the shards: taken off under them, and put on again."""
+    model, ids, arguments = make(CASES["shards"])
+    model = sharded(with_fused_head(model))
+    request = LossRequest(**arguments)
+    found = {"loss": model(input_ids=ids, request=request).loss.detach()}
+    without_fused_head(model)
+    found["logits"] = model(input_ids=ids).logits.shape
+    try:
+        model(input_ids=ids, request=request)
+    except ValueError as error:
+        found["error"] = str(error)
+    found["again"] = with_fused_head(model)(input_ids=ids, request=request).loss.detach()
+    return found
+
+
 def work(rank: int, folder: str) -> None:
     """A rank: every case, results to a file."""
     torch.set_num_threads(1)
@@ -203,7 +219,7 @@ def work(rank: int, folder: str) -> None:
     file = f"file://{folder}/meeting"
     dist.init_process_group("gloo", init_method=file, rank=rank, world_size=RANKS)
     found: dict[str, Any] = {name: found_by(case, rank) for name, case in CASES.items()}
-    found |= {"mixed": mixed(rank), "outside": outside()}
+    found |= {"mixed": mixed(rank), "outside": outside(), "undone": undone()}
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
