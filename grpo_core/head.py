@@ -128,8 +128,7 @@ def _probed(model: Any) -> Around:
     ids = torch.arange(PROBED, device=device)[None]
     devices = [device] if device.type == "cuda" else []
     # what a probe finds are numbers, which no graph has
-    eager = torch.compiler.set_stance("force_eager")
-    with torch.no_grad(), torch.random.fork_rng(devices), eager:
+    with torch.no_grad(), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
         outputs = model(input_ids=ids, use_cache=False, request=probe)
     return probe.around(outputs.logits)
 

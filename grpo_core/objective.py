@@ -155,7 +155,7 @@ class Objective:
     def __reduce__(self) -> tuple[Callable, tuple[Any, ...]]:
         # by the constructor, since a key is known where it was made
         fields = (each.name for each in dataclasses.fields(self) if each.init)
-        return Objective, tuple(getattr(self, name) for name in fields)
+        return type(self), tuple(getattr(self, name) for name in fields)
 
     @property
     def numbers(self) -> tuple[float, ...]:

@@ -461,3 +461,18 @@ def test_objectives_are_not_kept() -> None:
     del in_graph
     gc.collect()
     assert objective_of(key) == spec
+
+
+def test_functions_are_not_kept() -> None:
+    """As a notebook's cell makes one each time it is run: the last hundred or so at most."""
+
+    def made() -> weakref.ref[Any]:
+        def surrogate(logp: Tensor, log_ratio: Tensor, advantage: Tensor) -> Any:
+            return linear(logp, log_ratio, advantage)
+
+        Objective(Surrogate(surrogate))
+        return weakref.ref(surrogate)
+
+    refs = [made() for _ in range(300)]
+    gc.collect()
+    assert sum(ref() is not None for ref in refs) <= 128
