@@ -216,7 +216,7 @@ class Run:
 
 
 def load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The policy: whole, or beneath an adapter; with the tokenizer's end and padding tokens."""
+    """The policy: whole, or beneath an adapter; with the tokenizer's end token if it names none."""
     # shards go to their device one by one; a whole model may not fit there
     on_gpu = torch.cuda.is_available() and not (in_group() and config.shard == "fsdp")
     device = "cuda" if on_gpu else "cpu"
@@ -227,8 +227,8 @@ def load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrai
     generation = model.generation_config
     if generation.eos_token_id is None:
         generation.eos_token_id = tokenizer.eos_token_id
-    if generation.pad_token_id is None:
-        generation.pad_token_id = tokenizer.pad_token_id
+        # transformers saves one that contradicts itself only as it was loaded
+        generation.validate(strict=True)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -185,9 +186,31 @@ def test_options_from_a_file_and_an_adapter(files: Path, tmp_path: Path) -> None
     assert after["greedy"]["format"] == figures["greedy_format"]
 
 
+def test_a_generation_config_that_contradicts_itself(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is ignored and saved as it was; where it needs an end token, it is refused at once."""
+    model = tmp_path / "model"
+    shutil.copytree(files / "model", model)
+    file = model / "generation_config.json"
+    written = json.loads(file.read_text()) | {"top_p": 0.9, "pad_token_id": None}
+    written.pop("do_sample", None)
+    file.write_text(json.dumps(written))
+    run = tmp_path / "run"
+    with pytest.warns(UserWarning, match="rollouts ignore top_p of the model's"):
+        assert main(options(files, run, "--model", str(model), "--steps", "2")) == 0
+    saved = json.loads((run / "model/generation_config.json").read_text())
+    assert saved["top_p"] == 0.9 and "pad_token_id" not in saved
+    file.write_text(json.dumps(written | {"eos_token_id": None}))
+    with pytest.raises(SystemExit):
+        main(options(files, tmp_path / "other", "--model", str(model)))
+    assert "top_p" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--max_new_tokens", "5000"], "longest_prompt + max_new_tokens: expected at most"),
         (["--rewards", "speed"], "rewards: expected math, accuracy, format, brevity or path"),
         (["--objective", "none"], "objective: expected one of"),
         (["--held_out", "20"], "held_out: expected fewer than the 20 problems, got 20"),
