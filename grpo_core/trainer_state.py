@@ -21,7 +21,7 @@ from grpo_core.checkpoint import (
     step_of,
 )
 from grpo_core.distributed import gathered, is_main, rank, world
-from grpo_core.monitor import Metrics, keep_records
+from grpo_core.monitor import Metrics, keep_records, writing
 from grpo_core.options import check_unchanged
 from grpo_core.parallel import is_sharded, load_shards, shards_of
 
@@ -34,6 +34,7 @@ def save(trainer: Trainer, directory: Path) -> Path:
     state = {
         "config": trainer.config.identity(),
         "processes": _processes(trainer),
+        "data_fingerprint": _data(trainer),
         "random": gathered(random_states()),
         "skipped_updates": trainer.skipped_updates,
         "skipped_in_a_row": trainer.skipped_in_a_row,
@@ -58,7 +59,9 @@ def resume(trainer: Trainer) -> int:
         return 0
     last = found[-1]
     state = torch.load(last / STATE, map_location="cpu", weights_only=True)
-    check_unchanged({"processes": _processes(trainer)}, state, last)
+    check_unchanged(
+        {"processes": _processes(trainer), "data_fingerprint": _data(trainer)}, state, last
+    )
     check_unchanged(trainer.config.identity(), state["config"], last)
     if is_sharded(trainer.model):
         load_shards(last / SHARDS, trainer.model, trainer.optimizer)
@@ -84,8 +87,12 @@ def give_up(trainer: Trainer, parts: Sequence[Batch], metrics: Metrics) -> None:
         trainer.checkpoints.mkdir(parents=True, exist_ok=True)
         of_rank = f"-{rank()}" if world() > 1 else ""
         file = trainer.checkpoints / f"not-finite-{step:06d}{of_rank}.pt"
-        torch.save([asdict(part) for part in parts], file)
         where = f"they lie in {file}"
+        try:
+            with writing(file):
+                torch.save([asdict(part) for part in parts], file)
+        except OSError as error:
+            where = str(error)
     raise FloatingPointError(
         f"step {step}: {trainer.skipped_in_a_row} updates in a row had a loss or gradient that is "
         f"not finite, or a ratio above e^max_log_ratio (loss {metrics['loss']}, gradient norm "
@@ -98,6 +105,11 @@ def _processes(trainer: Trainer) -> str:
     """How many there are, and how the model is spread over them."""
     alone = world() == 1 and trainer.config.shard == "ddp"
     return "1" if alone else f"{world()} ({trainer.config.shard})"
+
+
+def _data(trainer: Trainer) -> str | None:
+    """The fingerprint of the problems, of a source that has one, such as `data.Epochs`."""
+    return getattr(trainer.draw_problems, "fingerprint", None)
 
 
 def _forget_steps(trainer: Trainer, after: int) -> None:

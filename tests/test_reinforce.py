@@ -17,6 +17,7 @@ from grpo_core.clock import MACHINE
 from grpo_core.loggers import flat, open_logger
 from grpo_core.reinforce import main
 from grpo_core.trainer import Trainer
+from tests.test_checkpoint import full_disk
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*ran into max_new_tokens"),
@@ -184,6 +185,35 @@ def test_options_from_a_file_and_an_adapter(files: Path, tmp_path: Path) -> None
     after = json.loads((run / "results.json").read_text())["after"]
     assert after["sampled"]["format/pass@2"] == figures["format/pass@2"]
     assert after["greedy"]["format"] == figures["greedy_format"]
+
+
+def test_a_run_does_not_go_on_with_other_data(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither with other held-out problems (the first four) nor with others to train on."""
+    run, data = tmp_path / "run", tmp_path / "train.jsonl"
+    given = options(files, run, "--data", str(data), "--steps", "2", "--max_new_tokens", "2")
+    lines = (files / "train.jsonl").read_text().splitlines()
+    data.write_text("\n".join(lines))
+    assert main(given) == 0
+    for changed in ([lines[1], lines[0], *lines[2:]], [*lines, lines[0]]):
+        data.write_text("\n".join(changed))
+        before = (run / "metrics.jsonl").read_text()
+        with pytest.raises(SystemExit):
+            main([*given, "--resume", "True"])
+        message = capsys.readouterr().err
+        assert "data_fingerprint: expected 20 problems, sha256" in message
+        assert f"as in {run / 'config.json'}, got {len(changed)} problems, sha256" in message
+        assert (run / "metrics.jsonl").read_text() == before
+    # the same records with other blanks
+    data.write_text("\n\n".join(lines) + "\n")
+    assert main([*given, "--resume", "True"]) == 0
+
+
+def test_a_full_disk_ends_a_run_with_a_line(files: Path, tmp_path: Path) -> None:
+    with full_disk(20_000), pytest.raises(SystemExit, match=r"stopped: .*could not be written"):
+        main(options(files, tmp_path / "run"))
+    assert not list((tmp_path / "run/checkpoints").iterdir())
 
 
 def test_a_generation_config_that_contradicts_itself(
