@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -33,8 +34,7 @@ def save(trainer: Trainer, directory: Path) -> Path:
     """Everything the run needs to go on, as a checkpoint under `directory`."""
     state = {
         "config": trainer.config.identity(),
-        "processes": _processes(trainer),
-        "data_fingerprint": _data(trainer),
+        **_given(trainer),
         "random": gathered(random_states()),
         "skipped_updates": trainer.skipped_updates,
         "skipped_in_a_row": trainer.skipped_in_a_row,
@@ -59,9 +59,7 @@ def resume(trainer: Trainer) -> int:
         return 0
     last = found[-1]
     state = torch.load(last / STATE, map_location="cpu", weights_only=True)
-    check_unchanged(
-        {"processes": _processes(trainer), "data_fingerprint": _data(trainer)}, state, last
-    )
+    check_unchanged(_given(trainer), state, last)
     check_unchanged(trainer.config.identity(), state["config"], last)
     if is_sharded(trainer.model):
         load_shards(last / SHARDS, trainer.model, trainer.optimizer)
@@ -107,9 +105,31 @@ def _processes(trainer: Trainer) -> str:
     return "1" if alone else f"{world()} ({trainer.config.shard})"
 
 
-def _data(trainer: Trainer) -> str | None:
-    """The fingerprint of the problems, of a source that has one, such as `data.Epochs`."""
-    return getattr(trainer.draw_problems, "fingerprint", None)
+def _given(trainer: Trainer) -> dict[str, str | None]:
+    """What a run is given besides its options, and a checkpoint does not hold."""
+    # of a source that has one, such as `data.Epochs`
+    data = getattr(trainer.draw_problems, "fingerprint", None)
+    return {
+        "processes": _processes(trainer),
+        "data_fingerprint": data,
+        "start_weights": _start_weights(trainer),
+    }
+
+
+def _start_weights(trainer: Trainer) -> str | None:
+    """A hash of some elements of every weight that is not trained: reference, or beneath adapters.
+
+    None for shards, of which each process has others.
+    """
+    if is_sharded(trainer.model):
+        return None
+    kept = [weight for weight in trainer.model.parameters() if not weight.requires_grad]
+    if trainer.reference is not None and trainer.reference is not trainer.model:
+        kept += trainer.reference.parameters()
+    digest = hashlib.sha256()
+    for weight in kept:
+        digest.update(weight.detach().flatten()[:256].float().cpu().numpy().tobytes())
+    return f"sha256 {digest.hexdigest()[:16]}"
 
 
 def _forget_steps(trainer: Trainer, after: int) -> None:

@@ -363,6 +363,31 @@ def test_a_checkpoint_knows_the_problems(tmp_path: Path) -> None:
     assert run((3,), (4,)).resume() == 1
 
 
+def test_a_checkpoint_knows_the_weights_that_it_does_not_hold(tmp_path: Path) -> None:
+    """Those of the reference, and those beneath an adapter; others come from the checkpoint."""
+    peft = pytest.importorskip("peft")
+
+    def run(kind: str, seed: int) -> Trainer:
+        model = micro_model(seed)
+        if kind == "adapter":
+            torch.manual_seed(3)
+            model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+        beta = {"beta": 0.1, "kl": "k3"} if kind == "reference" else {"beta": 0.0, "kl": None}
+        objective = RECIPES["dapo"].replace(**beta)
+        return trainer(tmp_path / kind, model, objective=objective)
+
+    for kind in ("reference", "adapter", "alone"):
+        first = run(kind, 0)
+        first.step()
+        trainer_state.save(first, tmp_path / kind / "checkpoints")
+        assert run(kind, 0).resume() == 1
+        if kind == "alone":
+            assert run(kind, 1).resume() == 1
+        else:
+            with pytest.raises(ValueError, match=r"start_weights: expected sha256 .*, got sha256"):
+                run(kind, 1).resume()
+
+
 def test_without_a_checkpoint_it_begins_at_the_beginning(tmp_path: Path) -> None:
     assert trainer(tmp_path).resume() == 0
     assert trainer().resume() == 0
