@@ -181,8 +181,8 @@ def generation_defaults(model: PreTrainedModel, settings: GenerationConfig) -> I
 
     An adapter may have a generation config beside that of the model beneath it.
     """
-    holders = [module for module in model.modules() if "generation_config" in vars(module)]
-    before: list[Any] = [holder.generation_config for holder in holders]
+    holders: list[Any] = [m for m in model.modules() if "generation_config" in vars(m)]
+    before = [holder.generation_config for holder in holders]
     try:
         for holder in holders:
             holder.generation_config = settings
