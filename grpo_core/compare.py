@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from grpo_core import RECIPES, Objective
 from grpo_core.batch import Batch, pack
+from grpo_core.checkpoint import heeding_interrupts
 from grpo_core.demo import SAMPLED, Demo, DemoConfig
 from grpo_core.dpo import PreferenceConfig, sample_pairs, train_preferences
 from grpo_core.evaluate import evaluate
@@ -88,9 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the comparison; returns the exit status."""
     _, config = begin(CompareConfig, "grpo_core.compare", arguments)
     directory = Path(config.output)
-    outcomes = [
-        outcome for seed in range(config.seeds) for outcome in Comparison(config, seed).run()
-    ]
+    with heeding_interrupts():
+        outcomes = [
+            outcome for seed in range(config.seeds) for outcome in Comparison(config, seed).run()
+        ]
     text = json.dumps([asdict(outcome) for outcome in outcomes], indent=2)
     (directory / "compare.json").write_text(text + "\n", "utf-8")
     table = markdown(outcomes)

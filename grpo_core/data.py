@@ -8,9 +8,11 @@ names are those of TRL, so its data sets can be read as they are.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Number
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -191,11 +193,25 @@ def encode_prompt(prompt: str | Messages, tokenizer: PreTrainedTokenizerBase) ->
     return _templated(prompt, tokenizer, opens_turn=True)
 
 
+def fingerprint(problems: Sequence[Problem]) -> str:
+    """How many problems, and a hash of all that a run takes from them, in their order.
+
+    Values that JSON has no form for count by their content where that is plain (arrays, dates,
+    bytes, numbers), and else by their type alone.
+    """
+    digest = hashlib.sha256()
+    for problem in problems:
+        parts = [problem.prompt, problem.answer, problem.tag, dict(problem.columns)]
+        digest.update(json.dumps(parts, default=_plain, skipkeys=True).encode() + b"\n")
+    return f"{len(problems)} problems, sha256 {digest.hexdigest()[:16]}"
+
+
 class Epochs:
     """Draws problems without repetition, in a new order every epoch.
 
     Attributes:
         position: how many have been drawn; with the seed, all there is to its state.
+        fingerprint: of the problems, see `fingerprint`; a run that goes on has to have the same.
     """
 
     def __init__(self, problems: Sequence[Problem], seed: int = 0) -> None:
@@ -203,6 +219,7 @@ class Epochs:
             raise ValueError("problems: expected at least one, got none")
         self.problems, self.seed, self.position = list(problems), seed, 0
         self._order: tuple[int, list[int]] = (-1, [])
+        self.fingerprint = fingerprint(problems)
 
     def __call__(self, count: int, rng: random.Random) -> list[Problem]:
         """The next `count`; of `rng` nothing is needed."""
@@ -217,6 +234,16 @@ class Epochs:
             random.Random(f"{self.seed}/{epoch}").shuffle(shuffled)
             self._order = epoch, shuffled
         return self.problems[self._order[1][index]]
+
+
+def _plain(value: Any) -> Any:
+    """A form in JSON of what has none, without the addresses that a repr may hold."""
+    if isinstance(value, bytes):
+        return value.hex()
+    for name in ("tolist", "isoformat"):
+        if hasattr(value, name):
+            return getattr(value, name)()
+    return str(value) if isinstance(value, Number) else type(value).__name__
 
 
 def _templated(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import re
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from grpo_core.batch import Batch
 from grpo_core.distributed import is_main, joined
@@ -204,10 +210,39 @@ def update_metrics(updates: Sequence[Metrics]) -> Metrics:
     return combined
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# by Rust, by Python within another error, and by torch's zip writer
+FULL_SAID = re.compile(rf"\b(os error|Errno) ({'|'.join(map(str, FULL))})\b|inline_container")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around the writing of a file or folder: the error of a full disk names it.
+
+    torch's writer raises RuntimeError then, without a path or a reason, and others do alike.
+
+    Raises:
+        OSError: in the place of theirs; an error of another cause is raised as it is.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+        *_, said = str(error).strip().splitlines() or [""]
+        number = getattr(error, "errno", None)
+        if number not in FULL and not FULL_SAID.search(str(error)):
+            raise
+        parents = (folder for folder in (path, *path.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(next(parents)).free / 2**20
+        raise OSError(
+            f"{path}: could not be written; is the disk full ({free:.0f} MiB are free), or a quota "
+            f"used up? ({said})"
+        ) from error
+
+
 def append_json(path: Path, record: Metrics) -> None:
     """One more line of a JSON-lines file, made with its folder if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
+    with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 
@@ -232,5 +267,6 @@ def keep_records(path: Path, wanted: Callable[[Metrics], bool]) -> None:
 def write_whole(path: Path, text: str) -> None:
     """A file in one go: whoever looks finds what it was, or all of what it is now."""
     beside = path.with_suffix(".part")
-    beside.write_text(text, "utf-8")
-    beside.replace(path)
+    with writing(path):
+        beside.write_text(text, "utf-8")
+        beside.replace(path)

@@ -29,16 +29,17 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from grpo_core.checkpoint import Interrupted
+from grpo_core.checkpoint import Interrupted, heeding_interrupts
 from grpo_core.console import open_console
-from grpo_core.data import Epochs, problems_of, read_records
+from grpo_core.data import Epochs, fingerprint, problems_of, read_records
 from grpo_core.distributed import barrier, in_group, is_main, process_group, rank, world
 from grpo_core.engines import make_engine
 from grpo_core.evaluate import Evaluation, evaluate
 from grpo_core.extras import extra
 from grpo_core.loggers import open_logger
-from grpo_core.monitor import Metrics
+from grpo_core.monitor import Metrics, write_whole, writing
 from grpo_core.named_rewards import COMPARING, RULES, find_reward
+from grpo_core.options import check_unchanged, read_resumed
 from grpo_core.parallel import export
 from grpo_core.rewards import TAGS, FunctionReward, RewardError, shown_name
 from grpo_core.rollout import Problem, Sampling
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs it; returns the exit status."""
     parser = HfArgumentParser(RunConfig, prog="python -m grpo_core.reinforce")  # type: ignore[arg-type]
     given = list(sys.argv[1:] if arguments is None else arguments)
-    with process_group():
+    with process_group(), heeding_interrupts():
         return _run(parser, given)
 
 
@@ -73,6 +74,9 @@ def _run(parser: HfArgumentParser, given: list[str]) -> int:
     except (FloatingPointError, RewardError) as error:
         say(f"\nstopped: {_told(error)}", error=True)
         return 1
+    except OSError as error:
+        # of this process alone: others may wait for it, so that the group has to stay open
+        raise SystemExit(f"\nstopped: {error}") from error
     except (Interrupted, KeyboardInterrupt) as stop:
         say("\ninterrupted; the same command with --resume True goes on", error=True)
         return 128 + (stop.number if isinstance(stop, Interrupted) else signal.SIGINT)
@@ -96,6 +100,11 @@ class Run:
             torch.set_num_threads(config.threads)
         self.tokenizer = AutoTokenizer.from_pretrained(config.model)
         problems, self.reward = self.task()
+        # with the held-out ones: checkpoints know only of those that are trained on
+        self.data = {"data_fingerprint": fingerprint(problems)}
+        if config.resume:
+            file = self.directory / "config.json"
+            check_unchanged(self.data, read_resumed(file), file)
         self.held_out, self.training = problems[: config.held_out], problems[config.held_out :]
         if not self.training:
             raise ValueError(
@@ -169,11 +178,12 @@ class Run:
         elif is_main():
             clear(self.directory)
         barrier()
-        self.write("config.json", asdict(self.config))
+        self.write("config.json", asdict(self.config) | self.data)
         if self.held_out and not self.trainer.steps_done:
             self.write("before.json", self.measured())
         self.trainer.train(self.look if self.held_out else None)
-        export(self.model, self.directory / "model")
+        with writing(self.directory / "model"):
+            export(self.model, self.directory / "model")
         after = self.measured() if self.held_out else {}
         if is_main():
             self.tokenizer.save_pretrained(self.directory / "model")
@@ -188,8 +198,7 @@ class Run:
         """A file of the run directory, by the main process."""
         if is_main():
             self.directory.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(content, indent=2) + "\n"
-            (self.directory / name).write_text(text, "utf-8")
+            write_whole(self.directory / name, json.dumps(content, indent=2) + "\n")
 
     def look(self) -> Metrics:
         """Held-out figures on the way, at the temperature of the rollouts; keeps some answers."""
@@ -225,7 +234,7 @@ class Run:
 
 
 def load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The policy: whole, or beneath an adapter; with the tokenizer's end and padding tokens."""
+    """The policy: whole, or beneath an adapter; with the tokenizer's end token if it names none."""
     # shards go to their device one by one; a whole model may not fit there
     on_gpu = torch.cuda.is_available() and not (in_group() and config.shard == "fsdp")
     device = "cuda" if on_gpu else "cpu"
@@ -236,8 +245,8 @@ def load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrai
     generation = model.generation_config
     if generation.eos_token_id is None:
         generation.eos_token_id = tokenizer.eos_token_id
-    if generation.pad_token_id is None:
-        generation.pad_token_id = tokenizer.pad_token_id
+        # transformers saves one that contradicts itself only as it was loaded
+        generation.validate(strict=True)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from grpo_core.checkpoint import Interrupted
+from grpo_core.checkpoint import Interrupted, heeding_interrupts
 from grpo_core.demo import Demo, DemoConfig
 from grpo_core.options import begin, check_unchanged, read_resumed
 from grpo_core.plot import plot
@@ -31,11 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     try:
-        stages = demo.run()
-    except ValueError as error:
-        print(f"\nstopped: {error}", file=sys.stderr)
-        return 1
-    except FloatingPointError as error:
+        with heeding_interrupts():
+            stages = demo.run()
+    except (FloatingPointError, OSError, ValueError) as error:
         print(f"\nstopped: {error}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, Interrupted) as stop:

@@ -5,13 +5,23 @@ from __future__ import annotations
 import json
 import random
 import sys
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
-from grpo_core.data import Epochs, encode_prompt, examples_of, problems_of, read_records
+from grpo_core.data import (
+    Epochs,
+    encode_prompt,
+    examples_of,
+    fingerprint,
+    problems_of,
+    read_records,
+)
 from grpo_core.decimals import build_tokenizer
 from grpo_core.rollout import Problem
 
@@ -19,6 +29,12 @@ RECORDS = [
     {"prompt": "3.8 and 3.11", "answer": "3.8", "level": 1, "tag": ""},
     {"prompt": "9.9 and 9.11", "answer": "9.9", "level": 2, "tag": "trap"},
 ]
+COLUMNS: dict[str, Any] = {
+    "level": 1,
+    "photo": b"\x00",
+    "table": torch.tensor([1.0, 2.0]),
+    "day": date(2026, 1, 1),
+}
 # a digit for each role, since the tokenizer knows few letters; the end token, then a blank
 TEMPLATE = (
     "{% for m in messages %}{{ {'system': 1, 'user': 2, 'assistant': 3}[m.role] }}={{ m.content }}"
@@ -252,3 +268,36 @@ def test_epochs_draw_everything_once_and_remember_where_they_are() -> None:
     assert rng.random() == random.Random(0).random()
     with pytest.raises(ValueError, match="problems: expected at least one"):
         Epochs([])
+
+
+def test_the_fingerprint_tells_all_that_a_run_takes_from_its_data() -> None:
+    """The same again for the same; another for any change, another order included."""
+
+    def problems(**changes: Any) -> list[Problem]:
+        given: dict[str, Any] = {"prompt": (3, 4), "answer": "7", "tag": "a", "columns": COLUMNS}
+        return [Problem(**given | changes), Problem((5,), "8")]
+
+    base = fingerprint(problems())
+    assert base == fingerprint(problems()) == Epochs(problems()).fingerprint
+    assert base.startswith("2 problems, sha256 ")
+    others = [
+        problems()[::-1],
+        problems()[:1],
+        problems() * 2,
+        problems(prompt=(3, 5)),
+        problems(answer="7.0"),
+        problems(answer=7),
+        problems(answer=Decimal("7.1")),
+        problems(answer=Decimal("7.2")),
+        problems(tag="b"),
+        problems(columns={}),
+        problems(columns=COLUMNS | {"level": 2}),
+        problems(columns=COLUMNS | {"photo": b"\x01"}),
+        problems(columns=COLUMNS | {"table": torch.tensor([1.0, 2.5])}),
+        problems(columns=COLUMNS | {"day": date(2026, 1, 2)}),
+    ]
+    assert len({base, *map(fingerprint, others)}) == 1 + len(others)
+    # a prompt's text is only shown, and an address in memory is no content
+    assert fingerprint(problems(source="three, four")) == base
+    alike = [fingerprint(problems(columns={"photo": object()})) for _ in range(2)]
+    assert alike[0] == alike[1]

@@ -108,6 +108,9 @@ def test_nothing_to_learn_from_is_an_error() -> None:
     config = PreferenceConfig(steps=9, batch_size=2, learning_rate=1e-3)
     with pytest.raises(ValueError, match="pairs: expected at least one"):
         train_preferences(micro_model(), [], config)
+    long = Pair([3] * 60, [4] * 4, [4] * 5)
+    with pytest.raises(ValueError, match=r"prompt \+ completion: expected at most 64 .* 60 \+ 5"):
+        train_preferences(micro_model(), [long], config)
     with pytest.raises(ValueError, match="group_size: expected at least 2, got 1"):
         sample_pairs(micro_model(), problems(1), share_of_sevens, SAMPLING, group_size=1)
     with pytest.raises(ValueError, match="warmup_steps: expected 0 to 2, got 5"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from grpo_core.loggers import flat, open_logger
 from grpo_core.reinforce import main
 from grpo_core.run_config import RunConfig
 from grpo_core.trainer import Trainer
+from tests.test_checkpoint import full_disk
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*ran into max_new_tokens"),
@@ -190,9 +192,60 @@ def test_options_from_a_file_and_an_adapter(files: Path, tmp_path: Path) -> None
     assert after["greedy"]["format"] == figures["greedy_format"]
 
 
+def test_a_run_does_not_go_on_with_other_data(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither with other held-out problems (the first four) nor with others to train on."""
+    run, data = tmp_path / "run", tmp_path / "train.jsonl"
+    given = options(files, run, "--data", str(data), "--steps", "2", "--max_new_tokens", "2")
+    lines = (files / "train.jsonl").read_text().splitlines()
+    data.write_text("\n".join(lines))
+    assert main(given) == 0
+    for changed in ([lines[1], lines[0], *lines[2:]], [*lines, lines[0]]):
+        data.write_text("\n".join(changed))
+        before = (run / "metrics.jsonl").read_text()
+        with pytest.raises(SystemExit):
+            main([*given, "--resume", "True"])
+        message = capsys.readouterr().err
+        assert "data_fingerprint: expected 20 problems, sha256" in message
+        assert f"as in {run / 'config.json'}, got {len(changed)} problems, sha256" in message
+        assert (run / "metrics.jsonl").read_text() == before
+    # the same records with other blanks
+    data.write_text("\n\n".join(lines) + "\n")
+    assert main([*given, "--resume", "True"]) == 0
+
+
+def test_a_full_disk_ends_a_run_with_a_line(files: Path, tmp_path: Path) -> None:
+    with full_disk(20_000), pytest.raises(SystemExit, match=r"stopped: .*could not be written"):
+        main(options(files, tmp_path / "run"))
+    assert not list((tmp_path / "run/checkpoints").iterdir())
+
+
+def test_a_generation_config_that_contradicts_itself(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is ignored and saved as it was; where it needs an end token, it is refused at once."""
+    model = tmp_path / "model"
+    shutil.copytree(files / "model", model)
+    file = model / "generation_config.json"
+    written = json.loads(file.read_text()) | {"top_p": 0.9, "pad_token_id": None}
+    written.pop("do_sample", None)
+    file.write_text(json.dumps(written))
+    run = tmp_path / "run"
+    with pytest.warns(UserWarning, match="rollouts ignore top_p of the model's"):
+        assert main(options(files, run, "--model", str(model), "--steps", "2")) == 0
+    saved = json.loads((run / "model/generation_config.json").read_text())
+    assert saved["top_p"] == 0.9 and "pad_token_id" not in saved
+    file.write_text(json.dumps(written | {"eos_token_id": None}))
+    with pytest.raises(SystemExit):
+        main(options(files, tmp_path / "other", "--model", str(model)))
+    assert "top_p" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--max_new_tokens", "5000"], "longest_prompt + max_new_tokens: expected at most"),
         (["--rewards", "speed"], "rewards: expected math, accuracy, format, brevity or path"),
         (["--objective", "none"], "objective: expected one of"),
         (["--held_out", "20"], "held_out: expected fewer than the 20 problems, got 20"),
