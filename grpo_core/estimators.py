@@ -215,8 +215,13 @@ class _Groups:
     def scale(self, values: Tensor, centred: Tensor, estimator: Estimator) -> Tensor:
         """values / (std + ε), std that of `centred`; 0 where it is 0, even for ε = 0."""
         freedom = (self.size() - estimator.ddof).clamp(min=1)
-        std = (self.sum(centred * centred) / freedom).sqrt()
-        return torch.where(std == 0, 0.0, values / (std + estimator.epsilon))
+        # in units of the largest, whose square neither overflows nor vanishes
+        size = torch.where(self.weight > 0, centred.abs(), 0.0)
+        unit = torch.zeros_like(size).scatter_reduce(0, self.index, size, "amax")[self.index]
+        unit = torch.where(unit > 0, unit, 1.0)
+        std = (self.sum((centred / unit).square()) / freedom).sqrt()
+        scaled = (values / unit) / (std + estimator.epsilon / unit)
+        return torch.where(std == 0, 0.0, scaled)
 
 
 def _advantages(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grpo_core.estimators import Estimator, relative_advantages
 from grpo_core.kernels.kl import times_ratio
 from grpo_core.kernels.records import (
     Level,
@@ -169,14 +170,8 @@ def group_norm(
     rewards: Tensor, group_size: int, *, scale: bool, ddof: int, epsilon: float
 ) -> Tensor:
     """Advantage of every completion within its group; float64 for float64 rewards, else float32."""
-    rewards = rewards if rewards.dtype == torch.float64 else rewards.float()
-    groups = rewards.view(-1, group_size)
-    centred = groups - groups.amax(1, keepdim=True)
-    centred = centred - centred.mean(1, keepdim=True)
-    if scale:
-        variance = centred.square().sum(1, keepdim=True) / max(group_size - ddof, 1)
-        centred = centred / (variance.sqrt() + epsilon)
-    return centred.flatten()
+    estimator = Estimator("group", "group" if scale else None, ddof, epsilon)
+    return relative_advantages(rewards, group_size, estimator, validate=False)
 
 
 def _readable(target: Tensor, V: int) -> Tensor:

@@ -3,7 +3,8 @@
     A_i = (R_i − mean R) / (std R + ε) over the G completions of a prompt, or without the divisor.
 
 Rewards are counted from the largest of their group, so that a group of equal rewards gives exactly
-0 and adding a constant to the rewards changes nothing.
+0 and adding a constant to the rewards changes nothing. The distances are measured in units of the
+largest of them, so that their squares neither overflow nor vanish; all of it in float64.
 """
 
 import torch
@@ -26,14 +27,16 @@ def _group_norm_kernel(
     member = tl.arange(0, BLOCK_G)
     inside = member < G
     rewards = tl.load(rewards_ptr + group * G + member, mask=inside, other=float("-inf"))
-    # counted from the largest before float64 is given up, after bfloat16 is
-    if rewards_ptr.dtype.element_ty != tl.float64:
-        rewards = rewards.to(tl.float32)
-    centred = tl.where(inside, rewards - tl.max(rewards, 0), 0.0).to(tl.float32)
+    rewards = rewards.to(tl.float64)
+    centred = tl.where(inside, rewards - tl.max(rewards, 0), 0.0)
     centred = tl.where(inside, centred - tl.sum(centred, 0) / G, 0.0)
     if SCALE:
-        variance = tl.sum(centred * centred, 0) / freedom
-        centred = centred / (tl.sqrt(variance) + epsilon)
+        unit = tl.max(tl.abs(centred), 0)
+        unit = tl.where(unit > 0, unit, 1.0)
+        centred = centred / unit
+        divisor = tl.sqrt(tl.sum(centred * centred, 0) / freedom) + epsilon / unit
+        # equal rewards have no deviation, and epsilon may be 0
+        centred = centred / tl.where(divisor > 0, divisor, 1.0)
     tl.store(advantage_ptr + group * G + member, centred, mask=inside)
 
 
