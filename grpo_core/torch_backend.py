@@ -160,10 +160,12 @@ def sequence_loss(stats: RowStats, tokens: TokenVectors, level: Level, terms: Te
     ratios = SequenceRatio.of(level, tokens.advantage)
     log_ratio = ratios.forward(token_ratio)
     token = token_loss(logp, log_ratio, tokens, entropy, exact_kl, terms)
+    lost = ratios.spread(token.dropped)
     dlogp = token.dlogp + ratios.backward(token_ratio, token.dlog_ratio)
-    dlogp = torch.where(token.dropped, 0.0, dlogp)
-    ratio, total = torch.where(level.valid, log_ratio.exp(), 0.0), token.loss.sum()
-    return RowLoss(logp, entropy, ratio, token.kl, token.loss, dlogp, token.dropped, state, total)
+    dlogp, loss = (torch.where(lost, 0.0, vector) for vector in (dlogp, token.loss))
+    dropped = lost & level.valid & (tokens.weight != 0)
+    ratio = torch.where(level.valid, log_ratio.exp(), 0.0)
+    return RowLoss(logp, entropy, ratio, token.kl, loss, dlogp, dropped, state, loss.sum())
 
 
 def group_norm(

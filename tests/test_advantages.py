@@ -136,7 +136,7 @@ def test_without_epsilon_equal_rewards_keep_their_kl(
 def test_the_scale_of_rewards_does_not_matter(
     backend: str, device: str, unit: float, dtype: torch.dtype
 ) -> None:
-    """Squares of such rewards are beyond their type, or vanish; −1, 1, 1, 2 have mean ¾, s² 19/12."""
+    """The squares of such rewards are beyond the range of their type, or vanish."""
     rewards = torch.tensor([-unit, unit, unit, 2 * unit], dtype=torch.float64).to(dtype).to(device)
     given = [-1.0, 1, 1, 2] if dtype != torch.bfloat16 else (rewards.double() / unit).tolist()
     truth = oracles.group_advantage(given, 4, scale=True, ddof=1, eps=0.0)
