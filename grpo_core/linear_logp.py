@@ -81,8 +81,8 @@ def linear_logp(
     kernels = choose_backend(backend, hidden)
     logits = stand_in(hidden, head.V)
     check_logits(logits, temperature, HEAD_DTYPES)
-    check_target(logits, target, mask, validate)
-    flat = target.reshape(-1).long()
+    target = check_target(logits, target, mask, validate)
+    flat = target.reshape(-1)
     call = ScoreCall(
         target=flat,
         valid=present(target, mask) & (flat >= 0) & (flat < head.V),

@@ -81,11 +81,11 @@ def linear_scores(
     dtype = dtype_of_logits(logits_dtype)
     logits = stand_in(hidden, head.V)
     check_logits(logits, temperature, HEAD_DTYPES)
-    check_target(logits, target, None, validate)
+    target = check_target(logits, target, None, validate)
     names = [name for name in FURTHER if name in further]
     trained = any(tensor is not None and tensor.requires_grad for tensor in head.tensors)
     call = ScoreCall(
-        target=target.long(),
+        target=target,
         temperature=float(temperature),
         plan="fast",
         memory_budget=memory_budget,

@@ -3,8 +3,8 @@
     A_i = (R_i − mean R) / (std R + ε) over the G completions of a prompt, or without the divisor.
 
 Rewards are counted from the largest of their group, so that a group of equal rewards gives exactly
-0 and adding a constant to the rewards changes nothing. The distances are measured in units of the
-largest of them, so that their squares neither overflow nor vanish; all of it in float64.
+0 and adding a constant to the rewards changes nothing. A deviation is that of distances in units of
+the largest, whose squares neither overflow nor vanish.
 """
 
 import torch
@@ -27,17 +27,21 @@ def _group_norm_kernel(
     member = tl.arange(0, BLOCK_G)
     inside = member < G
     rewards = tl.load(rewards_ptr + group * G + member, mask=inside, other=float("-inf"))
-    rewards = rewards.to(tl.float64)
+    # a quarter, so that the distance of two float32 is one
+    rewards = rewards.to(tl.float32) * 0.25
     centred = tl.where(inside, rewards - tl.max(rewards, 0), 0.0)
-    centred = tl.where(inside, centred - tl.sum(centred, 0) / G, 0.0)
     if SCALE:
-        unit = tl.max(tl.abs(centred), 0)
+        unit = -tl.min(centred, 0)
         unit = tl.where(unit > 0, unit, 1.0)
         centred = centred / unit
-        divisor = tl.sqrt(tl.sum(centred * centred, 0) / freedom) + epsilon / unit
+    centred = tl.where(inside, centred - tl.sum(centred, 0) / G, 0.0)
+    if SCALE:
+        divisor = tl.sqrt(tl.sum(centred * centred, 0) / freedom) + epsilon * 0.25 / unit
         # equal rewards have no deviation, and epsilon may be 0
-        centred = centred / tl.where(divisor > 0, divisor, 1.0)
-    tl.store(advantage_ptr + group * G + member, centred, mask=inside)
+        advantage = centred / tl.where(divisor > 0, divisor, 1.0)
+    else:
+        advantage = centred * 4
+    tl.store(advantage_ptr + group * G + member, advantage, mask=inside)
 
 
 def group_norm(
@@ -46,7 +50,7 @@ def group_norm(
     """Advantage of every completion within its group of `group_size` neighbours.
 
     Args:
-        rewards: [B] floating point, contiguous, B a multiple of `group_size`.
+        rewards: [B] float32 or narrower, contiguous, B a multiple of `group_size`.
         scale: divide by the standard deviation (`ddof` degrees of freedom taken off) + `epsilon`.
 
     Returns:

@@ -70,7 +70,7 @@ def test_no_rewards_no_advantages(backend: str, device: str) -> None:
         (torch.zeros(6), 0, r"group_size: expected an int that divides B = 6, or group_id, got 0"),
         (torch.zeros(2, 3), 3, r"rewards: expected a floating-point tensor \[B\], got \[2, 3\]"),
         (torch.zeros(6, dtype=torch.int64), 3, r"rewards: expected a floating-point .*int64"),
-        ([1.0, 2.0], 2, r"rewards: expected a floating-point tensor \[B\]"),
+        ([1.0, 2.0], 2, r"rewards: expected a tensor, got list"),
         (
             torch.tensor([0.0, torch.nan]),
             2,

@@ -69,7 +69,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"advantage": None, "rewards": (B,), "group_id": torch.arange(B) + 1},
-        "groups: expected ids in [0, B = 4), got 4 at 3",
+        "group_id: expected integers in [0, B = 4), got 4 at row 3",
     ),
     (
         {"advantage": None, "rewards": (B,), "group_size": 3},
@@ -104,7 +104,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"objective": EXACT, "ref_logits": torch.zeros(B, T, V, dtype=LONG)},
-        "ref_logits: expected floating point, got torch.int64",
+        "ref_logits: expected a floating-point tensor, got torch.int64",
     ),
     (
         {"ref_logits": (B, T, V)},
