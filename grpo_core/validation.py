@@ -1,4 +1,4 @@
-"""What every argument is checked for: dense tensors, ids, numbers; and when values are looked at."""
+"""What arguments are checked for: dense tensors, ids, numbers; and when values are looked at."""
 
 from __future__ import annotations
 
