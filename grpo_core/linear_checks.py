@@ -8,7 +8,7 @@ from torch import Tensor
 from grpo_core.arguments import COLDEST, present
 from grpo_core.linear_head import HEAD_DTYPES, LinearHead, check_hidden
 from grpo_core.linear_memory import Plan
-from grpo_core.validation import check_concrete, check_integers, check_tensor, must_validate
+from grpo_core.validation import check_integers, check_tensor, must_validate
 
 
 def temperature_of_rows(
@@ -21,7 +21,6 @@ def temperature_of_rows(
     """
     if not isinstance(temperature, Tensor):
         return None, temperature
-    check_concrete(temperature=temperature)
     check_tensor("temperature", temperature)
     if temperature.shape != target.shape or not temperature.is_floating_point():
         raise ValueError(
@@ -51,7 +50,6 @@ def check_target_shape(target: Tensor, hidden: Tensor) -> Tensor:
     Raises:
         ValueError, NotImplementedError: naming the argument, what was expected and what came.
     """
-    check_concrete(target=target)
     shape, target = hidden.shape[:-1], check_integers("target", target)
     if target.shape != shape:
         raise ValueError(
@@ -71,7 +69,6 @@ def check_accumulation(
 ) -> None:
     """Raises ValueError unless the matrix's gradient can be added to `into` in the forward."""
     matrix = head.weight
-    check_concrete(accumulate_into=into)
     check_tensor("accumulate_into", into)
     if into.shape != matrix.shape or into.dtype != torch.float32 or into.device != matrix.device:
         raise ValueError(

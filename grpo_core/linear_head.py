@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from grpo_core.validation import check_concrete, check_tensor, is_int, is_number
+from grpo_core.validation import check_concrete, check_floats, check_tensor, is_int, is_number
 
 HEAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -47,8 +47,8 @@ class LinearHead:
     def __post_init__(self) -> None:
         for name in ("weight", "bias", "lora_A", "lora_B"):
             value = getattr(self, name)
-            if not isinstance(value, Tensor) and (name == "weight" or value is not None):
-                raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
+            if name == "weight" or value is not None:
+                check_floats(name, value)
         if self.weight.ndim != 2 or not self.weight.numel():
             raise ValueError(f"weight: expected a matrix [V, D], got {list(self.weight.shape)}")
         rows, D = self.weight.shape
@@ -131,7 +131,6 @@ def check_hidden(name: str, hidden: object, like: Tensor | None = None) -> Tenso
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
-    check_concrete(**{name: hidden})
     hidden = check_tensor(name, hidden)
     if hidden.ndim not in (2, 3) or not hidden.shape[-1]:
         got = list(hidden.shape)

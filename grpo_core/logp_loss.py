@@ -65,6 +65,19 @@ def logp_loss(
 
     Source: see `fused_loss`.
     """
+    arguments: dict[str, Any] = {
+        "advantage": advantage,
+        "rewards": rewards,
+        "group_size": group_size,
+        "group_id": group_id,
+        "old_logp": old_logp,
+        "ref_logp": ref_logp,
+        "sampler_logp": sampler_logp,
+        "mask": mask,
+        "sequence_id": sequence_id,
+        "normalizer": normalizer,
+    }
+    check_concrete(logp=logp, entropy=entropy, factor=factor, **arguments)
     spec = find_objective(objective)
     _check_logp(logp)
     _check_terms(spec, entropy)
@@ -76,20 +89,11 @@ def logp_loss(
         logp.detach()[..., None],
         torch.zeros_like(logp, dtype=torch.int64),
         objective=spec,
-        advantage=advantage,
-        rewards=rewards,
-        group_size=group_size,
-        group_id=group_id,
-        old_logp=old_logp,
-        ref_logp=ref_logp,
         ref_logits=None,
-        sampler_logp=sampler_logp,
-        mask=mask,
-        sequence_id=sequence_id,
-        normalizer=normalizer,
         backend=backend,
         validate=validate,
         lay_out=kernels.lay_out,
+        **arguments,
     )
     if factor is not None:
         given = factor.detach().reshape(-1).float()
@@ -168,7 +172,6 @@ def _statistics(logp: Tensor, entropy: Tensor | None, tokens: Tokens) -> RowStat
 
 def _check_logp(logp: object) -> None:
     """Raises ValueError unless it is a batch or packed rows of numbers."""
-    check_concrete(logp=logp)
     tensor = check_floats("logp", logp)
     if tensor.ndim not in (1, 2):
         raise ValueError(f"logp: expected a tensor [B, T] or [N], got {list(tensor.shape)}")
@@ -178,7 +181,6 @@ def _check_like(name: str, value: object, logp: Tensor) -> None:
     """Raises ValueError unless `value` is None or floating point, shaped and placed like logp."""
     if value is None:
         return
-    check_concrete(**{name: value})
     check_floats(name, value, tuple(logp.shape), device=logp.device)
 
 

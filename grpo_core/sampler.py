@@ -171,6 +171,8 @@ def off_policy_mask(
     if not is_number(delta) or not -math.inf < delta <= math.inf:
         raise ValueError(f"delta: expected a number, got {delta!r}")
     shape = tuple(check_floats("logp", logp).shape)
+    if len(shape) not in (1, 2):
+        raise ValueError(f"logp: expected shape [B, T] or [N], got {list(shape)}")
     check_floats("advantage", advantage, shape, shape[:1], device=logp.device)
     drift, kept, nonfinite = _log_ratio(old_logp, "logp", logp, mask)
     drift, kept = _per_sequence(drift, kept, sequence_id, mean=True, validate=validate)

@@ -69,7 +69,7 @@ def rewards_with_kl(
         raise ValueError(f"kl: expected one of {get_args(KL)}, got {kl!r}")
     if not is_number(beta) or not 0 <= beta < math.inf:
         raise ValueError(f"beta: expected a finite number >= 0, got {beta!r}")
-    present = _present(mask, check_floats("logp", logp))
+    present = _present(mask, "logp", logp)
     _check_floats("logp", logp, tuple(logp.shape), present, validate)
     _check_floats("ref_logp", ref_logp, tuple(logp.shape), present, validate)
     _check_floats("rewards", rewards, tuple(logp.shape[:1]), present.any(1), validate)
@@ -122,7 +122,7 @@ def gae(
     for name, factor in (("gamma", gamma), ("lam", lam)):
         if not is_number(factor) or not 0 <= factor <= 1:
             raise ValueError(f"{name}: expected a number in [0, 1], got {factor!r}")
-    present = _present(mask, check_floats("rewards", rewards))
+    present = _present(mask, "rewards", rewards)
     _check_floats("rewards", rewards, tuple(rewards.shape), present, validate)
     B, T = rewards.shape
     bootstrap = torch.zeros(B, dtype=torch.float64, device=rewards.device)
@@ -254,11 +254,11 @@ def _like(model: Tensor, result: Tensor) -> Tensor:
     return result if model.dtype == torch.float64 else result.float()
 
 
-def _present(mask: Tensor, padded: Tensor) -> Tensor:
+def _present(mask: Tensor, name: str, padded: Tensor) -> Tensor:
     """Where the mask is not 0; raises ValueError unless both are [B, T]."""
-    shape = tuple(padded.shape)
+    shape = tuple(check_floats(name, padded).shape)
     if len(shape) != 2:
-        raise ValueError(f"mask: expected a padded batch [B, T], got {list(shape)}")
+        raise ValueError(f"{name}: expected a padded batch [B, T], got {list(shape)}")
     return check_mask("mask", mask, shape, device=padded.device) != 0
 
 
