@@ -106,7 +106,7 @@ def check_head(name: str, lm_head: Tensor | LinearHead, hidden: Tensor) -> Linea
         ValueError: naming the argument, what was expected and what came.
     """
     if not isinstance(lm_head, LinearHead):
-        if check_tensor(name, lm_head).ndim != 2 or not lm_head.numel():
+        if check_floats(name, lm_head).ndim != 2 or not lm_head.numel():
             raise ValueError(f"{name}: expected a matrix [V, D], got {list(lm_head.shape)}")
         lm_head = LinearHead(lm_head)
     head = lm_head
