@@ -400,8 +400,9 @@ def _check_sequences(
     if packed and sequence_id is None:
         raise ValueError("sequence_id: expected [N] for packed logits [N, V], got None")
     if sequence_id is not None:
-        check_ids("sequence_id", sequence_id, "N", N, logits, validate)
-        sequence_id = check_integers("sequence_id", sequence_id)
+        sequence_id = check_integers("sequence_id", sequence_id, (N,), device=logits.device)
+        if must_validate(validate, logits):
+            check_ids("sequence_id", sequence_id, "N", N, logits, True)
     if rewards is not None:
         shapes = () if packed else (tuple(logits.shape[:1]),)
         check_floats("rewards", rewards, *shapes, device=logits.device)

@@ -791,7 +791,7 @@ def test_errors_name_the_argument() -> None:
         "hidden: expected a tensor": {"hidden": hidden[0, 0]},
         "hidden: expected one of": {"hidden": hidden.double()},
         "lm_head: expected": {"lm_head": torch.randn(V, D + 1)},
-        "weight: expected a matrix": {"lm_head": weight[0]},
+        "lm_head: expected a matrix": {"lm_head": weight[0]},
         "target: expected shape": {"target": target[:, :-1]},
         "target: expected -100 or a word": {"target": target + V},
         "temperature: expected": {"temperature": 0.0},
