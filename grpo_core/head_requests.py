@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from grpo_core.fused_loss import LossOutput, TokenLogp
 from grpo_core.head_reading import Around, Probe, read_head
 from grpo_core.linear_loss import fused_linear_loss, linear_token_logp
+from grpo_core.validation import check_tensor
 
 
 class Sealed:
@@ -103,6 +104,7 @@ class Request:
     def of(self, hidden: Tensor, module: nn.Module, around: Around) -> Any:
         """What the function makes of the hidden states [B, T, D] and the module's head."""
         if self.rows is not None:
+            check_tensor("rows", self.rows)
             if self.rows.dtype != torch.bool or self.rows.shape != hidden.shape[:-1]:
                 raise ValueError(
                     f"rows: expected bool of shape {list(hidden.shape[:-1])}, got "

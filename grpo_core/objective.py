@@ -22,6 +22,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any, Literal, get_args
 
 import torch
@@ -32,6 +33,7 @@ from grpo_core.kernels import kl as kl_estimators
 from grpo_core.policy_factor import PolicyFactor
 from grpo_core.sequence_ratio import RatioLevel
 from grpo_core.torch_formula import as_torch
+from grpo_core.validation import is_number
 from grpo_core.weights import Aggregation
 
 # an objective for each structure that is in use, by its key
@@ -60,6 +62,13 @@ class Surrogate:
     plain: Callable = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        plain = getattr(self.function, "fn", self.function)
+        if not isinstance(plain, FunctionType):
+            raise ValueError(f"function: expected a function, got {self.function!r}")
+        if not isinstance(self.args, (tuple, list)) or not all(map(is_number, self.args)):
+            raise ValueError(f"args: expected a tuple of numbers, got {self.args!r}")
+        if not isinstance(self.homogeneous, bool):
+            raise ValueError(f"homogeneous: expected True or False, got {self.homogeneous!r}")
         # an int would become a constant of the kernel, and every new one a compilation
         object.__setattr__(self, "args", tuple(float(number) for number in self.args))
         object.__setattr__(self, "plain", as_torch(self.function))
@@ -136,17 +145,23 @@ class Objective:
             raise ValueError(f"factor: expected a PolicyFactor, got {self.factor!r}")
         _one_of("aggregation", self.aggregation, get_args(Aggregation))
         _one_of("entropy_aggregation", self.entropy_aggregation, (*get_args(Aggregation), None))
-        if not 0 <= self.beta < math.inf:
+        if not is_number(self.beta) or not 0 <= self.beta < math.inf:
             raise ValueError(f"beta: expected a finite number >= 0, got {self.beta!r}")
-        if not math.isfinite(self.entropy_coef):
+        if not is_number(self.entropy_coef) or not math.isfinite(self.entropy_coef):
             raise ValueError(f"entropy_coef: expected a finite number, got {self.entropy_coef!r}")
         if self.beta and self.kl is None:
             raise ValueError(f"kl: expected an estimator for beta = {self.beta}, got None")
+        if not isinstance(self.kl_times_ratio, bool):
+            raise ValueError(f"kl_times_ratio: expected True or False, got {self.kl_times_ratio!r}")
         if self.kl == "exact" and self.kl_times_ratio:
             raise ValueError("kl_times_ratio: expected False for kl = 'exact', got True")
-
-        if self.token_clip is not None and not all(0 <= b < math.inf for b in self.token_clip):
-            raise ValueError(f"token_clip: expected two numbers >= 0, got {self.token_clip!r}")
+        if self.token_clip is not None:
+            bounds = self.token_clip
+            if not isinstance(bounds, (tuple, list)) or not (
+                len(bounds) == 2 and all(is_number(b) and 0 <= b < math.inf for b in bounds)
+            ):
+                raise ValueError(f"token_clip: expected two numbers >= 0, got {bounds!r}")
+            object.__setattr__(self, "token_clip", tuple(bounds))
         key, same = _register(self)
         object.__setattr__(self, "key", key)
         # held, so that the key stays known
@@ -223,5 +238,6 @@ def _named_surrogate(name: str, args: tuple[float, ...], homogeneous: bool) -> S
 
 def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Raises ValueError unless `value` is one of `choices`."""
-    if value not in choices:
+    # equality with what is no name, such as a tensor, may be anything
+    if not (value is None or isinstance(value, str)) or value not in choices:
         raise ValueError(f"{name}: expected one of {choices}, got {value!r}")

@@ -4,9 +4,9 @@ What `kernels/online_softmax.py` is to the kernels this is to the torch backend.
 out of the sum here, too. Each block is read, and its powers kept, before the vectors of the whole
 chunk are worked on: of float32 logits where their gradient will be, of others in scratch.
 
-A row's log-probability has the same bits in every batch: one thread sums it, its scalars are
-computed in float64, and no logit's power is taken at the end of an array, where torch may use
-another instruction.
+A row's log-probability has the same bits in every batch and on any number of threads: one thread
+sums it, its scalars are computed in float64, and no logit's power is taken at the end of an array,
+or of a thread's share of one, where torch may use another instruction.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from grpo_core.row_chunks import Chunk
 STRIDE = 64
 # bytes that scratch begins at a multiple of
 ALIGNMENT = 64
+# numbers of which torch.exp gives a thread at least so many
+EXP_GRAIN = 2**11
 # blocks of a chunk whose scratch is one array each, with the centred one eight rows a core; and of
 # one that keeps nothing in scratch
 SCRATCH_BLOCKS, FREE_BLOCKS = 7, 16
@@ -158,6 +160,7 @@ class _Others:
 
     def __init__(self, temperature: float) -> None:
         self.temperature = temperature
+        self.threads = torch.get_num_threads()
         self.arrays: dict[tuple[str, int], Tensor] = {}
         self.views: dict[tuple[str, int, int], tuple[Tensor, Tensor]] = {}
         self.begin()
@@ -187,14 +190,16 @@ class _Others:
         centred.sub_(largest)
         if self.temperature != 1:
             centred.mul_(1 / self.temperature)
-        if home is not None and _like_scratch(home):
+        if home is not None and _like_scratch(home, self.threads):
             powers = torch.exp(centred, out=home)
+            total = powers.sum(1)
         else:
             to_all, powers = self._array("powers", powers_in if home is None else 0, logits)
             torch.exp(from_all, out=to_all)
+            total = _row_sums(powers)
             powers = powers if home is None else home.copy_(powers)
         self.largest.append(largest)
-        self.totals.append(powers.sum(1))
+        self.totals.append(total)
         self.centred.append(centred)
         self.powers.append(powers)
 
@@ -224,10 +229,10 @@ class _Others:
     def weigh(self) -> None:
         """Makes `centred` of the last block its product with the powers, and sums that."""
         centred = self.centred[-1].mul_(self.powers[-1])
-        moment = centred.sum(1)
+        moment = _row_sums(centred)
         # 0·(−inf): a forbidden word has no entropy; a NaN among the logits shows in z
         if moment.isnan().any():
-            moment = centred.nan_to_num_(nan=0.0).sum(1)
+            moment = _row_sums(centred.nan_to_num_(nan=0.0))
         self.moments.append(moment)
 
     def excess_over(self, reference: _Others) -> Tensor:
@@ -237,10 +242,10 @@ class _Others:
         """
         excess = torch.sub(self.centred[-1], reference.centred[-1], out=reference.powers[-1])
         excess.mul_(self.powers[-1])
-        cross = excess.sum(1)
+        cross = _row_sums(excess)
         if cross.isnan().any():
             # what π forbids adds nothing, whatever π_ref says of it
-            cross = excess.masked_fill_(self.powers[-1] == 0, 0.0).sum(1)
+            cross = _row_sums(excess.masked_fill_(self.powers[-1] == 0, 0.0))
         return cross
 
     def scaled(self, vector: Tensor, still: Tensor) -> Tensor:
@@ -249,26 +254,43 @@ class _Others:
         return (vector / (self.temperature * self.total)).float().masked_fill_(still, 0.0)[:, None]
 
     def _array(self, name: str, number: int, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Scratch for a block, of longer rows that nobody reads to their end, and its view."""
+        """Scratch for a block, flat, and the block's view of it.
+
+        The rows are longer than V, and there is at least one more than b. The flat one ends where
+        torch.exp gives every thread an even share.
+        """
         b, V = logits.shape
         found = self.views.get((name, number, b))
         if found is None:
-            array = self.arrays.get((name, number))
-            if array is None or len(array) < b:
-                shape = b, -(-V // STRIDE) * STRIDE
-                array = logits.new_zeros(shape, dtype=torch.float32)
+            array, width = self.arrays.get((name, number)), -(-V // STRIDE) * STRIDE
+            share = self.threads * EXP_GRAIN
+            rows = b + -(-share // width)
+            if array is None or len(array) < rows:
+                array = logits.new_zeros((rows, width), dtype=torch.float32)
                 self.arrays[name, number] = array
                 for key in [key for key in self.views if key[:2] == (name, number)]:
                     del self.views[key]
-            found = self.views[name, number, b] = array[:b], array[:b, :V]
+            flat = array.view(-1)[: -(-b * width // share) * share]
+            found = self.views[name, number, b] = flat, array[:b, :V]
         return found
 
 
-def _like_scratch(matrix: Tensor) -> bool:
+def _like_scratch(matrix: Tensor, threads: int) -> bool:
     """Whether torch's loops treat every row of it as they treat scratch, to the bit."""
     b, V = matrix.shape
     even = V % STRIDE == 0 and matrix.data_ptr() % ALIGNMENT == 0
-    return even and (b == 1 or matrix.stride(0) == V)
+    shared = b * V % (threads * STRIDE) == 0 and b * V >= threads * EXP_GRAIN
+    return even and b > 1 and matrix.stride(0) == V and (threads == 1 or shared)
+
+
+def _row_sums(scratch: Tensor) -> Tensor:
+    """Sum of each row, `[b]`; with the row behind it where there is but one.
+
+    A single sum would be shared among the threads, and so depend on how many there are.
+    """
+    if len(scratch) > 1:
+        return scratch.sum(1)
+    return scratch.as_strided((2, scratch.shape[1]), scratch.stride()).sum(1)[:1]
 
 
 def _rounded(vector: Tensor) -> Tensor:
