@@ -261,12 +261,12 @@ def gradient_beside_target(logits, ref_logits, coefficients, ref, ENTROPY: tl.co
     centred = tl.fma(logits, scale, -peak)
     power = tl.exp2(centred)
     if ENTROPY:
-        dlogits = power * tl.fma(tl.maximum(centred, LOWEST), slope, factor)
+        factor = tl.fma(tl.maximum(centred, LOWEST), slope, factor)
+    if ref is None:
+        dlogits = power * factor
     else:
-        dlogits = factor * power
-    if ref is not None:
         ref_centred = tl.fma(ref_logits, scale, -ref[1])
-        dlogits += weighted_gap(ref[2] * power, centred, ref_centred)
+        dlogits = tl.fma(power, factor, weighted_gap(ref[2] * power, centred, ref_centred))
     return dlogits
 
 
