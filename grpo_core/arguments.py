@@ -291,6 +291,7 @@ def check_loss_arguments(
     sampler_logp = _floats("sampler_logp", sampler_logp, (shape,), logits, dtype)
     normalizer = _check_normalizer(normalizer, spec, logits, validate)
     sequence_id = _check_sequences(logits, sequence_id, target, mask, rewards, validate)
+    sequence_id = None if sequence_id is None else sequence_id.contiguous()
     groups: tuple[Tensor, int | Tensor] | None = None
     if rewards is not None:
         advantage = estimate_advantages(
@@ -373,6 +374,11 @@ def _check_references(
     if spec.factor.needs_sampler and sampler_logp is None:
         name = "sampler" if spec.factor.sampler is not None else "rejections"
         raise ValueError(f"sampler_logp: expected a tensor for factor.{name}, got None")
+
+
+def words_of(target: Tensor) -> Tensor:
+    """[N] int64 of its own stride: a column of a matrix stays a view under `reshape`."""
+    return target.reshape(-1).long().contiguous()
 
 
 def present(target: Tensor, mask: Tensor | None) -> Tensor:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from grpo_core.hot_loops import Loop
+from grpo_core.hot_loops import WIDE, Loop
 
 if TYPE_CHECKING:
     from grpo_core.ahead import Compiled
@@ -69,7 +69,6 @@ VOCABULARY = 151_936
 
 # 256 threads of 128 registers are half of what an SM has: two programs run side by side
 MOST_REGISTERS = 128
-WIDE = 16
 # Instructions per two bytes of logits read (a bfloat16 logit, half a float32 one), at most, at any
 # vocabulary: the aim is 8 in both loops, and what has been reached below it is held.
 LIMITS = {

@@ -11,6 +11,7 @@ from grpo_core.arguments import (
     check_loss_arguments,
     check_target,
     present,
+    words_of,
 )
 from grpo_core.backends import Backend, choose_backend
 from grpo_core.fused_loss import LossOutput, TokenLogp
@@ -126,7 +127,7 @@ def loss_from_hidden(
     for name, states, matrix in early:
         every = spec.factor.needs_sampler or all_logp
         call = ScoreCall(
-            target=target.reshape(-1),
+            target=words_of(target),
             valid=tokens.given if every else tokens.given & ~tokens.still(),
             temperature=float(temperature),
             heat=heat,
@@ -182,7 +183,7 @@ def logp_from_hidden(
     check_target(logits, target, mask, validate)
     valid = present(target, mask) & ((target >= 0) & (target < head.V)).reshape(-1)
     call = ScoreCall(
-        target=target.reshape(-1),
+        target=words_of(target),
         valid=valid,
         temperature=float(temperature),
         heat=heat,

@@ -56,7 +56,10 @@ class LeanSweep(Sweep):
 
 def log_sum_exp(stats: RowStats, at_target: Tensor, temperature: float) -> Tensor:
     """lse `[n]` float64 of rows whose statistics are known, and their logits at the targets."""
-    peak, rest = stats.state[0].double() * math.log(2), stats.state[1].double()
+    peak, rest = stats.state[0].double(), stats.state[1].double()
+    # unscaled where S is negative
+    peak = torch.where(rest < 0, peak / temperature, peak * math.log(2))
+    rest = rest.abs()
     return peak + torch.log(rest + torch.exp(at_target.double() / temperature - peak))
 
 

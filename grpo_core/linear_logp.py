@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_core.arguments import check_logits, check_target, present
+from grpo_core.arguments import check_logits, check_target, present, words_of
 from grpo_core.backends import Backend, choose_backend
 from grpo_core.fused_loss import TokenLogp
 from grpo_core.kernels.records import RowStats, Slopes
@@ -84,7 +84,7 @@ def linear_logp(
     logits = stand_in(hidden, head.V)
     check_logits(logits, temperature, HEAD_DTYPES)
     target = check_target(logits, target, mask, validate)
-    flat = target.reshape(-1)
+    flat = words_of(target)
     call = ScoreCall(
         target=flat,
         valid=present(target, mask) & (flat >= 0) & (flat < head.V),

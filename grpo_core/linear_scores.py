@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_core.arguments import check_logits, check_target
+from grpo_core.arguments import check_logits, check_target, words_of
 from grpo_core.backends import Backend, choose_backend
 from grpo_core.linear_checks import autocast_dtype, dtype_of_logits, stand_in
 from grpo_core.linear_head import HEAD_DTYPES, LinearHead, check_head, check_hidden
@@ -87,7 +87,7 @@ def linear_scores(
     names = [name for name in FURTHER if name in further]
     trained = any(tensor is not None and tensor.requires_grad for tensor in head.tensors)
     call = ScoreCall(
-        target=target,
+        target=words_of(target),
         temperature=float(temperature),
         plan="fast",
         memory_budget=memory_budget,

@@ -32,6 +32,9 @@ EXP_GRAIN = 2**11
 SCRATCH_BLOCKS, FREE_BLOCKS = 7, 16
 # stands for -inf at the target: finite, so that nothing times its power, which is 0, is a NaN
 LOWEST = -1e30
+LEAST = torch.finfo(torch.float32).min
+# as in `online_softmax`
+FAR, SURE = 2.0**30, 0.125
 
 
 def blocks_at_once(dlogits: Tensor | None, *, bonus: bool, exact_kl: bool) -> int:
@@ -86,16 +89,47 @@ class RowSoftmax:
             if weighs:
                 policy.weigh()
         z = policy.end(chunk.mine)
+        logp = logsigmoid(-z)
+        if entropy is None:
+            entropy = _rounded(_entropy(z, logp, policy.entropy()))
+            sure = self._spread_again(chunk, z, entropy)
+            if sure is not None:
+                again = _rounded(_entropy(z, logp, policy.entropy()))
+                entropy = torch.where(sure, again, entropy)
+        elif self.bonus:
+            self._spread_again(chunk, z, entropy)
         kl = ref_z = None
         if crosses:
             assert chunk.ref_mine is not None
             ref_z = reference.end(chunk.ref_mine)
             kl_others = torch.cat(crosses).double() / policy.total - (policy.lse - reference.lse)
             kl = _rounded(_exact_kl(z, ref_z, kl_others))
-        logp = logsigmoid(-z)
-        if entropy is None:
-            entropy = _rounded(_entropy(z, logp, policy.entropy()))
         return Found(holes, _rounded(logp), entropy, z, kl, ref_z)
+
+    def _spread_again(self, chunk: Chunk, z: Tensor, entropy: Tensor) -> Tensor | None:
+        """Where another word than the target is nearly certain, log Σ powers to every digit.
+
+        Of all powers the largest, which is 1, is added last. Returns where, if anywhere.
+        """
+        sure = (z > 0) & (entropy < SURE)
+        if not sure.any():
+            return None
+        excess = []
+        for k, (block, some) in enumerate(zip(chunk.blocks, sure.split(chunk.sizes), strict=True)):
+            if not some.any():
+                excess.append(torch.zeros_like(some, dtype=torch.float64))
+                continue
+            powers = self.policy.powers[k]
+            if not block.has_gradient:
+                hole = chunk.target[:, None].split(chunk.sizes)[k]
+                powers = self.policy.powers_of(block.logits, hole, 0, 0, None)[2]
+            # in scratch, whose rows torch's loops treat alike
+            _, rest = self.policy._array("rest", 0, powers)
+            rest.copy_(powers).scatter_(1, powers.argmax(1, keepdim=True), 0.0)
+            excess.append(_row_sums(rest).double())
+        lse = torch.log1p(torch.cat(excess))
+        self.policy.lse = torch.where(sure, lse, self.policy.lse)
+        return sure
 
     def write_gradient(self, chunk: Chunk, slopes: Slopes, found: Found) -> None:
         """(dlogp·(δ − p) − dentropy·p·(log p + H) + dkl·p·(log p/q − KL))/T of the rows just read.
@@ -176,7 +210,17 @@ class _Others:
     def read(
         self, logits: Tensor, hole: Tensor, centred_in: int, powers_in: int, home: Tensor | None
     ) -> None:
-        """Powers of a block `[b, V]`, and their sums.
+        """Powers of a block `[b, V]`, and their sums; arguments as `powers_of`."""
+        largest, centred, powers, total = self.powers_of(logits, hole, centred_in, powers_in, home)
+        self.largest.append(largest)
+        self.totals.append(total)
+        self.centred.append(centred)
+        self.powers.append(powers)
+
+    def powers_of(
+        self, logits: Tensor, hole: Tensor, centred_in: int, powers_in: int, home: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(largest, centred, powers, sum of the powers) of a block `[b, V]`.
 
         Args:
             hole: [b, 1] int64, the targets.
@@ -185,9 +229,10 @@ class _Others:
         """
         from_all, centred = self._array("centred", centred_in, logits)
         centred.copy_(logits)
-        centred.scatter_(1, hole, LOWEST)
-        largest = centred.amax(1, keepdim=True)
-        centred.sub_(largest)
+        centred.scatter_(1, hole, -math.inf)
+        # finite, so that a row of −inf gives no NaN
+        largest = centred.amax(1, keepdim=True).clamp_(min=LEAST)
+        centred.sub_(largest).scatter_(1, hole, LOWEST)
         if self.temperature != 1:
             centred.mul_(1 / self.temperature)
         if home is not None and _like_scratch(home, self.threads):
@@ -198,10 +243,7 @@ class _Others:
             torch.exp(from_all, out=to_all)
             total = _row_sums(powers)
             powers = powers if home is None else home.copy_(powers)
-        self.largest.append(largest)
-        self.totals.append(total)
-        self.centred.append(centred)
-        self.powers.append(powers)
+        return largest, centred, powers, total
 
     def end(self, mine: Tensor) -> Tensor:
         """z = log Σ_{j≠y} exp(x_j − x_y) of all rows read, float64 `[n]`.
@@ -209,18 +251,18 @@ class _Others:
         Args:
             mine: [n] float64, the targets' logits.
         """
-        total, largest = torch.cat(self.totals).double(), torch.cat(self.largest).squeeze(1)
-        # none but the target is possible
-        self.total = total.masked_fill_(largest == LOWEST, 0.0)
+        self.total = torch.cat(self.totals).double()
         self.lse = self.total.log()
-        self.centre = largest.double() / self.temperature
+        self.centre = torch.cat(self.largest).squeeze(1).double() / self.temperature
         return self.lse - (mine / self.temperature - self.centre)
 
     def state(self) -> Tensor:
         """M and S of `online_softmax` of every row, float32 `[2, n]`."""
-        peak = (self.centre / math.log(2)).float()
+        scaled = self.centre / math.log(2)
+        far = (scaled.abs() >= FAR) & (self.total > 0)
+        peak = torch.where(far, self.centre * self.temperature, scaled.clamp(min=LOWEST)).float()
         rest = torch.exp(self.lse + self.centre - peak.double() * math.log(2))
-        return torch.stack([peak, rest.float()])
+        return torch.stack([peak, torch.where(far, -self.total, rest).float()])
 
     def entropy(self) -> Tensor:
         """Entropy of the softmax over the other words, nats, float64 `[n]`."""
