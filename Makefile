@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick test-verl bench lint clean
+.PHONY: demo test quick test-verl test-openrlhf bench lint clean
 
 demo: $(VENV)/.train          ## train base, R1-Zero, SFT and R1 on the embedded task
 	$(BIN)/python -m grpo_core.train
@@ -17,6 +17,9 @@ quick: $(VENV)/.test          ## the suite without its slow part
 
 test-verl: .venv-verl/.ready  ## with the real verl 0.9.1, in an environment of its own; 2 GB
 	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest tests/verl
+
+test-openrlhf: .venv-openrlhf/.ready  ## with the real OpenRLHF 0.11.2, in an environment of its own
+	OMP_NUM_THREADS=1 .venv-openrlhf/bin/python -m pytest tests/openrlhf
 
 bench: $(VENV)/.bench         ## what the kernels save, on this machine
 	$(BIN)/python -m pytest bench/ --benchmark-only
@@ -37,5 +40,11 @@ $(VENV)/.%: $(VENV)/bin/python setup.py constraints.txt
 	.venv-verl/bin/pip install --quiet --no-deps verl==0.9.1
 	touch $@
 
+.venv-openrlhf/.ready: tests/openrlhf/requirements.txt
+	$(PYTHON) -m venv .venv-openrlhf
+	.venv-openrlhf/bin/pip install --quiet --requirement tests/openrlhf/requirements.txt
+	.venv-openrlhf/bin/pip install --quiet --no-deps openrlhf==0.11.2
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-verl build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) .venv-verl .venv-openrlhf build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .benchmarks

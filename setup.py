@@ -24,6 +24,7 @@ setup(
             for part in ("integrations", "kernels", "presets", "recipes", "verify")
         ),
     ],
+    package_data={"grpo_core": ["py.typed"]},
     install_requires=[
         "torch>=2.9",
         # 3.6 interprets kernels, as the tests do without a GPU, only beside numpy < 2.4
@@ -34,14 +35,14 @@ setup(
         "train": ["matplotlib", "rich"],
         "data": ["datasets"],
         "lora": ["peft"],
-        "tasks": ["math-verify[antlr4_13_2]", "reasoning-gym"],
+        "tasks": ["math-verify", "reasoning-gym"],
         "vllm": ["vllm>=0.28"],
         "trl": ["trl>=1.15,<1.17"],
         "bench": ["pytest", "pytest-benchmark"],
         "test": [
             "build",
             "hypothesis",
-            "math-verify[antlr4_13_2]",
+            "math-verify",
             "matplotlib",
             "mypy",
             "peft",

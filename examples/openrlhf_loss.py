@@ -45,7 +45,11 @@ def main() -> None:
     model, tokenizer = build_model(), build_tokenizer()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     loss_fn = PolicyLoss(
-        LOW, HIGH, enable_vllm_is_correction=True, vllm_is_truncated_threshold=list(BOUNDS)
+        LOW,
+        HIGH,
+        is_correction_level="token",
+        is_correction_mode="clip",
+        is_correction_threshold=BOUNDS,
     )
     for step in range(STEPS):
         prompts = [f"{digit}:" for digit in range(10) for _ in range(G)]

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from grpo_core.backends import Backend, choose_backend
 from grpo_core.estimators import Estimator, relative_advantages
-from grpo_core.validation import must_validate
+from grpo_core.validation import (
+    check_concrete,
+    check_floats,
+    check_ids,
+    is_int,
+    is_number,
+    must_validate,
+)
 
 
 @dataclass(frozen=True)
@@ -37,9 +44,9 @@ class GroupNorm:
     def __post_init__(self) -> None:
         if not isinstance(self.scale, bool):
             raise ValueError(f"scale: expected True or False, got {self.scale!r}")
-        if self.ddof not in (0, 1):
+        if not is_int(self.ddof) or self.ddof not in (0, 1):
             raise ValueError(f"ddof: expected 0 or 1, got {self.ddof!r}")
-        if not 0 <= self.epsilon < math.inf:
+        if not is_number(self.epsilon) or not 0 <= self.epsilon < math.inf:
             raise ValueError(f"epsilon: expected a finite number >= 0, got {self.epsilon!r}")
 
 
@@ -92,6 +99,8 @@ def estimate_advantages(
 ) -> Tensor:
     """Advantages as an objective wants them: neighbours by kernel, all else by `estimators`.
 
+    Rewards of float64 are all else, too: they may be of any size.
+
     Args:
         rewards: [B] floating point.
         norm: the objective's `advantage`.
@@ -105,30 +114,38 @@ def estimate_advantages(
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
-    if group_id is None and isinstance(norm, GroupNorm):
-        check_rewards(rewards, group_size, validate)
-        kernels = choose_backend(backend, rewards)
-        return kernels.group_norm(rewards.detach().contiguous(), group_size, **vars(norm))
-    if (group_id is None) == (group_size is None):
-        given = "neither" if group_id is None else "both"
-        raise ValueError(f"group_size: expected exactly one of it and group_id, got {given}")
+    B = check_rewards(rewards, validate)
+    kernels = choose_backend(backend, rewards)
+    groups: int | Tensor
+    known: Tensor | None = None
+    if group_id is None:
+        if not is_int(group_size) or group_size < 1 or B % group_size:
+            raise ValueError(
+                f"group_size: expected an int that divides B = {B}, or group_id, got {group_size!r}"
+            )
+        groups = group_size
+        if isinstance(norm, GroupNorm) and rewards.dtype != torch.float64:
+            return kernels.group_norm(rewards.detach().contiguous(), group_size, **vars(norm))
+    elif group_size is not None:
+        raise ValueError("group_size: expected exactly one of it and group_id, got both")
+    else:
+        groups, known = check_ids("group_id", group_id, "B", B, rewards, validate)
     if isinstance(norm, GroupNorm):
         norm = Estimator("group", "group" if norm.scale else None, norm.ddof, norm.epsilon)
-    groups = group_size if group_id is None else group_id
-    assert groups is not None
-    return relative_advantages(rewards.detach(), groups, norm, validate=validate)
+    return relative_advantages(rewards.detach(), groups, norm, mask=known, validate=validate)
 
 
-def check_rewards(rewards: Tensor, group_size: int | None, validate: bool | None) -> None:
-    """Raises ValueError unless `rewards` is [B] of finite numbers and `group_size` divides B."""
-    if not isinstance(rewards, Tensor) or rewards.ndim != 1 or not rewards.is_floating_point():
-        got = f"{list(rewards.shape)} {rewards.dtype}" if isinstance(rewards, Tensor) else rewards
+def check_rewards(rewards: Tensor, validate: bool | None) -> int:
+    """B, once `rewards` is [B] of finite numbers.
+
+    Raises:
+        ValueError, NotImplementedError: naming the argument, what was expected and what came.
+    """
+    check_concrete(rewards=rewards)
+    if check_floats("rewards", rewards).ndim != 1:
+        got = f"{list(rewards.shape)} {rewards.dtype}"
         raise ValueError(f"rewards: expected a floating-point tensor [B], got {got}")
-    B = rewards.numel()
-    if not isinstance(group_size, int) or group_size < 1 or B % group_size:
-        raise ValueError(
-            f"group_size: expected an int that divides B = {B}, or group_id, got {group_size!r}"
-        )
     if must_validate(validate, rewards) and not torch.isfinite(rewards).all():
         bad = int((~torch.isfinite(rewards)).nonzero()[0, 0])
         raise ValueError(f"rewards: expected finite numbers, got {rewards[bad]} at index {bad}")
+    return rewards.numel()

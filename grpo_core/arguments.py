@@ -28,7 +28,17 @@ from grpo_core.kernels.records import (
 from grpo_core.objective import Objective
 from grpo_core.recipes import find_objective
 from grpo_core.sequence_ratio import SequenceRatio
-from grpo_core.validation import must_validate
+from grpo_core.validation import (
+    check_concrete,
+    check_floats,
+    check_ids,
+    check_integers,
+    check_mask,
+    check_tensor,
+    is_number,
+    must_validate,
+    raise_first,
+)
 from grpo_core.weights import Aggregation, token_weights
 
 # the target of a masked token, as everywhere in this ecosystem
@@ -183,14 +193,15 @@ class Tokens(Measured, TokenVectors):
 
 def check_logits(logits: Tensor, temperature: float, dtypes: tuple[torch.dtype, ...]) -> None:
     """Raises ValueError unless `logits` and `temperature` can be computed with."""
-    if not isinstance(logits, Tensor) or logits.ndim not in (2, 3):
-        got = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"logits: expected a tensor [B, T, V] or [N, V], got {got}")
+    check_concrete(logits=logits)
+    shape = list(check_tensor("logits", logits).shape)
+    if len(shape) not in (2, 3):
+        raise ValueError(f"logits: expected a tensor [B, T, V] or [N, V], got {shape}")
     if logits.dtype not in dtypes:
         raise ValueError(f"logits: expected one of {dtypes}, got {logits.dtype}")
-    if logits.shape[-1] == 0:
-        raise ValueError(f"logits: expected V >= 1, got shape {list(logits.shape)}")
-    if not isinstance(temperature, (int, float)) or not COLDEST <= temperature < math.inf:
+    if shape[-1] == 0:
+        raise ValueError(f"logits: expected V >= 1, got shape {shape}")
+    if not is_number(temperature) or not COLDEST <= temperature < math.inf:
         raise ValueError(
             f"temperature: expected a finite Python number >= {COLDEST}, got {temperature!r}"
         )
@@ -198,26 +209,30 @@ def check_logits(logits: Tensor, temperature: float, dtypes: tuple[torch.dtype, 
 
 def check_target(
     logits: Tensor, target: Tensor, mask: Tensor | None, validate: bool | None
-) -> None:
-    """Raises ValueError for targets or a mask that do not go with the logits.
+) -> Tensor:
+    """The target as int64, once it and the mask go with the logits.
 
-    That is a wrong shape, dtype or device; with `validate` (None: on the CPU) also a target that
-    is neither a word nor -100.
+    Raises:
+        ValueError, NotImplementedError: a wrong shape, dtype or device; with `validate` (None: on
+            the CPU) also a target that is neither a word nor -100.
     """
-    shape, V = logits.shape[:-1], logits.shape[-1]
-    if isinstance(target, Tensor) and target.shape != shape and target.ndim == len(shape):
+    check_concrete(target=target, mask=mask)
+    shape, V = tuple(logits.shape[:-1]), logits.shape[-1]
+    target = check_integers("target", target)
+    if target.shape != shape and target.ndim == len(shape):
         raise ValueError(
             f"target: expected shape {list(shape)} for logits {list(logits.shape)}, got "
             f"{list(target.shape)}; position t predicts token t + 1: give logits[:, :-1], or pad "
             f"the shifted target with {IGNORE}"
         )
-    _vector("target", target, (shape,), logits, integer=True)
+    check_integers("target", target, shape, device=logits.device)
     if mask is not None:
-        _vector("mask", mask, (shape,), logits)
+        check_mask("mask", mask, shape, device=logits.device)
     if must_validate(validate, logits):
         bad = present(target, mask) & ((target < 0) | (target >= V)).reshape(-1)
         if bad.any():
-            _raise_first("target", f"{IGNORE} or a word in [0, V = {V})", target.reshape(-1), bad)
+            raise_first("target", f"{IGNORE} or a word in [0, V = {V})", target.reshape(-1), bad)
+    return target
 
 
 def check_loss_arguments(
@@ -249,6 +264,19 @@ def check_loss_arguments(
         ValueError: naming the argument, what was expected and what came.
     """
     spec = find_objective(objective)
+    check_concrete(
+        target=target,
+        advantage=advantage,
+        rewards=rewards,
+        group_id=group_id,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        ref_logits=ref_logits,
+        sampler_logp=sampler_logp,
+        mask=mask,
+        sequence_id=sequence_id,
+        normalizer=normalizer,
+    )
     shape, packed = logits.shape[:-1], logits.ndim == 2
     if (advantage is None) == (rewards is None):
         both = "neither" if advantage is None else "both"
@@ -257,12 +285,13 @@ def check_loss_arguments(
         if grouping is not None and rewards is None:
             raise ValueError(f"{name}: expected None without rewards, got {grouping!r}")
     _check_references(spec, logits, ref_logp, ref_logits, sampler_logp)
-    check_target(logits, target, mask, validate)
+    target = check_target(logits, target, mask, validate)
     old_logp = _floats("old_logp", old_logp, (shape,), logits, dtype)
     ref_logp = _floats("ref_logp", ref_logp, (shape,), logits, dtype)
     sampler_logp = _floats("sampler_logp", sampler_logp, (shape,), logits, dtype)
     normalizer = _check_normalizer(normalizer, spec, logits, validate)
-    _check_sequences(logits, sequence_id, target, mask, rewards, validate)
+    sequence_id = _check_sequences(logits, sequence_id, target, mask, rewards, validate)
+    sequence_id = None if sequence_id is None else sequence_id.contiguous()
     groups: tuple[Tensor, int | Tensor] | None = None
     if rewards is not None:
         advantage = estimate_advantages(
@@ -341,16 +370,19 @@ def _check_references(
             "ref_logp=token_logp(ref_logits, target, ...).logp"
         )
     if ref_logits is not None:
-        _vector("ref_logits", ref_logits, (tuple(logits.shape),), logits)
-        if not ref_logits.is_floating_point():
-            raise ValueError(f"ref_logits: expected floating point, got {ref_logits.dtype}")
+        check_floats("ref_logits", ref_logits, tuple(logits.shape), device=logits.device)
     if spec.factor.needs_sampler and sampler_logp is None:
         name = "sampler" if spec.factor.sampler is not None else "rejections"
         raise ValueError(f"sampler_logp: expected a tensor for factor.{name}, got None")
 
 
+def words_of(target: Tensor) -> Tensor:
+    """[N] int64 of its own stride: a column of a matrix stays a view under `reshape`."""
+    return target.reshape(-1).long().contiguous()
+
+
 def present(target: Tensor, mask: Tensor | None) -> Tensor:
-    """[N] bool: tokens that are not masked."""
+    """[N] bool: tokens that are not masked; `target` is int64."""
     present = target.reshape(-1) != IGNORE
     return present if mask is None else present & (mask.reshape(-1) != 0)
 
@@ -362,26 +394,28 @@ def _check_sequences(
     mask: Tensor | None,
     rewards: Tensor | None,
     validate: bool | None,
-) -> None:
-    """Raises ValueError unless packed rows, and only they, say whose they are, each rewarded."""
+) -> Tensor | None:
+    """The ids as int64, once packed rows, and only they, say whose they are, each rewarded.
+
+    Raises:
+        ValueError, NotImplementedError: naming the argument, what was expected and what came.
+    """
     packed, N = logits.ndim == 2, logits.shape[0]
     if not packed and sequence_id is not None:
         raise ValueError("sequence_id: expected None for logits [B, T, V], got a tensor")
     if packed and sequence_id is None:
         raise ValueError("sequence_id: expected [N] for packed logits [N, V], got None")
     if sequence_id is not None:
-        _vector("sequence_id", sequence_id, ((N,),), logits, integer=True)
+        sequence_id = check_integers("sequence_id", sequence_id, (N,), device=logits.device)
+        if must_validate(validate, logits):
+            check_ids("sequence_id", sequence_id, "N", N, logits, True)
     if rewards is not None:
-        _vector("rewards", rewards, None if packed else (logits.shape[:1],), logits)
+        shapes = () if packed else (tuple(logits.shape[:1]),)
+        check_floats("rewards", rewards, *shapes, device=logits.device)
         if target.numel() and not rewards.numel():
             raise ValueError("rewards: expected one for every sequence, got [0]")
-    if sequence_id is None or not must_validate(validate, logits):
-        return
-    outside = (sequence_id < 0) | (sequence_id >= N)
-    if outside.any():
-        _raise_first("sequence_id", f"integers in [0, N = {N})", sequence_id, outside)
-    if rewards is None:
-        return
+    if sequence_id is None or rewards is None or not must_validate(validate, logits):
+        return sequence_id
     if N and rewards.numel() == N and int(sequence_id.max()) + 1 < N:
         raise ValueError(
             f"rewards: expected one per sequence, got {N}, one per token, for "
@@ -390,27 +424,8 @@ def _check_sequences(
     unknown = present(target, mask) & (sequence_id >= rewards.numel())
     if unknown.any():
         want = f"ids below the {rewards.numel()} rewards"
-        _raise_first("sequence_id", want, sequence_id, unknown)
-
-
-def _vector(
-    name: str,
-    value: object,
-    shapes: tuple[tuple[int, ...], ...] | None,
-    logits: Tensor,
-    integer: bool = False,
-) -> Tensor:
-    """The tensor itself, once its type, shape and device are what they should be."""
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if shapes is not None and tuple(value.shape) not in [tuple(shape) for shape in shapes]:
-        expected = " or ".join(str(list(shape)) for shape in shapes)
-        raise ValueError(f"{name}: expected shape {expected}, got {list(value.shape)}")
-    if value.device != logits.device:
-        raise ValueError(f"{name}: expected device {logits.device}, got {value.device}")
-    if integer and (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool):
-        raise ValueError(f"{name}: expected an integer tensor, got {value.dtype}")
-    return value
+        raise_first("sequence_id", want, sequence_id, unknown)
+    return sequence_id
 
 
 def _floats(
@@ -423,9 +438,7 @@ def _floats(
     """An optional floating-point argument as a contiguous vector of constants, or None."""
     if value is None:
         return None
-    vector = _vector(name, value, shapes, logits)
-    if not vector.is_floating_point():
-        raise ValueError(f"{name}: expected a floating-point tensor, got {vector.dtype}")
+    vector = check_floats(name, value, *shapes, device=logits.device)
     return vector.detach().to(dtype).reshape(-1).contiguous()
 
 
@@ -445,6 +458,7 @@ def _check_normalizer(
             )
         return None
     if isinstance(normalizer, Tensor):
+        check_tensor("normalizer", normalizer)
         if normalizer.ndim or normalizer.is_complex() or normalizer.dtype == torch.bool:
             got = f"{list(normalizer.shape)} {normalizer.dtype}"
             raise ValueError(f"normalizer: expected a real 0-dim tensor, got {got}")
@@ -455,14 +469,8 @@ def _check_normalizer(
         if not must_validate(validate, normalizer):
             return normalizer.detach()
         normalizer = normalizer.item()
-    if isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
+    if not is_number(normalizer):
         raise ValueError(f"normalizer: expected a number or a 0-dim tensor, got {normalizer!r}")
     if not 0 < normalizer < math.inf:
         raise ValueError(f"normalizer: expected a finite number > 0, got {normalizer!r}")
     return normalizer
-
-
-def _raise_first(name: str, expected: str, vector: Tensor, bad: Tensor) -> None:
-    """Raises ValueError showing the first bad element."""
-    at = int(bad.nonzero()[0, 0])
-    raise ValueError(f"{name}: expected {expected}, got {vector[at].item()} at row {at}")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from grpo_core.arguments import IGNORE, LOGIT_DTYPES, Tokens, check_logits, check_target
+from grpo_core.arguments import IGNORE, LOGIT_DTYPES, Tokens, check_logits, check_target, words_of
 from grpo_core.backends import Backend, choose_backend
 from grpo_core.kernels.records import RowLoss, Rows, RowStats, Terms
 from grpo_core.layout import readable
@@ -109,10 +109,10 @@ def logp_of_rows(
 ) -> tuple[Tensor, Tensor]:
     """(logp, entropy) `[N]` of every target, nats; arguments as in `token_logp`."""
     check_logits(logits, temperature, LOGIT_DTYPES)
-    check_target(logits, target, mask, validate)
+    target = check_target(logits, target, mask, validate)
     kernels = choose_backend(backend, logits)
     # one that is no word is passed over where the row would be read
-    target = target.reshape(-1).long()
+    target = words_of(target)
     if mask is not None:
         target = torch.where(mask.reshape(-1) != 0, target, IGNORE)
     stats = kernels.row_stats(Rows.of(readable(logits)), target, float(temperature))

@@ -169,10 +169,6 @@ class Batch:
         none = one.advantage[:0]
         return Batch(rows=rows, advantage=none, sampler_logp=none, is_filler=True)
 
-    def split(self, count: int, order: Tensor) -> list[Batch]:
-        """`count` minibatches of whole sequences, dealt out in the given order [S] int64."""
-        return [self.select(part) for part in order.chunk(count)]
-
 
 def pack(
     rollout: Rollout,

@@ -14,6 +14,7 @@ import random
 import re
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ import torch.distributed.checkpoint as dcp
 from transformers import PreTrainedModel
 
 from grpo_core.distributed import barrier, gathered, is_main
+from grpo_core.monitor import writing
 from grpo_core.parallel import not_finite
 
 STATE = "trainer.pt"
@@ -55,18 +57,28 @@ class Request:
 
 @contextmanager
 def stop_request() -> Iterator[Request]:
-    """Within it the first SIGINT or SIGTERM is only noted; the second does what it always does."""
+    """Within it the first SIGINT or SIGTERM is only noted, and the second stops the process.
+
+    The second does what it did before; where it was ignored, as SIGINT is in a background job of a
+    script, it does what it does by default.
+    """
     request = Request()
     before: dict[int, Any] = {}
+    stopping: dict[int, Any] = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+    }
 
     def note(number: int, frame: FrameType | None) -> None:
         request.number = number
         for each, handler in before.items():
-            signal.signal(each, handler)
+            signal.signal(each, stopping[each] if handler == signal.SIG_IGN else handler)
 
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
+        for number in stopping:
+            handler = signal.signal(number, note)
+            # None was not installed from Python
+            before[number] = stopping[number] if handler is None else handler
     except ValueError:
         # not the main thread: signals are somebody else's affair
         before.clear()
@@ -75,6 +87,20 @@ def stop_request() -> Iterator[Request]:
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
+
+
+@contextmanager
+def heeding_interrupts() -> Iterator[None]:
+    """Within it SIGINT raises KeyboardInterrupt also where the process began with it ignored."""
+    main = threading.current_thread() is threading.main_thread()
+    ignored = main and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    if ignored:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def save_checkpoint(
@@ -99,6 +125,7 @@ def save_checkpoint(
 
     Raises:
         FloatingPointError: a weight is not finite; nothing is written then.
+        OSError: it cannot be written, such as on a full disk; the checkpoints before it stay.
     """
     bad = [name for name in gathered(not_finite(model)) if name]
     if bad:
@@ -106,6 +133,27 @@ def save_checkpoint(
             f"model: expected finite weights at step {step}, {bad[0]} has others; not saved"
         )
     folder, unfinished = directory / f"step-{step:06d}", directory / f"{UNFINISHED}{step:06d}"
+    try:
+        with writing(folder):
+            _write(directory, unfinished, model, state, shards)
+            if is_main():
+                _finish(directory, unfinished, folder, keep)
+    finally:
+        # of one that could not be written
+        if is_main():
+            shutil.rmtree(unfinished, ignore_errors=True)
+    barrier()
+    return folder
+
+
+def _write(
+    directory: Path,
+    unfinished: Path,
+    model: PreTrainedModel,
+    state: dict[str, Any],
+    shards: dict[str, Any] | None,
+) -> None:
+    """All of a checkpoint, under another name."""
     if is_main():
         directory.mkdir(parents=True, exist_ok=True)
         for leftover in directory.glob(f"{UNFINISHED}*"):
@@ -119,9 +167,6 @@ def save_checkpoint(
         if shards is None:
             model.save_pretrained(unfinished)
         torch.save(state, unfinished / STATE)
-        _finish(directory, unfinished, folder, keep)
-    barrier()
-    return folder
 
 
 def _finish(directory: Path, unfinished: Path, folder: Path, keep: int) -> None:

@@ -20,15 +20,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the comparison; returns the exit status."""
     _, config = begin(CompareConfig, "grpo_core.compare", arguments)
     prepare(f"all methods, {config.seeds} seeds each, in {config.output}/", config.threads)
+    from grpo_core.checkpoint import heeding_interrupts
     from grpo_core.comparison import Comparison, lines, markdown
 
     directory = Path(config.output)
     clear(directory)
     try:
-        outcomes = [
-            outcome for seed in range(config.seeds) for outcome in Comparison(config, seed).run()
-        ]
-    except (ValueError, FloatingPointError) as error:
+        with heeding_interrupts():
+            outcomes = [
+                outcome
+                for seed in range(config.seeds)
+                for outcome in Comparison(config, seed).run()
+            ]
+    except (FloatingPointError, OSError, ValueError) as error:
         print(f"\nstopped: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -8,15 +8,18 @@ names are those of TRL, so its data sets can be read as they are.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Number
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from transformers import PreTrainedTokenizerBase
 
 from grpo_core.extras import extra
+from grpo_core.rewards import answer_text
 from grpo_core.rollout import Problem
 from grpo_core.supervised import Example
 
@@ -63,6 +66,7 @@ def problems_of(
     system: str | None = None,
     template: str | None = None,
     longest_prompt: int | None = None,
+    compared: bool = False,
 ) -> list[Problem]:
     """Records as problems.
 
@@ -71,27 +75,39 @@ def problems_of(
         tokenizer: encodes strings as they are, and messages by its chat template with the opening
             of the assistant's turn.
         system: a system message to put before messages, or before a prompt made into one.
-        template: makes a string of a string, such as "Question: {prompt}\\nAnswer:".
+        template: what a string stands in, such as "Question: {prompt}\\nAnswer:"; other braces
+            are left as they are.
         longest_prompt: in tokens; longer ones are left out.
+        compared: completions are compared with the answers, so each has to be text or a number.
 
     Raises:
-        ValueError: a record without a usable prompt, messages without a chat template, or nothing
-            is left.
+        ValueError: a template without {prompt}, a record without a usable prompt or answer,
+            messages without a chat template or beside a template, or nothing is left.
     """
+    if template is not None and "{prompt}" not in template:
+        raise ValueError(f"template: expected a text with {{prompt}} in it, got {template!r:.60}")
     problems = []
     for n, record in enumerate(records):
         prompt = record.get("prompt")
-        if not prompt or not isinstance(prompt, str | list):
+        if not is_prompt(prompt):
             raise ValueError(
                 f"record {n}: expected a prompt, a string or messages, got {prompt!r:.60}"
             )
-        source = prompt
-        if template is not None and isinstance(prompt, str):
-            source = prompt = template.format(prompt=prompt)
+        if compared:
+            check_answer(record, n)
+        source: str | Messages = prompt
+        if template is not None:
+            if not isinstance(prompt, str):
+                raise ValueError(f"record {n}: expected a string for the template, got messages")
+            source = prompt = template.replace("{prompt}", prompt)
         if system is not None:
             asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            if asked[0]["role"] == "system":
+                raise ValueError(f"record {n}: expected no system message beside the one given")
             source = prompt = [{"role": "system", "content": system}, *asked]
         ids = encode_prompt(prompt, tokenizer)
+        if not ids:
+            raise ValueError(f"record {n}: expected a prompt of one token or more, got none")
         if longest_prompt is None or len(ids) <= longest_prompt:
             named = ("prompt", "answer", "tag")
             problems.append(
@@ -107,6 +123,25 @@ def problems_of(
         limit = "" if longest_prompt is None else f" of at most {longest_prompt} tokens"
         raise ValueError(f"records: expected at least one prompt{limit}, got none")
     return problems
+
+
+def is_prompt(prompt: Any) -> TypeGuard[str | Messages]:
+    """Whether it is a string or a list of messages, and not empty."""
+    if isinstance(prompt, list):
+        known = (isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in prompt)
+        return bool(prompt) and all(known)
+    return isinstance(prompt, str) and bool(prompt)
+
+
+def check_answer(record: Record, n: int) -> None:
+    """Raises ValueError unless the answer of the nth record is text or a number."""
+    if "answer" not in record:
+        got = f"got the columns {sorted(record)}"
+        raise ValueError(f"record {n}: answer: expected text or a number, {got}")
+    try:
+        answer_text(record["answer"])
+    except ValueError as error:
+        raise ValueError(f"record {n}: {error}") from error
 
 
 def examples_of(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
@@ -158,11 +193,25 @@ def encode_prompt(prompt: str | Messages, tokenizer: PreTrainedTokenizerBase) ->
     return _templated(prompt, tokenizer, opens_turn=True)
 
 
+def fingerprint(problems: Sequence[Problem]) -> str:
+    """How many problems, and a hash of all that a run takes from them, in their order.
+
+    Values that JSON has no form for count by their content where that is plain (arrays, dates,
+    bytes, numbers), and else by their type alone.
+    """
+    digest = hashlib.sha256()
+    for problem in problems:
+        parts = [problem.prompt, problem.answer, problem.tag, dict(problem.columns)]
+        digest.update(json.dumps(parts, default=_plain, skipkeys=True).encode() + b"\n")
+    return f"{len(problems)} problems, sha256 {digest.hexdigest()[:16]}"
+
+
 class Epochs:
     """Draws problems without repetition, in a new order every epoch.
 
     Attributes:
         position: how many have been drawn; with the seed, all there is to its state.
+        fingerprint: of the problems, see `fingerprint`; a run that goes on has to have the same.
     """
 
     def __init__(self, problems: Sequence[Problem], seed: int = 0) -> None:
@@ -170,6 +219,7 @@ class Epochs:
             raise ValueError("problems: expected at least one, got none")
         self.problems, self.seed, self.position = list(problems), seed, 0
         self._order: tuple[int, list[int]] = (-1, [])
+        self.fingerprint = fingerprint(problems)
 
     def __call__(self, count: int, rng: random.Random) -> list[Problem]:
         """The next `count`; of `rng` nothing is needed."""
@@ -184,6 +234,16 @@ class Epochs:
             random.Random(f"{self.seed}/{epoch}").shuffle(shuffled)
             self._order = epoch, shuffled
         return self.problems[self._order[1][index]]
+
+
+def _plain(value: Any) -> Any:
+    """A form in JSON of what has none, without the addresses that a repr may hold."""
+    if isinstance(value, bytes):
+        return value.hex()
+    for name in ("tolist", "isoformat"):
+        if hasattr(value, name):
+            return getattr(value, name)()
+    return str(value) if isinstance(value, Number) else type(value).__name__
 
 
 def _templated(

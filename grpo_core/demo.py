@@ -27,7 +27,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from grpo_core import decimals
 from grpo_core.console import open_console
 from grpo_core.evaluate import evaluate
-from grpo_core.monitor import append_json, keep_records, write_whole
+from grpo_core.monitor import append_json, keep_records, write_whole, writing
 from grpo_core.rewards import TextReward
 from grpo_core.rollout import Problem, Sampling
 from grpo_core.run_config import DemoConfig, clear
@@ -246,5 +246,6 @@ class Demo:
     def save(self, model: PreTrainedModel, name: str) -> None:
         """Model and tokenizer, ready for `AutoModelForCausalLM.from_pretrained`."""
         folder = self.directory / name.lower()
-        model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        with writing(folder):
+            model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)

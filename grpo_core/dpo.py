@@ -21,9 +21,9 @@ from grpo_core.linear_logp import linear_logp
 from grpo_core.options import check_at_least, check_warmup
 from grpo_core.preference import dpo_loss, sequence_logp
 from grpo_core.reference_model import adapter_off, reference_of
-from grpo_core.rewards import Reward
+from grpo_core.rewards import Reward, best_and_worst, score
 from grpo_core.rollout import Problem, Sampling, rollout
-from grpo_core.supervised import Example, descend, pad_examples
+from grpo_core.supervised import Example, check_lengths, descend, pad_examples
 
 
 class Pair(NamedTuple):
@@ -85,10 +85,10 @@ def sample_pairs(
         torch.manual_seed(seed)
         drawn = rollout(model, [problem.prompt for problem in asked], sampling)
     completions = drawn.completions()
-    scores = reward(asked, completions).total.view(-1, group_size)
+    scores = score(reward, asked, completions, "pairs").total.view(-1, group_size)
     pairs = []
     for group, problem in enumerate(problems):
-        best, worst = int(scores[group].argmax()), int(scores[group].argmin())
+        best, worst = best_and_worst(scores[group])
         if scores[group, best] > scores[group, worst]:
             answers = completions[group * group_size :]
             pairs.append(Pair(list(problem.prompt), answers[best], answers[worst]))
@@ -110,10 +110,12 @@ def train_preferences(
         implied reward; "margin", the mean difference of those.
 
     Raises:
-        ValueError: there are no pairs, or the model does more to its logits than a product.
+        ValueError: there are no pairs, one has more tokens than the model has positions, or the
+            model does more to its logits than a product.
     """
     if not pairs:
         raise ValueError("pairs: expected at least one, got none: the rewards of all are equal")
+    check_lengths(model, [Example(p.prompt, max(p.chosen, p.rejected, key=len)) for p in pairs])
     check_output_matrix(model)
     reference = reference_of(model)
 

@@ -36,7 +36,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from grpo_core.validation import must_validate
+from grpo_core.validation import (
+    check_floats,
+    check_ids,
+    check_mask,
+    is_int,
+    is_number,
+    must_validate,
+)
 
 Baseline = Literal["group", "leave_one_out", "batch"]
 Scale = Literal["group", "batch", "centred"]
@@ -65,9 +72,9 @@ class Estimator:
         if self.scale not in (*get_args(Scale), None):
             want = (*get_args(Scale), None)
             raise ValueError(f"scale: expected one of {want}, got {self.scale!r}")
-        if self.ddof not in (0, 1):
+        if not is_int(self.ddof) or self.ddof not in (0, 1):
             raise ValueError(f"ddof: expected 0 or 1, got {self.ddof!r}")
-        if not 0 <= self.epsilon < math.inf:
+        if not is_number(self.epsilon) or not 0 <= self.epsilon < math.inf:
             raise ValueError(f"epsilon: expected a finite number >= 0, got {self.epsilon!r}")
 
 
@@ -137,18 +144,15 @@ def decoupled_advantages(
 
     Source: GDPO (arXiv 2601.05242); TRL's multi_objective_aggregation="normalize_then_sum".
     """
-    if not isinstance(rewards, Tensor) or rewards.ndim != 2 or not rewards.shape[1]:
-        got = list(rewards.shape) if isinstance(rewards, Tensor) else rewards
-        raise ValueError(f"rewards: expected a floating-point tensor [B, F >= 1], got {got!r}")
+    if check_floats("rewards", rewards).ndim != 2 or not rewards.shape[1]:
+        got = list(rewards.shape)
+        raise ValueError(f"rewards: expected a floating-point tensor [B, F >= 1], got {got}")
     B, F = rewards.shape
     if weights is None:
         weights = torch.ones(F, device=rewards.device)
-    if weights.shape != (F,):
-        raise ValueError(f"weights: expected shape [F] = [{F}], got {list(weights.shape)}")
+    check_mask("weights", weights, (F,), device=rewards.device)
     scored: list[Tensor | None] = [mask] * F
-    if mask is not None and mask.ndim == 2:
-        if mask.shape != (B, F):
-            raise ValueError(f"mask: expected shape [B, F] = [{B}, {F}], got {list(mask.shape)}")
+    if mask is not None and check_mask("mask", mask, (B,), (B, F), device=rewards.device).ndim == 2:
         scored, mask = list((mask != 0).unbind(1)), (mask != 0).any(1)
     total = torch.zeros(B, dtype=torch.float64, device=rewards.device)
     for f in range(F):
@@ -188,9 +192,7 @@ class _Groups:
         """All in one group, each counting once or as often as it has tokens."""
         weight = self.weight
         if tokens is not None:
-            if tokens.shape != weight.shape:
-                want = f"[B] = {list(weight.shape)}"
-                raise ValueError(f"tokens: expected shape {want}, got {list(tokens.shape)}")
+            check_mask("tokens", tokens, tuple(weight.shape), device=weight.device)
             weight = weight * tokens.double()
         return _Groups(torch.zeros_like(self.index), weight)
 
@@ -215,8 +217,13 @@ class _Groups:
     def scale(self, values: Tensor, centred: Tensor, estimator: Estimator) -> Tensor:
         """values / (std + ε), std that of `centred`; 0 where it is 0, even for ε = 0."""
         freedom = (self.size() - estimator.ddof).clamp(min=1)
-        std = (self.sum(centred * centred) / freedom).sqrt()
-        return torch.where(std == 0, 0.0, values / (std + estimator.epsilon))
+        # in units of the largest, whose square neither overflows nor vanishes
+        size = torch.where(self.weight > 0, centred.abs(), 0.0)
+        unit = torch.zeros_like(size).scatter_reduce(0, self.index, size, "amax")[self.index]
+        unit = torch.where(unit > 0, unit, 1.0)
+        std = (self.sum((centred / unit).square()) / freedom).sqrt()
+        scaled = (values / unit) / (std + estimator.epsilon / unit)
+        return torch.where(std == 0, 0.0, scaled)
 
 
 def _advantages(
@@ -257,26 +264,18 @@ def _door(
     name: str, rewards: Tensor, groups: int | Tensor, mask: Tensor | None, validate: bool | None
 ) -> tuple[Tensor, _Groups]:
     """Rewards [B] float64, anything where they do not count, and their groups; checked."""
-    if not isinstance(rewards, Tensor) or rewards.ndim != 1 or not rewards.is_floating_point():
-        got = f"{list(rewards.shape)} {rewards.dtype}" if isinstance(rewards, Tensor) else rewards
-        raise ValueError(f"{name}: expected a floating-point tensor [B], got {got!r}")
+    if check_floats(name, rewards).ndim != 1:
+        got = f"{list(rewards.shape)} {rewards.dtype}"
+        raise ValueError(f"{name}: expected a floating-point tensor [B], got {got}")
     B, validate = len(rewards), must_validate(validate, rewards)
     present = torch.ones_like(rewards, dtype=torch.bool)
     if mask is not None:
-        if mask.shape != (B,):
-            raise ValueError(f"mask: expected shape [B] = [{B}], got {list(mask.shape)}")
-        present = mask != 0
+        present = check_mask("mask", mask, (B,), device=rewards.device) != 0
     if isinstance(groups, Tensor):
-        if groups.shape != (B,) or groups.is_floating_point() or groups.dtype == torch.bool:
-            got = f"{list(groups.shape)} {groups.dtype}"
-            raise ValueError(f"groups: expected integer ids [B] = [{B}], got {got}")
-        inside = (groups >= 0) & (groups < B)
-        if validate and not inside.all():
-            at = int((~inside).nonzero()[0, 0])
-            raise ValueError(f"groups: expected ids in [0, B = {B}), got {groups[at]} at {at}")
-        present, index = present & inside, groups.long().clamp(0, max(B - 1, 0))
+        index, inside = check_ids("groups", groups, "B", B, rewards, validate)
+        present = present & inside
     else:
-        if not isinstance(groups, int) or groups < 1 or B % groups:
+        if not is_int(groups) or groups < 1 or B % groups:
             raise ValueError(f"groups: expected ids or a divisor of B = {B}, got {groups!r}")
         index = torch.arange(B, device=rewards.device) // groups
     if validate and (present & ~rewards.isfinite()).any():

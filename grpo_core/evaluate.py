@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from grpo_core.distributed import gathered, joined, rank, world
 from grpo_core.monitor import means
-from grpo_core.rewards import Reward, Scores
+from grpo_core.rewards import Reward, Scores, score
 from grpo_core.rollout import Problem, Rollout, Sampling, rollout
 
 Draw = Callable[[Sequence[Sequence[int]], Sampling], Rollout]
@@ -77,7 +77,10 @@ def evaluate(
         for _ in range(samples):
             drawn = draw(prompts, sampling) if draw else rollout(model, prompts, sampling)
             rounds.append((drawn.completions(), drawn.completion_mask.sum(1), drawn.truncated))
-    scored = [_of_all(reward(mine, completions), count) for completions, *_ in rounds]
+    scored = [
+        _of_all(score(reward, mine, completions, "held-out problems"), count)
+        for completions, *_ in rounds
+    ]
     first = [ids for theirs in gathered(rounds[0][0]) for ids in theirs][:count]
 
     # [samples, P] each
@@ -85,7 +88,7 @@ def evaluate(
     parts = {
         name: torch.stack([scores.parts[name] for scores in scored]) for name in scored[0].parts
     }
-    metrics = {"reward": total.mean().item(), **means(parts)}
+    metrics = {"reward": total.nanmean().item(), **means(parts)}
     if samples > 1:
         metrics |= several(parts, k or (samples,))
     for tag in sorted({problem.tag for problem in problems} - {""}):

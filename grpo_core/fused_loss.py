@@ -138,7 +138,9 @@ def fused_loss(
             indexes `rewards`.
         normalizer: what the sum is divided by, a number or 0-dim tensor; None means this call's
             own count, see `weights`. Under gradient accumulation give the global count of what
-            the aggregation counts: tokens, sequences, or sequences · length.
+            the aggregation counts: tokens, sequences, or sequences · length. A factor c on the
+            loss is best put here as n / c: `(c * loss).backward()` rounds a bfloat16 gradient
+            twice unless c is a power of two (at most 2⁻⁷ of an element instead of 2⁻⁸).
         temperature: T > 0, the logits are divided by it.
         inplace: write the gradient, if one is wanted, over the logits. Needs the least memory;
             the logits are gone after the call, and backward runs once. The `.grad` of logits

@@ -7,14 +7,17 @@ a dict or a dataclass. So requests, and all of an answer but its loss, are opaqu
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from grpo_core.fused_loss import LossOutput, TokenLogp
-from grpo_core.head_reading import Around, read_head
+from grpo_core.head_reading import Around, Probe, read_head
 from grpo_core.linear_loss import fused_linear_loss, linear_token_logp
+from grpo_core.validation import check_tensor
 
 
 class Sealed:
@@ -90,7 +93,8 @@ class Request:
     __slots__ = ("arguments", "rows", "target")
 
     def __init__(self, target: Tensor, *, rows: Tensor | None = None, **arguments: Any) -> None:
-        inspect.signature(self._function).bind(None, None, target, **arguments)
+        if not torch.compiler.is_compiling():
+            inspect.signature(self._function).bind(None, None, target, **arguments)
         self.target, self.rows, self.arguments = target, rows, arguments
 
     @staticmethod
@@ -100,6 +104,7 @@ class Request:
     def of(self, hidden: Tensor, module: nn.Module, around: Around) -> Any:
         """What the function makes of the hidden states [B, T, D] and the module's head."""
         if self.rows is not None:
+            check_tensor("rows", self.rows)
             if self.rows.dtype != torch.bool or self.rows.shape != hidden.shape[:-1]:
                 raise ValueError(
                     f"rows: expected bool of shape {list(hidden.shape[:-1])}, got "
@@ -121,3 +126,33 @@ class LogpRequest(Request):
 
     __slots__ = ()
     _function = staticmethod(linear_token_logp)
+
+
+class Call:
+    """A request during a model's forward, and its answer.
+
+    Args:
+        request: what the head is to do instead of logits.
+        module: the output embedding.
+        around: what the model does to its logits.
+    """
+
+    def __init__(self, request: Request | Probe, module: nn.Module, around: Around) -> None:
+        self.request, self.module, self.around = request, module, around
+        self.waits = True
+        self.found: HeadOutput | None = None
+
+    def answer(self, hidden: Tensor, plain: Callable[..., Tensor]) -> Tensor:
+        """What the head's forward returns; its wrappers see no more than a number."""
+        self.waits = False
+        if isinstance(self.request, Probe):
+            return self.request.answer(hidden, self.module, plain(hidden))
+        content = self.request.of(hidden, self.module, self.around)
+        if isinstance(content, TokenLogp):
+            self.found = HeadOutput(None, Sealed(content))
+            return content.logp.new_zeros(1, 1, 1)
+        # hooks on what is returned are to fire when the loss is differentiated
+        seen = content.loss.reshape(1, 1, 1).clone()
+        content = replace(content, loss=seen.sum())
+        self.found = HeadOutput(content.loss, Sealed(content))
+        return seen

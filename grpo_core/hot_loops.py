@@ -30,6 +30,9 @@ from dataclasses import dataclass, field, replace
 
 from grpo_core.machine_code import Instruction
 
+# bytes of the widest load of one thread
+WIDE = 16
+
 
 @dataclass(frozen=True)
 class Loop:
@@ -51,7 +54,10 @@ class Loop:
         """What the loop is for, by what it reads, writes and computes."""
         if not self.stores:
             # what reads a vocabulary raises two to its logits; the sum of the losses does not
-            return "forward" if self.special else "sum"
+            if not self.special:
+                return "sum"
+            # the few rows that are read again are read narrowly
+            return "forward" if max(self.loads, default=0) >= WIDE else "again"
         if not self.loads:
             return "zeros"
         return "gradient" if self.special else "scale"

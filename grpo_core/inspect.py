@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from grpo_core.hot_loops import Loop
+from grpo_core.hot_loops import WIDE, Loop
 from grpo_core.options import Parser, check_package, new_file, vocabulary
 
 if TYPE_CHECKING:
@@ -66,7 +66,6 @@ VOCABULARY = 151_936
 
 # 256 threads of 128 registers are half of what an SM has: two programs run side by side
 MOST_REGISTERS = 128
-WIDE = 16
 # Instructions per two bytes of logits read (a bfloat16 logit, half a float32 one), at most, at any
 # vocabulary: the aim is 8 in both loops, and what has been reached below it is held.
 LIMITS = {

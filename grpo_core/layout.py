@@ -37,7 +37,12 @@ def reference_rows(ref_logits: Tensor | None, logits: Tensor, inplace: bool) -> 
     """
     if ref_logits is None:
         return None
-    if inplace and ref_logits.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr():
+    # empty tensors all begin at 0
+    if (
+        inplace
+        and logits.numel()
+        and ref_logits.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
+    ):
         raise ValueError("ref_logits: expected memory of its own with inplace=True, got the logits")
     ref_logits = ref_logits.detach()
     if ref_logits.dtype not in LOGIT_DTYPES:

@@ -8,7 +8,7 @@ from torch import Tensor
 from grpo_core.arguments import COLDEST, present
 from grpo_core.linear_head import HEAD_DTYPES, LinearHead, check_hidden
 from grpo_core.linear_memory import Plan
-from grpo_core.validation import must_validate
+from grpo_core.validation import check_integers, check_tensor, must_validate
 
 
 def temperature_of_rows(
@@ -21,6 +21,7 @@ def temperature_of_rows(
     """
     if not isinstance(temperature, Tensor):
         return None, temperature
+    check_tensor("temperature", temperature)
     if temperature.shape != target.shape or not temperature.is_floating_point():
         raise ValueError(
             f"temperature: expected a number, or floats of target's shape {list(target.shape)}, "
@@ -43,16 +44,20 @@ def stand_in(hidden: Tensor, V: int) -> Tensor:
     return hidden.detach().new_zeros(()).expand(*hidden.shape[:-1], V)
 
 
-def check_target_shape(target: Tensor, hidden: Tensor) -> None:
-    """Raises ValueError unless there is a target for every hidden state."""
-    shape = hidden.shape[:-1]
-    if not isinstance(target, Tensor) or target.shape != shape:
-        got = list(target.shape) if isinstance(target, Tensor) else type(target).__name__
+def check_target_shape(target: Tensor, hidden: Tensor) -> Tensor:
+    """The target as int64, once there is one for every hidden state.
+
+    Raises:
+        ValueError, NotImplementedError: naming the argument, what was expected and what came.
+    """
+    shape, target = hidden.shape[:-1], check_integers("target", target)
+    if target.shape != shape:
         raise ValueError(
-            f"target: expected shape {list(shape)} for hidden {list(hidden.shape)}, got {got}; "
-            "position t predicts token t + 1: give hidden[:, :-1], or pad the shifted target "
-            "with -100"
+            f"target: expected shape {list(shape)} for hidden {list(hidden.shape)}, got "
+            f"{list(target.shape)}; position t predicts token t + 1: give hidden[:, :-1], or pad "
+            "the shifted target with -100"
         )
+    return target
 
 
 def check_accumulation(
@@ -64,6 +69,7 @@ def check_accumulation(
 ) -> None:
     """Raises ValueError unless the matrix's gradient can be added to `into` in the forward."""
     matrix = head.weight
+    check_tensor("accumulate_into", into)
     if into.shape != matrix.shape or into.dtype != torch.float32 or into.device != matrix.device:
         raise ValueError(
             f"accumulate_into: expected float32 {list(matrix.shape)} on {matrix.device}, got "

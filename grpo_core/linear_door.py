@@ -11,6 +11,7 @@ from grpo_core.arguments import (
     check_loss_arguments,
     check_target,
     present,
+    words_of,
 )
 from grpo_core.backends import Backend, choose_backend
 from grpo_core.fused_loss import LossOutput, TokenLogp
@@ -64,7 +65,7 @@ def loss_from_hidden(
 ) -> LossOutput:
     """`fused_linear_loss`, whose arguments these are; `run` as in `loss_of_rows`."""
     head = check_head("lm_head", lm_head, check_hidden("hidden", hidden))
-    check_target_shape(target, hidden)
+    target = check_target_shape(target, hidden)
     kernels = choose_backend(backend, hidden)
     spec = find_objective(objective)
     logits = stand_in(hidden, head.V)
@@ -126,7 +127,7 @@ def loss_from_hidden(
     for name, states, matrix in early:
         every = spec.factor.needs_sampler or all_logp
         call = ScoreCall(
-            target=target.reshape(-1).long(),
+            target=words_of(target),
             valid=tokens.given if every else tokens.given & ~tokens.still(),
             temperature=float(temperature),
             heat=heat,
@@ -174,7 +175,7 @@ def logp_from_hidden(
 ) -> TokenLogp:
     """`linear_token_logp`, whose arguments these are."""
     head = check_head("lm_head", lm_head, check_hidden("hidden", hidden))
-    check_target_shape(target, hidden)
+    target = check_target_shape(target, hidden)
     kernels = choose_backend(backend, hidden)
     logits = stand_in(hidden, head.V)
     heat, temperature = temperature_of_rows(temperature, target, validate)
@@ -182,7 +183,7 @@ def logp_from_hidden(
     check_target(logits, target, mask, validate)
     valid = present(target, mask) & ((target >= 0) & (target < head.V)).reshape(-1)
     call = ScoreCall(
-        target=target.reshape(-1).long(),
+        target=words_of(target),
         valid=valid,
         temperature=float(temperature),
         heat=heat,

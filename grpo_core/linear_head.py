@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from grpo_core.validation import check_concrete, check_floats, check_tensor, is_int, is_number
+
 HEAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -43,13 +45,16 @@ class LinearHead:
     lora_scaling: float = 1.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.weight, Tensor) or self.weight.ndim != 2 or not self.weight.numel():
-            got = list(getattr(self.weight, "shape", ())) or type(self.weight).__name__
-            raise ValueError(f"weight: expected a matrix [V, D], got {got}")
+        for name in ("weight", "bias", "lora_A", "lora_B"):
+            value = getattr(self, name)
+            if name == "weight" or value is not None:
+                check_floats(name, value)
+        if self.weight.ndim != 2 or not self.weight.numel():
+            raise ValueError(f"weight: expected a matrix [V, D], got {list(self.weight.shape)}")
         rows, D = self.weight.shape
         if (self.lora_A is None) != (self.lora_B is None):
             raise ValueError("lora_A: expected both or neither of lora_A and lora_B")
-        r = None if self.lora_A is None else self.lora_A.shape[0]
+        r = None if self.lora_A is None or not self.lora_A.ndim else self.lora_A.shape[0]
         shapes = {"bias": (rows,), "lora_A": (r, D), "lora_B": (rows, r)}
         for name, shape in shapes.items():
             value = getattr(self, name)
@@ -60,12 +65,17 @@ class LinearHead:
                 raise ValueError(
                     f"weight: expected one device, got {self.weight.device} and {tensor.device}"
                 )
-        if self.softcap is not None and not 0 < self.softcap < math.inf:
+        if self.softcap is not None and not (
+            is_number(self.softcap) and 0 < self.softcap < math.inf
+        ):
             raise ValueError(f"softcap: expected a finite number > 0, got {self.softcap!r}")
         for name in ("scale", "lora_scaling"):
-            if not math.isfinite(getattr(self, name)):
+            value = getattr(self, name)
+            if not is_number(value) or not math.isfinite(value):
                 raise ValueError(f"{name}: expected a finite number, got {getattr(self, name)!r}")
-        if self.vocabulary is not None and not 1 <= self.vocabulary <= rows:
+        if self.vocabulary is not None and not (
+            is_int(self.vocabulary) and 1 <= self.vocabulary <= rows
+        ):
             raise ValueError(f"vocabulary: expected 1 to {rows} words, got {self.vocabulary!r}")
 
     @property
@@ -95,7 +105,11 @@ def check_head(name: str, lm_head: Tensor | LinearHead, hidden: Tensor) -> Linea
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
-    head = lm_head if isinstance(lm_head, LinearHead) else LinearHead(lm_head)
+    if not isinstance(lm_head, LinearHead):
+        if check_floats(name, lm_head).ndim != 2 or not lm_head.numel():
+            raise ValueError(f"{name}: expected a matrix [V, D], got {list(lm_head.shape)}")
+        lm_head = LinearHead(lm_head)
+    head = lm_head
     D = hidden.shape[-1]
     if D != head.D:
         raise ValueError(
@@ -103,7 +117,8 @@ def check_head(name: str, lm_head: Tensor | LinearHead, hidden: Tensor) -> Linea
             f"{list(head.weight.shape)}"
         )
     for tensor in head.tensors:
-        if tensor is not None and tensor.dtype not in HEAD_DTYPES:
+        check_concrete(**{name: tensor})
+        if tensor is not None and check_tensor(name, tensor).dtype not in HEAD_DTYPES:
             raise ValueError(f"{name}: expected one of {HEAD_DTYPES}, got {tensor.dtype}")
     if head.weight.device != hidden.device:
         raise ValueError(f"{name}: expected device {hidden.device}, got {head.weight.device}")
@@ -116,8 +131,9 @@ def check_hidden(name: str, hidden: object, like: Tensor | None = None) -> Tenso
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
-    if not isinstance(hidden, Tensor) or hidden.ndim not in (2, 3) or not hidden.shape[-1]:
-        got = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+    hidden = check_tensor(name, hidden)
+    if hidden.ndim not in (2, 3) or not hidden.shape[-1]:
+        got = list(hidden.shape)
         raise ValueError(f"{name}: expected a tensor [B, T, D] or [N, D], got {got}")
     if hidden.dtype not in HEAD_DTYPES:
         raise ValueError(f"{name}: expected one of {HEAD_DTYPES}, got {hidden.dtype}")

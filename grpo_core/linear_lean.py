@@ -56,17 +56,21 @@ class LeanSweep(Sweep):
 
 def log_sum_exp(stats: RowStats, at_target: Tensor, temperature: float) -> Tensor:
     """lse `[n]` float64 of rows whose statistics are known, and their logits at the targets."""
-    peak, rest = stats.state[0].double() * math.log(2), stats.state[1].double()
+    peak, rest = stats.state[0].double(), stats.state[1].double()
+    # unscaled where S is negative
+    peak = torch.where(rest < 0, peak / temperature, peak * math.log(2))
+    rest = rest.abs()
     return peak + torch.log(rest + torch.exp(at_target.double() / temperature - peak))
 
 
 def sliced_gradients(walk: Walk, rows: Words) -> list[Tensor | None]:
     """Of hidden `[n, D]` and the head's tensors, a slice of the vocabulary at a time."""
     V, width = walk.head.V, walk.call.layout.width
+    walk.still = rows.still
     room = _room(walk)
     for start in range(0, V, width):
         _slice(walk, slice(start, min(start + width, V)), rows, room)
-    return walk.unlifted([walk.dhidden, *room])
+    return walk.finished([walk.dhidden, *room])
 
 
 def _room(walk: Walk) -> list[Tensor | None]:
@@ -101,10 +105,11 @@ def _slice(walk: Walk, words: slice, rows: Words, gradients: list[Tensor | None]
             ref = _logits(walk.reference, chunk, words)
         before = None if walk.head.softcap is None else logits.clone()
         dlogits = rows.dlogits(chunk, words, logits, ref)
-        policy.products.through(dlogits, before, call.heat_of(chunk))
+        still = rows.still[chunk]
+        policy.products.through(dlogits, before, call.heat_of(chunk), still)
         dhidden = None if walk.dhidden is None else walk.dhidden[chunk]
         dlogits = dlogits.to(policy.products.compute)
-        policy.products.gradients(policy.hidden[chunk], dlogits, dhidden, sums, words)
+        policy.products.gradients(policy.hidden[chunk], dlogits, dhidden, sums, still, words)
     for home, found in zip(gradients, (sums.weight, sums.bias, None, sums.lora_B), strict=True):
         if home is not None and found is not None:
             home[words] = found

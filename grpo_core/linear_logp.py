@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_core.arguments import check_logits, check_target, present
+from grpo_core.arguments import check_logits, check_target, present, words_of
 from grpo_core.backends import Backend, choose_backend
 from grpo_core.fused_loss import TokenLogp
 from grpo_core.kernels.records import RowStats, Slopes
@@ -36,6 +36,7 @@ from grpo_core.linear_lean import Words, log_sum_exp, sliced_gradients
 from grpo_core.linear_memory import Plan
 from grpo_core.linear_reading import ScoreCall, of_finite, score_rows
 from grpo_core.linear_walk import Walk
+from grpo_core.validation import check_concrete
 
 
 def linear_logp(
@@ -77,12 +78,13 @@ def linear_logp(
         ValueError: naming the argument, what was expected and what came.
         NotImplementedError: a backend asked for by name that cannot run here.
     """
+    check_concrete(hidden=hidden, lm_head=lm_head, target=target, mask=mask)
     head = check_head("lm_head", lm_head, check_hidden("hidden", hidden))
     kernels = choose_backend(backend, hidden)
     logits = stand_in(hidden, head.V)
     check_logits(logits, temperature, HEAD_DTYPES)
-    check_target(logits, target, mask, validate)
-    flat = target.reshape(-1).long()
+    target = check_target(logits, target, mask, validate)
+    flat = words_of(target)
     call = ScoreCall(
         target=flat,
         valid=present(target, mask) & (flat >= 0) & (flat < head.V),

@@ -18,6 +18,7 @@ from grpo_core.linear_head import LinearHead
 from grpo_core.linear_in_graph import logp_in_graph, loss_in_graph
 from grpo_core.linear_memory import Plan
 from grpo_core.objective import Objective
+from grpo_core.validation import check_concrete
 
 
 def fused_linear_loss(
@@ -120,6 +121,7 @@ def fused_linear_loss(
         "backend": backend,
         "validate": validate,
     }
+    check_concrete(hidden=hidden, lm_head=lm_head, target=target, **arguments)
     run = loss_in_graph if torch.compiler.is_compiling() else loss_from_hidden
     return run(hidden, lm_head, target, **arguments)
 
@@ -157,5 +159,6 @@ def linear_token_logp(
         "backend": backend,
         "validate": validate,
     }
+    check_concrete(hidden=hidden, lm_head=lm_head, target=target, **arguments)
     run = logp_in_graph if torch.compiler.is_compiling() else logp_from_hidden
     return run(hidden, lm_head, target, **arguments)

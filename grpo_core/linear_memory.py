@@ -18,6 +18,7 @@ from torch import Tensor
 from grpo_core.kernels.records import Rows
 from grpo_core.linear_head import LinearHead
 from grpo_core.linear_products import LEAST_ROWS, HeadProducts
+from grpo_core.validation import is_int
 
 Plan = Literal["fast", "lean"]
 
@@ -86,22 +87,22 @@ def choose_layout(
     """
     if plan is not None and plan not in get_args(Plan):
         raise ValueError(f"plan: expected one of {get_args(Plan)} or None, got {plan!r}")
-    if memory_budget is not None and not memory_budget >= 1:
-        raise ValueError(f"memory_budget: expected a number of bytes >= 1, got {memory_budget!r}")
+    if memory_budget is not None and not (is_int(memory_budget) and memory_budget >= 1):
+        raise ValueError(f"memory_budget: expected an int >= 1, bytes, got {memory_budget!r}")
     few = -(-min(FEW_ROWS, max(sizes.n, 1)) // LEAST_ROWS) * LEAST_ROWS * sizes.row_bytes
     if memory_budget is None:
         chunk = GPU_BYTES if device.type == "cuda" else CPU_BYTES
         fits = sizes.sums + few <= _free_bytes(device)
         chunk = max(chunk, few)
     else:
-        chunk = int(memory_budget) - sizes.sums
+        chunk = memory_budget - sizes.sums
         fits = chunk >= few
     if not sizes.trains_matrix:
         plan, fits, lean_chunk = "fast", True, plan == "lean"
         chunk = min(chunk, LEAN_BYTES) if lean_chunk else chunk
     if plan == "fast" or (plan is None and fits):
         return Layout("fast", _rows_within(chunk, sizes))
-    room = LEAN_BYTES if memory_budget is None else int(memory_budget) - 4 * sizes.n * sizes.D
+    room = LEAN_BYTES if memory_budget is None else memory_budget - 4 * sizes.n * sizes.D
     room = min(room, LEAN_BYTES)
     rows = max(min(sizes.n, 8192), 1)
     # logits in float32, their gradient in the product's dtype, and the sum of a slice of dweight

@@ -103,6 +103,7 @@ class Sweep(Walk):
         if self.lift is not None:
             tokens = tokens.times(self.lift)
         self._make_all_logits(chunk)
+        dlogp = []
         for place, dlogits in self.buffer.launches(chunk.stop - chunk.start):
             at = slice(chunk.start + place.start, chunk.start + place.stop)
             found = call.kernels.row_loss(
@@ -113,13 +114,15 @@ class Sweep(Walk):
                 dlogits,
                 self.ref_rows(place),
             )
+            dlogp.append(found.dlogp)
             if self.lift is not None:
                 found = found._replace(loss=found.loss / self.lift, dlogp=found.dlogp / self.lift)
             self._keep(at, found)
         if self.tokens.factor is not None:
             self.factor[chunk] = self.tokens.factor[chunk]
         if any(call.wanted):
-            self.push(chunk)
+            dropped = self.result.dropped[chunk]
+            self.push(chunk, tokens.at(chunk).slopes(torch.cat(dlogp), dropped, call.exact_beta))
 
     def _make_all_logits(self, chunk: slice) -> None:
         """Log-probabilities under the other policies, then the policy's logits: one buffer."""

@@ -137,10 +137,16 @@ class HeadProducts:
             out.div_(head.softcap).tanh_().mul_(head.softcap)
         return out if heat is None else out.div_(heat[:, None])
 
-    def through(self, dlogits: Tensor, logits: Tensor | None, heat: Tensor | None = None) -> None:
-        """dlogits of what `logits` left -> of the product; uses up that, which a cap needs."""
+    def through(
+        self, dlogits: Tensor, logits: Tensor | None, heat: Tensor | None, still: Tensor
+    ) -> None:
+        """dlogits of what `logits` left -> of the product; uses up that, which a cap needs.
+
+        `still` [n] bool are the rows without a gradient, which stay 0.
+        """
         if heat is not None:
-            dlogits.div_(heat[:, None])
+            # 0/0: nobody may have looked at a temperature
+            dlogits.div_(torch.where(still, 1.0, heat)[:, None])
         if self.head.softcap is not None:
             assert logits is not None
             if heat is not None:
@@ -155,11 +161,13 @@ class HeadProducts:
         dlogits: Tensor,
         dhidden: Tensor | None,
         sums: HeadGradients,
+        still: Tensor,
         words: slice | None = None,
     ) -> None:
         """Adds to `sums`, and to `dhidden [n, D]` float32, what `dlogits [n, words]` brings.
 
-        `sums` has room for `words`. Over all words, `dhidden` is overwritten instead.
+        `sums` has room for `words`. Over all words, `dhidden` is overwritten instead. Rows of it
+        without a gradient, `still` [n] bool, may become NaN where the head's tensors hold one.
         """
         head, scale = self.head, self.head.scale
         beta_hidden = 0.0 if words is None else 1.0
@@ -173,6 +181,8 @@ class HeadProducts:
             assert head.lora_A is not None
             down = self.operands(head.lora_A)
             low_rank = self.operands(hidden @ down.t())
+            # as hidden
+            low_rank = torch.nan_to_num(low_rank, nan=0.0, posinf=0.0, neginf=0.0)
             dlow = torch.zeros(hidden.shape[0], down.shape[0], device=hidden.device)
         for part in self.slices(dlogits.shape[0], words, dlogits.dtype):
             local = slice(part.start - words.start, part.stop - words.start)
@@ -193,7 +203,7 @@ class HeadProducts:
                     product(d.t(), low_rank, home, alpha=low_scale, beta=sums.beta)
         if adapter:
             assert dlow is not None
-            dlow = dlow.to(self.compute)
+            dlow = dlow.masked_fill_(still[:, None], 0.0).to(self.compute)
             if dhidden is not None:
                 product(dlow, down, dhidden, beta=1.0)
             if sums.lora_A is not None:

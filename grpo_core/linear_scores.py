@@ -14,12 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_core.arguments import check_logits, check_target
+from grpo_core.arguments import check_logits, check_target, words_of
 from grpo_core.backends import Backend, choose_backend
 from grpo_core.linear_checks import autocast_dtype, dtype_of_logits, stand_in
 from grpo_core.linear_head import HEAD_DTYPES, LinearHead, check_head, check_hidden
 from grpo_core.linear_logp import LinearLogp
 from grpo_core.linear_reading import ScoreCall
+from grpo_core.validation import check_concrete
 
 FURTHER = ("log_sum_sq_probs", "mean_logits", "is_top1")
 # of the temporaries that the further outputs take: a few rows at a time, in cache
@@ -72,6 +73,7 @@ def linear_scores(
         ValueError: naming the argument, what was expected and what came.
         NotImplementedError: a backend asked for by name that cannot run here.
     """
+    check_concrete(hidden=hidden, lm_head=lm_head, target=target)
     head = check_head("lm_head", lm_head, check_hidden("hidden", hidden))
     if hidden.ndim != 2:
         raise ValueError(f"hidden: expected [N, D], got {list(hidden.shape)}")
@@ -81,11 +83,11 @@ def linear_scores(
     dtype = dtype_of_logits(logits_dtype)
     logits = stand_in(hidden, head.V)
     check_logits(logits, temperature, HEAD_DTYPES)
-    check_target(logits, target, None, validate)
+    target = check_target(logits, target, None, validate)
     names = [name for name in FURTHER if name in further]
     trained = any(tensor is not None and tensor.requires_grad for tensor in head.tensors)
     call = ScoreCall(
-        target=target.long(),
+        target=words_of(target),
         temperature=float(temperature),
         plan="fast",
         memory_budget=memory_budget,

@@ -66,6 +66,8 @@ class Walk:
             # slices of the vocabulary add to it, chunks overwrite it
             room = torch.zeros if is_lean else torch.empty
             self.dhidden = room(call.n, head.D, dtype=torch.float32, device=hidden.device)
+        # [n] bool: rows without a gradient
+        self.still = torch.zeros(call.n, dtype=torch.bool, device=hidden.device)
 
     def lift_by(self, weight: Tensor) -> None:
         """Lifts dlogits of float16, which would underflow, by about the inverse of the weights."""
@@ -110,23 +112,27 @@ class Walk:
                 dlogits,
                 self.ref_rows(place),
             )
-        self.push(chunk)
+        self.push(chunk, slopes)
 
-    def push(self, chunk: slice) -> None:
-        """The products with the gradient of the chunk, which is in the buffer."""
+    def push(self, chunk: slice, slopes: Slopes) -> None:
+        """The products with the gradient of the chunk, made of `slopes`, which is in the buffer."""
         n, products = chunk.stop - chunk.start, self.policy.products
         assert self.buffer.dlogits is not None
         dlogits = self.buffer.dlogits[:n]
-        products.through(dlogits, self.buffer.logits[:n], self.call.heat_of(chunk))
+        still = self.still[chunk] = ~slopes.any
+        products.through(dlogits, self.buffer.logits[:n], self.call.heat_of(chunk), still)
         dhidden = None if self.dhidden is None else self.dhidden[chunk]
-        products.gradients(self.policy.hidden[chunk], dlogits, dhidden, self.sums)
+        products.gradients(self.policy.hidden[chunk], dlogits, dhidden, self.sums, still)
 
     def gradients(self) -> list[Tensor | None]:
         """Of hidden `[n, D]` and the head's tensors, once every chunk has been there."""
-        return self.unlifted([self.dhidden, *self.sums.finished()])
+        return self.finished([self.dhidden, *self.sums.finished()])
 
-    def unlifted(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
-        """Over the lift, in place."""
+    def finished(self, gradients: list[Tensor | None]) -> list[Tensor | None]:
+        """Over the lift, in place; rows of hidden states without a gradient become 0."""
+        if self.dhidden is not None:
+            # 0·NaN of a head that is not finite
+            self.dhidden.masked_fill_(self.still[:, None], 0.0)
         for gradient in gradients:
             if self.lift is not None and gradient is not None:
                 gradient.div_(self.lift)

@@ -19,6 +19,7 @@ from grpo_core.fused_loss import LossOutput
 from grpo_core.kernels.records import RowStats
 from grpo_core.objective import Objective
 from grpo_core.recipes import find_objective
+from grpo_core.validation import check_concrete, check_floats
 
 
 def logp_loss(
@@ -64,6 +65,19 @@ def logp_loss(
 
     Source: see `fused_loss`.
     """
+    arguments: dict[str, Any] = {
+        "advantage": advantage,
+        "rewards": rewards,
+        "group_size": group_size,
+        "group_id": group_id,
+        "old_logp": old_logp,
+        "ref_logp": ref_logp,
+        "sampler_logp": sampler_logp,
+        "mask": mask,
+        "sequence_id": sequence_id,
+        "normalizer": normalizer,
+    }
+    check_concrete(logp=logp, entropy=entropy, factor=factor, **arguments)
     spec = find_objective(objective)
     _check_logp(logp)
     _check_terms(spec, entropy)
@@ -75,20 +89,11 @@ def logp_loss(
         logp.detach()[..., None],
         torch.zeros_like(logp, dtype=torch.int64),
         objective=spec,
-        advantage=advantage,
-        rewards=rewards,
-        group_size=group_size,
-        group_id=group_id,
-        old_logp=old_logp,
-        ref_logp=ref_logp,
         ref_logits=None,
-        sampler_logp=sampler_logp,
-        mask=mask,
-        sequence_id=sequence_id,
-        normalizer=normalizer,
         backend=backend,
         validate=validate,
         lay_out=kernels.lay_out,
+        **arguments,
     )
     if factor is not None:
         given = factor.detach().reshape(-1).float()
@@ -167,25 +172,16 @@ def _statistics(logp: Tensor, entropy: Tensor | None, tokens: Tokens) -> RowStat
 
 def _check_logp(logp: object) -> None:
     """Raises ValueError unless it is a batch or packed rows of numbers."""
-    if not isinstance(logp, Tensor) or logp.ndim not in (1, 2):
-        got = list(logp.shape) if isinstance(logp, Tensor) else type(logp).__name__
-        raise ValueError(f"logp: expected a tensor [B, T] or [N], got {got}")
-    if not logp.is_floating_point():
-        raise ValueError(f"logp: expected a floating-point tensor, got {logp.dtype}")
+    tensor = check_floats("logp", logp)
+    if tensor.ndim not in (1, 2):
+        raise ValueError(f"logp: expected a tensor [B, T] or [N], got {list(tensor.shape)}")
 
 
 def _check_like(name: str, value: object, logp: Tensor) -> None:
     """Raises ValueError unless `value` is None or floating point, shaped and placed like logp."""
     if value is None:
         return
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"{name}: expected a floating-point tensor, got {got}")
-    if value.shape != logp.shape or value.device != logp.device:
-        raise ValueError(
-            f"{name}: expected shape {list(logp.shape)} on {logp.device}, got "
-            f"{list(value.shape)} on {value.device}"
-        )
+    check_floats(name, value, tuple(logp.shape), device=logp.device)
 
 
 def _check_terms(spec: Objective, entropy: Tensor | None) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from grpo_core.arguments import Measured
 from grpo_core.estimators import equal_reward_groups
+from grpo_core.validation import check_tensor
 
 
 class Metric(NamedTuple):
@@ -115,10 +116,22 @@ def merge_metrics(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The figures of several micro-batches, or of the ranks' gathered ones, as if of one.
 
     Raises:
-        ValueError: no parts, or parts with different figures.
+        ValueError: no parts, parts with different figures, or with others than `METRICS` has.
     """
+    if not isinstance(parts, (list, tuple)) or not all(isinstance(x, Mapping) for x in parts):
+        raise ValueError(f"parts: expected a list of `LossOutput.metrics`, got {parts!r}")
     if not parts or any(part.keys() != parts[0].keys() for part in parts):
         raise ValueError(f"parts: expected figures of the same names, got {list(map(list, parts))}")
+    names = set(parts[0])
+    needed = {"ratio_mean", "ratio_square"} | {METRICS[n].over for n in names & METRICS.keys()}
+    if names - METRICS.keys() or needed - names - {""}:
+        wrong = sorted(names - METRICS.keys()) or f"none named {sorted(needed - names - {''})}"
+        raise ValueError(f"parts: expected the figures of `LossOutput.metrics`, got {wrong}")
+    for name in parts[0]:
+        for part in parts:
+            if check_tensor(f"parts[...][{name!r}]", part[name]).ndim:
+                got = list(part[name].shape)
+                raise ValueError(f"parts: expected 0-dim tensors, got {got} for {name}")
     columns = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
     merged = {}
     for name, column in columns.items():

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import re
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from grpo_core.batch import Batch
 from grpo_core.distributed import is_main, joined
@@ -80,6 +87,12 @@ class Watch:
                 f"{metrics['truncated']:.0%} of the completions ran into max_new_tokens; with a "
                 "higher limit the reward would measure answers and not length",
             )
+        if metrics.get("unscored"):
+            yield (
+                "unscored",
+                f"no reward applies to {metrics['unscored']} completions of step "
+                f"{metrics['step']}; they are left out of the update",
+            )
         streak = self.zero_std_streak + 1 if metrics["zero_std"] > ZERO_STD_LIMIT else 0
         self.zero_std_streak = streak
         if streak >= ZERO_STD_PATIENCE:
@@ -124,16 +137,26 @@ def rollout_metrics(drawn: Rollout, rewards: Tensor, group_size: int) -> Metrics
 
     Args:
         drawn: the completions of this process.
-        rewards: [S], of all processes.
+        rewards: [S], of all processes; NaN for a completion that no reward applies to.
         group_size: completions of a prompt.
     """
-    spread = rewards.view(-1, group_size).amax(1) - rewards.view(-1, group_size).amin(1)
+    unscored = int(rewards.isnan().sum())
+    counted = {"unscored": unscored} if unscored else {}
     return {
-        "reward": rewards.mean().item(),
+        "reward": rewards.nanmean().item(),
         "length": joined(drawn.completion_mask.sum(1)).float().mean().item(),
         "truncated": joined(drawn.truncated).float().mean().item(),
-        "zero_std": (spread == 0).float().mean().item(),
+        "zero_std": (~varied(rewards, group_size)).float().mean().item(),
+        **counted,
     }
+
+
+def varied(rewards: Tensor, group_size: int) -> Tensor:
+    """[S] bool: the completions [S] in groups whose rewards, without NaN, are not all equal."""
+    groups = rewards.view(-1, group_size)
+    lacking = groups.isnan()
+    highest, lowest = (groups.masked_fill(lacking, at) for at in (-math.inf, math.inf))
+    return (highest.amax(1) > lowest.amin(1)).repeat_interleave(group_size)
 
 
 def means(parts: Mapping[str, Tensor]) -> dict[str, float]:
@@ -187,10 +210,39 @@ def update_metrics(updates: Sequence[Metrics]) -> Metrics:
     return combined
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# by Rust, by Python within another error, and by torch's zip writer
+FULL_SAID = re.compile(rf"\b(os error|Errno) ({'|'.join(map(str, FULL))})\b|inline_container")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around the writing of a file or folder: the error of a full disk names it.
+
+    torch's writer raises RuntimeError then, without a path or a reason, and others do alike.
+
+    Raises:
+        OSError: in the place of theirs; an error of another cause is raised as it is.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+        *_, said = str(error).strip().splitlines() or [""]
+        number = getattr(error, "errno", None)
+        if number not in FULL and not FULL_SAID.search(str(error)):
+            raise
+        parents = (folder for folder in (path, *path.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(next(parents)).free / 2**20
+        raise OSError(
+            f"{path}: could not be written; is the disk full ({free:.0f} MiB are free), or a quota "
+            f"used up? ({said})"
+        ) from error
+
+
 def append_json(path: Path, record: Metrics) -> None:
     """One more line of a JSON-lines file, made with its folder if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
+    with writing(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 
@@ -215,5 +267,6 @@ def keep_records(path: Path, wanted: Callable[[Metrics], bool]) -> None:
 def write_whole(path: Path, text: str) -> None:
     """A file in one go: whoever looks finds what it was, or all of what it is now."""
     beside = path.with_suffix(".part")
-    beside.write_text(text, "utf-8")
-    beside.replace(path)
+    with writing(path):
+        beside.write_text(text, "utf-8")
+        beside.replace(path)

@@ -3,46 +3,62 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo_core.rewards import Rule, accuracy, brevity, strict_format
+from grpo_core.rewards import (
+    RewardError,
+    RewardFunction,
+    Rule,
+    accuracy,
+    answer_text,
+    brevity,
+    continued,
+    over,
+    strict_format,
+)
 from grpo_core.tasks import math_accuracy
 
 RULES: dict[str, Rule] = {"accuracy": accuracy, "format": strict_format, "brevity": brevity}
+# they compare with the data's answers
+COMPARING = ("math", "accuracy")
 
 
-def find_reward(name: str) -> Callable[..., Sequence[float | None]]:
+def find_reward(name: str) -> RewardFunction:
     """A reward by its name, or from a file as path.py:function.
 
     Raises:
-        ValueError: neither.
+        ValueError: neither; the file cannot be run (a RewardError), or has no such function.
     """
     if name == "math":
-        return math_accuracy
+        return continued(_math)
     if name in RULES:
-        return _over(RULES[name])
+        return over(RULES[name])
     path, colon, function = name.rpartition(":")
     if not colon or not path.endswith(".py"):
         raise ValueError(
             f"rewards: expected math, {', '.join(RULES)} or path.py:function, got {name!r}"
         )
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if not Path(path).is_file():
+        raise ValueError(f"rewards: expected a file, found no {path}")
+    spec = importlib.util.spec_from_file_location(f"rewards {Path(path).resolve()}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, function):
+    # dataclasses look up their module there
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise RewardError(f"rewards: {path} raised {type(error).__name__}: {error}") from error
+    found = getattr(module, function, None)
+    if not callable(found):
         raise ValueError(f"rewards: {path} has no function {function!r}")
-    found: Callable[..., Sequence[float | None]] = getattr(module, function)
-    return found
-
-
-def _over(rule: Rule) -> Callable[..., list[float]]:
-    """A rule as a function over columns."""
-
-    def reward(completions: Sequence[str], answer: Sequence[Any], **_: Any) -> list[float]:
-        pairs = zip(completions, answer, strict=True)
-        return [rule(text, str(true)) for text, true in pairs]
-
+    reward: RewardFunction = found
     return reward
+
+
+def _math(answer: Sequence[Any], **columns: Any) -> list[float]:
+    """`math_accuracy` with answers that are text."""
+    return math_accuracy(answer=[answer_text(true) for true in answer], **columns)

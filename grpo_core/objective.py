@@ -16,8 +16,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pickle
+import pkgutil
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any, Literal, get_args
 
 import torch
@@ -28,10 +33,14 @@ from grpo_core.kernels import kl as kl_estimators
 from grpo_core.policy_factor import PolicyFactor
 from grpo_core.sequence_ratio import RatioLevel
 from grpo_core.torch_formula import as_torch
+from grpo_core.validation import is_number
 from grpo_core.weights import Aggregation
 
-# objectives by what is left of them without their numbers: a key for each structure ever made
-_STRUCTURES: dict[str, Objective] = {}
+# an objective for each structure that is in use, by its key
+_STRUCTURES: weakref.WeakValueDictionary[str, Objective] = weakref.WeakValueDictionary()
+_LOCK = threading.Lock()
+# those that a compiled graph names
+_IN_GRAPHS: dict[str, Objective] = {}
 
 KL = Literal["k1", "absolute", "k2", "k3", "k1_plus", "absolute_plus", "k3_plus", "exact"]
 
@@ -41,7 +50,7 @@ class Surrogate:
     """A function of kernels/surrogates.py and its parameters, floats all.
 
     `homogeneous` promises that it scales with the advantage: where that is 0, so are value and
-    gradient, and the row need not be read.
+    gradient, and the row need not be read. It is pickled by the name of its function.
 
     Attributes:
         plain: the function over tensors; bound here, since a graph cannot trace the binding.
@@ -53,9 +62,32 @@ class Surrogate:
     plain: Callable = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        plain = getattr(self.function, "fn", self.function)
+        if not isinstance(plain, FunctionType):
+            raise ValueError(f"function: expected a function, got {self.function!r}")
+        if not isinstance(self.args, (tuple, list)) or not all(map(is_number, self.args)):
+            raise ValueError(f"args: expected a tuple of numbers, got {self.args!r}")
+        if not isinstance(self.homogeneous, bool):
+            raise ValueError(f"homogeneous: expected True or False, got {self.homogeneous!r}")
         # an int would become a constant of the kernel, and every new one a compilation
         object.__setattr__(self, "args", tuple(float(number) for number in self.args))
         object.__setattr__(self, "plain", as_torch(self.function))
+
+    def __copy__(self) -> Surrogate:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Surrogate:
+        return self
+
+    def __reduce__(self) -> tuple[Callable, tuple[Any, ...]]:
+        name = _name(self.function)
+        try:
+            found = pkgutil.resolve_name(name)
+        except (ImportError, AttributeError, ValueError):
+            found = None
+        if found is not self.function:
+            raise pickle.PicklingError(f"surrogate: expected a function to be found as {name}")
+        return _named_surrogate, (name, self.args, self.homogeneous)
 
 
 @dataclass(frozen=True)
@@ -113,18 +145,32 @@ class Objective:
             raise ValueError(f"factor: expected a PolicyFactor, got {self.factor!r}")
         _one_of("aggregation", self.aggregation, get_args(Aggregation))
         _one_of("entropy_aggregation", self.entropy_aggregation, (*get_args(Aggregation), None))
-        if not 0 <= self.beta < math.inf:
+        if not is_number(self.beta) or not 0 <= self.beta < math.inf:
             raise ValueError(f"beta: expected a finite number >= 0, got {self.beta!r}")
-        if not math.isfinite(self.entropy_coef):
+        if not is_number(self.entropy_coef) or not math.isfinite(self.entropy_coef):
             raise ValueError(f"entropy_coef: expected a finite number, got {self.entropy_coef!r}")
         if self.beta and self.kl is None:
             raise ValueError(f"kl: expected an estimator for beta = {self.beta}, got None")
+        if not isinstance(self.kl_times_ratio, bool):
+            raise ValueError(f"kl_times_ratio: expected True or False, got {self.kl_times_ratio!r}")
         if self.kl == "exact" and self.kl_times_ratio:
             raise ValueError("kl_times_ratio: expected False for kl = 'exact', got True")
+        if self.token_clip is not None:
+            bounds = self.token_clip
+            if not isinstance(bounds, (tuple, list)) or not (
+                len(bounds) == 2 and all(is_number(b) and 0 <= b < math.inf for b in bounds)
+            ):
+                raise ValueError(f"token_clip: expected two numbers >= 0, got {bounds!r}")
+            object.__setattr__(self, "token_clip", tuple(bounds))
+        key, same = _register(self)
+        object.__setattr__(self, "key", key)
+        # held, so that the key stays known
+        object.__setattr__(self, "_same", same)
 
-        if self.token_clip is not None and not all(0 <= b < math.inf for b in self.token_clip):
-            raise ValueError(f"token_clip: expected two numbers >= 0, got {self.token_clip!r}")
-        object.__setattr__(self, "key", _register(self))
+    def __reduce__(self) -> tuple[Callable, tuple[Any, ...]]:
+        # by the constructor, since a key is known where it was made
+        fields = (each.name for each in dataclasses.fields(self) if each.init)
+        return type(self), tuple(getattr(self, name) for name in fields)
 
     @property
     def numbers(self) -> tuple[float, ...]:
@@ -148,8 +194,8 @@ class Objective:
 
 
 def objective_of(key: str, numbers: Sequence[float] | None = None) -> Objective:
-    """The objective of a key, with other numbers if they are given."""
-    objective = _STRUCTURES[key]
+    """The objective of a key that a graph names, with other numbers if they are given."""
+    objective = _IN_GRAPHS.setdefault(key, _STRUCTURES[key])
     if numbers is None or tuple(numbers) == objective.numbers:
         return objective
     beta, entropy_coef, *args = numbers
@@ -157,26 +203,41 @@ def objective_of(key: str, numbers: Sequence[float] | None = None) -> Objective:
     return objective.replace(surrogate=surrogate, beta=beta, entropy_coef=entropy_coef)
 
 
-def _register(objective: Objective) -> str:
-    """The key of an objective's structure; "" inside a graph, whose effects come too late."""
+def _register(objective: Objective) -> tuple[str, Objective | None]:
+    """The key of an objective's structure, and the other objective that is found by it, if any.
+
+    The key is "" inside a graph, whose effects come too late.
+    """
     if torch.compiler.is_compiling():
-        return ""
-    function = objective.surrogate.function
-    plain = getattr(function, "fn", function)
+        return "", None
     values = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective) if f.init}
     surrogate = objective.surrogate
-    values["surrogate"] = (
-        f"{plain.__module__}.{plain.__qualname__}, {len(surrogate.args)}, {surrogate.homogeneous}"
-    )
+    name = _name(surrogate.function).replace(":", ".")
+    values["surrogate"] = f"{name}, {len(surrogate.args)}, {surrogate.homogeneous}"
     values |= {"beta": objective.beta != 0, "entropy_coef": objective.entropy_coef != 0}
     key = ", ".join(f"{name}={value}" for name, value in values.items())
-    # a function may be defined anew under its name
-    while _STRUCTURES.setdefault(key, objective).surrogate.function is not function:
-        key += "'"
-    return key
+    with _LOCK:
+        # a function may be defined anew under its name
+        while (
+            found := _STRUCTURES.setdefault(key, objective)
+        ).surrogate.function is not surrogate.function:
+            key += "'"
+    return key, None if found is objective else found
+
+
+def _name(function: Callable) -> str:
+    """module:name of a function, or of what Triton made of one."""
+    plain = getattr(function, "fn", function)
+    return f"{plain.__module__}:{plain.__qualname__}"
+
+
+def _named_surrogate(name: str, args: tuple[float, ...], homogeneous: bool) -> Surrogate:
+    """What `Surrogate` is pickled as."""
+    return Surrogate(pkgutil.resolve_name(name), args, homogeneous)
 
 
 def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Raises ValueError unless `value` is one of `choices`."""
-    if value not in choices:
+    # equality with what is no name, such as a tensor, may be anything
+    if not (value is None or isinstance(value, str)) or value not in choices:
         raise ValueError(f"{name}: expected one of {choices}, got {value!r}")

@@ -30,6 +30,7 @@ from torch import Tensor
 from grpo_core.rejection import Rejection
 from grpo_core.sampler import Correction, SamplerCorrection, off_policy_mask, sampler_correction
 from grpo_core.sequence_weight import SequenceWeight
+from grpo_core.validation import is_number
 
 if TYPE_CHECKING:
     from grpo_core.arguments import Tokens
@@ -50,8 +51,8 @@ class PolicyFactor:
         current: `sampler` and `rejections` look at π/π_sampler, not at π_old/π_sampler.
 
     Raises:
-        ValueError: a share outside [0, 1], a δ that is NaN, a `sampler` that is not of tokens
-            beside a `sequence_weight`.
+        ValueError: a share outside [0, 1], a δ that is NaN, another record than named here, a
+            `sampler` that is not of tokens beside a `sequence_weight`.
     """
 
     sampler: SamplerCorrection | None = None
@@ -62,11 +63,19 @@ class PolicyFactor:
     current: bool = False
 
     def __post_init__(self) -> None:
+        weight, rules = self.sequence_weight, self.rejections
         if self.sampler is not None and not isinstance(self.sampler, SamplerCorrection):
             raise ValueError(f"sampler: expected a SamplerCorrection, got {self.sampler!r}")
-        if not -math.inf < self.off_policy_delta <= math.inf:
-            raise ValueError(f"off_policy_delta: expected a number, got {self.off_policy_delta!r}")
-        if not 0 <= self.top_entropy <= 1:
+        if weight is not None and not isinstance(weight, SequenceWeight):
+            raise ValueError(f"sequence_weight: expected a SequenceWeight, got {weight!r}")
+        if not isinstance(rules, tuple) or not all(isinstance(rule, Rejection) for rule in rules):
+            raise ValueError(f"rejections: expected a tuple of Rejection, got {rules!r}")
+        if not isinstance(self.current, bool):
+            raise ValueError(f"current: expected True or False, got {self.current!r}")
+        delta = self.off_policy_delta
+        if not is_number(delta) or not -math.inf < delta <= math.inf:
+            raise ValueError(f"off_policy_delta: expected a number, got {delta!r}")
+        if not is_number(self.top_entropy) or not 0 <= self.top_entropy <= 1:
             raise ValueError(f"top_entropy: expected a share in [0, 1], got {self.top_entropy!r}")
         if self.sequence_weight and self.sampler and self.sampler.level != "token":
             want = "level 'token' beside a sequence_weight"

@@ -23,6 +23,7 @@ from grpo_core.distributed import world
 from grpo_core.forward import packed_logp, reference_logp
 from grpo_core.monitor import Metrics
 from grpo_core.reference_model import reference_of
+from grpo_core.resampling import dealt_out
 from grpo_core.rollout import Rollout
 from grpo_core.trainer import Trainer
 from grpo_core.value import gae, rewards_with_kl, value_loss, whiten
@@ -103,7 +104,7 @@ class PPOTrainer(Trainer):
         packed = self.packed(drawn, rewards)
         minibatches = [
             [self.with_values(part) for part in whole.microbatches(config.tokens_per_microbatch)]
-            for whole in packed.split(config.minibatches, order)
+            for whole in dealt_out(packed, rewards, order, config)
         ]
         parts = [part for minibatch in minibatches for part in minibatch]
         everything = torch.cat([part.advantage for part in parts])

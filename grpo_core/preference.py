@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from grpo_core.validation import check_floats, check_ids, check_mask, is_int, is_number
+
 PreferenceLoss = Literal["sigmoid", "hinge", "ipo"]
 
 
@@ -87,19 +89,20 @@ def dpo_loss(
     """
     if loss not in get_args(PreferenceLoss):
         raise ValueError(f"loss: expected one of {get_args(PreferenceLoss)}, got {loss!r}")
-    if not 0 < beta < math.inf:
+    if not is_number(beta) or not 0 < beta < math.inf:
         raise ValueError(f"beta: expected a finite number > 0, got {beta!r}")
-    if not 0 <= label_smoothing < 0.5 or (label_smoothing and loss != "sigmoid"):
+    smooth = is_number(label_smoothing) and 0 <= label_smoothing < 0.5
+    if not smooth or (label_smoothing and loss != "sigmoid"):
         want = "a number in [0, 0.5)" if loss == "sigmoid" else f"0 for loss={loss!r}"
         raise ValueError(f"label_smoothing: expected {want}, got {label_smoothing!r}")
-    if logp_chosen.ndim != 1 or not logp_chosen.is_floating_point():
+    if check_floats("logp_chosen", logp_chosen).ndim != 1:
         got = f"{list(logp_chosen.shape)} {logp_chosen.dtype}"
         raise ValueError(f"logp_chosen: expected a floating-point tensor [B], got {got}")
     B = len(logp_chosen)
     others = {"logp_rejected": logp_rejected, "ref_chosen": ref_chosen}
     for name, vector in (others | {"ref_rejected": ref_rejected, "weight": weight}).items():
-        if vector is not None and vector.shape != (B,):
-            raise ValueError(f"{name}: expected shape [B] = [{B}], got {list(vector.shape)}")
+        if name != "weight" or vector is not None:
+            check_floats(name, vector, (B,), device=logp_chosen.device)
 
     chosen = logp_chosen.double() - ref_chosen.detach().double()
     rejected = logp_rejected.double() - ref_rejected.detach().double()
@@ -122,15 +125,17 @@ def sequence_logp(
     *,
     sequences: int | None = None,
     mean: bool = False,
+    validate: bool | None = None,
 ) -> Tensor:
     """Σ_t logp_t of every sequence, or the mean over its tokens; differentiable.
 
     Args:
         logp: [B, T] or packed [N], nats; masked entries may be anything.
         mask: the same shape, 0 means masked.
-        sequence_id: [N] int64 in [0, sequences), for packed tokens; not looked at beforehand.
+        sequence_id: [N] integers in [0, sequences), for packed tokens.
         sequences: S, how many there are, for packed tokens.
         mean: divide by the number of valid tokens.
+        validate: look for wrong ids; None means on the CPU only. Unseen, their tokens are masked.
 
     Returns:
         [B] or [S], in the type of logp but at least float32; 0 for a sequence without tokens.
@@ -138,9 +143,9 @@ def sequence_logp(
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
-    if mask.shape != logp.shape:
-        raise ValueError(f"mask: expected shape {list(logp.shape)}, got {list(mask.shape)}")
-    present = mask != 0
+    if check_floats("logp", logp).ndim not in (1, 2):
+        raise ValueError(f"logp: expected shape [B, T] or [N], got {list(logp.shape)}")
+    present = check_mask("mask", mask, tuple(logp.shape), device=logp.device) != 0
     # tokens are summed in float64, so that atomic additions round alike in any order
     tokens = torch.where(present, logp, 0.0).double()
     if logp.ndim == 2:
@@ -150,12 +155,14 @@ def sequence_logp(
     else:
         if sequence_id is None or sequences is None:
             raise ValueError("sequence_id: expected ids and their number for packed [N], got None")
-        if sequence_id.shape != logp.shape:
-            want = list(logp.shape)
-            raise ValueError(f"sequence_id: expected shape {want}, got {list(sequence_id.shape)}")
-        zeros = torch.zeros(sequences, dtype=torch.float64, device=logp.device)
-        total = zeros.scatter_add(0, sequence_id, tokens)
-        length = zeros.scatter_add(0, sequence_id, present.double())
+        if not is_int(sequences) or sequences < 0:
+            raise ValueError(f"sequences: expected an int >= 0, got {sequences!r}")
+        at, known = check_ids("sequence_id", sequence_id, "sequences", sequences, logp, validate)
+        # room for ids that are unknown, whose tokens are left out
+        zeros = torch.zeros(sequences + 1, dtype=torch.float64, device=logp.device)
+        at = torch.where(known, at, sequences)
+        total = zeros.scatter_add(0, at, tokens)[:-1]
+        length = zeros.scatter_add(0, at, present.double())[:-1]
     total = total / length.clamp(min=1) if mean else total
     return total if logp.dtype == torch.float64 else total.float()
 

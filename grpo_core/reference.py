@@ -118,6 +118,8 @@ def _evaluate(
     else:
         loss = weight * loss - tokens.entropy_weight[at] * entropy[at]
     finite = logp[at].isfinite() & ratio[at].float().isfinite() & loss.isfinite()
+    if constant is None:
+        finite = finite & ~tokens.sequence_ratio().spread(tokens.valid & ~finite)
     total = torch.where(tokens.valid[at] & finite, loss, 0.0).sum()
     return total, (logp, entropy, ratio, kl), finite, tokens
 

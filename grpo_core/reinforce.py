@@ -11,6 +11,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
+from traceback import format_exception
 
 from grpo_core.options import Parser, begin, prepare
 from grpo_core.run_config import RunConfig
@@ -20,26 +21,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs it; returns the exit status."""
     parser, config = begin(RunConfig, "grpo_core.reinforce", arguments)
     prepare(f"{config.model} on {config.data}, in {config.output}/", config.threads)
+    from grpo_core.checkpoint import heeding_interrupts
     from grpo_core.distributed import process_group
 
-    with process_group():
+    with process_group(), heeding_interrupts():
         return _run(parser, config)
 
 
 def _run(parser: Parser, config: RunConfig) -> int:
     """Trains; returns the exit status."""
     from grpo_core.checkpoint import Interrupted
+    from grpo_core.rewards import RewardError
     from grpo_core.run import Run
 
     try:
         run = Run(config)
     except (OSError, ValueError, ImportError) as error:
-        parser.error(str(error))
+        parser.error(_told(error))
     try:
         run.train()
-    except FloatingPointError as error:
-        _say(f"\nstopped: {error}")
+    except (FloatingPointError, RewardError) as error:
+        _say(f"\nstopped: {_told(error)}")
         return 1
+    except OSError as error:
+        # of this process alone: others may wait for it, so that the group has to stay open
+        raise SystemExit(f"\nstopped: {error}") from error
     except (Interrupted, KeyboardInterrupt) as stop:
         _say("\ninterrupted; the same command with --resume True goes on")
         return 128 + (stop.number if isinstance(stop, Interrupted) else signal.SIGINT)
@@ -52,6 +58,18 @@ def _say(line: str) -> None:
 
     if is_main():
         print(line, file=sys.stderr)
+
+
+def _told(error: Exception) -> str:
+    """The message; beneath it the traceback of what a reward has raised."""
+    from grpo_core.rewards import RewardError
+
+    cause = error.__cause__ if isinstance(error, RewardError) else None
+    if cause is None:
+        return str(error)
+    # without the line that calls it
+    cause = cause.with_traceback(cause.__traceback__ and cause.__traceback__.tb_next)
+    return f"{error}\n{''.join(format_exception(cause))}"
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from grpo_core.validation import is_number
+
 Measure = Literal["log_ratio", "k2", "k3"]
 Over = Literal["token", "sum", "mean", "max"]
 
@@ -46,7 +48,7 @@ class Rejection:
             value = getattr(self, name)
             if value not in get_args(choices):
                 raise ValueError(f"{name}: expected one of {get_args(choices)}, got {value!r}")
-        if not self.low <= self.high:
+        if not (is_number(self.low) and is_number(self.high) and self.low <= self.high):
             raise ValueError(f"low: expected low <= high, got {self.low!r} and {self.high!r}")
 
     @torch.no_grad()

@@ -1,7 +1,8 @@
 """What a step learns from: groups of completions, those that teach nothing left out or replaced.
 
-A group whose rewards are all equal has no advantage. In the batch it pulls the mean towards 0, and
-the more so the more of the problems are solved or hopeless. `TrainerConfig.dynamic_sampling`:
+A completion to which no reward applies (its reward is NaN) leaves the batch and its group. A group
+whose rewards are all equal has no advantage. In the batch it pulls the mean towards 0, and the more
+so the more of the problems are solved or hopeless. `TrainerConfig.dynamic_sampling`:
 
 | value      | such groups                                                                     |
 |------------|---------------------------------------------------------------------------------|
@@ -33,9 +34,9 @@ from grpo_core.advantages import estimate_advantages
 from grpo_core.batch import Batch
 from grpo_core.clock import Clock
 from grpo_core.distributed import gathered, joined, rank, world
-from grpo_core.monitor import Metrics, means, rollout_metrics
+from grpo_core.monitor import Metrics, means, rollout_metrics, varied
 from grpo_core.randomness import randomness, shuffled
-from grpo_core.rewards import Scores
+from grpo_core.rewards import Scores, score
 from grpo_core.rollout import Problem, Rollout, special_tokens
 from grpo_core.rollout_tensors import end_to_end
 from grpo_core.shares import own_share
@@ -117,27 +118,32 @@ def _draw(trainer: Trainer, again: int, clock: Clock) -> _Round:
         asked = [problem for problem in problems for _ in range(config.group_size)]
         drawn = trainer.draw([problem.prompt for problem in asked], config.sampling)
         order = torch.randperm(len(asked)).to(device)
-    scores = trainer.reward(asked, drawn.completions())
+    where = f"step {trainer.steps_done + 1}"
+    scores = score(trainer.reward, asked, drawn.completions(), where)
     rewards = shuffled(scores.total, rng) if config.shuffle_rewards else scores.total
     return _Round(asked, drawn, rewards, scores, order)
 
 
-def varied(rewards: Tensor, group_size: int) -> Tensor:
-    """[S] bool: the completions [S] in groups whose rewards are not all equal."""
-    groups = rewards.view(-1, group_size)
-    return (groups.amax(1) != groups.amin(1)).repeat_interleave(group_size)
-
-
 def batch_advantages(rewards: Tensor, config: TrainerConfig) -> Tensor:
-    """[S] float32 advantages of all processes' rewards [S]; 0 in groups that leave the batch."""
-    estimator = config.objective.advantage
-    if config.dynamic_sampling == "off":
+    """[S] float32 advantages of all processes' rewards [S]; 0 for those that leave the batch."""
+    estimator, kept = config.objective.advantage, _staying(rewards, config)
+    if kept.all():
         return estimate_advantages(rewards, estimator, config.group_size, None)
-    kept, advantage = varied(rewards, config.group_size), torch.zeros_like(rewards)
+    advantage = torch.zeros_like(rewards)
     if kept.any():
-        found = estimate_advantages(rewards[kept], estimator, config.group_size, None)
+        groups = torch.arange(len(rewards), device=rewards.device)[kept] // config.group_size
+        group_id = groups.unique(return_inverse=True)[1]
+        found = estimate_advantages(rewards[kept], estimator, None, group_id)
         advantage[kept] = found.to(advantage.dtype)
     return advantage
+
+
+def _staying(rewards: Tensor, config: TrainerConfig) -> Tensor:
+    """[S] bool: the completions that are learnt from."""
+    scored = ~rewards.isnan()
+    if config.dynamic_sampling == "off":
+        return scored
+    return scored & varied(rewards, config.group_size)
 
 
 def dealt_out(packed: Batch, rewards: Tensor, order: Tensor, config: TrainerConfig) -> list[Batch]:
@@ -151,10 +157,11 @@ def dealt_out(packed: Batch, rewards: Tensor, order: Tensor, config: TrainerConf
         order: [S] int64, in which they are dealt out.
         config: the run.
     """
+    stays = _staying(rewards, config)
+    hands = order[stays[order]].tensor_split(config.minibatches)
     if config.dynamic_sampling == "off":
-        return packed.split(config.minibatches, order)
-    stays = varied(rewards, config.group_size)[order]
-    hands = order[stays].tensor_split(config.minibatches)
+        # as many as on every other process, whatever was scored here
+        hands = tuple(hand[stays[hand]] for hand in order.chunk(config.minibatches))
     return [packed.select(hand) if len(hand) else packed.filler() for hand in hands]
 
 

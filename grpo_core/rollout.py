@@ -19,10 +19,21 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PretrainedConfig,
     PreTrainedModel,
 )
 
 from grpo_core.parallel import whole_weights
+
+# what leaves the distribution as it is, of the fields that transformers may set otherwise
+NEUTRAL = {
+    "top_k": 0,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -112,7 +123,8 @@ def rollout(
     """Draws one completion per prompt, from the global generator; for a group, repeat its prompt.
 
     Args:
-        model: a causal language model whose generation config names the padding and end tokens.
+        model: a causal language model. Its generation config names the padding and end tokens;
+            every other field of it is ignored, see `ignored_fields`.
         prompts: S lists of token ids, of any lengths but 0.
         sampling: length limit and temperature.
 
@@ -120,18 +132,21 @@ def rollout(
         The completions with the sampler's log-probabilities.
 
     Raises:
-        ValueError: a prompt is empty, or the model names no padding or end token.
+        ValueError: a prompt is empty or too long for the model, see `check_context`, or the model
+            names no end token.
     """
     pad, ends = special_tokens(model)
     prompt, prompt_mask = left_pad(prompts, pad, model.device)
+    check_context(model.config, prompt.shape[1], sampling.max_new_tokens)
     # The tokens are drawn at `temperature`, so that is where their log-probability belongs; greedy
     # reports it at 1.
     sampled_logp = SampledLogp(sampling.temperature or 1.0)
-    with evaluation_mode(model), whole_weights(model):
+    settings = plain_generation(sampling, pad, ends)
+    with evaluation_mode(model), whole_weights(model), generation_defaults(model, settings):
         ids = model.generate(  # type: ignore[operator]
             input_ids=prompt,
             attention_mask=prompt_mask.long(),
-            generation_config=plain_generation(sampling, pad, ends),
+            generation_config=settings,
             logits_processor=LogitsProcessorList([sampled_logp]),
         )
     completion = ids[:, prompt.shape[1] :]
@@ -151,30 +166,95 @@ def rollout(
 
 
 def plain_generation(sampling: Sampling, pad: int, ends: list[int]) -> GenerationConfig:
-    """Spells out every field that bends the distribution; the model's defaults would fill a gap."""
-    if sampling.temperature == 0:
-        drawing: dict[str, Any] = {"do_sample": False}
-    else:
-        drawing = {"do_sample": True, "temperature": sampling.temperature}
-        drawing |= {"top_k": 0, "top_p": 1.0, "typical_p": 1.0}
+    """The policy itself: every field that transformers fills with a default of its own is given."""
+    drawing: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature > 0:
+        drawing = {"do_sample": True, "temperature": sampling.temperature, **NEUTRAL}
     return GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        num_beams=1,
-        pad_token_id=pad,
-        eos_token_id=ends,
-        **drawing,
+        max_new_tokens=sampling.max_new_tokens, pad_token_id=pad, eos_token_id=ends, **drawing
     )
+
+
+@contextmanager
+def generation_defaults(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """Within it `generate` fills what a call leaves open from `settings`, not from the model's own.
+
+    An adapter may have a generation config beside that of the model beneath it.
+    """
+    holders: list[Any] = [m for m in model.modules() if "generation_config" in vars(m)]
+    before = [holder.generation_config for holder in holders]
+    try:
+        for holder in holders:
+            holder.generation_config = settings
+        yield
+    finally:
+        for holder, config in zip(holders, before, strict=True):
+            holder.generation_config = config
+
+
+def ignored_fields(model: PreTrainedModel) -> list[str]:
+    """The fields of the model's generation config that would change a rollout if they were heeded.
+
+    Those of `Sampling` are among them where they are set.
+    """
+    heeded = ("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version")
+    neutral = {**NEUTRAL, "do_sample": True, "temperature": 1.0, "use_cache": True}
+    return sorted(
+        name
+        for name, value in vars(model.generation_config).items()
+        if name not in heeded
+        and not name.startswith("_")
+        and value not in (None, False, neutral.get(name))
+    )
+
+
+def check_context(
+    config: PretrainedConfig,
+    prompt: int,
+    completion: int,
+    names: str = "longest_prompt + max_new_tokens",
+) -> None:
+    """Raises ValueError if a prompt and its completion have more tokens than the model positions.
+
+    Args:
+        config: of the model; nothing is checked of one without a limit, such as Bloom's or Mamba's.
+        prompt: tokens of the longest prompt.
+        completion: tokens of the longest completion.
+        names: what these two are called where they come from.
+    """
+    positions = positions_of(config)
+    if positions is not None and prompt + completion > positions:
+        raise ValueError(
+            f"{names}: expected at most {positions} tokens, the positions of the model, got "
+            f"{prompt} + {completion} = {prompt + completion}"
+        )
+
+
+def positions_of(config: PretrainedConfig) -> int | None:
+    """How many positions a model knows, those of a stretched rotary embedding included."""
+    text = config.get_text_config(decoder=True)
+    names = ("max_position_embeddings", "max_seq_len")
+    known = [value for name in names if isinstance(value := getattr(text, name, None), int)]
+    if not known or known[0] < 1:
+        return None
+    rope = getattr(text, "rope_parameters", None) or {}
+    # one for all layers, or one for each kind of layer
+    ropes = [rope, *(each for each in rope.values() if isinstance(each, dict))]
+    stretched = [
+        int(each["factor"] * (each.get("original_max_position_embeddings") or known[0]))
+        for each in ropes
+        if each.get("factor")
+    ]
+    return max(known[0], *stretched, 0)
 
 
 def special_tokens(model: PreTrainedModel) -> tuple[int, list[int]]:
     """The padding token and the end tokens; without a padding token, the first end token pads."""
     config = model.generation_config
     end = config.eos_token_id
-    if end is None:
-        raise ValueError("model.generation_config.eos_token_id: expected a token id, got None")
-    ends = [end] if isinstance(end, int) else list(end)
+    ends = [end] if isinstance(end, int) else list(end or ())
+    if not ends:
+        raise ValueError(f"model.generation_config.eos_token_id: expected a token id, got {end}")
     pad = config.pad_token_id
     return (ends[0] if pad is None else pad), ends
 

@@ -20,7 +20,15 @@ from transformers import PreTrainedModel
 
 from grpo_core.checkpoint_format import ModelWeights
 from grpo_core.distributed import gathered, is_main, world
-from grpo_core.rollout import Rollout, Sampling, rollout
+from grpo_core.monitor import warn
+from grpo_core.rollout import (
+    Rollout,
+    Sampling,
+    check_context,
+    ignored_fields,
+    rollout,
+    special_tokens,
+)
 
 
 class Engine(Protocol):
@@ -73,12 +81,18 @@ class Rollouts:
         engine: None for the model itself.
 
     Raises:
-        ValueError: an engine of this process alone, and there are several; or a model whose weights
-            an engine cannot take, see `checkpoint_format`.
+        ValueError: an engine of this process alone, and there are several; a model whose weights
+            an engine cannot take, see `checkpoint_format`; or one without an end token.
     """
 
     def __init__(self, model: PreTrainedModel, engine: Engine | None = None) -> None:
         self.model = model
+        special_tokens(model)
+        if ignored := ignored_fields(model):
+            warn(
+                f"rollouts ignore {', '.join(ignored)} of the model's generation_config: the "
+                "policy itself is sampled, as the options of the run say"
+            )
         self.engine: Engine = OwnModel(model) if engine is None else engine
         if self.engine.separate and not self.engine.shared and world() > 1:
             raise ValueError(
@@ -103,8 +117,10 @@ class Rollouts:
             version: of the model's weights.
 
         Raises:
+            ValueError: a prompt is too long for the model, see `check_context`.
             RuntimeError: they were written with other weights, or the engine did not get them.
         """
+        check_context(self.model.config, max(map(len, prompts), default=0), sampling.max_new_tokens)
         if self.version != version:
             self.push(version)
         drawn = self.engine.generate(prompts, sampling)

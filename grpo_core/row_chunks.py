@@ -4,15 +4,15 @@ A block is as many rows as the cores' own caches hold beside scratch, one row a 
 above 131,072. A chunk is a few blocks, whose `[n]` vectors are worked on at once: such small
 operations cost the same for one row as for many.
 
-PyTorch shares every operation on a block among its threads. (Python threads with chunks of their
-own keep waking each other for the interpreter's lock: a third slower, measured on two cores.)
+PyTorch shares every operation on a block among its threads; how many there are is never changed,
+since that number is the whole process's. (Python threads with chunks of their own keep waking each
+other for the interpreter's lock: a third slower, measured on two cores.)
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
@@ -24,8 +24,6 @@ from grpo_core.kernels.records import Rows
 
 # of a core's float32 logits: those, their centred copy and their powers are to lie in 2 MiB
 BLOCK_BYTES = 2**19
-# numbers below which torch gives a thread nothing to do
-GRAIN = 2**15
 
 Place = slice | Tensor  # of rows: neighbours, or int64 indices
 
@@ -103,20 +101,9 @@ def for_each_chunk(
     views = _Views(logits, ref, home, target, logits.at_targets(target), ref_mine)
     if home is not None:
         home.zero(~wanted)
-    with _kept_thread_count() as threads, torch.inference_mode():
-        for sharers, places in _chunks(logits, wanted, blocks, threads):
-            torch.set_num_threads(sharers)
+    with torch.inference_mode():
+        for places in _chunks(logits, wanted, blocks):
             work(views.chunk(places))
-
-
-@contextmanager
-def _kept_thread_count() -> Iterator[int]:
-    """Torch's number of threads, which it leaves as it was."""
-    threads = torch.get_num_threads()
-    try:
-        yield threads
-    finally:
-        torch.set_num_threads(threads)
 
 
 def gradient_rows(rows: Rows, dlogits: Tensor) -> Rows:
@@ -230,49 +217,30 @@ class _Views:
         return Block(self.logits.take(at), ref_logits, dlogits, put)
 
 
-def _chunks(
-    logits: RowViews, wanted: Tensor, blocks: int, threads: int
-) -> Iterator[tuple[int, list[Place]]]:
-    """Places of the blocks of each chunk of wanted rows, and how many threads are to share them.
-
-    Each of these gets whole rows: a row's sum and its powers, see `row_softmax`, are then those of
-    one thread.
-    """
+def _chunks(logits: RowViews, wanted: Tensor, blocks: int) -> Iterator[list[Place]]:
+    """Places of the blocks of each chunk of wanted rows."""
     V, runs = logits.rows.V, logits.runs(wanted)
     count = sum(map(_count, runs))
-    block = threads * max(1, BLOCK_BYTES // (4 * V))
-    places: list[Place] = [cut for run in runs for cut in _cuts(run, block, threads, V)]
+    block = torch.get_num_threads() * max(1, BLOCK_BYTES // (4 * V))
+    places: list[Place] = [
+        slice(start, min(start + block, run.stop))
+        for run in runs
+        for start in range(run.start, run.stop, block)
+    ]
     if len(places) > 2 * -(-count // block):
         # so short that a copy of many is cheaper than operations on each
         places = list(wanted.nonzero().squeeze(1).split(block))
 
-    shares: dict[int, list[Place]] = {}
+    chunk: list[Place] = []
+    room = blocks * block
     for place in places:
-        rows = _count(place)
-        sharers = min(rows, threads)
-        even = rows % sharers == 0 and rows * V >= sharers * GRAIN
-        shares.setdefault(sharers if even else 1, []).append(place)
-    for sharers, theirs in shares.items():
-        chunk: list[Place] = []
-        room = blocks * block
-        for place in theirs:
-            if _count(place) > room:
-                yield sharers, chunk
-                chunk, room = [], blocks * block
-            chunk.append(place)
-            room -= _count(place)
-        yield sharers, chunk
-
-
-def _cuts(run: slice, block: int, threads: int, V: int) -> Iterator[slice]:
-    """A run as blocks; of rows worth a thread each, what is left over comes apart."""
-    for start in range(run.start, run.stop, block):
-        stop = min(start + block, run.stop)
-        even = stop - (stop - start) % threads
-        if start < even < stop and V >= GRAIN:
-            yield slice(start, even)
-            start = even
-        yield slice(start, stop)
+        if _count(place) > room:
+            yield chunk
+            chunk, room = [], blocks * block
+        chunk.append(place)
+        room -= _count(place)
+    if chunk:
+        yield chunk
 
 
 def _count(at: Place) -> int:

@@ -4,9 +4,9 @@ What `kernels/online_softmax.py` is to the kernels this is to the torch backend.
 out of the sum here, too. Each block is read, and its powers kept, before the vectors of the whole
 chunk are worked on: of float32 logits where their gradient will be, of others in scratch.
 
-A row's log-probability has the same bits in every batch: one thread sums it, its scalars are
-computed in float64, and no logit's power is taken at the end of an array, where torch may use
-another instruction.
+A row's log-probability has the same bits in every batch and on any number of threads: one thread
+sums it, its scalars are computed in float64, and no logit's power is taken at the end of an array,
+or of a thread's share of one, where torch may use another instruction.
 """
 
 from __future__ import annotations
@@ -25,11 +25,16 @@ from grpo_core.row_chunks import Chunk
 STRIDE = 64
 # bytes that scratch begins at a multiple of
 ALIGNMENT = 64
+# numbers of which torch.exp gives a thread at least so many
+EXP_GRAIN = 2**11
 # blocks of a chunk whose scratch is one array each, with the centred one eight rows a core; and of
 # one that keeps nothing in scratch
 SCRATCH_BLOCKS, FREE_BLOCKS = 7, 16
 # stands for -inf at the target: finite, so that nothing times its power, which is 0, is a NaN
 LOWEST = -1e30
+LEAST = torch.finfo(torch.float32).min
+# as in `online_softmax`
+FAR, SURE = 2.0**30, 0.125
 
 
 def blocks_at_once(dlogits: Tensor | None, *, bonus: bool, exact_kl: bool) -> int:
@@ -84,16 +89,47 @@ class RowSoftmax:
             if weighs:
                 policy.weigh()
         z = policy.end(chunk.mine)
+        logp = logsigmoid(-z)
+        if entropy is None:
+            entropy = _rounded(_entropy(z, logp, policy.entropy()))
+            sure = self._spread_again(chunk, z, entropy)
+            if sure is not None:
+                again = _rounded(_entropy(z, logp, policy.entropy()))
+                entropy = torch.where(sure, again, entropy)
+        elif self.bonus:
+            self._spread_again(chunk, z, entropy)
         kl = ref_z = None
         if crosses:
             assert chunk.ref_mine is not None
             ref_z = reference.end(chunk.ref_mine)
             kl_others = torch.cat(crosses).double() / policy.total - (policy.lse - reference.lse)
             kl = _rounded(_exact_kl(z, ref_z, kl_others))
-        logp = logsigmoid(-z)
-        if entropy is None:
-            entropy = _rounded(_entropy(z, logp, policy.entropy()))
         return Found(holes, _rounded(logp), entropy, z, kl, ref_z)
+
+    def _spread_again(self, chunk: Chunk, z: Tensor, entropy: Tensor) -> Tensor | None:
+        """Where another word than the target is nearly certain, log Σ powers to every digit.
+
+        Of all powers the largest, which is 1, is added last. Returns where, if anywhere.
+        """
+        sure = (z > 0) & (entropy < SURE)
+        if not sure.any():
+            return None
+        excess = []
+        for k, (block, some) in enumerate(zip(chunk.blocks, sure.split(chunk.sizes), strict=True)):
+            if not some.any():
+                excess.append(torch.zeros_like(some, dtype=torch.float64))
+                continue
+            powers = self.policy.powers[k]
+            if not block.has_gradient:
+                hole = chunk.target[:, None].split(chunk.sizes)[k]
+                powers = self.policy.powers_of(block.logits, hole, 0, 0, None)[2]
+            # in scratch, whose rows torch's loops treat alike
+            _, rest = self.policy._array("rest", 0, powers)
+            rest.copy_(powers).scatter_(1, powers.argmax(1, keepdim=True), 0.0)
+            excess.append(_row_sums(rest).double())
+        lse = torch.log1p(torch.cat(excess))
+        self.policy.lse = torch.where(sure, lse, self.policy.lse)
+        return sure
 
     def write_gradient(self, chunk: Chunk, slopes: Slopes, found: Found) -> None:
         """(dlogp·(δ − p) − dentropy·p·(log p + H) + dkl·p·(log p/q − KL))/T of the rows just read.
@@ -158,6 +194,7 @@ class _Others:
 
     def __init__(self, temperature: float) -> None:
         self.temperature = temperature
+        self.threads = torch.get_num_threads()
         self.arrays: dict[tuple[str, int], Tensor] = {}
         self.views: dict[tuple[str, int, int], tuple[Tensor, Tensor]] = {}
         self.begin()
@@ -173,7 +210,17 @@ class _Others:
     def read(
         self, logits: Tensor, hole: Tensor, centred_in: int, powers_in: int, home: Tensor | None
     ) -> None:
-        """Powers of a block `[b, V]`, and their sums.
+        """Powers of a block `[b, V]`, and their sums; arguments as `powers_of`."""
+        largest, centred, powers, total = self.powers_of(logits, hole, centred_in, powers_in, home)
+        self.largest.append(largest)
+        self.totals.append(total)
+        self.centred.append(centred)
+        self.powers.append(powers)
+
+    def powers_of(
+        self, logits: Tensor, hole: Tensor, centred_in: int, powers_in: int, home: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(largest, centred, powers, sum of the powers) of a block `[b, V]`.
 
         Args:
             hole: [b, 1] int64, the targets.
@@ -182,21 +229,21 @@ class _Others:
         """
         from_all, centred = self._array("centred", centred_in, logits)
         centred.copy_(logits)
-        centred.scatter_(1, hole, LOWEST)
-        largest = centred.amax(1, keepdim=True)
-        centred.sub_(largest)
+        centred.scatter_(1, hole, -math.inf)
+        # finite, so that a row of −inf gives no NaN
+        largest = centred.amax(1, keepdim=True).clamp_(min=LEAST)
+        centred.sub_(largest).scatter_(1, hole, LOWEST)
         if self.temperature != 1:
             centred.mul_(1 / self.temperature)
-        if home is not None and _like_scratch(home):
+        if home is not None and _like_scratch(home, self.threads):
             powers = torch.exp(centred, out=home)
+            total = powers.sum(1)
         else:
             to_all, powers = self._array("powers", powers_in if home is None else 0, logits)
             torch.exp(from_all, out=to_all)
+            total = _row_sums(powers)
             powers = powers if home is None else home.copy_(powers)
-        self.largest.append(largest)
-        self.totals.append(powers.sum(1))
-        self.centred.append(centred)
-        self.powers.append(powers)
+        return largest, centred, powers, total
 
     def end(self, mine: Tensor) -> Tensor:
         """z = log Σ_{j≠y} exp(x_j − x_y) of all rows read, float64 `[n]`.
@@ -204,18 +251,18 @@ class _Others:
         Args:
             mine: [n] float64, the targets' logits.
         """
-        total, largest = torch.cat(self.totals).double(), torch.cat(self.largest).squeeze(1)
-        # none but the target is possible
-        self.total = total.masked_fill_(largest == LOWEST, 0.0)
+        self.total = torch.cat(self.totals).double()
         self.lse = self.total.log()
-        self.centre = largest.double() / self.temperature
+        self.centre = torch.cat(self.largest).squeeze(1).double() / self.temperature
         return self.lse - (mine / self.temperature - self.centre)
 
     def state(self) -> Tensor:
         """M and S of `online_softmax` of every row, float32 `[2, n]`."""
-        peak = (self.centre / math.log(2)).float()
+        scaled = self.centre / math.log(2)
+        far = (scaled.abs() >= FAR) & (self.total > 0)
+        peak = torch.where(far, self.centre * self.temperature, scaled.clamp(min=LOWEST)).float()
         rest = torch.exp(self.lse + self.centre - peak.double() * math.log(2))
-        return torch.stack([peak, rest.float()])
+        return torch.stack([peak, torch.where(far, -self.total, rest).float()])
 
     def entropy(self) -> Tensor:
         """Entropy of the softmax over the other words, nats, float64 `[n]`."""
@@ -224,10 +271,10 @@ class _Others:
     def weigh(self) -> None:
         """Makes `centred` of the last block its product with the powers, and sums that."""
         centred = self.centred[-1].mul_(self.powers[-1])
-        moment = centred.sum(1)
+        moment = _row_sums(centred)
         # 0·(−inf): a forbidden word has no entropy; a NaN among the logits shows in z
         if moment.isnan().any():
-            moment = centred.nan_to_num_(nan=0.0).sum(1)
+            moment = _row_sums(centred.nan_to_num_(nan=0.0))
         self.moments.append(moment)
 
     def excess_over(self, reference: _Others) -> Tensor:
@@ -237,10 +284,10 @@ class _Others:
         """
         excess = torch.sub(self.centred[-1], reference.centred[-1], out=reference.powers[-1])
         excess.mul_(self.powers[-1])
-        cross = excess.sum(1)
+        cross = _row_sums(excess)
         if cross.isnan().any():
             # what π forbids adds nothing, whatever π_ref says of it
-            cross = excess.masked_fill_(self.powers[-1] == 0, 0.0).sum(1)
+            cross = _row_sums(excess.masked_fill_(self.powers[-1] == 0, 0.0))
         return cross
 
     def scaled(self, vector: Tensor, still: Tensor) -> Tensor:
@@ -249,26 +296,43 @@ class _Others:
         return (vector / (self.temperature * self.total)).float().masked_fill_(still, 0.0)[:, None]
 
     def _array(self, name: str, number: int, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Scratch for a block, of longer rows that nobody reads to their end, and its view."""
+        """Scratch for a block, flat, and the block's view of it.
+
+        The rows are longer than V, and there is at least one more than b. The flat one ends where
+        torch.exp gives every thread an even share.
+        """
         b, V = logits.shape
         found = self.views.get((name, number, b))
         if found is None:
-            array = self.arrays.get((name, number))
-            if array is None or len(array) < b:
-                shape = b, -(-V // STRIDE) * STRIDE
-                array = logits.new_zeros(shape, dtype=torch.float32)
+            array, width = self.arrays.get((name, number)), -(-V // STRIDE) * STRIDE
+            share = self.threads * EXP_GRAIN
+            rows = b + -(-share // width)
+            if array is None or len(array) < rows:
+                array = logits.new_zeros((rows, width), dtype=torch.float32)
                 self.arrays[name, number] = array
                 for key in [key for key in self.views if key[:2] == (name, number)]:
                     del self.views[key]
-            found = self.views[name, number, b] = array[:b], array[:b, :V]
+            flat = array.view(-1)[: -(-b * width // share) * share]
+            found = self.views[name, number, b] = flat, array[:b, :V]
         return found
 
 
-def _like_scratch(matrix: Tensor) -> bool:
+def _like_scratch(matrix: Tensor, threads: int) -> bool:
     """Whether torch's loops treat every row of it as they treat scratch, to the bit."""
     b, V = matrix.shape
     even = V % STRIDE == 0 and matrix.data_ptr() % ALIGNMENT == 0
-    return even and (b == 1 or matrix.stride(0) == V)
+    shared = b * V % (threads * STRIDE) == 0 and b * V >= threads * EXP_GRAIN
+    return even and b > 1 and matrix.stride(0) == V and (threads == 1 or shared)
+
+
+def _row_sums(scratch: Tensor) -> Tensor:
+    """Sum of each row, `[b]`; with the row behind it where there is but one.
+
+    A single sum would be shared among the threads, and so depend on how many there are.
+    """
+    if len(scratch) > 1:
+        return scratch.sum(1)
+    return scratch.as_strided((2, scratch.shape[1]), scratch.stride()).sum(1)[:1]
 
 
 def _rounded(vector: Tensor) -> Tensor:

@@ -22,17 +22,18 @@ from transformers import (
 )
 
 from grpo_core.console import open_console
-from grpo_core.data import Epochs, problems_of, read_records
+from grpo_core.data import Epochs, fingerprint, problems_of, read_records
 from grpo_core.distributed import barrier, in_group, is_main, rank, world
 from grpo_core.engines import make_engine
 from grpo_core.evaluate import Evaluation, evaluate
 from grpo_core.extras import extra
 from grpo_core.loggers import open_logger
-from grpo_core.monitor import Metrics
-from grpo_core.named_rewards import find_reward
+from grpo_core.monitor import Metrics, write_whole, writing
+from grpo_core.named_rewards import COMPARING, RULES, find_reward
+from grpo_core.options import check_unchanged, read_resumed
 from grpo_core.parallel import export
-from grpo_core.rewards import FunctionReward, shown_name
-from grpo_core.rollout import Problem, Sampling
+from grpo_core.rewards import TAGS, FunctionReward, shown_name
+from grpo_core.rollout import Problem, Sampling, positions_of
 from grpo_core.run_config import GYM, RunConfig, clear
 from grpo_core.samples import Samples, shortened
 from grpo_core.tasks import reasoning_gym_task
@@ -48,8 +49,14 @@ class Run:
         try:
             problems, self.reward = self.task()
         except (OSError, ValueError) as error:
-            named = str(error).partition(":")[0] in vars(config)
-            raise ValueError(str(error) if named else f"data: {error}") from error
+            if str(error).partition(":")[0] in vars(config):
+                raise
+            raise ValueError(f"data: {error}") from error
+        # of the held-out problems as well: checkpoints know only of those that are trained on
+        self.data = {"data_fingerprint": fingerprint(problems)}
+        if config.resume:
+            file = self.directory / "config.json"
+            check_unchanged(self.data, read_resumed(file), file)
         self.held_out, self.training = problems[: config.held_out], problems[config.held_out :]
         if not self.training:
             raise ValueError(
@@ -80,10 +87,7 @@ class Run:
         """Problems and their reward, from a file or from reasoning-gym."""
         config, tokenizer = self.config, self.tokenizer
         names = [shown_name(name) for name in config.rewards]
-        if len(set(names)) < len(names):
-            raise ValueError(f"rewards: expected names that differ, got {names}")
-        functions = dict(zip(names, map(find_reward, config.rewards), strict=True))
-        weights = dict(zip(names, config.reward_weights, strict=False))
+        functions = list(map(find_reward, config.rewards))
         if config.data.startswith(GYM):
             problems, reward = reasoning_gym_task(
                 config.data.removeprefix(GYM),
@@ -92,10 +96,10 @@ class Run:
                 seed=config.seed,
                 chat=tokenizer.chat_template is not None,
             )
-            # its own scoring takes the place of comparing answers, and the weight
-            weights = {"accuracy" if k == "math" else k: v for k, v in weights.items()}
-            others = {k: v for k, v in functions.items() if k not in ("accuracy", "math")}
-            functions = {**reward.functions, **others}
+            # its own scoring takes the place of comparing answers
+            for place, name in enumerate(config.rewards):
+                if name in COMPARING:
+                    names[place], functions[place] = "accuracy", reward.functions["accuracy"]
         else:
             problems = problems_of(
                 read_records(config.data),
@@ -103,9 +107,20 @@ class Run:
                 system=config.system or None,
                 template=config.template or None,
                 longest_prompt=config.longest_prompt or None,
+                compared=any(name in COMPARING for name in config.rewards),
             )
-        weights = {name: weight for name, weight in weights.items() if name in functions}
-        return problems, FunctionReward(tokenizer, functions, weights)
+        dropped = sorted({*TAGS} & {*tokenizer.all_special_tokens})
+        if dropped and {"math", *RULES} & {*config.rewards}:
+            raise ValueError(
+                f"rewards: expected a tokenizer that leaves {', '.join(TAGS)} in a text, this one "
+                f"has {dropped} among its special tokens"
+            )
+        if len(set(names)) < len(names):
+            raise ValueError(f"rewards: expected names that differ, got {names}")
+        weights = dict(zip(names, config.weights, strict=True))
+        reward = FunctionReward(tokenizer, dict(zip(names, functions, strict=True)), weights)
+        reward.check(problems)
+        return problems, reward
 
     def train(self) -> None:
         """From the start or the last checkpoint to results.json and the model."""
@@ -114,11 +129,12 @@ class Run:
         elif is_main():
             clear(self.directory)
         barrier()
-        self.write("config.json", asdict(self.config))
+        self.write("config.json", asdict(self.config) | self.data)
         if self.held_out and not self.trainer.steps_done:
             self.write("before.json", self.measured())
         self.trainer.train(self.look if self.held_out else None)
-        export(self.model, self.directory / "model")
+        with writing(self.directory / "model"):
+            export(self.model, self.directory / "model")
         after = self.measured() if self.held_out else {}
         if is_main():
             self.tokenizer.save_pretrained(self.directory / "model")
@@ -134,8 +150,7 @@ class Run:
         """A file of the run directory, by the main process."""
         if is_main():
             self.directory.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(content, indent=2) + "\n"
-            (self.directory / name).write_text(text, "utf-8")
+            write_whole(self.directory / name, json.dumps(content, indent=2) + "\n")
 
     def look(self) -> Metrics:
         """Held-out figures on the way, at the temperature of the rollouts; keeps some answers."""
@@ -171,7 +186,7 @@ class Run:
 
 
 def load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The policy: whole, or beneath an adapter; with the tokenizer's end and padding tokens."""
+    """The policy: whole, or beneath an adapter; with the tokenizer's end token if it names none."""
     # shards go to their device one by one; a whole model may not fit there
     on_gpu = torch.cuda.is_available() and not (in_group() and config.shard == "fsdp")
     device = "cuda" if on_gpu else "cpu"
@@ -181,8 +196,8 @@ def load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrai
     generation = model.generation_config
     if generation.eos_token_id is None:
         generation.eos_token_id = tokenizer.eos_token_id
-    if generation.pad_token_id is None:
-        generation.pad_token_id = tokenizer.pad_token_id
+        # transformers saves one that contradicts itself only as it was loaded
+        generation.validate(strict=True)
     if config.gradient_checkpointing:
         # the older name is deprecated where there is the newer one
         old = model.gradient_checkpointing_enable
@@ -223,9 +238,8 @@ def check_positions(config: RunConfig, longest: int) -> None:
         config: names the model, whose weights are not read.
         longest: tokens of the longest prompt.
     """
-    described = from_hub(AutoConfig, config.model).get_text_config()
-    positions = getattr(described, "max_position_embeddings", None)
-    if not positions or longest + config.max_new_tokens <= positions:
+    positions = positions_of(from_hub(AutoConfig, config.model))
+    if positions is None or longest + config.max_new_tokens <= positions:
         return
     has = f"the model has {positions} positions and the longest prompt {longest} tokens"
     if longest < positions:

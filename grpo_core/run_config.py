@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from dataclasses import dataclass, fields, replace
@@ -64,7 +65,10 @@ class RunConfig(TrainingOptions):
     rewards: list[str] = option(
         ["math", "format"], f"Any of {', '.join(REWARDS)}, and path.py:function."
     )
-    reward_weights: list[float] = option([1.0, 0.2], "Weight of each reward, in their order.")
+    reward_weights: list[float] = option(
+        [],
+        "Weight of each reward, in their order. Default: 1 and 0.2 for math format, else 1 each.",
+    )
     system: str = option("", "System message before every prompt; needs a chat template.")
     template: str = option("", 'Prompt template, for example "Question: {prompt}".')
     longest_prompt: int = option(0, "Leave out prompts of more tokens; 0: keep all.")
@@ -130,6 +134,13 @@ class RunConfig(TrainingOptions):
                 raise ValueError(f"{name}: expected a value, got nothing")
         if not self.rewards:
             raise ValueError("rewards: expected at least one, got none")
+        if self.reward_weights and len(self.reward_weights) != len(self.rewards):
+            raise ValueError(
+                f"reward_weights: expected {len(self.rewards)}, one for each of {self.rewards}, "
+                f"got {len(self.reward_weights)}"
+            )
+        if not all(map(math.isfinite, self.reward_weights)):
+            raise ValueError(f"reward_weights: expected finite numbers, got {self.reward_weights}")
         check_at_least(self, 0, "held_out", "longest_prompt", "lora_rank", "samples", "threads")
         check_at_least(self, 1, "prompts_per_step", "max_new_tokens", "eval_samples")
         check_at_least(self, 0, "eval_temperature", "sampler_low")
@@ -174,7 +185,7 @@ class RunConfig(TrainingOptions):
                 check_file("rewards", path)
         # reasoning-gym's data sets bring their own scoring
         if "math" in self.rewards and not self.data.startswith(GYM):
-            check_package("rewards: math", "math_verify", "'math-verify[antlr4_13_2]'")
+            check_package("rewards: math", "math_verify", "math-verify")
         self._check_sources()
         for name in self.log:
             check_package("log", name)
@@ -220,6 +231,12 @@ class RunConfig(TrainingOptions):
             raise ValueError(f"model: expected a folder or a name of the hub, found no {folder}")
         if folder.is_dir() and not (folder / "config.json").exists():
             raise ValueError(f"model: expected a model, found no config.json in {folder}")
+
+    @property
+    def weights(self) -> list[float]:
+        """One for each reward."""
+        default = [1.0, 0.2] if self.rewards == ["math", "format"] else [1.0] * len(self.rewards)
+        return self.reward_weights or default
 
     def trainer(self, sampling: Sampling) -> TrainerConfig:
         """The part that the trainer needs."""

@@ -31,7 +31,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from grpo_core.validation import must_validate
+from grpo_core.validation import check_floats, check_ids, check_mask, is_number
 
 Level = Literal["token", "sequence", "geometric"]
 Action = Literal["truncate", "zero", "reject"]
@@ -60,7 +60,8 @@ class SamplerCorrection:
             value = getattr(self, name)
             if value not in get_args(choices):
                 raise ValueError(f"{name}: expected one of {get_args(choices)}, got {value!r}")
-        if not 0 <= self.low <= self.high:
+        numbers = is_number(self.low) and is_number(self.high)
+        if not numbers or not 0 <= self.low <= self.high:
             raise ValueError(f"low: expected 0 <= low <= high, got {self.low!r} and {self.high!r}")
 
 
@@ -167,11 +168,12 @@ def off_policy_mask(
 
     Source: DeepSeek-V3.2 (arXiv 2512.02556, sec. 3.1); TRL's off_policy_mask_threshold.
     """
-    if not -math.inf < delta <= math.inf:
+    if not is_number(delta) or not -math.inf < delta <= math.inf:
         raise ValueError(f"delta: expected a number, got {delta!r}")
-    if advantage.shape not in (logp.shape, logp.shape[:1]):
-        want = f"{list(logp.shape)} or {list(logp.shape[:1])}"
-        raise ValueError(f"advantage: expected shape {want}, got {list(advantage.shape)}")
+    shape = tuple(check_floats("logp", logp).shape)
+    if len(shape) not in (1, 2):
+        raise ValueError(f"logp: expected shape [B, T] or [N], got {list(shape)}")
+    check_floats("advantage", advantage, shape, shape[:1], device=logp.device)
     drift, kept, nonfinite = _log_ratio(old_logp, "logp", logp, mask)
     drift, kept = _per_sequence(drift, kept, sequence_id, mean=True, validate=validate)
     if advantage.ndim < logp.ndim:
@@ -186,13 +188,12 @@ def _log_ratio(
     upper: Tensor, name: str, lower: Tensor, mask: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(upper − lower float64, the mask where it is finite, how often it is not)."""
-    if upper.ndim not in (1, 2) or not upper.is_floating_point():
-        got = f"{list(upper.shape)} {upper.dtype}"
+    if check_floats("old_logp", upper).ndim not in (1, 2):
+        got = list(upper.shape)
         raise ValueError(f"old_logp: expected floating point [B, T] or [N], got {got}")
-    for what, tensor in ((name, lower), ("mask", mask)):
-        if tensor.shape != upper.shape:
-            want = list(upper.shape)
-            raise ValueError(f"{what}: expected shape {want}, got {list(tensor.shape)}")
+    shape, device = tuple(upper.shape), upper.device
+    check_floats(name, lower, shape, device=device)
+    check_mask("mask", mask, shape, device=device)
     present = mask != 0
     kept = present & upper.isfinite() & lower.isfinite()
     difference = torch.where(kept, upper.double() - lower.double(), 0.0)
@@ -215,18 +216,9 @@ def _per_sequence(
         return (total / length.clamp(min=1) if mean else total).expand_as(vector), kept
     if sequence_id is None:
         raise ValueError("sequence_id: expected [N] for packed tokens, got None")
-    if sequence_id.shape != vector.shape or sequence_id.is_floating_point():
-        got = f"{list(sequence_id.shape)} {sequence_id.dtype}"
-        raise ValueError(f"sequence_id: expected integers [N] = {list(vector.shape)}, got {got}")
     N = len(vector)
-    inside = (sequence_id >= 0) & (sequence_id < N)
-    if must_validate(validate, vector) and not inside.all():
-        at = int((~inside).nonzero()[0, 0])
-        raise ValueError(
-            f"sequence_id: expected integers in [0, N = {N}), got {sequence_id[at]} at row {at}"
-        )
+    sequence, inside = check_ids("sequence_id", sequence_id, "N", N, vector, validate)
     kept = kept & inside
-    sequence = sequence_id.long().clamp(0, max(N - 1, 0))
     zeros = torch.zeros_like(vector)
     total = zeros.scatter_add(0, sequence, torch.where(kept, vector, 0.0))
     length = zeros.scatter_add(0, sequence, kept.double()).clamp(min=1)

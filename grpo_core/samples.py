@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo_core.distributed import is_main
 from grpo_core.evaluate import Evaluation
 from grpo_core.monitor import append_json
-from grpo_core.rewards import Scores
+from grpo_core.rewards import Scores, best_and_worst
 from grpo_core.rollout import Problem
 
 Kind = Literal["held out", "best", "worst"]
@@ -100,10 +100,12 @@ class Samples:
         """
         if not is_main():
             return
-        best, worst = int(scores.total.argmax()), int(scores.total.argmin())
-        chosen: list[tuple[Kind, int]] = [("best", best)]
-        if scores.total[best] != scores.total[worst]:
-            chosen.append(("worst", worst))
+        best, worst = best_and_worst(scores.total)
+        chosen: list[tuple[Kind, int]] = []
+        if not scores.total[best].isnan():
+            chosen.append(("best", best))
+            if scores.total[best] != scores.total[worst]:
+                chosen.append(("worst", worst))
         self.rollout = [
             self._sample(kind, step, problems[n], completions[n], scores, n) for kind, n in chosen
         ]

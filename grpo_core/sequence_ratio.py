@@ -73,6 +73,13 @@ class SequenceRatio:
             gradient = self._means(gradient)
         return torch.where(self._bounded(log_ratio) == log_ratio, gradient, 0.0)
 
+    def spread(self, dropped: Tensor) -> Tensor:
+        """[N] bool tokens -> those and all tokens that share their ratio."""
+        if self.level == "token":
+            return dropped
+        lost = torch.zeros(self.sequences, dtype=torch.int32, device=dropped.device)
+        return lost.index_add_(0, self.sequence, dropped.int())[self.sequence] > 0
+
     def _bounded(self, log_ratio: Tensor) -> Tensor:
         """The log-ratios after `token_clip`."""
         if self.token_clip is None:

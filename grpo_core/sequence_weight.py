@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grpo_core.validation import is_number
+
 # e²⁰ is far beyond any ratio one would trust, and far below what overflows
 LARGEST_LOG_RATIO = 20.0
 # a sequence this unlikely has no weight left
@@ -38,7 +40,7 @@ class SequenceWeight:
 
     def __post_init__(self) -> None:
         for name, number in vars(self).items():
-            if not 0 <= number < math.inf:
+            if not is_number(number) or not 0 <= number < math.inf:
                 raise ValueError(f"{name}: expected a finite number >= 0, got {number!r}")
 
     def of(

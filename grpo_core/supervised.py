@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from grpo_core.batch import Rows, rows_of
 from grpo_core.options import check_at_least, check_warmup, warmup
+from grpo_core.rollout import check_context
 
 if TYPE_CHECKING:
     from grpo_core.dpo import PreferenceConfig
@@ -66,6 +67,12 @@ def pad_examples(examples: Sequence[Example], prompt_loss: bool, device: torch.d
     return rows_of(ids.to(device), attention.to(device), is_target.to(device))
 
 
+def check_lengths(model: PreTrainedModel, examples: Sequence[Example]) -> None:
+    """Raises ValueError for an example of more tokens than the model has positions."""
+    prompt, completion = max(examples, key=lambda each: len(each.prompt) + len(each.completion))
+    check_context(model.config, len(prompt), len(completion), "prompt + completion")
+
+
 def train_supervised(
     model: PreTrainedModel,
     examples: Sequence[Example],
@@ -78,7 +85,13 @@ def train_supervised(
 
     Returns:
         The loss of every step, nats per token.
+
+    Raises:
+        ValueError: there are no examples, or one has more tokens than the model has positions.
     """
+    if not examples:
+        raise ValueError("examples: expected at least one, got none")
+    check_lengths(model, examples)
 
     def loss_of(chosen: list[Example]) -> tuple[Tensor, Tensor]:
         rows = pad_examples(chosen, config.prompt_loss, model.device)

@@ -6,16 +6,15 @@ set of reasoning-gym with its own scoring. Both read a completion's only `<answe
 
 from __future__ import annotations
 
-import re
-import threading
 from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from grpo_core.answers import same_answer
 from grpo_core.data import problems_of
 from grpo_core.extras import extra
-from grpo_core.rewards import FunctionReward, given_answer
+from grpo_core.rewards import FunctionReward, continued, given_answer
 from grpo_core.rollout import Problem
 
 # how a model is told where its answer belongs; for base models and chat models alike
@@ -23,18 +22,6 @@ INSTRUCTION = (
     "Think between <think> and </think>, then give the final answer alone between <answer> and "
     "</answer>."
 )
-# what would leave a calculation to the one who compares: signs between, powers, two numbers
-CALCULATION = re.compile(r"[+*^=]|\\times|\\cdot|\\div|[\d)}]\s*-|\d\s+\d|/.*/")
-DIGITS = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
-FRACTION = re.compile(
-    rf"{DIGITS}\s*/\s*{DIGITS}|\\[dt]?frac\s*(?:{{{DIGITS}}}\s*{{{DIGITS}}}|\d\s*\d)"
-)
-# what may stand around a number: a box, a currency, words, a unit; no command that computes
-AROUND = r"(?:\\boxed|\\text|\\[$%,!; ]|[^\W\d_]|[\s{}$€£%°.:'])*"
-ONE_NUMBER = re.compile(rf"{AROUND}(?:[-−]{AROUND})?(?:{FRACTION.pattern}|{DIGITS}){AROUND}")
-# of words or symbols, and not of a command's name
-LETTERS = re.compile(r"(?<![\\a-z])[^\W\d_]")
-PATIENCE = 5  # seconds for one comparison
 
 
 def math_accuracy(
@@ -49,8 +36,12 @@ def math_accuracy(
     Raises:
         ModuleNotFoundError: math-verify is not installed.
     """
+    extra("math_verify", "math_verify is needed here", "'math-verify'")
     pairs = zip(completions, answer, strict=True)
-    return [float(_equal(given_answer(text), str(true))) for text, true in pairs]
+    return [
+        float(same_answer(given_answer(text) or "", str(true).rpartition("####")[2]))
+        for text, true in pairs
+    ]
 
 
 def reasoning_gym_task(
@@ -88,6 +79,7 @@ def reasoning_gym_task(
         for entry in data
     ]
 
+    @continued
     def accuracy(completions: Sequence[str], entry: Sequence[Any], **_: Any) -> list[float]:
         """Some data sets give a part for a wrong answer; that is none here."""
         given = [given_answer(text) for text in completions]
@@ -101,28 +93,3 @@ def reasoning_gym_task(
     else:
         problems = problems_of(records, tokenizer, template="{prompt}\n" + INSTRUCTION + "\n")
     return problems, FunctionReward(tokenizer, {"accuracy": accuracy})
-
-
-def _equal(given: str | None, true: str) -> bool:
-    """Whether two answers are the same mathematics."""
-    true = true.rpartition("####")[2].strip()
-    if not given or (CALCULATION.search(given) and not CALCULATION.search(true)):
-        return False
-    if given == true:
-        return True
-    if ONE_NUMBER.fullmatch(true) and not LETTERS.search(true):
-        whole = not FRACTION.search(true) and "." not in true
-        if not ONE_NUMBER.fullmatch(given) or (whole and FRACTION.search(given)):
-            return False
-        # "20%" says of a percentage what "20" does, and not that it is a fifth
-        given = given if "%" in true else given.replace("\\%", "").replace("%", "")
-    library = extra("math_verify", "math_verify is needed here", "'math-verify[antlr4_13_2]'")
-    # its own clock is a signal, which only the main thread may set
-    main = threading.current_thread() is threading.main_thread()
-    patience = PATIENCE if main else None
-    expected, got = (
-        # as one formula: prose is then no number with prose around it
-        library.parse(f"${text.strip().strip('$')}$", parsing_timeout=patience)
-        for text in (true, given)
-    )
-    return bool(library.verify(expected, got, timeout_seconds=patience))

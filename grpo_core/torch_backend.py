@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grpo_core.estimators import Estimator, relative_advantages
 from grpo_core.kernels.kl import times_ratio
 from grpo_core.kernels.records import (
     Level,
@@ -159,24 +160,20 @@ def sequence_loss(stats: RowStats, tokens: TokenVectors, level: Level, terms: Te
     ratios = SequenceRatio.of(level, tokens.advantage)
     log_ratio = ratios.forward(token_ratio)
     token = token_loss(logp, log_ratio, tokens, entropy, exact_kl, terms)
+    lost = ratios.spread(token.dropped)
     dlogp = token.dlogp + ratios.backward(token_ratio, token.dlog_ratio)
-    dlogp = torch.where(token.dropped, 0.0, dlogp)
-    ratio, total = torch.where(level.valid, log_ratio.exp(), 0.0), token.loss.sum()
-    return RowLoss(logp, entropy, ratio, token.kl, token.loss, dlogp, token.dropped, state, total)
+    dlogp, loss = (torch.where(lost, 0.0, vector) for vector in (dlogp, token.loss))
+    dropped = lost & level.valid & (tokens.weight != 0)
+    ratio = torch.where(level.valid, log_ratio.exp(), 0.0)
+    return RowLoss(logp, entropy, ratio, token.kl, loss, dlogp, dropped, state, loss.sum())
 
 
 def group_norm(
     rewards: Tensor, group_size: int, *, scale: bool, ddof: int, epsilon: float
 ) -> Tensor:
     """Advantage of every completion within its group; float64 for float64 rewards, else float32."""
-    rewards = rewards if rewards.dtype == torch.float64 else rewards.float()
-    groups = rewards.view(-1, group_size)
-    centred = groups - groups.amax(1, keepdim=True)
-    centred = centred - centred.mean(1, keepdim=True)
-    if scale:
-        variance = centred.square().sum(1, keepdim=True) / max(group_size - ddof, 1)
-        centred = centred / (variance.sqrt() + epsilon)
-    return centred.flatten()
+    estimator = Estimator("group", "group" if scale else None, ddof, epsilon)
+    return relative_advantages(rewards, group_size, estimator, validate=False)
 
 
 def _readable(target: Tensor, V: int) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 from types import FunctionType, SimpleNamespace
 
 import torch
@@ -60,7 +60,7 @@ _SCALAR_MATH = {
 }
 
 
-@cache
+@lru_cache
 def as_torch(formula: Callable) -> Callable:
     """The same formula over tensors: value and derivative, elementwise, any floating dtype."""
     function = getattr(formula, "fn", formula)

@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prepare(f"{way} from a base model, in {config.output}/", config.threads)
     import torch
 
-    from grpo_core.checkpoint import Interrupted
+    from grpo_core.checkpoint import Interrupted, heeding_interrupts
     from grpo_core.demo import Demo
     from grpo_core.report import markdown, show
 
@@ -29,8 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     try:
-        stages = demo.run()
-    except (ValueError, FloatingPointError) as error:
+        with heeding_interrupts():
+            stages = demo.run()
+    except (FloatingPointError, OSError, ValueError) as error:
         print(f"\nstopped: {error}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, Interrupted) as stop:

@@ -37,7 +37,7 @@ from grpo_core.parallel import accumulating, policy_of, whole
 from grpo_core.reference_model import reference_of
 from grpo_core.resampling import Answered, batch_advantages, collect, dealt_out
 from grpo_core.rewards import Reward, Scores
-from grpo_core.rollout import Problem, Rollout, Sampling
+from grpo_core.rollout import Problem, Rollout, Sampling, check_context
 from grpo_core.rollouts import Engine, Rollouts
 from grpo_core.samples import Samples
 from grpo_core.shares import alike, check_shares, divisor, figures_of_all, own_share
@@ -92,6 +92,9 @@ class Trainer:
         engine: Engine | None = None,
     ) -> None:
         check_shares(config)
+        if problems := getattr(draw_problems, "problems", None):
+            longest = max(len(problem.prompt) for problem in problems)
+            check_context(model.config, longest, config.sampling.max_new_tokens)
         if config.loss != "fused":
             check_output_matrix(model)
         elif not has_fused_head(model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +22,7 @@ from grpo_core.checkpoint import (
     step_of,
 )
 from grpo_core.distributed import gathered, is_main, rank, world
-from grpo_core.monitor import Metrics, keep_records
+from grpo_core.monitor import Metrics, keep_records, writing
 from grpo_core.options import check_unchanged
 from grpo_core.parallel import is_sharded, load_shards, shards_of
 
@@ -33,7 +34,7 @@ def save(trainer: Trainer, directory: Path) -> Path:
     """Everything the run needs to go on, as a checkpoint under `directory`."""
     state = {
         "config": trainer.config.identity(),
-        "processes": _processes(trainer),
+        **_given(trainer),
         "random": gathered(random_states()),
         "skipped_updates": trainer.skipped_updates,
         "skipped_in_a_row": trainer.skipped_in_a_row,
@@ -58,7 +59,7 @@ def resume(trainer: Trainer) -> int:
         return 0
     last = found[-1]
     state = torch.load(last / STATE, map_location="cpu", weights_only=True)
-    check_unchanged({"processes": _processes(trainer)}, state, last)
+    check_unchanged(_given(trainer), state, last)
     check_unchanged(trainer.config.identity(), state["config"], last)
     if is_sharded(trainer.model):
         load_shards(last / SHARDS, trainer.model, trainer.optimizer)
@@ -84,8 +85,12 @@ def give_up(trainer: Trainer, parts: Sequence[Batch], metrics: Metrics) -> None:
         trainer.checkpoints.mkdir(parents=True, exist_ok=True)
         of_rank = f"-{rank()}" if world() > 1 else ""
         file = trainer.checkpoints / f"not-finite-{step:06d}{of_rank}.pt"
-        torch.save([asdict(part) for part in parts], file)
         where = f"they lie in {file}"
+        try:
+            with writing(file):
+                torch.save([asdict(part) for part in parts], file)
+        except OSError as error:
+            where = str(error)
     raise FloatingPointError(
         f"step {step}: {trainer.skipped_in_a_row} updates in a row had a loss or gradient that is "
         f"not finite, or a ratio above e^max_log_ratio (loss {metrics['loss']}, gradient norm "
@@ -98,6 +103,33 @@ def _processes(trainer: Trainer) -> str:
     """How many there are, and how the model is spread over them."""
     alone = world() == 1 and trainer.config.shard == "ddp"
     return "1" if alone else f"{world()} ({trainer.config.shard})"
+
+
+def _given(trainer: Trainer) -> dict[str, str | None]:
+    """What a run is given besides its options, and a checkpoint does not hold."""
+    # of a source that has one, such as `data.Epochs`
+    data = getattr(trainer.draw_problems, "fingerprint", None)
+    return {
+        "processes": _processes(trainer),
+        "data_fingerprint": data,
+        "start_weights": _start_weights(trainer),
+    }
+
+
+def _start_weights(trainer: Trainer) -> str | None:
+    """A hash of some elements of every weight that is not trained: reference, or beneath adapters.
+
+    None for shards, of which each process has others.
+    """
+    if is_sharded(trainer.model):
+        return None
+    kept = [weight for weight in trainer.model.parameters() if not weight.requires_grad]
+    if trainer.reference is not None and trainer.reference is not trainer.model:
+        kept += trainer.reference.parameters()
+    digest = hashlib.sha256()
+    for weight in kept:
+        digest.update(weight.detach().flatten()[:256].float().cpu().numpy().tobytes())
+    return f"sha256 {digest.hexdigest()[:16]}"
 
 
 def _forget_steps(trainer: Trainer, after: int) -> None:

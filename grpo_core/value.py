@@ -25,7 +25,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from grpo_core.validation import must_validate
+from grpo_core.validation import check_floats, check_mask, is_number, must_validate
 
 KL = Literal["k1", "k2", "k3", "abs"]
 # added to the variance, as in verl and TRL
@@ -67,9 +67,9 @@ def rewards_with_kl(
     """
     if kl not in get_args(KL):
         raise ValueError(f"kl: expected one of {get_args(KL)}, got {kl!r}")
-    if not 0 <= beta < math.inf:
+    if not is_number(beta) or not 0 <= beta < math.inf:
         raise ValueError(f"beta: expected a finite number >= 0, got {beta!r}")
-    present = _present(mask, logp)
+    present = _present(mask, "logp", logp)
     _check_floats("logp", logp, tuple(logp.shape), present, validate)
     _check_floats("ref_logp", ref_logp, tuple(logp.shape), present, validate)
     _check_floats("rewards", rewards, tuple(logp.shape[:1]), present.any(1), validate)
@@ -120,12 +120,13 @@ def gae(
     Source: GAE (arXiv 1506.02438, eq. 16).
     """
     for name, factor in (("gamma", gamma), ("lam", lam)):
-        if not 0 <= factor <= 1:
+        if not is_number(factor) or not 0 <= factor <= 1:
             raise ValueError(f"{name}: expected a number in [0, 1], got {factor!r}")
-    present = _present(mask, rewards)
+    present = _present(mask, "rewards", rewards)
     _check_floats("rewards", rewards, tuple(rewards.shape), present, validate)
     B, T = rewards.shape
     bootstrap = torch.zeros(B, dtype=torch.float64, device=rewards.device)
+    check_floats("values", values, (B, T), (B, T + 1), device=rewards.device)
     if values.shape == (B, T + 1):
         values, bootstrap = values[:, :-1], values[:, -1].double()
         _check_floats("values", bootstrap, (B,), present.any(1), validate)
@@ -149,7 +150,8 @@ def gae(
 @torch.no_grad()
 def whiten(vector: Tensor, mask: Tensor) -> Tensor:
     """(x − mean) / √(variance + 1e-8) by the valid entries, n − 1 in the variance; 0 elsewhere."""
-    present = mask != 0
+    shape = tuple(check_floats("vector", vector).shape)
+    present = check_mask("mask", mask, shape, device=vector.device) != 0
     count = present.sum()
     centred = torch.where(present, vector.double(), 0.0)
     centred = torch.where(present, centred - centred.sum() / count, 0.0)
@@ -195,14 +197,14 @@ def value_loss(
 
     Source: openai/baselines, ppo2 (PPO, arXiv 1707.06347); TRL and verl: the same.
     """
-    if not eps > 0:
+    if not is_number(eps) or not eps > 0:
         raise ValueError(f"eps: expected a number > 0, got {eps!r}")
-    shape = tuple(values.shape)
-    _check_shape("weight", weight, shape)
-    present = weight != 0
-    named = {"values": values, "old_values": old_values.detach(), "returns": returns.detach()}
+    shape = tuple(check_floats("values", values).shape)
+    present = check_floats("weight", weight, shape, device=values.device) != 0
+    named = {"values": values, "old_values": old_values, "returns": returns}
     for name, vector in named.items():
         _check_floats(name, vector, shape, present, validate)
+    named = {name: x if x is values else x.detach() for name, x in named.items()}
     v, old, target = (_like(values, torch.where(present, x, 0.0)) for x in named.values())
     plain = (v - target).square()
     clipped = (v.clamp(old - eps, old + eps) - target).square()
@@ -217,7 +219,9 @@ def value_loss(
 @torch.no_grad()
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """1 − Var(return − V) / Var(return) over the valid tokens: 0-dim float32, NaN for Var = 0."""
-    present = mask != 0
+    shape = tuple(check_floats("values", values).shape)
+    check_floats("returns", returns, shape, device=values.device)
+    present = check_mask("mask", mask, shape, device=values.device) != 0
     count = present.sum()
 
     def spread(vector: Tensor) -> Tensor:
@@ -250,28 +254,19 @@ def _like(model: Tensor, result: Tensor) -> Tensor:
     return result if model.dtype == torch.float64 else result.float()
 
 
-def _present(mask: Tensor, padded: Tensor) -> Tensor:
+def _present(mask: Tensor, name: str, padded: Tensor) -> Tensor:
     """Where the mask is not 0; raises ValueError unless both are [B, T]."""
-    if padded.ndim != 2:
-        raise ValueError(f"mask: expected a padded batch [B, T], got {list(padded.shape)}")
-    _check_shape("mask", mask, tuple(padded.shape))
-    return mask != 0
-
-
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless `tensor` has that shape."""
-    if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
-        got = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise ValueError(f"{name}: expected shape {list(shape)}, got {got}")
+    shape = tuple(check_floats(name, padded).shape)
+    if len(shape) != 2:
+        raise ValueError(f"{name}: expected a padded batch [B, T], got {list(shape)}")
+    return check_mask("mask", mask, shape, device=padded.device) != 0
 
 
 def _check_floats(
     name: str, tensor: Tensor, shape: tuple[int, ...], present: Tensor, validate: bool | None
 ) -> None:
     """Raises ValueError unless `tensor` has that shape and finite numbers where present."""
-    _check_shape(name, tensor, shape)
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+    check_floats(name, tensor, shape, device=present.device)
     if not must_validate(validate, tensor):
         return
     bad = present & ~tensor.isfinite()

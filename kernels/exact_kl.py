@@ -16,10 +16,11 @@ that π allows.
 from .language import tl, triton
 from .online_softmax import (
     LN2,
-    LOWEST,
-    absorb,
     add_powers,
+    as_state,
+    finite_base,
     is_near,
+    largest_other,
     load_others,
     log_sides,
     row_anchor,
@@ -62,16 +63,20 @@ def row_softmax_pair(
         anchor, rest, moment, ref_anchor, ref_rest, cross = strided_pair(
             row_ptr, ref_ptr, V, target, scale, THREADS, WIDTH
         )
-    if not (is_near(rest) & is_near(ref_rest)):
-        near = is_near(rest)
-        peak, others, moments, ref_anchor, ref_rest, cross = online_pair(
-            row_ptr, ref_ptr, V, target, scale, THREADS, WIDTH
+    near = is_near(anchor, rest)
+    if not (near & is_near(ref_anchor, ref_rest)):
+        largest, _ = largest_other(row_ptr, V, target, THREADS, WIDTH)
+        ref_largest, _ = largest_other(ref_ptr, V, target, THREADS, WIDTH)
+        others, moments, ref_rest, cross = pair_below(
+            row_ptr, ref_ptr, V, target, largest, ref_largest, scale, THREADS, WIDTH
         )
+        ref_anchor, ref_rest, _, ref_shift = as_state(ref_largest, ref_rest, 0.0, scale)
+        peak, whole, moments, shift = as_state(largest, others, moments, scale)
         # where only π_ref has a bad anchor, π keeps what it has without one
-        shift = tl.where(near, peak - anchor, 0.0)
-        cross = tl.exp2(shift) * (cross + shift * others)
+        shift = tl.where(near, tl.fma(largest, scale, -anchor), shift)
+        cross = tl.exp2(shift) * (cross + (shift - ref_shift) * others)
         anchor = tl.where(near, anchor, peak)
-        rest = tl.where(near, rest, others)
+        rest = tl.where(near, rest, whole)
         moment = tl.where(near, moment, moments)
     return anchor, rest, moment, ref_anchor, ref_rest, cross
 
@@ -191,50 +196,28 @@ def in_order(anchors, sums, order):
 
 
 @triton.jit
-def online_pair(
+def pair_below(
     row_ptr,
     ref_ptr,
     V,
     target,
+    largest,
+    ref_largest,
     scale,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """What `row_softmax_pair` gives, by running maxima as `online_sums`: for any rows."""
+    """The sums of `add_pair`, each row's c relative to the largest of its other words."""
     columns = strided_columns(THREADS, WIDTH)
-    peak = tl.full([THREADS], LOWEST, tl.float32)
-    zeros = tl.zeros([THREADS], tl.float32)
-    # (M, S, Σ 2^c·c) of π, (M, S, Σ 2^c·c) of π_ref, and Σ 2^c·(c − c_ref)
-    pair = peak, zeros, zeros, peak, zeros, zeros, zeros
+    zeros = tl.zeros([THREADS, WIDTH], tl.float32)
+    sums = zeros, zeros, zeros, zeros
+    base, ref_base = finite_base(largest), finite_base(ref_largest)
     for first in range(0, V, THREADS * WIDTH):
-        logits = load_others(row_ptr, first + columns, V, target)
-        ref_logits = load_others(ref_ptr, first + columns, V, target)
-        pair = absorb_pair(pair, logits, ref_logits, scale)
-
-    peak, rest, moment, ref_peak, ref_rest, _, cross = pair
-    row_peak, row_ref_peak = tl.max(peak, 0), tl.max(ref_peak, 0)
-    shift = peak - row_peak
-    ref_shift = ref_peak - row_ref_peak
-    decay = tl.exp2(shift)
-    cross = tl.sum(decay * (cross + (shift - ref_shift) * rest), 0)
-    moment = tl.sum(decay * (moment + shift * rest), 0)
-    rest = tl.sum(decay * rest, 0)
-    return row_peak, rest, moment, row_ref_peak, tl.sum(tl.exp2(ref_shift) * ref_rest, 0), cross
-
-
-@triton.jit
-def absorb_pair(pair, logits, ref_logits, scale):
-    """Takes the same tile of both rows into the running sums of `online_pair`."""
-    old_peak, old_rest, moment, old_ref_peak, ref_rest, ref_moment, cross = pair
-    peak, rest, moment = absorb(old_peak, old_rest, moment, logits, scale)
-    ref_peak, ref_rest, ref_moment = absorb(old_ref_peak, ref_rest, ref_moment, ref_logits, scale)
-    shift = old_peak - peak
-    moved = shift - (old_ref_peak - ref_peak)
-    cross = tl.exp2(shift) * (cross + moved * old_rest)
-    centred = tl.fma(logits, scale, -peak[:, None])
-    ref_centred = tl.fma(ref_logits, scale, -ref_peak[:, None])
-    cross += tl.sum(weighted_gap(tl.exp2(centred), centred, ref_centred), 1)
-    return peak, rest, moment, ref_peak, ref_rest, ref_moment, cross
+        logits = load_others(row_ptr, first + columns, V, target) - base
+        ref_logits = load_others(ref_ptr, first + columns, V, target) - ref_base
+        sums = add_pair(sums, logits, ref_logits, scale, (0.0, 0.0))
+    _, rest, moment, _, ref_rest, cross = in_order((0.0, 0.0), sums, strided_order(THREADS, WIDTH))
+    return rest, moment, ref_rest, cross
 
 
 @triton.jit
@@ -243,6 +226,7 @@ def exact_kl(z, rest, ref_z, ref_rest, cross):
     logp, log_others = log_sides(z)
     ref_logp, ref_log_others = log_sides(ref_z)
     others, mine = sigmoid2(z), sigmoid2(-z)
+    rest, ref_rest = tl.abs(rest), tl.abs(ref_rest)
     kl_others = (cross / rest - tl.log2(rest) + tl.log2(ref_rest)) * LN2
     kl_others = tl.where(cross == float("inf"), cross, kl_others)
     kl = tl.where(others > 0, others * (log_others - ref_log_others + kl_others), 0.0)

@@ -3,7 +3,8 @@
     A_i = (R_i − mean R) / (std R + ε) over the G completions of a prompt, or without the divisor.
 
 Rewards are counted from the largest of their group, so that a group of equal rewards gives exactly
-0 and adding a constant to the rewards changes nothing.
+0 and adding a constant to the rewards changes nothing. A deviation is that of distances in units of
+the largest, whose squares neither overflow nor vanish.
 """
 
 import torch
@@ -26,15 +27,21 @@ def _group_norm_kernel(
     member = tl.arange(0, BLOCK_G)
     inside = member < G
     rewards = tl.load(rewards_ptr + group * G + member, mask=inside, other=float("-inf"))
-    # counted from the largest before float64 is given up, after bfloat16 is
-    if rewards_ptr.dtype.element_ty != tl.float64:
-        rewards = rewards.to(tl.float32)
-    centred = tl.where(inside, rewards - tl.max(rewards, 0), 0.0).to(tl.float32)
+    # a quarter, so that the distance of two float32 is one
+    rewards = rewards.to(tl.float32) * 0.25
+    centred = tl.where(inside, rewards - tl.max(rewards, 0), 0.0)
+    if SCALE:
+        unit = -tl.min(centred, 0)
+        unit = tl.where(unit > 0, unit, 1.0)
+        centred = centred / unit
     centred = tl.where(inside, centred - tl.sum(centred, 0) / G, 0.0)
     if SCALE:
-        variance = tl.sum(centred * centred, 0) / freedom
-        centred = centred / (tl.sqrt(variance) + epsilon)
-    tl.store(advantage_ptr + group * G + member, centred, mask=inside)
+        divisor = tl.sqrt(tl.sum(centred * centred, 0) / freedom) + epsilon * 0.25 / unit
+        # equal rewards have no deviation, and epsilon may be 0
+        advantage = centred / tl.where(divisor > 0, divisor, 1.0)
+    else:
+        advantage = centred * 4
+    tl.store(advantage_ptr + group * G + member, advantage, mask=inside)
 
 
 def group_norm(
@@ -43,7 +50,7 @@ def group_norm(
     """Advantage of every completion within its group of `group_size` neighbours.
 
     Args:
-        rewards: [B] floating point, contiguous, B a multiple of `group_size`.
+        rewards: [B] float32 or narrower, contiguous, B a multiple of `group_size`.
         scale: divide by the standard deviation (`ddof` degrees of freedom taken off) + `epsilon`.
 
     Returns:

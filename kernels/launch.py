@@ -43,6 +43,8 @@ SEQUENCE_BLOCK, SEQUENCE_WARPS, SEQUENCE_REGISTERS = 512, 8, 64
 # a program's last act: few registers, beside those of a row
 SUM_BLOCK = 512
 
+# rows of logits, whose strides every kernel takes
+MATRICES = ("logits_ptr", "ref_logits_ptr", "dlogits_ptr")
 
 # what a kernel is told of a row's second reading where there is none
 ONE_READING: dict[str, Any] = {"HELD": 0, "KEPT": None, "BACKWARDS": False}
@@ -168,11 +170,33 @@ def untuned(V: int) -> Tuning:
     return Tuning(warps=4 if V <= 8192 else 8)
 
 
-def launch(kernel: Any, programs: int, on: torch.Tensor, **arguments: Any) -> None:
-    """Starts `programs` programs on the device of `on`, which need not be the current one."""
+def launch(
+    kernel: Any,
+    programs: int,
+    on: torch.Tensor,
+    strided: tuple[str, ...] = MATRICES,
+    **arguments: Any,
+) -> None:
+    """Starts `programs` programs on the device of `on`, which need not be the current one.
+
+    Products and sums are contracted only where a kernel names `tl.fma`: what the compiler contracts
+    differs from kernel to kernel, and with it the bits of one formula in two kernels.
+
+    Args:
+        strided: tensors whose strides the kernel takes; it reads all others as contiguous.
+
+    Raises:
+        ValueError: a tensor that the kernel would read at the wrong places.
+    """
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor) and name not in strided and not value.is_contiguous():
+            raise ValueError(
+                f"{kernel.__name__}: {name}: expected a contiguous tensor, got shape "
+                f"{list(value.shape)} with strides {value.stride()}"
+            )
     if programs:
         with torch.cuda.device_of(on):
-            kernel[(programs,)](**arguments)
+            kernel[(programs,)](**arguments, enable_fp_fusion=False)
 
 
 def at_most_registers(most: int) -> dict[str, int]:

@@ -12,8 +12,13 @@ waits for another until the row is finished. Logits are scaled by log₂(e)/T in
 and all powers are powers of two.
 
 An anchor far below the largest logit, or far above all, would cost digits or overflow. That shows
-in the sum itself (`is_near`). Such a row, which hardly ever has a sampled target, is read again
-with a running maximum.
+in the sum itself (`is_near`). Such a row, which hardly ever has a sampled target, is read twice
+more: for the largest of the others, and for sums relative to that. So is a row in which another
+word than the target is nearly certain, for its entropy alone (`sure_entropy`).
+
+Logits beyond 2³⁰·T/log₂(e) are too large to be scaled: the rounding of M would outweigh what a
+float32 can express. A row whose largest is one, as of words that are forbidden by −1e32, has
+unscaled logits for M, and S negative as the sign of that.
 
 The target is left out of the sum. With S = Σ_{j≠y} 2^(x_j − M) over the *other* logits, M the
 anchor or the maximum, and z = log₂ S − (x_y − M), everything follows without cancellation, however
@@ -30,6 +35,7 @@ from .row_tiles import (
     load_whole,
     row_lead,
     strided_columns,
+    strided_order,
     sum_in_order,
     tile_places,
     unpack_words,
@@ -41,6 +47,10 @@ from .scalar_math import log1p
 LOWEST = tl.constexpr(-1e30)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# scaled logits from which on M would be rounded by a power of 2⁶⁴
+FAR = tl.constexpr(2.0**30)
+# nats of a row in which one word is nearly certain; the first reading is right to 1e-6 of a nat
+SURE = tl.constexpr(0.125)
 # A sum of powers that tells of a good anchor. Below, a few powers underflow that count (2⁻⁴⁶ of the
 # sum); above, the entropy's terms outgrow those of an even softmax over a vocabulary, log₂ V = 18.
 LEAST_SUM, LARGEST_SUM = tl.constexpr(2.0**-80), tl.constexpr(2.0**18)
@@ -66,8 +76,10 @@ def row_softmax(
     anchor, rest, moment = anchored_sums(
         row_ptr, V, target, scale, THREADS, WIDTH, TILES, held, KEPT
     )
-    if not is_near(rest):
-        anchor, rest, moment = online_sums(row_ptr, V, target, scale, THREADS, WIDTH)
+    if not is_near(anchor, rest):
+        largest, _ = largest_other(row_ptr, V, target, THREADS, WIDTH)
+        rest, moment = sums_below(row_ptr, V, target, V, largest, scale, THREADS, WIDTH)
+        anchor, rest, moment, _ = as_state(largest, rest, moment, scale)
     return anchor, rest, moment
 
 
@@ -82,9 +94,9 @@ def row_anchor(logits, columns, mine, scale, THREADS: tl.constexpr, WIDTH: tl.co
 
 
 @triton.jit
-def is_near(rest):
+def is_near(anchor, rest):
     """Whether the anchor of such a sum was good; neither of NaN nor of infinity."""
-    return (rest >= LEAST_SUM) & (rest <= LARGEST_SUM)
+    return (rest >= LEAST_SUM) & (rest <= LARGEST_SUM) & (tl.abs(anchor) < FAR)
 
 
 @triton.jit
@@ -176,28 +188,62 @@ def add_powers(rest, moment, logits, scale, anchor):
 
 
 @triton.jit
-def online_sums(
+def largest_other(row_ptr, V, target, THREADS: tl.constexpr, WIDTH: tl.constexpr):
+    """The largest logit that is not the target's and the first word that has it, else −inf, V."""
+    columns = strided_columns(THREADS, WIDTH)
+    largest = tl.full([THREADS, WIDTH], float("-inf"), tl.float32)
+    word = columns * 0 + V
+    for first in range(0, V, THREADS * WIDTH):
+        logits = load_others(row_ptr, first + columns, V, target)
+        word = tl.where(logits > largest, first + columns, word)
+        largest = tl.maximum(largest, logits)
+    of_row = tl.max(largest)
+    return of_row, tl.min(tl.where(largest == of_row, word, V))
+
+
+@triton.jit
+def sums_below(
     row_ptr,
     V,
     target,
+    word,
+    largest,
     scale,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """(M, S, Σ 2^c·c) of a row without its target, M its running maximum: for any row."""
-    tile: tl.constexpr = THREADS * WIDTH
+    """(Σ 2^c, Σ 2^c·c) of a row without its target and a `word`, c relative to `largest`."""
     columns = strided_columns(THREADS, WIDTH)
-    peak = tl.full([THREADS], LOWEST, tl.float32)
-    rest = tl.zeros([THREADS], tl.float32)
-    moment = tl.zeros([THREADS], tl.float32)
-    for first in range(0, V, tile):
+    rest = tl.zeros([THREADS, WIDTH], tl.float32)
+    moment = tl.zeros([THREADS, WIDTH], tl.float32)
+    base = finite_base(largest)
+    for first in range(0, V, THREADS * WIDTH):
         logits = load_others(row_ptr, first + columns, V, target)
-        peak, rest, moment = absorb(peak, rest, moment, logits, scale)
-    row_peak = tl.max(peak, 0)
-    shift = peak - row_peak
-    decay = tl.exp2(shift)
-    moment = tl.sum(decay * (moment + shift * rest), 0)
-    return row_peak, tl.sum(decay * rest, 0), moment
+        logits = tl.where(first + columns == word, float("-inf"), logits)
+        rest, moment, _, _ = add_powers(rest, moment, logits - base, scale, 0.0)
+    order = strided_order(THREADS, WIDTH)
+    return sum_in_order(rest, order), sum_in_order(moment, order)
+
+
+@triton.jit
+def finite_base(largest):
+    """What is taken off a row's logits: nothing where all are −inf."""
+    return tl.where(largest == float("-inf"), 0.0, largest)
+
+
+@triton.jit
+def as_state(largest, rest, moment, scale):
+    """(M, S, Σ 2^c·c, by how much their c are larger) from sums relative to the largest."""
+    scaled = largest * scale
+    real = tl.abs(largest) < float("inf")
+    far = real & (tl.abs(scaled) >= FAR)
+    peak = tl.where(far, largest, tl.maximum(scaled, LOWEST))
+    # what the rounding of M has added
+    shift = tl.where(real & (far == 0), tl.fma(largest, scale, -peak), 0.0)
+    unit = tl.exp2(shift)
+    moment = unit * tl.fma(shift, rest, moment)
+    rest = unit * rest
+    return peak, tl.where(far, -rest, rest), moment, shift
 
 
 @triton.jit
@@ -207,23 +253,13 @@ def load_others(row_ptr, at, V, target):
 
 
 @triton.jit
-def absorb(peak, rest, moment, logits, scale):
-    """Takes a tile into each thread's running (M, Σ 2^c, Σ 2^c·c)."""
-    new_peak = tl.maximum(peak, tl.max(logits, 1) * scale)
-    shift = peak - new_peak
-    decay = tl.exp2(shift)
-    moment = decay * (moment + shift * rest)
-    centred = tl.fma(logits, scale, -new_peak[:, None])
-    power = tl.exp2(centred)
-    moments = power * tl.maximum(centred, LOWEST)
-    return new_peak, decay * rest + tl.sum(power, 1), moment + tl.sum(moments, 1)
-
-
-@triton.jit
 def target_gap(row_ptr, target, scale, peak, rest):
     """z = log₂ S − (x_y − M), how far the others stand above the target; what its rounding lost."""
     target_logit = tl.load(row_ptr + target).to(tl.float32)
-    others, mine = tl.log2(rest), tl.fma(target_logit, scale, -peak)
+    far = rest < 0
+    others = tl.log2(tl.abs(rest))
+    mine = tl.fma(target_logit, scale, -peak)
+    mine = tl.where(far, (target_logit - peak) * scale, mine)
     z = others - mine
     of_mine = z - others
     lost = tl.where(tl.abs(z) < float("inf"), (others - (z - of_mine)) - (mine + of_mine), 0.0)
@@ -250,12 +286,45 @@ def log_sides(z, lost=0.0):
 def token_statistics(z, lost, rest, moment):
     """logp and entropy of a token, in nats, from z and what it lost, S and Σ 2^c·c."""
     logp, log_others = log_sides(z, lost)
+    rest = tl.abs(rest)
     entropy_others = (tl.log2(rest) - moment / rest) * LN2
     others, mine = sigmoid2(z), sigmoid2(-z)
     # 0·log 0 = 0: a target or a remainder of probability 0 has no entropy
     entropy = tl.where(others > 0, others * (entropy_others - log_others), 0.0)
     entropy -= tl.where(mine > 0, mine * logp, 0.0)
     return logp, entropy
+
+
+@triton.jit
+def is_sure(z, entropy):
+    """Whether another word than the target is nearly certain."""
+    return (z > 0) & (entropy < SURE)
+
+
+@triton.jit
+def sums_beside_sure(row_ptr, V, target, scale, THREADS: tl.constexpr, WIDTH: tl.constexpr):
+    """(x_w, w, Σ_{j≠w} 2^c, Σ_{j≠w} 2^c·c), c = (x_j − x_w)·scale, of the most likely other word w.
+
+    p_w = 1/(1 + Σ 2^c), H = log(1 + Σ 2^c) + (log p_w + H): nothing cancels in either part, since
+    log p_w + H = −p_w·log 2·Σ 2^c·c.
+    """
+    largest, word = largest_other(row_ptr, V, target, THREADS, WIDTH)
+    rest, moment = sums_below(row_ptr, V, target, word, largest, scale, THREADS, WIDTH)
+    mine = tl.maximum((tl.load(row_ptr + target).to(tl.float32) - largest) * scale, LOWEST)
+    power = tl.exp2(mine)
+    return largest, word, rest + power, tl.fma(power, mine, moment)
+
+
+@triton.jit
+def sure_entropy(entropy, z, row_ptr, V, target, scale, THREADS: tl.constexpr, WIDTH: tl.constexpr):
+    """The entropy, nats; found again where another word than the target is nearly certain.
+
+    There log₂ S − Σ 2^c·c / S takes the logarithm of a sum that has rounded the others away.
+    """
+    if is_sure(z, entropy):
+        _, _, rest, moment = sums_beside_sure(row_ptr, V, target, scale, THREADS, WIDTH)
+        entropy = log1p(rest) - LN2 * moment / (1 + rest)
+    return entropy
 
 
 @triton.jit

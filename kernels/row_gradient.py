@@ -7,7 +7,15 @@ narrow loads and stores. Each logit's gradient has the same bits either way.
 """
 
 from .language import tl, triton
-from .online_softmax import LN2, LOWEST, log_sides, sigmoid2, weighted_gap
+from .online_softmax import (
+    LN2,
+    LOWEST,
+    is_sure,
+    log_sides,
+    sigmoid2,
+    sums_beside_sure,
+    weighted_gap,
+)
 from .row_tiles import (
     boundary,
     is_whole,
@@ -40,6 +48,9 @@ def write_row_gradient(
 ):
     """dL/dlogits of a whole row, from what L's derivatives by its statistics are.
 
+    Where another word than the target is nearly certain, the entropy's gradient there has digits
+    only from sums without it, see `sums_beside_sure`.
+
     `slopes` = dL by (logp, entropy, exact KL), `state` = (M, S, z, H) of the row, and `ref` = (its
     reference logits, M, S, z, KL), or None without an exact KL. With
 
@@ -53,36 +64,61 @@ def write_row_gradient(
     """
     dlogp, dentropy, dkl = slopes
     peak, rest, z, entropy = state
-    others = sigmoid2(z)
+    others, mine = sigmoid2(z), sigmoid2(-z)
     at_target = dlogp * others
+    # logits too large to be scaled are first counted from M
+    far = rest < 0
+    origin = tl.where(far, peak, 0.0)
+    peak = tl.where(far, 0.0, peak)
+    rest = tl.abs(rest)
     share = tl.where(rest > 0, others / rest, 0.0)
     factor = -dlogp * share
+    of_entropy = 0.0
     slope = 0.0
     kl_slope = 0.0
     if ENTROPY:
         logp, log_others = log_sides(z)
         spread = tl.where(others > 0, log_others - tl.log2(rest) * LN2 + entropy, 0.0)
-        at_target -= tl.where(others < 1, dentropy * sigmoid2(-z) * (logp + entropy), 0.0)
-        factor -= dentropy * share * spread
+        at_target -= tl.where(mine > 0, dentropy * mine * (logp + entropy), 0.0)
+        of_entropy = dentropy * share * spread
         slope = -dentropy * share * (LN2 * LN2) * scale
     if ref is not None:
         logp, log_others = log_sides(z)
         ref_logp, ref_log_others = log_sides(ref[3])
-        spread = log_others - ref_log_others - (tl.log2(rest) - tl.log2(ref[2])) * LN2 - ref[4]
-        of_target = sigmoid2(-z) * (logp - ref_logp - ref[4])
+        ref_rest = tl.abs(ref[2])
+        spread = log_others - ref_log_others - (tl.log2(rest) - tl.log2(ref_rest)) * LN2 - ref[4]
+        of_target = mine * (logp - ref_logp - ref[4])
         # a KL that is only looked at may be infinite
-        at_target += tl.where((dkl != 0) & (others < 1), dkl * of_target, 0.0)
+        at_target += tl.where((dkl != 0) & (mine > 0), dkl * of_target, 0.0)
         factor += tl.where((dkl != 0) & (others > 0), dkl * share * spread, 0.0)
         kl_slope = dkl * share * (LN2 * LN2) * scale
     at_target *= scale * LN2
-    factor *= scale * LN2
     lead = row_lead(row_ptr, WIDTH)
-    alike = lead == row_lead(dlogits_ptr, WIDTH)
+    alike = (lead == row_lead(dlogits_ptr, WIDTH)) & (far == 0)
     beside = None
+    origins = origin, 0.0
     if ref is not None:
-        alike &= lead == row_lead(ref[0], WIDTH)
-        beside = ref[0], ref[1], kl_slope
+        ref_far = ref[2] < 0
+        alike &= (lead == row_lead(ref[0], WIDTH)) & (ref_far == 0)
+        beside = ref[0], tl.where(ref_far, 0.0, ref[1]), kl_slope
+        origins = origin, tl.where(ref_far, ref[1], 0.0)
     pointers = row_ptr, dlogits_ptr
+    sure = False
+    word = target
+    at_word = at_target
+    if ENTROPY:
+        sure = is_sure(z, entropy)
+        if sure:
+            largest, word, below, moment = sums_beside_sure(
+                row_ptr, V, target, scale, THREADS, WIDTH
+            )
+            ref_logit = None
+            if ref is not None:
+                ref_logit = tl.load(ref[0] + word).to(tl.float32) - origins[1]
+            plain = scale, peak, factor * (scale * LN2), slope
+            at_word = gradient_beside_target(largest - origin, ref_logit, plain, beside, False)
+            at_word += dentropy * LN2 * moment / ((1 + below) * (1 + below)) * (scale * LN2)
+    factor = (factor - of_entropy) * (scale * LN2)
     coefficients = scale, peak, factor, slope
     # in place, no thread may overwrite the target's logit before all have read it
     tl.debug_barrier()
@@ -104,10 +140,12 @@ def write_row_gradient(
     else:
         columns = strided_columns(THREADS, WIDTH)
         for first in range(0, V, THREADS * WIDTH):
-            write_part(pointers, first + columns, 0, V, coefficients, beside, ENTROPY)
+            write_part(pointers, first + columns, 0, V, coefficients, beside, ENTROPY, origins)
     # and its gradient comes last, over what the thread of its column has written
     tl.debug_barrier()
     tl.store(dlogits_ptr + target, at_target.to(dlogits_ptr.dtype.element_ty))
+    if sure:
+        tl.store(dlogits_ptr + word, at_word.to(dlogits_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -200,13 +238,17 @@ def write_tiles(
 
 
 @triton.jit
-def write_part(pointers, at, lead, end, coefficients, ref, ENTROPY: tl.constexpr):
-    """The gradient of those logits at `at` that belong to the row."""
+def write_part(pointers, at, lead, end, coefficients, ref, ENTROPY: tl.constexpr, origins=None):
+    """The gradient of those logits at `at` that belong to the row, counted from `origins`."""
     row_ptr, dlogits_ptr = pointers
     ref_logits = None
     if ref is not None:
         ref_logits = load_part(ref[0], at, lead, end)
     logits = load_part(row_ptr, at, lead, end)
+    if origins is not None:
+        logits -= origins[0]
+        if ref is not None:
+            ref_logits -= origins[1]
     dlogits = gradient_beside_target(logits, ref_logits, coefficients, ref, ENTROPY)
     inside = (at >= lead) & (at < end)
     tl.store(dlogits_ptr + at, dlogits.to(dlogits_ptr.dtype.element_ty), mask=inside)
@@ -219,12 +261,12 @@ def gradient_beside_target(logits, ref_logits, coefficients, ref, ENTROPY: tl.co
     centred = tl.fma(logits, scale, -peak)
     power = tl.exp2(centred)
     if ENTROPY:
-        dlogits = power * tl.fma(tl.maximum(centred, LOWEST), slope, factor)
+        factor = tl.fma(tl.maximum(centred, LOWEST), slope, factor)
+    if ref is None:
+        dlogits = power * factor
     else:
-        dlogits = factor * power
-    if ref is not None:
         ref_centred = tl.fma(ref_logits, scale, -ref[1])
-        dlogits += weighted_gap(ref[2] * power, centred, ref_centred)
+        dlogits = tl.fma(power, factor, weighted_gap(ref[2] * power, centred, ref_centred))
     return dlogits
 
 

@@ -20,7 +20,7 @@ import torch
 from .exact_kl import exact_kl, row_softmax_pair
 from .language import tl, triton
 from .launch import SUM_BLOCK, launch, row_layout
-from .online_softmax import LOG2E, row_softmax, target_gap, token_statistics
+from .online_softmax import LOG2E, row_softmax, sure_entropy, target_gap, token_statistics
 from .records import RowLoss, Rows, Terms, TokenVectors
 from .row_gradient import write_row_gradient, write_row_zeros
 from .row_tiles import hold_tiles, row_start
@@ -156,6 +156,7 @@ def _row_loss_kernel(
             ref_z, _ = target_gap(ref_ptr, word, scale, ref_peak, ref_rest)
         z, lost = target_gap(row_ptr, word, scale, peak, rest)
         logp, entropy = token_statistics(z, lost, rest, moment)
+        entropy = sure_entropy(entropy, z, row_ptr, V, word, scale, THREADS, WIDTH)
         # without an old policy the ratio is exactly 1, yet NaN where logp is not finite
         old_logp = logp
         if old_logp_ptr is not None:

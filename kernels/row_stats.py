@@ -12,7 +12,7 @@ import torch
 from .exact_kl import exact_kl, row_softmax_pair
 from .language import tl, triton
 from .launch import launch, row_layout
-from .online_softmax import LOG2E, row_softmax, target_gap, token_statistics
+from .online_softmax import LOG2E, row_softmax, sure_entropy, target_gap, token_statistics
 from .records import Rows, RowStats
 from .row_tiles import row_start
 
@@ -87,6 +87,7 @@ def _row_stats_kernel(
             ref_z, _ = target_gap(ref_ptr, word, scale, ref_peak, ref_rest)
             kl = exact_kl(z, rest, ref_z, ref_rest, cross)
         logp, entropy = token_statistics(z, lost, rest, moment)
+        entropy = sure_entropy(entropy, z, row_ptr, V, word, scale, THREADS, WIDTH)
     tl.store(logp_ptr + row, logp)
     tl.store(entropy_ptr + row, entropy)
     tl.store(state_ptr + row, peak)

@@ -8,6 +8,7 @@ floats per token, nothing of vocabulary size.
     dL/dlogp_t = weight_t·∂ℓ/∂logp + Σ_{u∈i} weight_u·∂ℓ_u/∂s_i · ∂s_i/∂d_t
 
 Sums run over a sequence's own tokens in their order, so their bits do not depend on the batch.
+Where the ratio is the sequence's, one token with a term that is not finite drops it whole.
 """
 
 from .language import tl, triton
@@ -137,6 +138,7 @@ def _sequence_loss_kernel(
     level = tl.sum(total, 0) / count
 
     through = tl.zeros([BLOCK], tl.float32)
+    broken = tl.zeros([BLOCK], tl.int32)
     for start in range(begin, end, BLOCK):
         at = start + lane
         mine, valid = own_tokens(at, end, sequence, sequence_ptr, valid_ptr, T, S)
@@ -166,6 +168,7 @@ def _sequence_loss_kernel(
         usable = usable & is_finite(loss) & is_finite(dlogp) & is_finite(dlog_ratio)
         alive = valid & (weight != 0)
         kept = alive & usable
+        broken |= (alive & (usable == 0)).to(tl.int32)
         dlogp = tl.where(kept, weight * dlogp, 0.0)
         dlog_ratio = tl.where(kept, weight * dlog_ratio, 0.0)
         if (LEVEL == "token") | (LEVEL == "sequence_token"):
@@ -178,20 +181,29 @@ def _sequence_loss_kernel(
         tl.store(dlogp_ptr + at, dlogp, mask=mine)
         tl.store(dropped_ptr + at, alive & (usable == 0), mask=mine)
 
-    if LEVEL == "sequence":
-        back = tl.sum(through, 0) / count
-        # what is read again another thread may have written
+    if LEVEL != "token":
+        lost = tl.max(broken, 0) > 0
+        # what is read or written again another thread may have written
         tl.debug_barrier()
-        for start in range(begin, end, BLOCK):
-            at = start + lane
-            _, mine = own_tokens(at, end, sequence, sequence_ptr, valid_ptr, T, S)
-            mine = mine & (tl.load(dropped_ptr + at, mask=mine, other=1) == 0)
-            logp, log_ratio, bounded = log_ratios(
-                at, mine, logp_ptr, old_logp_ptr, advantage_ptr, low, high, CLIPPED
-            )
-            own = bounded == log_ratio
-            dlogp = tl.load(dlogp_ptr + at, mask=mine, other=0.0)
-            tl.store(dlogp_ptr + at, dlogp + tl.where(own, back, 0.0), mask=mine)
+        if lost:
+            for start in range(begin, end, BLOCK):
+                at = start + lane
+                _, mine = own_tokens(at, end, sequence, sequence_ptr, valid_ptr, T, S)
+                alive = mine & (tl.load(weight_ptr + at, mask=mine, other=0.0) != 0)
+                tl.store(loss_ptr + at, lane * 0.0, mask=alive)
+                tl.store(dlogp_ptr + at, lane * 0.0, mask=mine)
+                tl.store(dropped_ptr + at, alive, mask=alive)
+        elif LEVEL == "sequence":
+            back = tl.sum(through, 0) / count
+            for start in range(begin, end, BLOCK):
+                at = start + lane
+                _, mine = own_tokens(at, end, sequence, sequence_ptr, valid_ptr, T, S)
+                logp, log_ratio, bounded = log_ratios(
+                    at, mine, logp_ptr, old_logp_ptr, advantage_ptr, low, high, CLIPPED
+                )
+                own = bounded == log_ratio
+                dlogp = tl.load(dlogp_ptr + at, mask=mine, other=0.0)
+                tl.store(dlogp_ptr + at, dlogp + tl.where(own, back, 0.0), mask=mine)
     sum_by_the_last(loss_ptr, total_ptr, ticket_ptr, N, tl.num_programs(0), SUM)
 
 

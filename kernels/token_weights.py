@@ -252,6 +252,7 @@ def lay_out(given: GivenTokens) -> LaidTokens:
         _token_weights_kernel,
         1,
         on=target,
+        strided=("target_ptr", "mask_ptr"),
         target_ptr=target,
         mask_ptr=mask,
         sequence_ptr=given.sequence_id,

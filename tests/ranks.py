@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from grpo_core import LogpRequest, LossRequest, with_fused_head
+from grpo_core import LogpRequest, LossRequest, with_fused_head, without_fused_head
 from tests.tiny_models import batch, tiny
 
 RANKS = 2
@@ -188,12 +188,28 @@ def outside() -> str:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-    head = model.lm_head.fused_head
+    around = model.fused_head
     try:
-        LossRequest(**arguments).of(torch.randn(*ids.shape, 32), model.lm_head, head.around)
+        LossRequest(**arguments).of(torch.randn(*ids.shape, 32), model.lm_head, around)
     except ValueError as error:
         return str(error)
     return "none"
+
+
+def undone() -> dict[str, Any]:
+    """A head that was there before the shards: taken off under them, and put on again."""
+    model, ids, arguments = make(CASES["shards"])
+    model = sharded(with_fused_head(model))
+    request = LossRequest(**arguments)
+    found = {"loss": model(input_ids=ids, request=request).loss.detach()}
+    without_fused_head(model)
+    found["logits"] = model(input_ids=ids).logits.shape
+    try:
+        model(input_ids=ids, request=request)
+    except ValueError as error:
+        found["error"] = str(error)
+    found["again"] = with_fused_head(model)(input_ids=ids, request=request).loss.detach()
+    return found
 
 
 def work(rank: int, folder: str) -> None:
@@ -203,7 +219,7 @@ def work(rank: int, folder: str) -> None:
     file = f"file://{folder}/meeting"
     dist.init_process_group("gloo", init_method=file, rank=rank, world_size=RANKS)
     found: dict[str, Any] = {name: found_by(case, rank) for name, case in CASES.items()}
-    found |= {"mixed": mixed(rank), "outside": outside()}
+    found |= {"mixed": mixed(rank), "outside": outside(), "undone": undone()}
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 

@@ -11,7 +11,9 @@ from bench.accuracy.contenders import OURS
 from bench.accuracy.document import MODERATE, Table, number, read, tables, write
 from bench.accuracy.measure import MARGINS, Measured, measure
 from bench.batch import dtype_name
+from grpo_core import fused_loss
 from grpo_core.accuracy import FLOOR
+from grpo_core.reference import reference_loss
 from tests.conftest import HAS_GPU, HAS_TRITON
 
 # beyond, e^−margin under the loss scale is too small for a float16 to be a normal number
@@ -103,3 +105,37 @@ def test_careless_softmax_is_found_out() -> None:
     assert errors[0] < 1e-6
     assert 1e-4 < errors[10] < 0.5
     assert errors[20] == errors[30] == 1
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.7])
+def test_a_factor_on_the_loss_rounds_a_second_time(
+    factor: float, backend: str, device: str
+) -> None:
+    """Unless it is a power of two, or part of the normalizer; the figures of the document."""
+    N, V = 16, 501
+    logits = (2 * torch.randn(N, V, device=device)).bfloat16()
+    target = torch.randint(V, (N,), device=device)
+    terms = {
+        "objective": "dapo",
+        "advantage": torch.randn(N, device=device),
+        "sequence_id": torch.arange(N, device=device),
+    }
+
+    def relative_error(normalizer: float, factor: float) -> torch.Tensor:
+        leaf = logits.clone().requires_grad_()
+        out = fused_loss(leaf, target, **terms, normalizer=normalizer, backend=backend)
+        (factor * out.loss).backward()
+        assert leaf.grad is not None
+        return ((leaf.grad.double() - exact) / exact).abs()
+
+    leaf = logits.double().requires_grad_()
+    reference_loss(leaf, target, **terms, normalizer=N / factor).loss.backward()
+    exact = leaf.grad
+    once, twice = relative_error(N / factor, 1.0), relative_error(N, factor)
+    # half a last place of eight bits, and a hair for float32
+    assert once.max() < 2**-8 + 1e-5 and once.mean() == pytest.approx(1.4e-3, rel=0.05)
+    if factor == 0.5:
+        assert torch.equal(once, twice)
+    else:
+        assert 5e-3 < twice.max() < 2**-7
+        assert twice.mean() == pytest.approx(1.9e-3, rel=0.05)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_core import group_advantages
+from grpo_core import RECIPES, Estimator, GroupNorm, fused_loss, group_advantages
+from grpo_core.estimators import relative_advantages
 from tests import oracles
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -67,7 +70,7 @@ def test_no_rewards_no_advantages(backend: str, device: str) -> None:
         (torch.zeros(6), 0, r"group_size: expected an int that divides B = 6, or group_id, got 0"),
         (torch.zeros(2, 3), 3, r"rewards: expected a floating-point tensor \[B\], got \[2, 3\]"),
         (torch.zeros(6, dtype=torch.int64), 3, r"rewards: expected a floating-point .*int64"),
-        ([1.0, 2.0], 2, r"rewards: expected a floating-point tensor \[B\]"),
+        ([1.0, 2.0], 2, r"rewards: expected a tensor, got list"),
         (
             torch.tensor([0.0, torch.nan]),
             2,
@@ -90,3 +93,59 @@ def test_bad_options_are_named() -> None:
         group_advantages(torch.zeros(4), 2, ddof=2)
     with pytest.raises(ValueError, match="epsilon: expected a finite number >= 0, got -1"):
         group_advantages(torch.zeros(4), 2, epsilon=-1)
+
+
+def test_without_epsilon_equal_rewards_still_give_zero(backend: str, device: str) -> None:
+    """0/0 is 0: the group has nothing to say; its neighbour is ±1/√2, by n − 1."""
+    rewards = torch.tensor([1.0, 1.0, 0.0, 2.0], device=device)
+    ours = group_advantages(rewards, 2, epsilon=0.0, backend=backend)
+    assert ours.tolist() == pytest.approx([0.0, 0.0, -math.sqrt(0.5), math.sqrt(0.5)], abs=1e-6)
+    assert ours[:2].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("estimator", [GroupNorm(epsilon=0.0), Estimator("batch", "batch", 1, 0.0)])
+def test_without_epsilon_equal_rewards_keep_their_kl(
+    backend: str, device: str, estimator: GroupNorm | Estimator
+) -> None:
+    """The rows stay in the loss, whose KL is k3(log ½ − log ⅓) = 2/3 − 1 − log 2/3 there."""
+    logits = torch.zeros(2, 1, 2, device=device, requires_grad=True)
+    out = fused_loss(
+        logits,
+        torch.zeros(2, 1, dtype=torch.int64, device=device),
+        objective=RECIPES["grpo"].replace(advantage=estimator, beta=1.0),
+        rewards=torch.ones(2, device=device),
+        group_size=2,
+        ref_logp=torch.full((2, 1), math.log(1 / 3), device=device),
+        backend=backend,
+    )
+    assert out.metrics["nonfinite_rows"] == 0
+    assert out.loss.item() == pytest.approx(2 / 3 - 1 - math.log(2 / 3), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("unit", "dtype"),
+    [
+        (1e19, torch.float32),
+        (1.5e38, torch.float32),
+        (1e-30, torch.float32),
+        (1e38, torch.bfloat16),
+        (1e200, torch.float64),
+        (1e-200, torch.float64),
+    ],
+)
+def test_the_scale_of_rewards_does_not_matter(
+    backend: str, device: str, unit: float, dtype: torch.dtype
+) -> None:
+    """The squares of such rewards are beyond the range of their type, or vanish."""
+    rewards = torch.tensor([-unit, unit, unit, 2 * unit], dtype=torch.float64).to(dtype).to(device)
+    given = [-1.0, 1, 1, 2] if dtype != torch.bfloat16 else (rewards.double() / unit).tolist()
+    truth = oracles.group_advantage(given, 4, scale=True, ddof=1, eps=0.0)
+    ours = group_advantages(rewards, 4, epsilon=0.0, backend=backend)
+    assert torch.allclose(ours.double().cpu(), truth, rtol=1e-5)
+    ids = torch.zeros(4, dtype=torch.int64, device=device)
+    for baseline in ("group", "batch"):
+        by_id = relative_advantages(rewards, ids, Estimator(baseline, baseline, 1, 0.0))
+        assert torch.allclose(by_id.double().cpu(), truth, rtol=1e-5)
+    with_epsilon = group_advantages(rewards, 4, epsilon=unit, backend=backend)
+    truth = oracles.group_advantage(given, 4, scale=True, ddof=1, eps=1.0)
+    assert torch.allclose(with_epsilon.double().cpu(), truth, rtol=1e-5)

@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from grpo_core import (
     RECIPES,
+    Estimator,
+    GroupNorm,
+    LinearHead,
     Objective,
     PolicyFactor,
+    Rejection,
     SamplerCorrection,
+    SequenceWeight,
+    Surrogate,
     clip,
+    fused_linear_loss,
     fused_loss,
+    group_advantages,
+    linear_logp,
+    linear_token_logp,
+    logp_loss,
+    merge_metrics,
     token_logp,
 )
+from grpo_core.estimators import decoupled_advantages, relative_advantages
+from grpo_core.linear_scores import linear_scores
+from grpo_core.preference import dpo_loss, sequence_logp
 from grpo_core.reference import reference_loss
+from grpo_core.sampler import off_policy_mask, sampler_correction
+from grpo_core.value import explained_variance, gae, rewards_with_kl, value_loss, whiten
 from tests.conftest import HAS_GPU
 
 B, T, V = 4, 3, 11
@@ -69,7 +89,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"advantage": None, "rewards": (B,), "group_id": torch.arange(B) + 1},
-        "groups: expected ids in [0, B = 4), got 4 at 3",
+        "group_id: expected integers in [0, B = 4), got 4 at row 3",
     ),
     (
         {"advantage": None, "rewards": (B,), "group_size": 3},
@@ -104,7 +124,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"objective": EXACT, "ref_logits": torch.zeros(B, T, V, dtype=LONG)},
-        "ref_logits: expected floating point, got torch.int64",
+        "ref_logits: expected a floating-point tensor, got torch.int64",
     ),
     (
         {"ref_logits": (B, T, V)},
@@ -170,6 +190,145 @@ def test_bad_arguments_are_named(loss: Any, changes: dict[str, Any], message: st
     with pytest.raises(ValueError, match=re.escape(message)):
         loss(**arguments, inplace=True)
     assert torch.equal(arguments["logits"].detach(), logits)
+
+
+# more words than uint8 holds; its 156 is -100 in int8
+WORDS, WORD = 300, 156
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32])
+@pytest.mark.parametrize("word", [WORD, 99])
+def test_narrow_targets_are_the_words_they_name(
+    backend: str, dtype: torch.dtype, word: int
+) -> None:
+    """Of two rows with one word each, against log_softmax; -100 is masked where there is one."""
+    if word > torch.iinfo(dtype).max:
+        pytest.skip("no such word in this type")
+    hidden, matrix = torch.randn(2, 8), torch.randn(WORDS, 8)
+    wide = torch.tensor([word, -100 if dtype.is_signed else 7])
+    logits, target = hidden @ matrix.T, wide.to(dtype)
+    exact = torch.log_softmax(logits.double(), -1).gather(1, wide.clamp(min=0)[:, None])[:, 0]
+    exact = torch.where(wide < 0, 0.0, exact).float()
+    packed = {"advantage": torch.ones(2), "sequence_id": torch.arange(2).to(dtype)}
+    scored = torch.where(wide < 0, 0, wide).to(dtype)
+    found = {
+        "fused_loss": fused_loss(logits, target, objective="dapo", backend=backend, **packed).logp,
+        "fused_linear_loss": fused_linear_loss(
+            hidden, matrix, target, objective="dapo", backend=backend, **packed
+        ).logp,
+        "token_logp": token_logp(logits, target, backend=backend).logp,
+        "linear_token_logp": linear_token_logp(hidden, matrix, target, backend=backend).logp,
+        "linear_logp": linear_logp(hidden, matrix, target, backend=backend).logp,
+        "linear_scores": torch.where(
+            wide < 0, 0.0, linear_scores(hidden, matrix, scored, backend=backend).logp
+        ),
+    }
+    for name, logp in found.items():
+        torch.testing.assert_close(logp, exact, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bad"),
+    [
+        (torch.int8, -1),
+        (torch.uint8, 200),
+        (torch.int16, 300),
+        (torch.uint16, 65436),
+        (torch.uint32, 2**32 - 100),
+        (torch.uint64, 2**64 - 100),
+        (torch.int64, -1),
+    ],
+)
+def test_narrow_targets_that_are_no_words_are_refused(dtype: torch.dtype, bad: int) -> None:
+    """Some of them are -100 once the type is forgotten; V = 150 wraps to -106 in int8."""
+    logits, matrix = torch.randn(1, 150), torch.randn(150, 8)
+    target = torch.tensor([bad], dtype=dtype)
+    for call in (
+        lambda: fused_loss(
+            logits,
+            target,
+            objective="dapo",
+            advantage=torch.ones(1),
+            sequence_id=torch.zeros(1).int(),
+        ),
+        lambda: token_logp(logits, target),
+        lambda: linear_token_logp(torch.randn(1, 8), matrix, target),
+        lambda: linear_logp(torch.randn(1, 8), matrix, target),
+        lambda: linear_scores(torch.randn(1, 8), matrix, target),
+    ):
+        with pytest.raises(ValueError, match=r"target: expected -100 or a word in \[0, V = 150\)"):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int64])
+def test_narrow_ids_are_ids(dtype: torch.dtype) -> None:
+    """300 rows, a number beyond uint8: of two sequences, of two prompts."""
+    rows = torch.arange(300)
+    ids, rewards = (rows % 2).to(dtype), (rows % 4 < 2).float()
+    objective = RECIPES["gspo"].replace(aggregation="token_sum")
+    given = {"logits": torch.zeros(300, 5), "target": rows % 5, "objective": objective}
+    wide = fused_loss(**given, sequence_id=ids.long(), advantage=torch.ones(300))
+    assert fused_loss(**given, sequence_id=ids, advantage=torch.ones(300)).loss == wide.loss == -300
+    # each prompt has as many of reward 1 as of 0, 150 in all: the variance is 150·¼/149
+    found = relative_advantages(rewards, ids, Estimator(epsilon=0.0))
+    assert torch.allclose(found.abs(), torch.full((300,), 0.5 / (150 * 0.25 / 149) ** 0.5))
+    assert torch.equal(found > 0, rewards > 0)
+    correction = sampler_correction(
+        torch.zeros(300),
+        torch.full((300,), -0.01),
+        torch.ones(300),
+        level="sequence",
+        high=10.0,
+        sequence_id=ids,
+    )
+    assert torch.allclose(correction.factor, torch.full((300,), math.exp(1.5)))
+    below = (ids.long() - 1).to(torch.int8)
+    sums = sequence_logp(torch.ones(300), torch.ones(300), ids, sequences=2)
+    assert sums.tolist() == [150.0, 150.0]
+    for call in (
+        lambda: fused_loss(**given, sequence_id=below, advantage=torch.ones(300)),
+        lambda: relative_advantages(rewards, below),
+        lambda: sequence_logp(torch.ones(300), torch.ones(300), ids, sequences=1),
+        lambda: fused_loss(**given, sequence_id=ids.bool(), advantage=torch.ones(300)),
+    ):
+        with pytest.raises(
+            (ValueError, NotImplementedError), match=r"(sequence_id|groups): expected"
+        ):
+            call()
+
+
+def test_no_rows_at_all_are_legal(backend: str) -> None:
+    """A rank may have none: exact KL, in place, groups by id included."""
+    none, ids = torch.zeros(0), torch.zeros(0, dtype=LONG)
+    for inplace in (False, True):
+        logits = torch.zeros(0, V, requires_grad=True)
+        out = fused_loss(
+            logits,
+            ids,
+            objective=EXACT,
+            ref_logits=torch.zeros(0, V),
+            rewards=none,
+            group_id=ids,
+            sequence_id=ids,
+            inplace=inplace,
+            backend=backend,
+        )
+        out.loss.backward()
+        assert out.loss == 0
+        assert logits.grad.shape == (0, V)
+        assert out.metrics["tokens"] == 0
+    same = torch.zeros(2, V)
+    with pytest.raises(ValueError, match="ref_logits: expected memory of its own"):
+        fused_loss(
+            same,
+            ids.new_zeros(2),
+            objective=EXACT,
+            ref_logits=same,
+            advantage=torch.ones(2),
+            sequence_id=torch.arange(2),
+            inplace=True,
+            backend=backend,
+        )
 
 
 def test_arguments_that_work_do_work() -> None:
@@ -254,3 +413,306 @@ def test_the_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(loss, expected)
     assert loss.dtype == torch.float32
+
+
+def as_vmapped(call: Any, name: str, given: dict[str, Any]) -> None:
+    """The call for every one of a batch of two, by torch.func."""
+    torch.func.vmap(lambda x: call(**given | {name: x}))(torch.stack([given[name]] * 2))
+
+
+def as_differentiated(call: Any, name: str, given: dict[str, Any]) -> None:
+    """The gradient of something, by torch.func."""
+
+    def total(x: Tensor) -> Tensor:
+        out = call(**given | {name: x})
+        return out.loss if hasattr(out, "loss") else (out if isinstance(out, Tensor) else out[0])
+
+    torch.func.grad(lambda x: total(x).sum())(given[name])
+
+
+def as_pushed(call: Any, name: str, given: dict[str, Any]) -> None:
+    """A directional derivative, by torch.func."""
+    torch.func.jvp(lambda x: call(**given | {name: x}), (given[name],), (given[name],))
+
+
+def as_dual(call: Any, name: str, given: dict[str, Any]) -> None:
+    """The same by hand."""
+    with forward_ad.dual_level():
+        call(**given | {name: forward_ad.make_dual(given[name], torch.ones_like(given[name]))})
+
+
+TRANSFORMS = [as_vmapped, as_differentiated, as_pushed, as_dual]
+# what no tensor of ours may be, made of one that works
+TENSORS = {
+    "text": lambda _: "x",
+    "list": lambda good: good.tolist(),
+    "numpy": lambda good: good.numpy(),
+    "a number": lambda _: 1.0,
+    "another shape": lambda good: torch.zeros(7, 7, 7, 7).to(good.dtype),
+    "complex": lambda good: good.to(torch.complex64),
+    "sparse": lambda good: good.to_sparse(),
+    "nested": lambda good: torch.nested.nested_tensor([good, good]),
+    "jagged": lambda good: torch.nested.nested_tensor([good, good], layout=torch.jagged),
+}
+NUMBERS = {
+    "text": "x",
+    "a list": [1.0],
+    "complex": 1j,
+    "a tensor": torch.ones(2),
+    "True": True,
+    "NaN": math.nan,
+}
+INTS = NUMBERS | {"a float": 1.5, "0": 0, "negative": -1}
+RECORDS = {"text": "x", "3": 3, "a list": [1], "a class": Objective, "a tensor": torch.ones(2)}
+
+N, D = 4, 6
+vector, ids, mask = torch.zeros(N), torch.arange(N) // 2, torch.ones(N)
+padded = torch.zeros(2, 3)
+logits = torch.zeros(N, V)
+hidden, matrix = torch.zeros(N, D), torch.ones(V, D)
+LOSS: dict[str, Any] = {
+    "objective": RECIPES["dapo"],
+    "rewards": torch.zeros(2),
+    "group_id": torch.zeros(2, dtype=LONG),
+    "old_logp": vector,
+    "ref_logp": vector,
+    "sampler_logp": vector,
+    "mask": mask,
+    "sequence_id": ids,
+    "normalizer": 1.0,
+}
+GROUPED = {"rewards": torch.zeros(4), "group_size": 2}
+WEIGHED = {"values": padded, "old_values": padded, "returns": padded, "weight": padded}
+# function -> what works, every argument of it being spoiled in turn
+FUNCTIONS: dict[Any, dict[str, Any]] = {
+    fused_loss: {"logits": logits, "target": ids, "temperature": 1.0} | LOSS,
+    token_logp: {"logits": logits, "target": ids, "mask": mask, "temperature": 1.0},
+    fused_linear_loss: {
+        "hidden": hidden,
+        "lm_head": matrix,
+        "target": ids,
+        "temperature": 1.0,
+        "memory_budget": 2**20,
+    }
+    | LOSS,
+    linear_token_logp: {
+        "hidden": hidden,
+        "lm_head": matrix,
+        "target": ids,
+        "mask": mask,
+        "temperature": 1.0,
+        "memory_budget": 2**20,
+    },
+    linear_logp: {
+        "hidden": hidden,
+        "lm_head": matrix,
+        "target": ids,
+        "mask": mask,
+        "temperature": 1.0,
+        "memory_budget": 2**20,
+    },
+    linear_scores: {"hidden": hidden, "lm_head": matrix, "target": ids, "temperature": 1.0},
+    logp_loss: {"logp": vector, "entropy": vector, "factor": vector} | LOSS,
+    reference_loss: {"logits": logits, "target": ids, "temperature": 1.0} | LOSS,
+    group_advantages: GROUPED | {"epsilon": 0.0, "ddof": 1},
+    relative_advantages: {"rewards": torch.zeros(4), "groups": ids, "tokens": mask, "mask": mask},
+    decoupled_advantages: {
+        "rewards": torch.zeros(4, 2),
+        "groups": ids,
+        "weights": torch.ones(2),
+        "tokens": mask,
+        "mask": mask,
+    },
+    sampler_correction: {
+        "old_logp": vector,
+        "sampler_logp": vector,
+        "mask": mask,
+        "sequence_id": ids,
+        "level": "sequence",
+    },
+    off_policy_mask: {
+        "logp": vector,
+        "old_logp": vector,
+        "advantage": vector,
+        "mask": mask,
+        "sequence_id": ids,
+        "delta": 0.5,
+    },
+    dpo_loss: {
+        "logp_chosen": vector,
+        "logp_rejected": vector,
+        "ref_chosen": vector,
+        "ref_rejected": vector,
+        "weight": vector,
+        "beta": 0.5,
+        "label_smoothing": 0.25,
+    },
+    sequence_logp: {"logp": vector, "mask": mask, "sequence_id": ids, "sequences": 2},
+    gae: {"rewards": padded, "values": padded, "mask": padded, "gamma": 0.5, "lam": 0.5},
+    rewards_with_kl: {
+        "rewards": torch.zeros(2),
+        "logp": padded,
+        "ref_logp": padded,
+        "mask": padded,
+        "beta": 0.5,
+    },
+    whiten: {"vector": padded, "mask": padded},
+    value_loss: WEIGHED | {"eps": 0.5},
+    explained_variance: {"values": padded, "returns": padded, "mask": padded},
+    LinearHead: {
+        "weight": matrix,
+        "bias": torch.zeros(V),
+        "lora_A": torch.zeros(2, D),
+        "lora_B": torch.zeros(V, 2),
+        "softcap": 1.5,
+        "scale": 1.5,
+        "lora_scaling": 1.5,
+        "vocabulary": 3,
+    },
+    Objective: {
+        "surrogate": clip(0.2),
+        "kl": "k3",
+        "beta": 0.5,
+        "ratio_level": "token",
+        "advantage": GroupNorm(),
+        "aggregation": "token_mean",
+        "kl_times_ratio": RECIPES,
+        "entropy_coef": 0.5,
+        "entropy_aggregation": "token_mean",
+        "factor": PolicyFactor(),
+        "token_clip": RECIPES,
+    },
+    Surrogate: {"function": clip(0.2).function, "args": RECIPES, "homogeneous": RECIPES},
+    PolicyFactor: {
+        "sampler": SamplerCorrection(),
+        "off_policy_delta": 0.5,
+        "top_entropy": 0.5,
+        "sequence_weight": SequenceWeight(),
+        "rejections": RECIPES,
+        "current": RECIPES,
+    },
+    GroupNorm: {"ddof": 1, "epsilon": 0.5, "scale": RECIPES},
+    Estimator: {"baseline": "group", "scale": "group", "ddof": 1, "epsilon": 0.5},
+    SamplerCorrection: {"level": "token", "action": "truncate", "low": 0.5},
+    Rejection: {"measure": "k2", "over": "sum", "low": 0.5},
+    SequenceWeight: {"k_pos": 0.5, "lambda_pos": 0.5, "k_neg": 0.5, "lambda_neg": 0.5},
+    clip: {"eps_low": 0.5, "eps_high": 0.5},
+}
+KERNELS = [
+    fused_loss,
+    token_logp,
+    fused_linear_loss,
+    linear_token_logp,
+    linear_logp,
+    linear_scores,
+    logp_loss,
+    reference_loss,
+    group_advantages,
+]
+MORE = {
+    "token_clip": [0.2, (0.2,), (0.1, 0.2, 0.3), ("a", "b"), (0.1, -0.2), "ab", {}, True],
+    "kl_times_ratio": ["x", 1, None],
+    "args": ["x", 3, ("a",), (None,), (True,)],
+    "homogeneous": [1, "x"],
+    "rejections": [3, Rejection(), ("x",), [Rejection()]],
+    "current": [1, "x"],
+    "scale": [1, "x", None],
+}
+
+
+# of any shape: the others are said to differ from it
+SHAPELESS = {(whiten, "vector"), (value_loss, "values"), (explained_variance, "values")}
+
+FINE = {("ddof", "0"), ("sequences", "0")}
+
+
+def spoilt(function: Any, name: str) -> list[tuple[str, Any]]:
+    """What an argument is not, by name."""
+    good = FUNCTIONS[function][name]
+    if good is RECIPES:
+        return [(repr(bad), bad) for bad in MORE[name]]
+    if isinstance(good, Tensor):
+        return [
+            (kind, make(good))
+            for kind, make in TENSORS.items()
+            if not (kind == "another shape" and (function, name) in SHAPELESS)
+            and not (kind == "a number" and name == "normalizer")
+        ]
+    pool = NUMBERS if isinstance(good, float) else INTS if isinstance(good, int) else RECORDS
+    return [(kind, bad) for kind, bad in pool.items() if (name, kind) not in FINE]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+def test_whatever_is_wrong_is_named(function: Any) -> None:
+    """The argument, what was expected, what came; nothing of torch's own."""
+    works = {name: x for name, x in FUNCTIONS[function].items() if x is not RECIPES}
+    function(**works)
+    unnamed = []
+    for name in FUNCTIONS[function]:
+        for kind, bad in spoilt(function, name):
+            try:
+                function(**works | {name: bad})
+                unnamed.append(f"{name}, {kind}: accepted")
+            except Exception as error:
+                named = re.match(rf"{name}(\[.*\])?: expected .*, got .*", str(error), re.DOTALL)
+                if not named or not isinstance(error, (ValueError, TypeError, NotImplementedError)):
+                    unnamed.append(f"{name}, {kind}: {type(error).__name__}: {str(error)[:120]}")
+    assert not unnamed, "\n".join(unnamed)
+
+
+@pytest.mark.parametrize("function", KERNELS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_are_refused(function: Any, transform: Any) -> None:
+    """Kernels read memory, which a transform hides; nothing but real numbers has a derivative."""
+    works = {name: x for name, x in FUNCTIONS[function].items() if x is not RECIPES}
+    for name, good in works.items():
+        if isinstance(good, Tensor) and (good.is_floating_point() or transform is as_vmapped):
+            with pytest.raises(NotImplementedError, match=f"^{name}: expected a tensor .*, got "):
+                transform(function, name, works)
+
+
+@pytest.mark.parametrize("function", KERNELS, ids=lambda f: f.__name__)
+def test_tensors_without_values_are_refused(function: Any) -> None:
+    works = {name: x for name, x in FUNCTIONS[function].items() if x is not RECIPES}
+    for name, good in works.items():
+        if isinstance(good, Tensor):
+            with pytest.raises(NotImplementedError, match=f"^{name}: expected .*, got one on meta"):
+                function(**works | {name: good.to("meta")})
+
+
+def test_plain_operations_go_through_transforms() -> None:
+    """A batch by vmap is a loop over it."""
+    rewards, values = torch.randn(3, 2, 5), torch.randn(3, 2, 5)
+    mask = torch.ones(2, 5)
+    for found, one in (
+        (
+            torch.func.vmap(lambda r, v: gae(r, v, mask)[0])(rewards, values),
+            [gae(r, v, mask)[0] for r, v in zip(rewards, values, strict=True)],
+        ),
+        (
+            torch.func.vmap(lambda r: relative_advantages(r, 5))(rewards.flatten(1)),
+            [relative_advantages(r, 5) for r in rewards.flatten(1)],
+        ),
+        (
+            torch.func.vmap(lambda r: dpo_loss(r, -r, r, r, beta=0.1).loss)(rewards.flatten(1)),
+            [dpo_loss(r, -r, r, r, beta=0.1).loss for r in rewards.flatten(1)],
+        ),
+    ):
+        assert torch.allclose(found, torch.stack(one))
+
+
+def test_figures_that_are_not_ours_are_not_merged() -> None:
+    parts = fused_loss(**good()).metrics
+    assert merge_metrics([parts, parts])["tokens"] == 2 * parts["tokens"]
+    for bad, message in (
+        (3, "parts: expected a list of `LossOutput.metrics`, got 3"),
+        ([3], "parts: expected a list of `LossOutput.metrics`, got [3]"),
+        ([], "parts: expected figures of the same names, got []"),
+        ([parts, {"loss": parts["loss"]}], "parts: expected figures of the same names, got "),
+        ([parts | {"own": parts["loss"]}], "got ['own']"),
+        ([{"loss": parts["loss"]}], "got none named ['ratio_mean', 'ratio_square']"),
+        ([parts | {"loss": 1.0}], "'loss']: expected a tensor, got float"),
+        ([parts | {"loss": torch.ones(2)}], "parts: expected 0-dim tensors, got [2] for loss"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            merge_metrics(bad)  # type: ignore[arg-type]

@@ -103,12 +103,12 @@ def test_logits_and_sampler_agree_on_other_architectures(model: PreTrainedModel)
         start += len(ids)
 
 
-def test_split_deals_out_whole_sequences_once() -> None:
+def test_a_selection_has_whole_sequences() -> None:
     model, drawn = draw()
     whole = pack(drawn, ADVANTAGE)
     numbered = Batch(whole.rows, whole.advantage, torch.arange(len(whole.advantage)).float())
 
-    first, second = numbered.split(2, torch.tensor([3, 0, 2, 1]))
+    first, second = map(numbered.select, torch.tensor([[3, 0], [2, 1]]))
 
     lengths = [len(ids) for ids in drawn.completions()]
     starts = [sum(lengths[:row]) for row in range(4)]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,17 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from grpo_core import RECIPES, trainer_state
-from grpo_core.checkpoint import Interrupted, checkpoints, save_checkpoint, step_of
+from grpo_core.checkpoint import (
+    Interrupted,
+    checkpoints,
+    heeding_interrupts,
+    save_checkpoint,
+    step_of,
+    stop_request,
+)
 from grpo_core.clock import MACHINE
+from grpo_core.data import Epochs
+from grpo_core.monitor import append_json, writing
 from grpo_core.rewards import Scores
 from grpo_core.rollout import Problem, Sampling
 from grpo_core.trainer import Trainer, TrainerConfig
@@ -117,14 +129,113 @@ def test_a_signal_ends_the_run_after_its_step(
     assert records(tmp_path) == records(straight[1])
 
 
-def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
+@contextmanager
+def inherited(number: signal.Signals, handler: Any) -> Iterator[None]:
+    """As in a process that has begun with this handler."""
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.default_int_handler])
+def test_a_second_signal_does_not_wait(handler: Any, tmp_path: Path) -> None:
+    """Nor where SIGINT is ignored from the start, as in a background job of a script."""
+
     def twice() -> None:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        trainer(tmp_path, reward=at_step(2, twice)).train()
+    with inherited(signal.SIGINT, handler):
+        with pytest.raises(KeyboardInterrupt):
+            trainer(tmp_path, reward=at_step(2, twice)).train()
+        assert signal.getsignal(signal.SIGINT) == handler
     assert [step_of(path) for path in checkpoints(tmp_path / "checkpoints")] == [1]
+
+
+def own_handler(number: int, frame: object) -> None:
+    """Somebody else's."""
+
+
+@pytest.mark.parametrize(
+    ("number", "handler", "second"),
+    [
+        (signal.SIGINT, signal.SIG_IGN, signal.default_int_handler),
+        (signal.SIGINT, signal.SIG_DFL, signal.SIG_DFL),
+        (signal.SIGINT, own_handler, own_handler),
+        (signal.SIGTERM, signal.SIG_IGN, signal.SIG_DFL),
+        (signal.SIGTERM, signal.SIG_DFL, signal.SIG_DFL),
+        (signal.SIGTERM, own_handler, own_handler),
+    ],
+)
+def test_what_a_second_signal_does(number: signal.Signals, handler: Any, second: Any) -> None:
+    with inherited(number, handler):
+        with stop_request() as request:
+            assert request.number == 0
+            signal.raise_signal(number)
+            assert request.number == number
+            assert signal.getsignal(number) == second
+        assert signal.getsignal(number) == handler
+
+
+def test_an_ignored_interrupt_is_heeded() -> None:
+    """Another handler than that is left alone, as is what a thread cannot set."""
+    with inherited(signal.SIGINT, signal.SIG_IGN):
+        with pytest.raises(KeyboardInterrupt), heeding_interrupts():
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        with ThreadPoolExecutor(1) as threads:
+            threads.submit(lambda: heeding_interrupts().__enter__()).result()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    with inherited(signal.SIGINT, own_handler), heeding_interrupts():
+        assert signal.getsignal(signal.SIGINT) == own_handler
+
+
+@contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """Within it no file can be longer than `room` bytes: the system refuses the rest of it."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("room", [20_000, 60_000], ids=["in the weights", "in trainer.pt"])
+def test_a_full_disk_is_named_and_costs_no_checkpoint(room: int, tmp_path: Path) -> None:
+    """safetensors writes 45 kB of weights, torch's zip writer the rest; neither names a path."""
+    run = trainer(tmp_path)
+    run.step()
+    folder = tmp_path / "checkpoints"
+    first = trainer_state.save(run, folder)
+    run.step()
+    second = re.escape(str(folder / "step-000002"))
+    expected = rf"{second}: could not be written; is the disk full \(\d+ MiB are free\)"
+    with full_disk(room), pytest.raises(OSError, match=expected):
+        trainer_state.save(run, folder)
+    assert list(folder.iterdir()) == [first]
+    assert trainer(tmp_path).resume() == 1
+
+
+def test_a_full_disk_in_the_middle_of_shards(tmp_path: Path) -> None:
+    shards = {"model": dict(micro_model().state_dict())}
+    with full_disk(20_000), pytest.raises(OSError, match="step-000001: could not be written; is"):
+        save_checkpoint(tmp_path, 1, micro_model(), {}, keep=1, shards=shards)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_errors_of_writing_are_left_alone(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), writing(tmp_path):
+        (tmp_path / "nowhere" / "file").write_text("")
+    for kind in (RuntimeError, torch.OutOfMemoryError):
+        with pytest.raises(kind, match="of another cause"), writing(tmp_path):
+            raise kind("of another cause")
+    file = tmp_path / "metrics.jsonl"
+    with full_disk(100), pytest.raises(OSError, match=r"metrics\.jsonl: could not be written; is"):
+        append_json(file, {"text": 200 * "x"})
 
 
 def test_records_after_the_checkpoint_are_taken_back(
@@ -247,6 +358,45 @@ def test_a_new_run_does_not_delete_the_checkpoints_of_another(
     with pytest.raises(ValueError, match=r"checkpoints: expected a folder without any, found .*-0"):
         trainer(folder).train()
     assert sorted(folder.rglob("*")) == before
+
+
+def test_a_checkpoint_knows_the_problems(tmp_path: Path) -> None:
+    def run(*prompts: tuple[int, ...]) -> Trainer:
+        made = trainer(tmp_path)
+        made.draw_problems = Epochs([Problem(prompt) for prompt in prompts])
+        return made
+
+    first = run((3,), (4,))
+    first.step()
+    trainer_state.save(first, tmp_path / "checkpoints")
+    with pytest.raises(ValueError, match=r"data_fingerprint: expected 2 problems, .* got 2 prob"):
+        run((3,), (5,)).resume()
+    assert run((3,), (4,)).resume() == 1
+
+
+def test_a_checkpoint_knows_the_weights_that_it_does_not_hold(tmp_path: Path) -> None:
+    """Those of the reference, and those beneath an adapter; others come from the checkpoint."""
+    peft = pytest.importorskip("peft")
+
+    def run(kind: str, seed: int) -> Trainer:
+        model = micro_model(seed)
+        if kind == "adapter":
+            torch.manual_seed(3)
+            model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+        beta = {"beta": 0.1, "kl": "k3"} if kind == "reference" else {"beta": 0.0, "kl": None}
+        objective = RECIPES["dapo"].replace(**beta)
+        return trainer(tmp_path / kind, model, objective=objective)
+
+    for kind in ("reference", "adapter", "alone"):
+        first = run(kind, 0)
+        first.step()
+        trainer_state.save(first, tmp_path / kind / "checkpoints")
+        assert run(kind, 0).resume() == 1
+        if kind == "alone":
+            assert run(kind, 1).resume() == 1
+        else:
+            with pytest.raises(ValueError, match=r"start_weights: expected sha256 .*, got sha256"):
+                run(kind, 1).resume()
 
 
 def test_without_a_checkpoint_it_begins_at_the_beginning(tmp_path: Path) -> None:

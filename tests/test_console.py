@@ -143,6 +143,16 @@ def test_samples_are_kept_where_they_were_looked_at(tmp_path: Path) -> None:
     assert trainer.samples is not None
     trainer.samples.step(9, asked[:1], completions[:1], one_of(scores), keep=False)
     assert [sample.kind for sample in trainer.samples.rollout] == ["best"]
+    # what has no reward is neither, and of nothing else there is no sample
+    total = scores.total.clone()
+    order = total.argsort()
+    total[order[[0, -1]]] = math.nan
+    trainer.samples.step(9, asked, completions, scores._replace(total=total), keep=False)
+    known = scores.total[order[1:-1]]
+    assert [s.reward for s in trainer.samples.rollout] == [known.max(), known.min()]
+    total[:] = math.nan
+    trainer.samples.step(9, asked, completions, scores._replace(total=total), keep=False)
+    assert trainer.samples.rollout == []
 
 
 def one_of(scores: Any) -> Any:

@@ -100,7 +100,9 @@ def test_tokenizer_round_trip_and_tags_that_survive_decoding() -> None:
 
 def test_saved_and_loaded_again_everything_is_the_same(tmp_path: Path) -> None:
     tokenizer = decimals.build_tokenizer()
+    state = torch.get_rng_state()
     model = decimals.build_model(tokenizer, seed=0).eval()
+    assert torch.equal(torch.get_rng_state(), state)
     tokenizer.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
 

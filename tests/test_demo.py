@@ -16,6 +16,7 @@ from grpo_core.clock import MACHINE
 from grpo_core.demo import Demo, DemoConfig
 from grpo_core.train import main
 from grpo_core.trainer import Trainer
+from tests.test_checkpoint import inherited
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*ran into max_new_tokens")
 
@@ -133,15 +134,19 @@ def test_the_embedded_run_learns(tmp_path: Path) -> None:
 def test_an_interrupted_run_says_what_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No traceback, the shell's status for it, and no earlier results that look like this run's."""
+    """No traceback, the shell's status for it, and no earlier results that look like this run's.
+
+    Also where SIGINT is ignored from the start.
+    """
     (tmp_path / "results.json").write_text("[]")
     (tmp_path / "r1").mkdir()
 
     def interrupt(self: Demo) -> None:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Demo, "base_model", interrupt)
-    assert main(["--output", str(tmp_path), "--no_plot", "--overwrite", "True"]) == 130
+    with inherited(signal.SIGINT, signal.SIG_IGN):
+        assert main(["--output", str(tmp_path), "--no_plot", "--overwrite", "True"]) == 130
     assert "interrupted; what was finished lies in" in capsys.readouterr().err
     assert not (tmp_path / "results.json").exists()
     assert not (tmp_path / "r1").exists()

@@ -9,6 +9,7 @@ import torch
 
 from tests.ranks import CASES, HALVES, alone, run
 from tests.test_head import assert_close
+from tests.tiny_models import V
 
 pytestmark = pytest.mark.slow
 
@@ -43,3 +44,10 @@ def test_mixed_precision_rounds_nothing_of_a_request(
 def test_a_sharded_matrix_is_refused_outside_of_the_wrapper(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert rank["outside"].startswith("lm_head: expected a whole matrix, got a sharded one")
+
+
+def test_a_head_can_be_taken_off_under_shards(ranks: list[dict[str, Any]]) -> None:
+    for found in (rank["undone"] for rank in ranks):
+        assert found["logits"] == (4, 9, V)
+        assert found["error"].startswith("model: expected one with a fused head")
+        assert torch.equal(found["again"], found["loss"])

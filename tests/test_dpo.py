@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch.nn.functional import log_softmax, logsigmoid
 
 from grpo_core.dpo import Pair, PreferenceConfig, answer_logp, sample_pairs, train_preferences
+from grpo_core.rewards import Scores
 from grpo_core.rollout import Problem, Sampling, rollout
 from grpo_core.supervised import Example, pad_examples
 from tests.micro import MAX_NEW_TOKENS, SEVEN, draw_problems, micro_model, share_of_sevens
@@ -28,6 +31,34 @@ def test_the_best_and_the_worst_answer_make_a_pair() -> None:
     for pair in pairs:
         assert tuple(pair.prompt) in {problem.prompt for problem in asked}
         assert list(pair.chosen).count(SEVEN) > list(pair.rejected).count(SEVEN)
+
+
+def test_an_answer_without_a_reward_is_in_no_pair() -> None:
+    """The most sevens have none; of groups with one reward or none there is no pair."""
+    model, asked = micro_model(), problems(12)
+    seen: list[torch.Tensor] = []
+
+    def lacking(asked: Sequence[Problem], completions: Sequence[Sequence[int]]) -> Scores:
+        total = share_of_sevens(asked, completions).total.view(-1, 4)
+        total[torch.arange(12), total.argmax(1)] = torch.nan
+        total[0, 1:], total[1] = torch.nan, torch.nan
+        seen.append(total)
+        return Scores(total.view(-1), {"sevens": total.view(-1)})
+
+    pairs = sample_pairs(model, asked, lacking, SAMPLING, group_size=4, seed=1)
+    (total,) = seen
+    expected = []
+    for group in range(12):
+        scored = [n for n in range(4) if not total[group, n].isnan()]
+        ranked = sorted(scored, key=lambda n: float(total[group, n]))
+        if scored and total[group, ranked[0]] < total[group, ranked[-1]]:
+            shares = [total[group, ranked[0]], total[group, ranked[-1]]]
+            expected.append((list(asked[group].prompt), [float(share) for share in shares]))
+    got = []
+    for pair in pairs:
+        shares = [ids.count(SEVEN) / MAX_NEW_TOKENS for ids in (pair.rejected, pair.chosen)]
+        got.append((pair.prompt, shares))
+    assert got == expected and 0 < len(got) < 10
 
 
 def test_the_loss_of_one_step_by_hand() -> None:
@@ -77,6 +108,9 @@ def test_nothing_to_learn_from_is_an_error() -> None:
     config = PreferenceConfig(steps=9, batch_size=2, learning_rate=1e-3)
     with pytest.raises(ValueError, match="pairs: expected at least one"):
         train_preferences(micro_model(), [], config)
+    long = Pair([3] * 60, [4] * 4, [4] * 5)
+    with pytest.raises(ValueError, match=r"prompt \+ completion: expected at most 64 .* 60 \+ 5"):
+        train_preferences(micro_model(), [long], config)
     with pytest.raises(ValueError, match="group_size: expected at least 2, got 1"):
         sample_pairs(micro_model(), problems(1), share_of_sevens, SAMPLING, group_size=1)
     with pytest.raises(ValueError, match="warmup_steps: expected 0 to 2, got 5"):

@@ -204,15 +204,15 @@ def test_unseen_bad_input_stays_among_its_own() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([1.0, 2.0], 2), r"rewards: expected a floating-point tensor \[B\], got \[1.0, 2.0\]"),
-        ((torch.zeros(4).long(), 2), r"rewards: expected a floating-point tensor .*int64"),
+        (([1.0, 2.0], 2), r"rewards: expected a tensor, got list"),
+        ((torch.zeros(4).long(), 2), r"rewards: expected a floating-point tensor, got .*int64"),
         ((torch.zeros(4), 3), r"groups: expected ids or a divisor of B = 4, got 3"),
         ((torch.zeros(4), 0), r"groups: expected ids or a divisor of B = 4, got 0"),
-        ((torch.zeros(4), torch.zeros(3).long()), r"groups: expected integer ids \[B\] = \[4\]"),
-        ((torch.zeros(4), torch.zeros(4)), r"groups: expected integer ids .*float32"),
+        ((torch.zeros(4), torch.zeros(3).long()), r"groups: expected shape \[4\], got \[3\]"),
+        ((torch.zeros(4), torch.zeros(4)), r"groups: expected an integer tensor, got .*float32"),
         (
             (torch.zeros(4), torch.tensor([0, 0, 4, 1])),
-            r"groups: expected ids in \[0, B = 4\), got 4 at 2",
+            r"groups: expected integers in \[0, B = 4\), got 4 at row 2",
         ),
         (
             (torch.tensor([0.0, 0.0, torch.nan, torch.inf]), 2),
@@ -228,15 +228,15 @@ def test_bad_input_is_named(arguments: tuple, message: str) -> None:
 
 def test_bad_options_are_named() -> None:
     rewards = torch.zeros(4)
-    with pytest.raises(ValueError, match=r"mask: expected shape \[B\] = \[4\], got \[3\]"):
+    with pytest.raises(ValueError, match=r"mask: expected shape \[4\], got \[3\]"):
         relative_advantages(rewards, 2, mask=torch.ones(3))
-    with pytest.raises(ValueError, match=r"tokens: expected shape \[B\] = \[4\], got \[3\]"):
+    with pytest.raises(ValueError, match=r"tokens: expected shape \[4\], got \[3\]"):
         relative_advantages(rewards, 2, tokens=torch.ones(3))
     with pytest.raises(ValueError, match=r"rewards: .* \[B, F >= 1\], got \[4\]"):
         decoupled_advantages(rewards, 2)
-    with pytest.raises(ValueError, match=r"mask: expected shape \[B, F\] = \[4, 3\], got \[4, 2\]"):
+    with pytest.raises(ValueError, match=r"mask: expected shape \[4\] or \[4, 3\], got \[4, 2\]"):
         decoupled_advantages(torch.zeros(4, 3), 2, mask=torch.ones(4, 2))
-    with pytest.raises(ValueError, match=r"weights: expected shape \[F\] = \[3\], got \[2\]"):
+    with pytest.raises(ValueError, match=r"weights: expected shape \[3\], got \[2\]"):
         decoupled_advantages(torch.zeros(4, 3), 2, torch.ones(2))
     with pytest.raises(ValueError, match=r"rewards\[:, 1\]: expected finite .* got nan at index 0"):
         decoupled_advantages(torch.eye(4)[:, :2] / torch.tensor([1.0, 0.0]), 2)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from grpo_core.evaluate import evaluate, pass_at
-from grpo_core.rewards import Scores
+from grpo_core.rewards import RewardError, Scores
 from grpo_core.rollout import Problem, Sampling
 from tests.micro import EOS, SEVEN, draw_problems, micro_model, share_of_sevens
 
@@ -103,6 +103,29 @@ def test_avg_and_pass_at_k_over_the_answers() -> None:
     assert not any(name.startswith("none") for name in figures)
     assert got.completions == evaluate(model, asked, verdict, SAMPLED).completions
     assert "verdict/pass@4" in evaluate(model, asked, verdict, SAMPLED, samples=4).metrics
+
+
+def test_an_answer_without_a_reward_is_in_no_mean() -> None:
+    asked = problems()
+
+    def some(problems: Sequence[Problem], completions: Sequence[Sequence[int]]) -> Scores:
+        total = share_of_sevens(problems, completions).total
+        total[::3] = math.nan
+        return Scores(total, {"sevens": total})
+
+    got = evaluate(micro_model(), asked, some, SAMPLED)
+    shares = [ids.count(SEVEN) / 8 for n, ids in enumerate(got.completions) if n % 3]
+    assert got.metrics["reward"] == pytest.approx(sum(shares) / 20, rel=1e-6)
+    assert got.metrics["reward"] == got.metrics["sevens"]
+
+
+def test_a_reward_that_fails_is_named() -> None:
+    with pytest.raises(RewardError, match=r"^held-out problems: reward 'bad' raised KeyError: 3$"):
+        evaluate(micro_model(), problems(), bad, SAMPLED)
+
+
+def bad(problems: Any, completions: Any) -> Scores:
+    raise KeyError(3)
 
 
 @pytest.mark.parametrize(

@@ -383,27 +383,39 @@ def test_the_gradient_takes_no_more_than_the_view(backend: str, device: str) -> 
     assert torch.equal(logits.grad, packed.grad)
 
 
-def test_a_dropped_row_of_a_sequence_has_no_gradient(backend: str, device: str) -> None:
-    """Its NaN is in the KL alone: the sequence's ratio goes on, the row is out."""
+@pytest.mark.parametrize("level", ["sequence", "sequence_token", "token"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_one_term_drops_all_that_share_its_ratio(
+    backend: str, device: str, level: str, bad: float
+) -> None:
+    """The KL of one token is not finite, the sequence's ratio is: the sequence is out all the same.
+
+    Where ratios are those of tokens, even bounded ones, it is the token alone.
+    """
     logits = torch.randn(2, 3, 20, dtype=torch.float64)
     target = torch.randint(0, 20, (2, 3))
+    target[0, 0] = -100
     ref_logp = torch.full((2, 3), -3.0)
-    ref_logp[0, 1] = torch.nan
+    ref_logp[0, 1] = bad
+    objective = OBJECTIVES["sequence"].replace(ratio_level=level, entropy_coef=0.1)
     arguments = {
         "target": target,
-        "objective": OBJECTIVES["sequence"],
+        "objective": objective.replace(token_clip=(0.5, 0.5)) if level == "token" else objective,
         "advantage": torch.tensor([1.0, -1.0]),
         "old_logp": torch.full((2, 3), -3.0) + 0.01 * torch.randn(2, 3),
         "ref_logp": ref_logp,
     }
+    lost = torch.zeros(2, 3, dtype=torch.bool)
+    lost[0, 1 if level == "token" else slice(1, None)] = True
     leaf = logits.float().to(device).requires_grad_()
     ours = fused_loss(leaf, backend=backend, **moved(arguments, device))
     ours.loss.backward()
     exact_leaf = logits.float().double().requires_grad_()
     exact = reference_loss(exact_leaf, **arguments)
     exact.loss.backward()
-    assert ours.metrics["nonfinite_rows"] == exact.metrics["nonfinite_rows"] == 1
-    assert (leaf.grad[0, 1] == 0).all()
+    assert ours.metrics["nonfinite_rows"] == exact.metrics["nonfinite_rows"] == lost.sum()
+    assert (leaf.grad.cpu()[lost] == 0).all()
+    assert (leaf.grad.cpu()[~lost & (target >= 0)] != 0).any(-1).all()
     assert torch.allclose(ours.loss.cpu().double(), exact.loss, atol=1e-6)
     assert torch.allclose(leaf.grad.cpu().double(), exact_leaf.grad, atol=1e-6)
 

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
+import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -20,6 +27,7 @@ from grpo_core import (
     with_fused_head,
     without_fused_head,
 )
+from grpo_core.head import has_fused_head
 from grpo_core.head_reading import stated
 from tests.tiny_models import FAMILIES, V, batch, tiny
 
@@ -71,7 +79,7 @@ def test_every_family(family: str) -> None:
     ids, arguments = batch()
     before = model(input_ids=ids).logits
     assert with_fused_head(model) is model
-    probed = model.get_output_embeddings().fused_head.around
+    probed = model.fused_head
     if family == "HyperCLOVAX":
         with pytest.raises(NotImplementedError, match="logits_scaling: not known for model_type"):
             stated(model.config)
@@ -253,6 +261,9 @@ def test_misuse_is_told() -> None:
         LossRequest(arguments["target"], advantages=arguments["advantage"])
     with pytest.raises(TypeError, match="old_logp"):
         LogpRequest(arguments["target"], old_logp=arguments["old_logp"])
+    for other in ("x", 1, arguments, LossRequest):
+        with pytest.raises(TypeError, match="request: expected a LossRequest or a LogpRequest, go"):
+            model(input_ids=ids, request=other)
     with pytest.raises(ValueError, match="target: expected shape"):
         fused(model, ids[:, :-1], arguments)
     # a request that failed is not left waiting
@@ -261,21 +272,164 @@ def test_misuse_is_told() -> None:
         with_fused_head(nn.Linear(2, 3))
 
 
-def test_a_copy_is_a_model_of_its_own() -> None:
-    """Also where something else had replaced the model's forward before."""
-    model = tiny()
+def saved_and_loaded(model: nn.Module) -> nn.Module:
+    """Through torch's own file format."""
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def own_forward(model: nn.Module) -> nn.Module:
+    """Something else had replaced the forwards of the model and of its head before."""
     model.forward = model.forward
-    with_fused_head(model)
+    model.lm_head.forward = model.lm_head.forward
+    return model
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": saved_and_loaded,
+    "twice": lambda model: saved_and_loaded(copy.deepcopy(model)),
+}
+
+
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize("before", [lambda model: model, own_forward], ids=["", "own forward"])
+def test_a_copy_is_a_model_of_its_own(way: str, before: Callable[[Any], Any]) -> None:
+    """It answers requests by its own weights, gives its head back, and takes another one."""
+    model = with_fused_head(before(tiny("Gemma2")))
     ids, arguments = batch()
-    other = copy.deepcopy(model)
-    before = fused(other, ids, arguments).loss
+    other = COPIES[way](model)
     for parameter in model.parameters():
         parameter.data.mul_(2)
-    assert torch.equal(fused(other, ids, arguments).loss, before)
-    assert not torch.equal(fused(model, ids, arguments).loss, before)
+    assert_same_loss(other)
+    assert not torch.equal(fused(model, ids, arguments).loss, fused(other, ids, arguments).loss)
     found = gradients(other, fused(other, ids, arguments).loss)
     assert len(found) == len(list(other.parameters()))
-    assert model.state_dict().keys() == tiny().state_dict().keys()
+    assert model.state_dict().keys() == tiny("Gemma2").state_dict().keys()
+    assert type(without_fused_head(other)) is type(tiny("Gemma2"))
+    assert type(other.lm_head) is nn.Linear and "fused_head" not in vars(other)
+    assert_same_loss(with_fused_head(other))
+
+
+def test_what_is_saved_is_loaded_as_a_plain_model(tmp_path: Any) -> None:
+    """One of the fused class says so where it is asked for more, and takes a head."""
+    model = with_fused_head(tiny())
+    model.save_pretrained(tmp_path)
+    ids, arguments = batch()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is transformers.LlamaForCausalLM
+    same = type(model).from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model: expected one with a fused head"):
+        fused(same, ids, arguments)
+    for other in (loaded, same):
+        assert not has_fused_head(other)
+        found = fused(with_fused_head(other), ids, arguments)
+        assert torch.equal(found.loss, fused(model, ids, arguments).loss)
+
+
+@pytest.fixture
+def bfloat16() -> Any:
+    """Accelerate's mixed precision, without a trace afterwards."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(True)
+    yield accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    accelerate.state.AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize("head_first", [True, False])
+def test_accelerate_wraps_and_unwraps(bfloat16: Any, head_first: bool) -> None:
+    """In bfloat16 while wrapped, and to the bit as before without the wrapper; copies too."""
+    model = tiny()
+    ids, arguments = batch()
+    logits = model(input_ids=ids).logits
+    plain = fused(with_fused_head(copy.deepcopy(model)), ids, arguments).loss
+    for wrap in (with_fused_head, bfloat16.prepare)[:: 1 if head_first else -1]:
+        model = wrap(model)
+    for wrapped in (model, copy.deepcopy(model), bfloat16.unwrap_model(model)):
+        loss = fused(wrapped, ids, arguments).loss
+        assert not torch.equal(loss, plain) and torch.isclose(loss, plain, rtol=0.05, atol=0.01)
+    bare = bfloat16.unwrap_model(model, keep_fp32_wrapper=False)
+    for each in (bare, *(take(bare) for take in COPIES.values())):
+        assert torch.equal(fused(each, ids, arguments).loss, plain)
+        assert torch.equal(without_fused_head(each)(input_ids=ids).logits, logits)
+        assert torch.equal(fused(with_fused_head(each), ids, arguments).loss, plain)
+
+
+def test_the_head_can_be_taken_from_under_a_wrapper(bfloat16: Any) -> None:
+    """Nothing answers a request then, and nothing ignores it."""
+    model = bfloat16.prepare(with_fused_head(tiny()))
+    ids, arguments = batch()
+    asked = fused(model, ids, arguments).loss
+    without_fused_head(model)
+    assert model(input_ids=ids).logits.dtype == torch.float32
+    with pytest.raises(ValueError, match="model: expected one with a fused head"):
+        fused(model, ids, arguments)
+    assert torch.equal(fused(with_fused_head(model), ids, arguments).loss, asked)
+
+
+@pytest.mark.parametrize("where", LORA)
+@pytest.mark.parametrize("head_first", [True, False])
+def test_an_adapter_comes_and_goes(where: str, head_first: bool) -> None:
+    """The merged model answers, or says that its head is another one and takes it."""
+    model, settings = tiny("Granite"), LoraConfig(r=3, **LORA[where])
+    if head_first:
+        adapted = get_peft_model(with_fused_head(model), settings)
+        if where != "backbone":
+            assert not has_fused_head(adapted)
+            with_fused_head(adapted)
+    else:
+        adapted = with_fused_head(get_peft_model(model, settings))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name or "modules_to_save" in name:
+            parameter.data.normal_(std=0.1)
+    ids, arguments = batch()
+    before = fused(adapted, ids, arguments).loss
+    merged = adapted.merge_and_unload()
+    if not has_fused_head(merged):
+        with pytest.raises(ValueError, match="model: expected the head that with_fused_head has"):
+            fused(merged, ids, arguments)
+        with_fused_head(merged)
+    assert torch.isclose(fused(merged, ids, arguments).loss, before, rtol=1e-5)
+    assert_same_loss(merged.requires_grad_())
+    assert type(without_fused_head(merged)) is transformers.GraniteForCausalLM
+
+
+def test_a_request_that_nobody_honours_is_an_error() -> None:
+    """Where another program has put its own forward into the model since."""
+    model, ids, arguments = with_fused_head(tiny()), *batch()
+    model.forward = MethodType(transformers.LlamaForCausalLM.forward, model)
+    assert model(input_ids=ids).logits.shape == (*ids.shape, V)
+    with pytest.raises(ValueError, match="model: expected the forward of with_fused_head"):
+        fused(model, ids, arguments)
+    assert_same_loss(with_fused_head(without_fused_head(model)))
+
+
+def test_threads_do_not_get_each_others_answers() -> None:
+    """All are in the forward before one asks the head, and all have asked before one returns."""
+    model, (ids, arguments) = with_fused_head(tiny()), batch()
+    changes = {"objective": "gspo", "temperature": 0.5, "backend": "torch"}
+    other = LossRequest(**arguments | changes)
+    runs: tuple[Callable[[], Tensor], ...] = (
+        lambda: fused(model, ids, arguments).logp,
+        lambda: model(input_ids=ids, request=other).logp,
+        lambda: model(input_ids=ids, request=LogpRequest(arguments["target"])).entropy,
+        lambda: model(input_ids=ids).logits,
+    )
+    expected = [run() for run in runs]
+    barrier = threading.Barrier(len(runs), timeout=20)
+
+    def meet(*_: Any) -> None:
+        barrier.wait()
+
+    for module in (model.model.norm, model.lm_head):
+        module.register_forward_hook(meet)
+    with ThreadPoolExecutor(len(runs)) as pool:
+        found = [each.result() for each in [pool.submit(run) for run in runs]]
+    for ours, alone in zip(found, expected, strict=True):
+        assert torch.equal(ours, alone)
 
 
 def test_generation_goes_on() -> None:
@@ -295,6 +449,49 @@ def test_checkpointing_of_the_backbone() -> None:
     plain = gradients(model, fused(model, ids, arguments).loss)
     model.gradient_checkpointing_enable()
     assert_close(gradients(model, fused(model, ids, arguments).loss), plain)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_of_the_whole_model(reentrant: bool) -> None:
+    """Its forward runs again in the backward, here of another thread."""
+    model = with_fused_head(tiny())
+    ids, arguments = batch()
+    plain = gradients(model, fused(model, ids, arguments).loss)
+    start = torch.ones((), requires_grad=True)
+
+    def run(one: Tensor) -> Tensor:
+        return one * fused(model, ids, arguments).loss
+
+    loss = torch.utils.checkpoint.checkpoint(run, start, use_reentrant=reentrant)
+    with ThreadPoolExecutor(1) as pool:
+        again = pool.submit(gradients, model, loss).result()
+    assert_close(again, plain)
+
+
+@pytest.mark.parametrize("what", ["step", "model", "in place"])
+def test_a_compiled_model(what: str) -> None:
+    """As one graph, given its head before or after, and with requests made in the graph."""
+    torch._dynamo.reset()
+    model = tiny(num_hidden_layers=1)
+    ids, arguments = batch()
+    plain = dense(model, ids, arguments)
+    wanted = gradients(model, plain.loss)
+    compiling: dict[str, Any] = {"fullgraph": True, "backend": "aot_eager"}
+    if what == "step":
+        with_fused_head(model)
+        run = torch.compile(lambda ids: fused(model, ids, arguments), **compiling)
+    else:
+        if what == "model":
+            compiled = torch.compile(model, **compiling)
+        else:
+            compiled = model
+            model.compile(**compiling)
+        with_fused_head(compiled)
+        run = lambda ids: fused(compiled, ids, arguments)  # noqa: E731
+    for _ in range(2):
+        found = run(ids)
+        assert torch.allclose(found.logp, plain.logp, rtol=0, atol=2e-6)
+        assert_close(gradients(model, found.loss), wanted)
 
 
 def test_accumulation_and_scaled_and_second_backward() -> None:
@@ -325,8 +522,6 @@ def test_random_numbers_are_left_alone() -> None:
 
 
 def test_router_losses_are_not_dropped_silently() -> None:
-    import transformers
-
     config = transformers.MixtralConfig(
         vocab_size=V,
         hidden_size=16,

@@ -30,13 +30,13 @@ def batch() -> dict[str, Tensor]:
     mask = torch.rand(4, 6) < 0.8
     mask[0, 0], mask[2] = True, False
     logp = -2 * torch.rand(4, 6) - 0.1
-    old = logp + 0.35 * torch.randn(4, 6)
+    old = (logp + 0.35 * torch.randn(4, 6)).clamp(max=-0.02)
     return {
         "log_probs": logp,
         "old_log_probs": old,
         "advantages": torch.randn(4, 6),
         "action_mask": mask,
-        "rollout_log_probs": old + 0.15 * torch.randn(4, 6),
+        "rollout_log_probs": (old + 0.15 * torch.randn(4, 6)).clamp(max=-0.02),
     }
 
 
@@ -45,10 +45,11 @@ def per_sequence(values: Tensor, mask: Tensor) -> list[Tensor]:
 
 
 def openrlhf(b: dict[str, Tensor], options: dict[str, Any], counts: dict[str, Any]) -> Tensor:
-    """The loss by its formulas: PPO and GSPO, dual clip, three corrections, two means."""
+    """The loss by its formulas: PPO and GSPO, dual clip, corrections, two means."""
     d, A, mask = b["log_probs"] - b["old_log_probs"], b["advantages"], b["action_mask"]
     low, high = options.get("clip_eps_low", 0.2), options.get("clip_eps_high", 0.2)
-    kind, corrects = options.get("policy_loss_type", "ppo"), "vllm_is_correction_type" in options
+    kind = options.get("policy_loss_type", "ppo")
+    corrects = options.get("is_correction_level", "off") != "off"
     ratio = d.exp()
     if kind == "gspo":
         d = b["log_probs"] - b["rollout_log_probs"] if corrects else d
@@ -58,17 +59,7 @@ def openrlhf(b: dict[str, Tensor], options: dict[str, Any], counts: dict[str, An
     if "dual_clip" in options:
         policy = dual_clip(ratio, A, low, high, options["dual_clip"])
     if corrects and kind == "ppo":
-        bounds = options["vllm_is_truncated_threshold"]
-        weight = (b["old_log_probs"] - b["rollout_log_probs"]).exp()
-        if options["vllm_is_correction_type"] == "tis":
-            weight = weight.clamp(*bounds)
-        elif options["vllm_is_correction_type"] == "icepop":
-            weight = torch.where((weight < bounds[0]) | (weight > bounds[1]), 0.0, weight)
-        else:
-            for i in range(len(mask)):
-                s = math.exp(float(weight[i][mask[i]].log().mean())) if mask[i].any() else 1.0
-                weight[i] = weight[i] if bounds[0] <= s <= bounds[1] else 0.0
-        policy = policy * weight
+        policy = policy * openrlhf_correction(b, options)[0]
     dp = counts.get("dp_size", 1)
     if options.get("token_level_loss", True) and kind == "ppo":
         n = counts.get("batch_num_tokens")
@@ -78,8 +69,40 @@ def openrlhf(b: dict[str, Tensor], options: dict[str, Any], counts: dict[str, An
     return -means.sum() * dp / n if n else -means.mean()
 
 
-CORRECTED = {"enable_vllm_is_correction": True, "vllm_is_truncated_threshold": [0.9, 1.1]}
+def openrlhf_correction(b: dict[str, Tensor], options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """(weights, outside the threshold) of each token, one token at a time."""
+    low, high = options["is_correction_threshold"]
+    weights, outside = torch.zeros(4, 6, dtype=torch.float64), torch.zeros(4, 6, dtype=torch.bool)
+    old, rollout, mask = b["old_log_probs"], b["rollout_log_probs"], b["action_mask"]
+    for i in range(4):
+        statistics = []
+        for t in range(6):
+            q, p = math.exp(old[i, t]), math.exp(rollout[i, t])
+            statistics.append(
+                {
+                    "ratio": math.log(q / p),
+                    "tv": abs(p - q),
+                    "binary_kl": p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q)),
+                }[options.get("is_correction_gating", "ratio")]
+            )
+        counted = [s for s, m in zip(statistics, mask[i].tolist(), strict=True) if m]
+        if options["is_correction_level"] == "seq":
+            mean = sum(counted) / len(counted) if counted else math.nan
+            statistics = [mean] * 6
+        if options.get("is_correction_gating", "ratio") == "ratio":
+            statistics = [math.exp(s) for s in statistics]
+        for t, s in enumerate(statistics):
+            outside[i, t] = not low <= s <= high
+            if options.get("is_correction_mode", "mask") == "clip":
+                weights[i, t] = min(max(s, low), high)
+            elif not outside[i, t]:
+                weights[i, t] = math.exp(old[i, t] - rollout[i, t])
+    return weights, outside
+
+
 GLOBAL = {"dp_size": 2, "batch_num_tokens": 37.0, "global_batch_size": 9}
+TOKEN, SEQ = {"is_correction_level": "token"}, {"is_correction_level": "seq"}
+BAND = {"is_correction_threshold": [0.9, 1.1]}
 
 
 @pytest.mark.parametrize("counts", [{}, GLOBAL])
@@ -91,17 +114,20 @@ GLOBAL = {"dp_size": 2, "batch_num_tokens": 37.0, "global_batch_size": 9}
         {"dual_clip": 1.5, "clip_eps_low": 0.1},
         {"policy_loss_type": "gspo", "clip_eps_low": 0.02, "clip_eps_high": 0.03},
         {"policy_loss_type": "gspo", "dual_clip": 1.25, "clip_eps_high": 0.1},
-        {"vllm_is_correction_type": "tis"},
-        {"vllm_is_correction_type": "tis", "token_level_loss": False, "dual_clip": 3.0},
-        {"vllm_is_correction_type": "icepop"},
-        {"vllm_is_correction_type": "seq-mask-tis", "vllm_is_truncated_threshold": [0.97, 1.03]},
-        {"vllm_is_correction_type": "tis", "policy_loss_type": "gspo", "clip_eps_high": 0.05},
+        TOKEN | BAND | {"is_correction_mode": "clip"},
+        TOKEN | BAND | {"is_correction_mode": "clip", "token_level_loss": False, "dual_clip": 3.0},
+        TOKEN | BAND,
+        SEQ | {"is_correction_threshold": [0.97, 1.03]},
+        TOKEN | {"is_correction_gating": "binary_kl", "is_correction_threshold": (0.0, 2e-3)},
+        TOKEN | {"is_correction_gating": "tv", "is_correction_threshold": [0.0, 0.03]},
+        SEQ | {"is_correction_gating": "binary_kl", "is_correction_threshold": [0.0, 6e-3]},
+        SEQ | {"is_correction_gating": "tv", "is_correction_threshold": [0.0, 0.03]},
+        TOKEN | {"policy_loss_type": "gspo", "clip_eps_high": 0.05},
     ],
     ids=str,
 )
 def test_openrlhf(options: dict[str, Any], counts: dict[str, Any]) -> None:
-    if "vllm_is_correction_type" in options:
-        options = CORRECTED | options
+    torch.manual_seed(3)
     b = batch()
     exact = {k: v if v.dtype == torch.bool else v.double() for k, v in b.items()}
     exact["log_probs"].requires_grad_()
@@ -111,7 +137,7 @@ def test_openrlhf(options: dict[str, Any], counts: dict[str, Any]) -> None:
     # OpenRLHF's masks are of any dtype
     given = b | {"log_probs": log_probs, "action_mask": b["action_mask"].float()}
     loss_fn = PolicyLoss(**options)
-    loss, clip_ratio, ppo_kl, vllm_kl = loss_fn(**given, **counts)
+    loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio = loss_fn(**given, **counts)
     (ours,) = torch.autograd.grad(loss, log_probs)
     size = float(gradient.abs().max())
     assert size > 0 and float((ours - gradient).abs().max()) < SINGLE * size
@@ -125,11 +151,43 @@ def test_openrlhf(options: dict[str, Any], counts: dict[str, Any]) -> None:
         low, high = options.get("clip_eps_low", 0.2), options.get("clip_eps_high", 0.2)
         bounded = d.exp().clamp(1 - low, 1 + high) * A < d.exp() * A
         assert torch.isclose(clip_ratio, bounded[mask].float().mean()) and clip_ratio > 0
-    corrects = "vllm_is_correction_type" in options and is_ppo
-    assert (vllm_kl is None) != corrects
-    if vllm_kl is not None:
+    corrects = "is_correction_level" in options and is_ppo
+    assert (vllm_kl is None) == (is_filter_ratio is None) != corrects
+    if corrects:
         gap = b["rollout_log_probs"] - b["old_log_probs"]
         assert torch.isclose(vllm_kl, gap[mask].mean(), atol=1e-6)
+        outside = openrlhf_correction(exact, options)[1]
+        share = outside[:, 0] if options["is_correction_level"] == "seq" else outside[mask]
+        assert torch.isclose(is_filter_ratio, share.float().mean())
+        assert 0 < is_filter_ratio < 1
+
+
+def test_openrlhf_takes_what_its_actor_gives() -> None:
+    """The call of openrlhf/trainer/ray/ppo_actor.py in 0.11.2: by keyword, and five results."""
+    loss_fn = PolicyLoss(
+        clip_eps_low=0.2,
+        clip_eps_high=0.28,
+        dual_clip=None,
+        token_level_loss=True,
+        policy_loss_type="ppo",
+        is_correction_level="seq",
+        is_correction_mode="mask",
+        is_correction_gating="binary_kl",
+        is_correction_threshold=[0.0, 0.05],
+    )
+    b = batch()
+    counts = {"dp_size": 2, "batch_num_tokens": torch.tensor(37.0)}
+    actor_loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio = loss_fn(
+        b["log_probs"],
+        b["old_log_probs"],
+        b["advantages"],
+        action_mask=b["action_mask"],
+        rollout_log_probs=b["rollout_log_probs"],
+        global_batch_size=torch.tensor(9.0),
+        **counts,
+    )
+    for value in (actor_loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio):
+        assert value.ndim == 0 and value.isfinite()
 
 
 def test_openrlhf_without_a_mask_and_without_tokens() -> None:
@@ -147,9 +205,16 @@ def test_openrlhf_without_a_mask_and_without_tokens() -> None:
     ("options", "message"),
     [
         ({"policy_loss_type": "reinforce"}, "policy_loss_type: expected one of"),
-        ({"vllm_is_correction_type": "mis"}, "vllm_is_correction_type: expected one of"),
+        ({"is_correction_level": "row"}, "is_correction_level: expected one of"),
+        ({"is_correction_mode": "drop"}, "is_correction_mode: expected one of"),
+        ({"is_correction_gating": "kl"}, "is_correction_gating: expected one of"),
         ({"dual_clip": 1.1}, r"dual_clip: expected None or at least 1 \+ clip_eps_high"),
-        ({"enable_vllm_is_correction": True}, r"vllm_is_truncated_threshold: expected \(low, hig"),
+        (SEQ | {"is_correction_mode": "clip"}, "is_correction_mode: expected 'mask' unless"),
+        (TOKEN | {"is_correction_threshold": [0.5]}, r"is_correction_threshold: expected \(low, h"),
+        (
+            TOKEN | {"is_correction_gating": "tv"},
+            "is_correction_threshold: expected low = 0 for tv",
+        ),
     ],
 )
 def test_openrlhf_refuses(options: dict[str, Any], message: str) -> None:
@@ -160,7 +225,18 @@ def test_openrlhf_refuses(options: dict[str, Any], message: str) -> None:
 def test_openrlhf_needs_what_its_correction_is_of() -> None:
     b = batch() | {"rollout_log_probs": None}
     with pytest.raises(ValueError, match="rollout_log_probs: expected a tensor"):
-        PolicyLoss(**CORRECTED)(**b)
+        PolicyLoss(**TOKEN)(**b)
+
+
+@pytest.mark.parametrize("found", ["0.11.1", "0.12.0"])
+def test_openrlhf_of_another_version_is_refused(
+    found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import grpo_core.integrations.openrlhf as module
+
+    monkeypatch.setattr(module, "version", lambda name: found)
+    with pytest.raises(ImportError, match=rf"expected openrlhf 0\.11\.2, got {found}"):
+        module.check_version()
 
 
 class LossType(str, Enum):

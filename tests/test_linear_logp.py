@@ -276,7 +276,7 @@ def test_nothing_to_do() -> None:
         ({"target": torch.full((B, T), V)}, "target: expected -100 or a word in"),
         ({"mask": torch.ones(B)}, "mask: expected shape"),
         ({"plan": "thrifty"}, "plan: expected one of"),
-        ({"memory_budget": 0}, "memory_budget: expected a number of bytes"),
+        ({"memory_budget": 0}, "memory_budget: expected an int >= 1"),
         ({"lm_head": torch.zeros(V, D + 1)}, r"lm_head: expected \[V, D = 20\]"),
         ({"hidden": torch.zeros(B, T, D, dtype=torch.float64)}, "hidden: expected one of"),
         ({"backend": "cuda"}, "backend: expected one of"),

@@ -791,7 +791,7 @@ def test_errors_name_the_argument() -> None:
         "hidden: expected a tensor": {"hidden": hidden[0, 0]},
         "hidden: expected one of": {"hidden": hidden.double()},
         "lm_head: expected": {"lm_head": torch.randn(V, D + 1)},
-        "weight: expected a matrix": {"lm_head": weight[0]},
+        "lm_head: expected a matrix": {"lm_head": weight[0]},
         "target: expected shape": {"target": target[:, :-1]},
         "target: expected -100 or a word": {"target": target + V},
         "temperature: expected": {"temperature": 0.0},
@@ -972,3 +972,44 @@ def test_log_probabilities_at_temperatures_of_their_own() -> None:
     with pytest.raises(ValueError, match=r"finite numbers >= 0.0001, got 0.0 at token 2"):
         alike[0, 2] = 0.0
         linear_token_logp(hidden, head, target, temperature=alike)
+
+
+@pytest.mark.parametrize("where", ["weight", "bias", "lora_A", "lora_B"])
+@pytest.mark.parametrize("name", ["dapo", "sequence", "entropy", "exact KL"])
+@pytest.mark.parametrize("plan", ["fast", "lean"])
+def test_a_head_that_is_not_finite_passes_nothing_on(name: str, plan: str, where: str) -> None:
+    """Every row is dropped, and 0·NaN must not become its gradient, nor that of the head."""
+    head = make_head(bias=True, lora=2)
+    hidden, arguments = case(head)
+    arguments |= {"objective": OBJECTIVES[name], "plan": plan}
+    arguments, reference = needed(OBJECTIVES[name], head, hidden, arguments)
+    bad = {name: x.clone() for name, x in vars(head).items() if isinstance(x, Tensor)}
+    bad[where][1] = torch.nan
+    head = replace(head, **bad)
+    for frozen in (False, True):
+        out, found = ours(head, hidden, reference, frozen, **arguments)
+        assert out.loss == 0
+        assert out.metrics["tokens"] == 0
+        assert out.metrics["nonfinite_rows"] > 0
+        for key, gradient in found.items():
+            assert torch.equal(gradient, torch.zeros_like(gradient)), key
+
+
+@pytest.mark.parametrize("plan", ["fast", "lean"])
+@pytest.mark.parametrize("heat", [0.0, torch.nan])
+def test_a_temperature_that_nobody_looked_at_stays_alone(plan: str, heat: float) -> None:
+    """The row is dropped; all others are those of a call without it."""
+    head = make_head()
+    hidden, arguments = case(head)
+    arguments |= {"objective": OBJECTIVES["dapo"], "plan": plan, "normalizer": 10.0}
+    temperature = torch.full((B, T), 0.9)
+    without = arguments["mask"].clone()
+    without[0, 0] = False
+    rest, expected = ours(head, hidden, None, **arguments | {"mask": without})
+    temperature[0, 0] = heat
+    arguments |= {"temperature": temperature, "validate": False}
+    out, found = ours(head, hidden, None, **arguments)
+    assert out.metrics["nonfinite_rows"] == 1
+    assert torch.allclose(out.loss, rest.loss, rtol=1e-5)
+    for key, gradient in found.items():
+        assert torch.allclose(gradient, expected[key], rtol=1e-4, atol=1e-6), key

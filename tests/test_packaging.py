@@ -27,13 +27,17 @@ print(grpo_core.__file__)
 """
 
 
+def clean_environment() -> dict[str, str]:
+    """This process's, without what leads to the checkout."""
+    return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
+
+
 def python(*arguments: str, cwd: Path, **environment: str) -> str:
     """Runs this interpreter, with this project's directory nowhere on its path but by `cwd`."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd,
-        env=clean | environment,
+        env=clean_environment() | environment,
         capture_output=True,
         text=True,
         check=False,
@@ -110,6 +114,7 @@ def test_wheel_and_sdist_hold_the_kernels_as_files(distributions: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {Path(n).name for n in names if n.startswith("grpo_core/kernels/")} == kernels
     assert not [name for name in names if name.startswith(("kernels/", "tests/", "bench/"))]
+    assert "grpo_core/py.typed" in names
     with tarfile.open(sdist) as archive:
         held = [m for m in archive.getmembers() if "grpo_core/kernels/" in m.name]
         assert {Path(m.name).name for m in held} == kernels
@@ -153,11 +158,49 @@ def test_every_way_to_install_imports(
         cwd=tmp_path,
     )
     done = subprocess.run(
-        [there, "-c", PROBE], cwd=tmp_path, capture_output=True, text=True, check=False
+        [there, "-c", PROBE],
+        cwd=tmp_path,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     installed = Path(done.stdout.strip())
     assert installed.is_relative_to(checkout if how == "editable" else tmp_path)
+
+
+TYPED = """
+from grpo_core import LossOutput, fused_loss
+out: LossOutput = fused_loss(1)
+reveal_type(fused_loss)
+"""
+SKIPPED = "\n".join(f"[mypy-{name}.*]\nfollow_imports = skip" for name in ("torch", "transformers"))
+
+
+@pytest.mark.slow
+def test_mypy_sees_the_types_of_the_wheel(distributions: Path, tmp_path: Path) -> None:
+    """By py.typed: without it every name of an installed package is Any, and nothing is wrong."""
+    pytest.importorskip("mypy")
+    (wheel,) = distributions.glob("*.whl")
+    python("-m", "venv", "--without-pip", str(tmp_path / "venv"), cwd=tmp_path)
+    (site,) = (tmp_path / "venv").glob("lib/*/site-packages")
+    zipfile.ZipFile(wheel).extractall(site)
+    (tmp_path / "use.py").write_text(TYPED)
+    # the types of torch take a minute, and are not in question
+    (tmp_path / "mypy.ini").write_text(f"[mypy]\n{SKIPPED}\n")
+    there = ["--python-executable", str(tmp_path / "venv/bin/python")]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *there, "use.py"],
+        cwd=tmp_path,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert 'Missing positional argument "target"' in done.stdout, done.stdout + done.stderr
+    assert "-> grpo_core.fused_loss.LossOutput" in done.stdout, done.stdout
+    assert "py.typed" not in done.stdout, done.stdout
 
 
 WITHOUT_TRITON = """

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import math
-from typing import get_args
+import pickle
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
-from grpo_core import RECIPES, Objective, PolicyFactor, SamplerCorrection, clip
-from grpo_core.objective import KL
+from grpo_core import (
+    RECIPES,
+    Objective,
+    PolicyFactor,
+    Rejection,
+    SamplerCorrection,
+    SequenceWeight,
+    clip,
+    objective,
+)
+from grpo_core.objective import KL, Surrogate, objective_of
 from grpo_core.reference import reference_loss
 from grpo_core.sequence_ratio import RatioLevel
 from tests import oracles
@@ -357,3 +373,106 @@ def test_objectives_are_values() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             PolicyFactor(**changes)  # type: ignore[arg-type]
+
+
+def linear(logp: Tensor, log_ratio: Tensor, advantage: Tensor) -> Any:
+    """A surrogate of a user's module."""
+    return -advantage * logp, -advantage, advantage * 0
+
+
+VALUES: dict[str, Any] = RECIPES | {
+    "a user's": Objective(Surrogate(linear), token_clip=(0.5, 0.25)),
+    "surrogate": clip(0.1, 0.3),
+    "factor": PolicyFactor(
+        sampler=SamplerCorrection(),
+        off_policy_delta=0.5,
+        sequence_weight=SequenceWeight(),
+        rejections=(Rejection("k3", "mean", high=0.1),),
+        current=True,
+    ),
+    "factor of an objective": RECIPES["dapo"].replace(
+        factor=PolicyFactor(top_entropy=0.2), kl="exact", beta=0.1, entropy_coef=0.01
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "through",
+    [copy.copy, copy.deepcopy, *(lambda x, k=k: pickle.loads(pickle.dumps(x, k)) for k in (2, 5))],
+    ids=["copy", "deepcopy", "pickle 2", "pickle 5"],
+)
+def test_a_copy_of_a_value_is_the_same_value(through: Callable[[Any], Any]) -> None:
+    """Also what it is called in a compiled graph, and what is computed with it."""
+    for name, value in VALUES.items():
+        found = through(value)
+        assert found == value and hash(found) == hash(value), name
+        assert repr(found) == repr(value)
+        if isinstance(value, Objective):
+            assert found.key == value.key and found.numbers == value.numbers
+            assert objective_of(found.key, found.numbers) == value
+    given = batch(1.0) | {"advantage": torch.randn(B, dtype=torch.float64)}
+    gspo = RECIPES["gspo"]
+    assert torch.equal(
+        reference_loss(objective=through(gspo), **given).loss,
+        reference_loss(objective=gspo, **given).loss,
+    )
+
+
+def arrived(values: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
+    """Whether they are this process's own; and they themselves."""
+    same = all(hash(values[k]) == hash(v) and values[k] == v for k, v in VALUES.items())
+    return same and objective_of(values["grpo"].key) == VALUES["grpo"], values
+
+
+def test_values_are_the_same_in_another_process() -> None:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        same, back = pool.submit(arrived, VALUES).result()
+    assert same and back == VALUES
+    assert {k: hash(v) for k, v in back.items()} == {k: hash(v) for k, v in VALUES.items()}
+
+
+def test_a_function_that_has_no_name_is_not_pickled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A local one, and one whose name is another's by now; either can be copied."""
+    local: Any = lambda logp, log_ratio, advantage: (logp, advantage, advantage)  # noqa: E731
+    for function, name in ((local, "<locals>.<lambda>"), (linear, "linear")):
+        value = Objective(Surrogate(function))
+        monkeypatch.setattr(f"{__name__}.linear", local)
+        with pytest.raises(pickle.PicklingError, match=f"to be found as {__name__}:.*{name}"):
+            pickle.dumps(value)
+        assert copy.deepcopy(value) == copy.copy(value) == value
+        monkeypatch.undo()
+
+
+def test_objectives_are_not_kept() -> None:
+    """Neither alone nor beside others of their structure; what a graph names stays."""
+    before = len(objective._STRUCTURES)
+    made = [RECIPES["gmpo"].replace(token_clip=(0.1, k), beta=0.0) for k in range(1, 40)]
+    made += [each.replace() for each in made]
+    assert len(objective._STRUCTURES) == before + 39
+    refs = [weakref.ref(each) for each in made]
+    twin = made[0].replace(aggregation="sequence_mean")
+    in_graph, made = objective_of(made[1].key), []
+    gc.collect()
+    assert sum(ref() is not None for ref in refs) == 2
+    assert len(objective._STRUCTURES) == before + 2
+    # the first of its structure is gone, or held by this one
+    assert objective_of(twin.key) == twin
+    key, spec = in_graph.key, in_graph.replace()
+    del in_graph
+    gc.collect()
+    assert objective_of(key) == spec
+
+
+def test_functions_are_not_kept() -> None:
+    """As a notebook's cell makes one each time it is run: the last hundred or so at most."""
+
+    def made() -> weakref.ref[Any]:
+        def surrogate(logp: Tensor, log_ratio: Tensor, advantage: Tensor) -> Any:
+            return linear(logp, log_ratio, advantage)
+
+        Objective(Surrogate(surrogate))
+        return weakref.ref(surrogate)
+
+    refs = [made() for _ in range(300)]
+    gc.collect()
+    assert sum(ref() is not None for ref in refs) <= 128

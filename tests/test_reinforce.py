@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 from pathlib import Path
@@ -19,6 +20,7 @@ from grpo_core.reinforce import main
 from grpo_core.run import check_positions
 from grpo_core.run_config import RunConfig
 from grpo_core.trainer import Trainer
+from tests.test_checkpoint import full_disk
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*ran into max_new_tokens"),
@@ -62,7 +64,10 @@ def options(files: Path, output: Path, *more: str) -> list[str]:
         "evaluate_every": 2,
     }
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    return [*words, "--rewards", f"{files / 'rewards.py'}:digits", "format", *more]
+    rewards = ["--rewards", f"{files / 'rewards.py'}:digits", "format"]
+    # weights of these two
+    weights = [] if "--rewards" in more else ["--reward_weights", "1", "0.2"]
+    return [*words, *rewards, *weights, *more]
 
 
 def records(directory: Path) -> list[dict[str, Any]]:
@@ -270,9 +275,60 @@ def test_options_from_a_file_and_an_adapter(
     assert after["greedy"]["format"] == figures["greedy_format"]
 
 
+def test_a_run_does_not_go_on_with_other_data(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither with other held-out problems (the first four) nor with others to train on."""
+    run, data = tmp_path / "run", tmp_path / "train.jsonl"
+    given = options(files, run, "--data", str(data), "--steps", "2", "--max_new_tokens", "2")
+    lines = (files / "train.jsonl").read_text().splitlines()
+    data.write_text("\n".join(lines))
+    assert main(given) == 0
+    for changed in ([lines[1], lines[0], *lines[2:]], [*lines, lines[0]]):
+        data.write_text("\n".join(changed))
+        before = (run / "metrics.jsonl").read_text()
+        with pytest.raises(SystemExit):
+            main([*given, "--resume", "True"])
+        message = capsys.readouterr().err
+        assert "data_fingerprint: expected 20 problems, sha256" in message
+        assert f"as in {run / 'config.json'}, got {len(changed)} problems, sha256" in message
+        assert (run / "metrics.jsonl").read_text() == before
+    # the same records with other blanks
+    data.write_text("\n\n".join(lines) + "\n")
+    assert main([*given, "--resume", "True"]) == 0
+
+
+def test_a_full_disk_ends_a_run_with_a_line(files: Path, tmp_path: Path) -> None:
+    with full_disk(20_000), pytest.raises(SystemExit, match=r"stopped: .*could not be written"):
+        main(options(files, tmp_path / "run"))
+    assert not list((tmp_path / "run/checkpoints").iterdir())
+
+
+def test_a_generation_config_that_contradicts_itself(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is ignored and saved as it was; where it needs an end token, it is refused at once."""
+    model = tmp_path / "model"
+    shutil.copytree(files / "model", model)
+    file = model / "generation_config.json"
+    written = json.loads(file.read_text()) | {"top_p": 0.9, "pad_token_id": None}
+    written.pop("do_sample", None)
+    file.write_text(json.dumps(written))
+    run = tmp_path / "run"
+    with pytest.warns(UserWarning, match="rollouts ignore top_p of the model's"):
+        assert main(options(files, run, "--model", str(model), "--steps", "2")) == 0
+    saved = json.loads((run / "model/generation_config.json").read_text())
+    assert saved["top_p"] == 0.9 and "pad_token_id" not in saved
+    file.write_text(json.dumps(written | {"eos_token_id": None}))
+    with pytest.raises(SystemExit):
+        main(options(files, tmp_path / "other", "--model", str(model)))
+    assert "top_p" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--max_new_tokens", "5000"], "longest_prompt + max_new_tokens: expected at most"),
         (["--rewards", "speed"], "rewards: expected math, accuracy, format, brevity or path"),
         (["--objective", "none"], "objective: expected one of"),
         (["--held_out", "20"], "held_out: expected fewer than the 20 problems, got 20"),
@@ -291,18 +347,165 @@ def test_options_from_a_file_and_an_adapter(
         ),
         (["--data", "reasoning_gym:chain"], "--data: name: expected a data set of reasoning-gym"),
         (["--attention", "slow"], "--model: expected a causal language model in {files}/model: "),
+        (["--template", "Question:"], "template: expected a text with {prompt} in it, got 'Quest"),
+        (["--reward_weights", "1"], "reward_weights: expected 2, one for each of"),
+        (["--rewards", "nowhere.py:f"], "rewards: expected a file, found no nowhere.py"),
+        (["--rewards", "math", "accuracy", "math"], "rewards: expected names that differ"),
+        (["--rewards", "{files}/mine.py:NUMBER"], "mine.py has no function 'NUMBER'"),
+        (
+            ["--rewards", "{files}/mine.py:truth"],
+            "a function with missing a required argument: 'truth'",
+        ),
+        (["--rewards", "{files}/failing.py:f"], "raised AttributeError: module 'math' has no"),
     ],
 )
 def test_bad_options_are_named_before_anything_is_touched(
-    more: list[str], message: str, files: Path, straight: Path, capsys: pytest.CaptureFixture[str]
+    more: list[str],
+    message: str,
+    files: Path,
+    mine: str,
+    straight: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = sorted(path.name for path in straight.iterdir())
-    more = [word.format(files=files) for word in more]
     with pytest.raises(SystemExit):
+        more = [word.replace("{files}", str(files)) for word in more]
         main([*options(files, straight, "--overwrite", "True"), *more])
     shown = capsys.readouterr()
-    assert message.format(files=files) in shown.err and shown.err.count("\n") == 1
+    assert message.replace("{files}", str(files)) in shown.err
+    # what a file of the user's raises is shown with its traceback
+    assert shown.err.count("\n") == 1 or " raised " in message
     assert sorted(path.name for path in straight.iterdir()) == before
+
+
+REWARDS = """
+def pick(completions):
+    return [None if len(text) % 2 else float(len(text)) for text in completions]
+def never(**columns):
+    return [None] * len(columns["answer"])
+def broken(completions, answer):
+    return [{}[true] for true in answer]
+def table(completions):
+    return {text: 1.0 for text in completions}
+def truth(completions, truth):
+    return [1.0] * len(truth)
+NUMBER = 3
+"""
+
+
+@pytest.fixture(scope="module")
+def mine(files: Path) -> str:
+    """A file with rewards, good and bad."""
+    (files / "mine.py").write_text(REWARDS)
+    (files / "failing.py").write_text("import math\nmath.nothing\n")
+    return str(files / "mine.py")
+
+
+@pytest.mark.parametrize(
+    ("name", "held_out", "message"),
+    [
+        ("broken", "4", "held-out problems: reward 'broken' raised KeyError: '"),
+        ("table", "0", "step 1: reward 'table': expected a list of 8 numbers, one for every comp"),
+    ],
+)
+def test_a_reward_that_fails_is_named_with_what_it_raised(
+    name: str,
+    held_out: str,
+    message: str,
+    mine: str,
+    files: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    more = ["--held_out", held_out, "--rewards", f"{mine}:{name}"]
+    assert main(options(files, tmp_path, *more)) == 1
+    shown = capsys.readouterr().err
+    assert f"\nstopped: {message}" in shown
+    # its own line, and none of ours
+    assert ("return [{}[true] for true in answer]" in shown) == (name == "broken")
+    assert "rewards.py" not in shown
+
+
+def test_what_no_reward_applies_to_is_counted(mine: str, files: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="no reward applies to"):
+        more = ["--console", "off", "--max_new_tokens", "5", "--rewards", f"{mine}:pick"]
+        assert main(options(files, tmp_path / "some", *more)) == 0
+    steps = records(tmp_path / "some")[1:]
+    assert sum(step["unscored"] for step in steps) > 0
+    assert all(0 < step["unscored"] < 8 and step["tokens"] > 0 for step in steps)
+    assert all(step["reward"] == step["pick"] for step in steps)
+    with pytest.warns(UserWarning, match="no reward applies to 8 completions of step 1"):
+        more = ["--console", "off", "--rewards", f"{mine}:never"]
+        assert main(options(files, tmp_path / "none", *more)) == 0
+    for step in records(tmp_path / "none")[1:]:
+        assert (step["unscored"], step["tokens"], step["skipped_updates"]) == (8, 0, 0)
+
+
+def test_weights_are_one_for_each_reward(mine: str) -> None:
+    def weights(rewards: list[str], *given: float) -> list[float]:
+        found: list[float] = RunConfig("m", "d", rewards=rewards, reward_weights=[*given]).weights
+        return found
+
+    assert RunConfig("m", "d").weights == weights(["math", "format"]) == [1.0, 0.2]
+    # of the default pair alone
+    assert weights(["format", "math"]) == weights(["accuracy", "format"]) == [1.0, 1.0]
+    assert weights(["math"]) == [1.0]
+    assert weights(["math", "format", "brevity"]) == [1.0, 1.0, 1.0]
+    assert weights(["math", "format"], 3.0, 0.5) == [3.0, 0.5]
+    for rewards, given in ((["math"], [1.0, 0.2]), (["math", "format"], [1.0])):
+        with pytest.raises(ValueError, match=rf"reward_weights: expected {len(rewards)}, one for"):
+            weights(rewards, *given)
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="reward_weights: expected finite numbers, got"):
+            weights(["math"], bad)
+
+
+def test_null_in_a_file_is_an_option_not_given(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`~` is null; text begins with a dash, and has braces of LaTeX, if it likes."""
+    file, run = tmp_path / "run.yaml", tmp_path / "run"
+    settings = [f"model: {files / 'model'}", f"data: {files / 'train.jsonl'}", "system: null"]
+    settings += ["steps: 1", "warmup_steps: 0", "prompts: 1", "group_size: 2", "minibatches: ~"]
+    settings += ["rewards: [format]", "reward_weights: ~", "max_new_tokens: 3", "output: ~"]
+    more = ["--output", str(run), "--console", "off"]
+    file.write_text("\n".join([*settings, "template: ~"]))
+    assert main([str(file), *more]) == 0
+    used = json.loads((run / "config.json").read_text())
+    assert (used["system"], used["template"], used["minibatches"]) == ("", "", 2)
+
+    run = tmp_path / "braces"
+    file.write_text("\n".join([*settings, r"template: '-\boxed{} {prompt}'", "held_out: 1"]))
+    assert main([str(file), *more, "--output", str(run)]) == 0
+    sample = json.loads((run / "samples.jsonl").read_text().splitlines()[0])
+    first = json.loads((files / "train.jsonl").read_text().splitlines()[0])
+    assert sample["prompt"] == r"-\boxed{} " + first["prompt"]
+
+    file.write_text("\n".join([*settings, "template: 'Question:'"]))
+    with pytest.raises(SystemExit):
+        main([str(file), *more])
+    assert "template: expected a text with {prompt} in it, got 'Question:'" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("reward", "answer"), [("math", None), ("accuracy", ["3.8"]), ("math", "missing")]
+)
+def test_data_without_answers_is_refused_where_rewards_compare(
+    reward: str, answer: Any, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (files / "train.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    records[2]["answer"] = answer
+    if answer == "missing":
+        del records[2]["answer"]
+    data = tmp_path / "train.jsonl"
+    data.write_text("\n".join(map(json.dumps, records)))
+    with pytest.raises(SystemExit):
+        main(options(files, tmp_path, "--data", str(data), "--rewards", "format", reward))
+    got = "the columns ['prompt']" if answer == "missing" else str(answer)
+    assert f"record 2: answer: expected text or a number, got {got}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb"])

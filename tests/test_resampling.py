@@ -16,7 +16,7 @@ from grpo_core.batch import Batch, pack
 from grpo_core.data import Epochs
 from grpo_core.ppo import PPOTrainer
 from grpo_core.resampling import batch_advantages, dealt_out, varied
-from grpo_core.rewards import Scores
+from grpo_core.rewards import RewardError, Scores
 from grpo_core.rollout import Problem, Rollout, Sampling, rollout
 from grpo_core.trainer import Trainer, TrainerConfig
 from tests.engines import GivenEngine
@@ -134,6 +134,11 @@ def test_minibatches_share_what_stays_and_fillers_stand_in() -> None:
     assert not len(parts[-1].rows.sequence) and len(parts[-1].rows.ids) == 1
     off = dealt_out(packed, rewards, order, config(minibatches=3))
     assert [len(part.rows.ids) for part in off] == [6, 6, 4]
+    # those without a reward leave theirs, and the number of minibatches stays
+    rewards[order[[0, 2, 7]]] = torch.nan
+    rewards[order[12:]] = torch.nan
+    off = dealt_out(packed, rewards, order, config(minibatches=3))
+    assert [len(part.rows.ids) for part in off] == [4, 5, 1] and off[-1].is_filler
 
 
 @pytest.mark.parametrize("sampling", ["filter", "resample"])
@@ -153,6 +158,124 @@ def test_where_nothing_varies_nothing_is_learnt(sampling: str, minibatches: int)
     assert (metrics["groups_kept"], metrics["tokens"], metrics["loss"]) == (0, 0, 0)
     for after, before in zip(run.model.parameters(), micro_model().parameters(), strict=True):
         assert torch.equal(after, before)
+
+
+UNSCORED = torch.tensor([1, 6, 8, 15])  # one of each group
+
+
+def lacking(where: Sequence[int]) -> Any:
+    """`only_even`, but for these completions, to which it does not apply."""
+
+    def reward(problems: Sequence[Problem], completions: Sequence[Sequence[int]]) -> Scores:
+        total = only_even(problems, completions).total
+        total[torch.tensor(where)] = torch.nan
+        return Scores(total, {"hopeful": total})
+
+    return reward
+
+
+@pytest.mark.parametrize("sampling", ["off", "filter"])
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [("dapo", 40), ("grpo", 0), ("dr_grpo", 40), ("reinforce_plus_plus", 0), ("rloo", 0)],
+)
+def test_what_no_reward_applies_to_is_as_if_it_had_not_been_drawn(
+    name: str, tokens: int, sampling: str
+) -> None:
+    """Groups of four with one of them unscored are groups of three: KL, means and divisors too."""
+    objective = RECIPES[name].replace(beta=0.1, kl="k3")
+    changes = {"objective": objective, "tokens_per_microbatch": tokens}
+    changes["dynamic_sampling"] = sampling
+    drawn = given(PROBLEMS)
+    run = run_on(PROBLEMS, drawn, **changes)
+    run.reward = lacking(UNSCORED.tolist())
+    with pytest.warns(UserWarning, match="no reward applies to 4 completions of step 1; they are"):
+        metrics = run.step()
+    scored = torch.ones(16, dtype=torch.bool)
+    scored[UNSCORED] = False
+    expected = run_on(PROBLEMS, drawn.select(scored), **changes | {"group_size": 3})
+    theirs = expected.step()
+
+    assert metrics["unscored"] == 4 and "unscored" not in theirs
+    for figure in ("tokens", "reward", "hopeful", "zero_std"):
+        assert metrics[figure] == pytest.approx(theirs[figure], rel=1e-5), figure
+    assert metrics["length"] != theirs["length"]  # of all that were drawn
+    moved = 0.0
+    for mine, other, start in zip(
+        run.model.parameters(), expected.model.parameters(), micro_model().parameters(), strict=True
+    ):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+        moved = max(moved, float((mine.detach() - start.detach()).abs().max()))
+    assert moved > 1e-3
+
+
+def test_advantages_without_what_is_unscored() -> None:
+    """Groups of 3, 0, 1, 2 and 4 that count, by hand."""
+    nan = torch.nan
+    rewards = torch.tensor(
+        [1, nan, 3, 2, nan, nan, nan, nan, 5, nan, nan, nan, nan, 4, nan, 4, 0, 0, 0, 4]
+    )
+    group = varied(rewards, G).view(-1, G)[:, 0].tolist()
+    assert group == [True, False, False, False, True]
+    std = (12 / 3) ** 0.5
+    for name, first, last in [
+        ("dr_grpo", [-1, 0, 1, 0], [-1, -1, -1, 3]),
+        ("grpo", [-1, 0, 1, 0], [-1 / std, -1 / std, -1 / std, 3 / std]),
+    ]:
+        expected = torch.tensor([*first, *[0.0] * 12, *last])
+        for sampling in ("off", "filter", "resample"):
+            settings = config(objective=RECIPES[name], dynamic_sampling=sampling)
+            got = batch_advantages(rewards, settings)
+            # 1e-4 is added to a standard deviation
+            torch.testing.assert_close(got, expected, rtol=2e-4, atol=0)
+    assert not batch_advantages(torch.full((8,), nan), config()).any()
+
+
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_where_nothing_is_scored_nothing_is_learnt(minibatches: int) -> None:
+    run = Trainer(micro_model(), draw_problems, lacking(range(16)), config(minibatches=minibatches))
+    with pytest.warns(UserWarning, match="no reward applies to 16 completions of step 1"):
+        first = run.step()
+    second = run.step()
+    for metrics in (first, second):
+        assert (metrics["unscored"], metrics["tokens"], metrics["loss"]) == (16, 0, 0)
+        assert metrics["zero_std"] == 1 and metrics["skipped_updates"] == 0
+        assert "hopeful" not in metrics
+    # once per run
+    told = [line for each in (first, second) for line in each.get("warnings", [])]
+    assert sum("no reward applies" in line for line in told) == 1
+    for after, before in zip(run.model.parameters(), micro_model().parameters(), strict=True):
+        assert torch.equal(after, before)
+
+
+def test_ppo_leaves_out_what_no_reward_applies_to() -> None:
+    """Its tokens are in no loss, of policy or critic, and nothing becomes NaN."""
+    settings = config(objective=RECIPES["ppo"], minibatches=2, epochs=1)
+    for where in (UNSCORED.tolist(), range(16)):
+        run = PPOTrainer(
+            micro_model(), lambda count, rng: PROBLEMS, lacking(where), settings,
+            engine=GivenEngine(given(PROBLEMS)),
+        )  # fmt: skip
+        with pytest.warns(UserWarning, match=f"no reward applies to {len(where)} completions"):
+            metrics = run.step()
+        mask = given(PROBLEMS).completion_mask.sum(1)
+        mask[torch.tensor(where)] = 0
+        assert metrics["tokens"] == mask.sum()
+        assert metrics["skipped_updates"] == 0
+        weights = [*run.model.parameters(), *run.critic.parameters()]
+        assert all(weight.isfinite().all() for weight in weights)
+
+
+def test_a_step_that_a_reward_spoils_is_named() -> None:
+    def late(problems: Sequence[Problem], completions: Sequence[Sequence[int]]) -> Scores:
+        calls.append(1)
+        return only_even(problems, completions)._replace(parts={"a": torch.ones(len(calls) * 16)})
+
+    calls: list[int] = []
+    run = Trainer(micro_model(), draw_problems, late, config())
+    run.step()
+    with pytest.raises(RewardError, match=r"^step 2: a: expected shape \[S\] = \[16\], got \[32\]"):
+        run.step()
 
 
 def resampling(checkpoints: Path | None = None, **changes: Any) -> tuple[Trainer, list[int]]:

@@ -17,6 +17,8 @@ from grpo_core.kernels import kl, surrogates
 from grpo_core.kernels.records import RowLoss, Rows, Slopes, Terms, TokenVectors
 from tests import oracles
 from tests.accuracy import FLOOR, assert_no_worse
+from tests.compiled import uninterpreted
+from tests.conftest import HAS_TRITON
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -131,6 +133,42 @@ def test_a_row_has_the_same_bits_in_every_plan(
     assert torch.equal(second.view(3, 4, V), dlogits)
     one_pass(kernels, packed, target, weight=weight, dlogits=packed)
     assert torch.equal(packed, second)
+
+
+CONTRACTIONS = r"""
+import re
+
+import torch
+from grpo_core import RECIPES, fused_loss
+from grpo_core.ahead import as_if_on
+
+vector, index = torch.zeros(4), torch.zeros(4, dtype=torch.int64)
+objective = RECIPES["grpo"].replace(entropy_coef=0.1, kl="exact", beta=0.1)
+with as_if_on("sm_90") as launches:
+    logits = torch.zeros(4, 300).requires_grad_()
+    given = {"advantage": vector, "old_logp": vector, "sequence_id": index}
+    out = fused_loss(logits, index, objective=objective, ref_logits=logits.detach(), **given)
+    out.loss.backward(retain_graph=True)
+    out.loss.backward()
+for launch in launches:
+    asm = launch.compiled.asm
+    named = re.findall(r" call .*@llvm\.fma\.v?(\d*)f32\(", asm["llir"])
+    # products and sums without a rounding of their own are the assembler's to contract
+    loose = re.findall(r"(?:mul|add|sub)\.f32", asm["ptx"])
+    made = asm["ptx"].count("fma.rn.f32") + len(loose)
+    print(launch.kernel.__name__, sum(int(lanes or 1) for lanes in named), made)
+"""
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
+def test_nothing_is_contracted_but_what_kernels_name() -> None:
+    """What the compiler chooses differs between one pass and second phase, and so would bits."""
+    done = uninterpreted("-c", CONTRACTIONS)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = [line.split() for line in done.stdout.splitlines()]
+    assert {"_row_loss_kernel", "_row_dlogits_kernel"} <= {kernel for kernel, *_ in found}
+    assert all(named == contracted for _, named, contracted in found), found
+    assert any(int(named) for _, named, _ in found)
 
 
 def test_threads_do_not_change_a_bit_of_the_torch_backend() -> None:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
-from grpo_core import RECIPES, fused_loss, token_logp
+from grpo_core import (
+    RECIPES,
+    fused_linear_loss,
+    fused_loss,
+    linear_logp,
+    linear_token_logp,
+    token_logp,
+)
 from grpo_core.reference import reference_loss
 from grpo_core.row_softmax import _Others
 
@@ -80,13 +88,14 @@ def test_powers_do_not_depend_on_where_a_row_ends(V: int) -> None:
             assert torch.equal(alone.powers[0][0], powers)
 
 
+@pytest.mark.parametrize("N", [1, 21])
 @pytest.mark.parametrize(("V", "masked"), [(70_016, False), (70_001, True), (33_000, True)])
-def test_threads_do_not_change_a_bit(V: int, masked: bool) -> None:
-    """Threads share blocks of whole rows only; an odd number of rows leaves one over."""
+def test_threads_do_not_change_a_bit(V: int, masked: bool, N: int) -> None:
+    """A row is summed by one thread, even where it is alone; shares end where rows may."""
     torch.manual_seed(2)
-    logits, target = torch.randn(21, V) * 3, torch.randint(0, V, (21,))
-    if masked:
-        target[torch.rand(21) < 0.4] = -100
+    logits, target = torch.randn(N, V) * 3, torch.randint(0, V, (N,))
+    if masked and N > 1:
+        target[torch.rand(N) < 0.4] = -100
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
@@ -96,8 +105,8 @@ def test_threads_do_not_change_a_bit(V: int, masked: bool) -> None:
                 leaf,
                 target,
                 objective=BONUS,
-                advantage=torch.ones(21),
-                sequence_id=torch.arange(21) // 4,
+                advantage=torch.ones(N),
+                sequence_id=torch.arange(N) // 4,
                 backend="torch",
             )
             out.loss.backward()
@@ -180,3 +189,36 @@ def test_a_masked_token_has_ratio_0_whatever_its_old_logp() -> None:
     )
     assert out.ratio[0, [0, 2]].tolist() == [0.0, 0.0]
     assert out.ratio[0, 1] == pytest.approx(math.e / 5)
+
+
+def test_nothing_of_the_process_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread that begins meanwhile finds torch as the caller has set it up."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a setting of the whole process is changed")
+
+    for name in (
+        "manual_seed",
+        "set_default_device",
+        "set_default_dtype",
+        "set_float32_matmul_precision",
+        "set_flush_denormal",
+        "set_num_interop_threads",
+        "set_num_threads",
+        "set_rng_state",
+        "use_deterministic_algorithms",
+    ):
+        monkeypatch.setattr(torch, name, refuse)
+    environment, state = dict(os.environ), torch.get_rng_state()
+    target, advantage = torch.tensor([3, -100, 7]), torch.ones(3)
+    packed = {"advantage": advantage, "sequence_id": torch.arange(3), "objective": BONUS}
+    for V in (70, 40_000):
+        logits, matrix = torch.zeros(3, V, requires_grad=True), torch.zeros(V, 4)
+        hidden = torch.zeros(3, 4, requires_grad=True)
+        token_logp(logits, target)
+        linear_token_logp(hidden, matrix, target)
+        fused_loss(logits, target, **packed).loss.backward()
+        fused_linear_loss(hidden, matrix, target, **packed).loss.backward()
+        linear_logp(hidden, matrix, target).logp.sum().backward()
+    assert dict(os.environ) == environment
+    assert torch.equal(torch.get_rng_state(), state)

@@ -57,3 +57,17 @@ def test_learning_rate_by_hand() -> None:
 def test_a_warm_up_as_long_as_the_run_is_refused() -> None:
     with pytest.raises(ValueError, match="warmup_steps: expected 0 to 5, got 20"):
         config(steps=6, warmup_steps=20)
+
+
+def test_examples_that_do_not_fit_or_are_not_there_are_refused() -> None:
+    """Of 64 positions."""
+
+    def train(*examples: Example) -> None:
+        once = config(steps=1, warmup_steps=0)
+        train_supervised(micro_model(), examples, once, seed=0, label="test")
+
+    train(EXAMPLES[0], Example([3] * 60, [4] * 4))
+    with pytest.raises(ValueError, match=r"prompt \+ completion: expected at most 64 .* 60 \+ 5"):
+        train(EXAMPLES[0], Example([3] * 60, [4] * 5))
+    with pytest.raises(ValueError, match="examples: expected at least one, got none"):
+        train()

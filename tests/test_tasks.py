@@ -108,7 +108,7 @@ def test_off_the_main_thread_as_well() -> None:
 
 def test_a_missing_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'math-verify\[antlr4_13_2\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'math-verify'"):
         scored("<answer>0.5</answer>", "1/2")
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(ModuleNotFoundError, match="pip install 'reasoning-gym'"):
@@ -187,10 +187,8 @@ def test_bad_functions_and_columns_are_named() -> None:
     with pytest.raises(ValueError, match="every problem to have 'level', 1 of 2 lack it"):
         FunctionReward(tokenizer, {"one": lambda **_: [1, 1]})(problems, ids)
     problems = problems_of([{"prompt": "3"}, {"prompt": "4"}], tokenizer)
-    with pytest.raises(ValueError, match=r"short: expected 2 rewards, .* got 1"):
+    with pytest.raises(ValueError, match=r"'short': expected a list of 2 numbers, .* got 1"):
         FunctionReward(tokenizer, {"short": lambda **_: [1]})(problems, ids)
-    with pytest.raises(ValueError, match=r"none of \['never'\] does to 2 of them"):
-        FunctionReward(tokenizer, {"never": lambda **_: [None, None]})(problems, ids)
     with pytest.raises(ValueError, match="weights: expected names among"):
         FunctionReward(tokenizer, {"never": lambda **_: [None]}, {"other": 1.0})
 

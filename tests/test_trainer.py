@@ -16,6 +16,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from grpo_core import RECIPES, PolicyFactor, SamplerCorrection, token_logp
 from grpo_core.batch import pack
 from grpo_core.clock import MACHINE
+from grpo_core.data import Epochs
+from grpo_core.evaluate import evaluate
 from grpo_core.rewards import Scores
 from grpo_core.rollout import Problem, Sampling, rollout
 from grpo_core.trainer import Trainer, TrainerConfig
@@ -27,6 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*had equal rewards"),
 ]
 
+SHORT = Sampling(MAX_NEW_TOKENS)
 WITH_KL = RECIPES["dapo"].replace(beta=0.04, kl="k3")
 
 
@@ -259,6 +262,20 @@ def test_problems_depend_on_seed_and_step_alone() -> None:
 def test_config_errors(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(**changes)
+
+
+def test_prompts_that_do_not_fit_are_refused_at_the_start() -> None:
+    """Of 64 positions a completion takes 8; problems that are made as they are drawn, at a step."""
+    fitting, long = Problem((3,) * 56), Problem((3,) * 57)
+    Trainer(micro_model(), Epochs([fitting]), share_of_sevens, config()).draw([[3] * 56], SHORT)
+    expected = r"longest_prompt \+ max_new_tokens: expected at most 64 tokens.* 57 \+ 8 = 65"
+    with pytest.raises(ValueError, match=expected):
+        Trainer(micro_model(), Epochs([fitting, long]), share_of_sevens, config())
+    drawn = Trainer(micro_model(), lambda count, rng: [long] * count, share_of_sevens, config())
+    with pytest.raises(ValueError, match=expected):
+        drawn.step()
+    with pytest.raises(ValueError, match=expected):
+        evaluate(micro_model(), [long], share_of_sevens, SHORT)
 
 
 def test_an_adapter_switched_off_is_the_reference() -> None:

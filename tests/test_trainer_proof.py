@@ -24,6 +24,7 @@ from grpo_core.options import Parser, add_options, read_yaml
 from grpo_core.reinforce import main as reinforce
 from grpo_core.rewards import FunctionReward, Scores
 from grpo_core.rollout import Problem, Rollout, Sampling
+from grpo_core.run import Run
 from grpo_core.run_config import RunConfig
 from grpo_core.trainer import Trainer
 from tests.micro import MAX_NEW_TOKENS, draw_problems, micro_model, share_of_sevens
@@ -338,3 +339,41 @@ def test_the_score_of_reasoning_gym_takes_the_weight_of_what_it_replaces(
     )
     gym_run(bytes_model, tmp_path, "--reward_weights", "3", "0.5")
     assert made[-1].weights == {"accuracy": 3.0, "format": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("rewards", "expected"),
+    [
+        ([], {"accuracy": 1.0, "format": 0.2}),
+        (["format"], {"format": 1.0}),
+        (["format", "math"], {"format": 1.0, "accuracy": 1.0}),
+        (["math", "accuracy"], "rewards: expected names that differ"),
+    ],
+)
+def test_reasoning_gym_is_scored_by_the_rewards_that_are_named(
+    rewards: list[str], expected: Any
+) -> None:
+    pytest.importorskip("reasoning_gym")
+    named = {"rewards": rewards} if rewards else {}
+    run = Run.__new__(Run)
+    run.config = RunConfig("m", "reasoning_gym:chain_sum", steps=1, warmup_steps=0, **named)
+    run.tokenizer = ByT5Tokenizer()
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            run.task()
+        return
+    problems, reward = run.task()
+    assert reward.weights == expected and list(reward.functions) == list(expected)
+    texts = [f"<think>a</think><answer>{problem.answer}</answer>" for problem in problems]
+    parts = reward(problems, ByT5Tokenizer()(texts).input_ids).parts
+    assert all(part.all() for part in parts.values()) and parts.keys() == expected.keys()
+
+
+def test_tags_that_a_tokenizer_drops_are_refused(tmp_path: Path) -> None:
+    data = tmp_path / "train.jsonl"
+    data.write_text('{"prompt": "3", "answer": "3"}')
+    run = Run.__new__(Run)
+    run.config = RunConfig("m", str(data), rewards=["format"])
+    run.tokenizer = ByT5Tokenizer(extra_ids=0, additional_special_tokens=["<think>"])
+    with pytest.raises(ValueError, match=r"rewards: expected a tokenizer .* \['<think>'\] among"):
+        run.task()

@@ -193,8 +193,11 @@ def test_bad_input_is_named() -> None:
     calls = [
         (lambda: gae(x, x, mask, gamma=1.1), r"gamma: expected a number in \[0, 1\], got 1.1"),
         (lambda: gae(x, x, mask, lam=-1), r"lam: expected a number in \[0, 1\], got -1"),
-        (lambda: gae(x, x[:, :2], mask), r"values: expected shape \[2, 3\], got \[2, 2\]"),
-        (lambda: gae(x[0], x, mask), r"mask: expected a padded batch \[B, T\], got \[3\]"),
+        (
+            lambda: gae(x, x[:, :2], mask),
+            r"values: expected shape \[2, 3\] or \[2, 4\], got \[2, 2\]",
+        ),
+        (lambda: gae(x[0], x, mask), r"rewards: expected a padded batch \[B, T\], got \[3\]"),
         (lambda: gae(x, x, mask[:1]), r"mask: expected shape \[2, 3\], got \[1, 3\]"),
         (lambda: gae(bad, x, mask), r"rewards: expected finite numbers, got nan at \[1, 1\]"),
         (lambda: gae(x, bad.log(), mask), r"values: expected finite numbers, got -inf at \[0, 0\]"),

@@ -1,21 +1,24 @@
-"""OpenRLHF's policy loss, by our code: constructor, arguments and results of its `PolicyLoss`.
+"""OpenRLHF's policy loss, computed by grpo_core: the interface of `PolicyLoss` in OpenRLHF 0.11.2.
 
     import openrlhf.trainer.ray.ppo_actor as ppo_actor
     from grpo_core.integrations.openrlhf import PolicyLoss
 
-    ppo_actor.PolicyLoss = PolicyLoss      # before the actor's trainer is built
+    ppo_actor.PolicyLoss = PolicyLoss  # before the actor's trainer is built
 
-OpenRLHF need not be installed. The formulas are those of its 0.11.0. What stays different:
+OpenRLHF need not be installed; an installed version other than 0.11.2 is refused at import, since
+the interface changes between releases. Differences from OpenRLHF:
 
-- it holds log-ratios of tokens within ±20; here they are as they come, and a token whose ratio is
-  beyond float32, or that is not finite, is left out, and counted in the attribute `out`;
-- a batch without a token is NaN there, 0 here;
+- it clamps the log-ratio of a token to ±20; here a token whose ratio overflows float32, or that is
+  not finite, is left out and counted in the attribute `out`;
+- a batch without a token has loss NaN there, 0 here;
 - `dual_clip` below 1 + clip_eps_high is refused.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,17 +28,37 @@ from grpo_core.logp_loss import logp_loss
 from grpo_core.objective import Objective
 from grpo_core.recipes import clip
 
-CORRECTIONS = ("tis", "icepop", "seq-mask-tis")
-LOSSES = ("ppo", "gspo")
+VERSION = "0.11.2"
+Loss = Literal["ppo", "gspo"]
+Level = Literal["off", "token", "seq"]
+Mode = Literal["mask", "clip"]
+Gating = Literal["ratio", "binary_kl", "tv"]
+
+
+def check_version() -> None:
+    """Raises ImportError if another version of OpenRLHF than `VERSION` is installed."""
+    try:
+        found = version("openrlhf")
+    except PackageNotFoundError:
+        return
+    if found != VERSION:
+        raise ImportError(
+            f"grpo_core.integrations.openrlhf: expected openrlhf {VERSION}, got {found}: "
+            f"pip install openrlhf=={VERSION}"
+        )
+
+
+check_version()
 
 
 class PolicyLossOutput(NamedTuple):
-    """0-dim each: the loss, with a graph, and what OpenRLHF logs; in its order."""
+    """The loss with its graph, and the metrics that OpenRLHF logs, in its order; 0-dim each."""
 
     loss: Tensor
     clip_ratio: Tensor  # share of the tokens whose clipped term is the smaller one
     ppo_kl: Tensor  # mean of −log ratio, nats
     vllm_kl: Tensor | None  # mean of log π_rollout − log π_old, nats; None without a correction
+    is_filter_ratio: Tensor | None  # share of tokens, or of sequences, outside the threshold
 
 
 class PolicyLoss(nn.Module):
@@ -47,19 +70,22 @@ class PolicyLoss(nn.Module):
         token_level_loss: mean over tokens, else over sequences of the mean over their tokens;
             gspo always takes the latter.
         policy_loss_type: "ppo", or "gspo" for the ratio of a whole sequence.
-        enable_vllm_is_correction: weigh tokens by π_old / π_rollout; for gspo instead the ratio is
-            to π_rollout.
-        vllm_is_truncated_threshold: (low, high) of those weights.
-        vllm_is_correction_type: "tis" brings them within the bounds, "icepop" sets those outside to
-            0, "seq-mask-tis" leaves them, but for 0 in sequences whose geometric mean is outside.
+        is_correction_level: "off", or whose statistic the correction of ppo compares with the
+            threshold: that of each "token", or the mean over its "seq" (of a ratio the geometric
+            mean). For gspo any level but "off" takes the ratio to π_rollout instead.
+        is_correction_mode: "mask" weighs a token by π_old / π_rollout and gives weight 0 to what is
+            outside the threshold; "clip" clamps the weight (level "token", gating "ratio" only).
+        is_correction_gating: the statistic: "ratio" π_old / π_rollout, or "binary_kl" or "tv", the
+            divergence between the two policies' Bernoulli distributions of the sampled token.
+        is_correction_threshold: (low, high); low is 0 for a divergence.
 
     Attributes:
-        out: what the last call left behind, with metrics of our own; None before the first.
+        out: the `LossOutput` of the last call, with all metrics; None before the first.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
 
-    Source: OpenRLHF 0.11.0, openrlhf/models/loss.py.
+    Source: OpenRLHF 0.11.2, openrlhf/models/loss.py.
     """
 
     def __init__(
@@ -68,39 +94,49 @@ class PolicyLoss(nn.Module):
         clip_eps_high: float = 0.2,
         dual_clip: float | None = None,
         token_level_loss: bool = True,
-        policy_loss_type: str = "ppo",
-        enable_vllm_is_correction: bool = False,
-        vllm_is_truncated_threshold: list[float] | tuple[float, float] | None = None,
-        vllm_is_correction_type: str = "tis",
+        policy_loss_type: Loss = "ppo",
+        is_correction_level: Level = "off",
+        is_correction_mode: Mode = "mask",
+        is_correction_gating: Gating = "ratio",
+        is_correction_threshold: Sequence[float] = (0.5, 5.0),
     ) -> None:
         super().__init__()
-        if policy_loss_type not in LOSSES:
-            raise ValueError(f"policy_loss_type: expected one of {LOSSES}, got {policy_loss_type}")
-        if vllm_is_correction_type not in CORRECTIONS:
-            raise ValueError(
-                f"vllm_is_correction_type: expected one of {CORRECTIONS}, got "
-                f"{vllm_is_correction_type}"
-            )
+        for name, value, choices in (
+            ("policy_loss_type", policy_loss_type, get_args(Loss)),
+            ("is_correction_level", is_correction_level, get_args(Level)),
+            ("is_correction_mode", is_correction_mode, get_args(Mode)),
+            ("is_correction_gating", is_correction_gating, get_args(Gating)),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
         if dual_clip is not None and not dual_clip >= 1 + clip_eps_high:
             raise ValueError(
                 f"dual_clip: expected None or at least 1 + clip_eps_high = {1 + clip_eps_high}, "
                 f"got {dual_clip}"
             )
+        is_plain = is_correction_level == "token" and is_correction_gating == "ratio"
+        if is_correction_mode == "clip" and not is_plain:
+            raise ValueError(
+                "is_correction_mode: expected 'mask' unless level is 'token' and gating 'ratio', "
+                f"got 'clip' with {is_correction_level!r} and {is_correction_gating!r}"
+            )
+        bounds = tuple(is_correction_threshold)
+        if len(bounds) != 2 or not bounds[0] <= bounds[1]:
+            raise ValueError(
+                f"is_correction_threshold: expected (low, high), got {is_correction_threshold}"
+            )
+        if is_correction_level != "off" and is_correction_gating != "ratio" and bounds[0] > 0:
+            raise ValueError(
+                f"is_correction_threshold: expected low = 0 for {is_correction_gating}, got "
+                f"{bounds[0]}"
+            )
         self.is_sequence = policy_loss_type == "gspo"
         self.token_level_loss = token_level_loss and not self.is_sequence
         self.low, self.high = clip_eps_low, clip_eps_high
-        self.corrects, self.correction = enable_vllm_is_correction, vllm_is_correction_type
-        self.bounds: tuple[float, float] | None = None
-        if self.corrects and not self.is_sequence:
-            if vllm_is_truncated_threshold is None or len(vllm_is_truncated_threshold) != 2:
-                raise ValueError(
-                    "vllm_is_truncated_threshold: expected (low, high), got "
-                    f"{vllm_is_truncated_threshold}"
-                )
-            self.bounds = (vllm_is_truncated_threshold[0], vllm_is_truncated_threshold[1])
-        bound = float("inf") if dual_clip is None else dual_clip
+        self.level, self.mode = is_correction_level, is_correction_mode
+        self.gating, self.bounds = is_correction_gating, bounds
         self.objective = Objective(
-            clip(clip_eps_low, clip_eps_high, bound),
+            clip(clip_eps_low, clip_eps_high, float("inf") if dual_clip is None else dual_clip),
             ratio_level="sequence" if self.is_sequence else "token",
             aggregation="token_mean" if self.token_level_loss else "sequence_mean",
         )
@@ -114,8 +150,8 @@ class PolicyLoss(nn.Module):
         action_mask: Tensor | None = None,
         rollout_log_probs: Tensor | None = None,
         dp_size: int = 1,
-        batch_num_tokens: float | None = None,
-        global_batch_size: float | None = None,
+        batch_num_tokens: Tensor | float | None = None,
+        global_batch_size: Tensor | float | None = None,
     ) -> PolicyLossOutput:
         """The loss and what is logged.
 
@@ -131,8 +167,8 @@ class PolicyLoss(nn.Module):
             ValueError: naming the argument, what was expected and what came.
         """
         mask = torch.ones_like(log_probs) if action_mask is None else action_mask
-        old, weight, kl = old_log_probs, None, None
-        if self.corrects:
+        old, weight, kl, filtered = old_log_probs, None, None, None
+        if self.level != "off":
             if rollout_log_probs is None:
                 raise ValueError(
                     "rollout_log_probs: expected a tensor for the correction, got None"
@@ -140,8 +176,9 @@ class PolicyLoss(nn.Module):
             if self.is_sequence:
                 old = rollout_log_probs
             else:
-                gap = (old_log_probs - rollout_log_probs).detach().float()
-                weight, kl = self._weight(gap, mask), _mean(-gap, mask)
+                pair = (old_log_probs.detach().float(), rollout_log_probs.detach().float())
+                weight, filtered = self._correction(*pair, mask)
+                kl = _mean(pair[1] - pair[0], mask)
         count = batch_num_tokens if self.token_level_loss else global_batch_size
         # without a count, dp_size has no part in OpenRLHF's loss either
         self.out = out = logp_loss(
@@ -156,20 +193,36 @@ class PolicyLoss(nn.Module):
         ratio, gains, losses = out.ratio, advantages > 0, advantages < 0
         clipped = (gains & (ratio > 1 + self.high)) | (losses & (ratio < 1 - self.low))
         moved = (old_log_probs - log_probs).detach()
-        return PolicyLossOutput(out.loss, _mean(clipped.float(), mask), _mean(moved, mask), kl)
+        return PolicyLossOutput(
+            out.loss, _mean(clipped.float(), mask), _mean(moved, mask), kl, filtered
+        )
 
-    def _weight(self, gap: Tensor, mask: Tensor) -> Tensor:
-        """[B, T] weights of the policy term from log π_old − log π_rollout."""
-        assert self.bounds is not None
+    def _correction(self, old: Tensor, rollout: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, T] weights of the policy term, and the share that is outside the threshold."""
         low, high = self.bounds
-        weight = gap.exp()
-        if self.correction == "tis":
-            return weight.clamp(low, high)
-        judged = weight
-        if self.correction == "seq-mask-tis":
-            total = torch.where(mask != 0, gap, 0.0).sum(-1, keepdim=True)
-            judged = (total / (mask != 0).sum(-1, keepdim=True).clamp(min=1)).exp()
-        return weight * ((judged >= low) & (judged <= high))
+        log_ratio = old - rollout
+        if self.gating == "ratio":
+            statistic = log_ratio
+        else:
+            p, q = (logp.exp().clamp(1e-6, 1 - 1e-6) for logp in (rollout, old))
+            if self.gating == "tv":
+                statistic = (p - q).abs()
+            else:
+                statistic = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+        if self.level == "seq":
+            counts = mask != 0
+            # a sequence without a token has no mean, and counts as outside
+            total = torch.where(counts, statistic, 0.0).sum(-1, keepdim=True)
+            statistic = total / counts.sum(-1, keepdim=True)
+        if self.gating == "ratio":
+            statistic = statistic.exp()
+        outside = ~((statistic >= low) & (statistic <= high))
+        if self.mode == "clip":
+            weight = statistic.clamp(low, high)
+        else:
+            weight = torch.where(outside, 0.0, log_ratio.exp())
+        share = outside.float()
+        return weight, share.mean() if self.level == "seq" else _mean(share, mask)
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from grpo_core.kernels import surrogates
 from grpo_core.objective import Objective, Surrogate
 from grpo_core.policy_factor import PolicyFactor
 from grpo_core.sequence_weight import SequenceWeight
+from grpo_core.validation import is_number
 
 
 def clip(eps_low: float, eps_high: float | None = None, delta: float = math.inf) -> Surrogate:
@@ -24,7 +25,7 @@ def clip(eps_low: float, eps_high: float | None = None, delta: float = math.inf)
     """
     eps_high = eps_low if eps_high is None else eps_high
     _at_least_zero(eps_low=eps_low, eps_high=eps_high)
-    if not delta >= 1 + eps_high:
+    if not is_number(delta) or not delta >= 1 + eps_high:
         raise ValueError(f"delta: expected >= 1 + eps_high = {1 + eps_high}, got {delta!r}")
     return Surrogate(
         surrogates.clip, (float(eps_low), float(eps_high), float(delta)), homogeneous=True
@@ -44,7 +45,7 @@ def reinforce() -> Surrogate:
 def cispo(high: float, low: float = 0.0) -> Surrogate:
     """Bounded importance weight, absolute bounds of the ratio (TRL's reading; verl's are 1 ± ε)."""
     _at_least_zero(low=low)
-    if not high > low:
+    if not is_number(high) or not high > low:
         raise ValueError(f"high: expected more than low = {low}, got {high!r}")
     return Surrogate(surrogates.cispo, (float(low), float(high)), homogeneous=True)
 
@@ -52,7 +53,7 @@ def cispo(high: float, low: float = 0.0) -> Surrogate:
 def sapo(tau_pos: float = 1.0, tau_neg: float = 1.05) -> Surrogate:
     """A soft gate around ratio 1, by the sign of the advantage."""
     for name, tau in (("tau_pos", tau_pos), ("tau_neg", tau_neg)):
-        if not 0 < tau < math.inf:
+        if not is_number(tau) or not 0 < tau < math.inf:
             raise ValueError(f"{name}: expected a finite number > 0, got {tau!r}")
     return Surrogate(surrogates.sapo, (float(tau_pos), float(tau_neg)), homogeneous=True)
 
@@ -87,7 +88,7 @@ def topr() -> Surrogate:
 def _at_least_zero(**numbers: float) -> None:
     """Raises ValueError for the first that is negative or not finite."""
     for name, number in numbers.items():
-        if not 0 <= number < math.inf:
+        if not is_number(number) or not 0 <= number < math.inf:
             raise ValueError(f"{name}: expected a finite number >= 0, got {number!r}")
 
 
