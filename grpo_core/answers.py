@@ -310,10 +310,10 @@ class MathVerify:
         # by its path: as a module it would import this package, and with it torch
         program = (
             f"import sys; sys.path[:] = {sys.path!r}; import runpy; "
-            f"runpy.run_path({__file__!r}, run_name='__main__')"
+            f"runpy.run_path({__file__!r})['_serve']({self.patience})"
         )
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", program, str(self.patience)],
+            [sys.executable, "-W", "ignore", "-c", program],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -394,7 +394,3 @@ def _serve(patience: float) -> None:
                 same = False
             faulthandler.cancel_dump_traceback_later()
             print(same, flush=True)
-
-
-if __name__ == "__main__":
-    _serve(float(sys.argv[1]))

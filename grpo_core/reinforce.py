@@ -37,11 +37,13 @@ def _run(parser: Parser, config: RunConfig) -> int:
     try:
         run = Run(config)
     except (OSError, ValueError, ImportError) as error:
-        parser.error(_told(error))
+        if trace := _traceback(error):
+            _say(trace)
+        parser.error(str(error))
     try:
         run.train()
     except (FloatingPointError, RewardError) as error:
-        _say(f"\nstopped: {_told(error)}")
+        _say(f"\nstopped: {error}{_traceback(error)}")
         return 1
     except OSError as error:
         # of this process alone: others may wait for it, so that the group has to stay open
@@ -60,16 +62,15 @@ def _say(line: str) -> None:
         print(line, file=sys.stderr)
 
 
-def _told(error: Exception) -> str:
-    """The message; beneath it the traceback of what a reward has raised."""
+def _traceback(error: Exception) -> str:
+    """The traceback of what a reward function raised, without our call of it; else ""."""
     from grpo_core.rewards import RewardError
 
     cause = error.__cause__ if isinstance(error, RewardError) else None
     if cause is None:
-        return str(error)
-    # without the line that calls it
+        return ""
     cause = cause.with_traceback(cause.__traceback__ and cause.__traceback__.tb_next)
-    return f"{error}\n{''.join(format_exception(cause))}"
+    return "\n" + "".join(format_exception(cause))
 
 
 if __name__ == "__main__":
