@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -81,6 +82,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Collects bench_*.py, and leaves the table to `pytest_terminal_summary`."""
     config.addinivalue_line("python_files", "bench_*.py")
     config.option.benchmark_quiet = True
+    # gpu.sh stops a part by SIGINT, which a background job inherits as ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -566,6 +568,18 @@ def test_the_command_for_a_gpu_walks_through_every_part_without_one(tmp_path: Pa
     assert "TUNED: dict" in (tmp_path / "launch.py").read_text()
 
 
+def test_a_benchmark_in_a_background_job_can_be_stopped():
+    """What it has measured is written on SIGINT, which such a job inherits as ignored."""
+    option = SimpleNamespace(benchmark_quiet=False)
+    config = SimpleNamespace(addinivalue_line=lambda *line: None, option=option)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        bench_setup.pytest_configure(config)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("argument", ["", "everything"])
 def test_the_command_for_a_gpu_wants_a_part_it_knows(argument: str):
     command = ["bash", "bench/gpu.sh", *argument.split()]
@@ -577,15 +591,16 @@ def test_the_command_for_a_gpu_wants_a_part_it_knows(argument: str):
 def test_a_small_run_from_start_to_end(tmp_path: Path):
     pytest.importorskip("pytest_benchmark")
     found = tmp_path / "figures.json"
-    command = (
-        f"{sys.executable} -m pytest bench/ --benchmark-only --benchmark-json {found} "
-        "--rows 8 --vocabulary 3001 --hidden 32 -p no:cacheprovider"
-    )
+    sizes = "--rows 8 --vocabulary 3001 --hidden 32 -p no:cacheprovider"
+    command = [sys.executable, "-m", "pytest", "bench/", "--benchmark-only", *sizes.split()]
     # a worker of the suite passes on that it is one, and workers do not time
     alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     run = subprocess.run(
         # compiling takes most of a minute and adds nothing here; nor do peers, imported slowly
-        [*command.split(), "-k", "not compiled and not liger and not trl"],
+        [
+            *(*command, "--benchmark-json", str(found)),
+            *("-k", "not compiled and not liger and not trl"),
+        ],
         cwd=Path(__file__).parent.parent,
         env=alone,
         capture_output=True,

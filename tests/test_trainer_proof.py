@@ -313,10 +313,11 @@ def bytes_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gym_run(model: Path, output: Path, *more: str) -> list[dict[str, Any]]:
     """The command of the document's first run, shorter; what it recorded."""
     pytest.importorskip("reasoning_gym")
-    words = f"--model {model} --data reasoning_gym:chain_sum --output {output} --held_out 2"
-    words += " --max_new_tokens 4 --tokens_per_microbatch 1024 --gradient_checkpointing True"
-    words += " --autocast True --steps 1 --warmup_steps 0 --prompts 2 --group_size 2"
-    assert reinforce([*words.split(), *more]) == 0
+    words = "--data reasoning_gym:chain_sum --held_out 2 --max_new_tokens 4 --autocast True"
+    words += " --tokens_per_microbatch 1024 --gradient_checkpointing True"
+    words += " --steps 1 --warmup_steps 0 --prompts 2 --group_size 2"
+    folders = ["--model", str(model), "--output", str(output)]
+    assert reinforce([*folders, *words.split(), *more]) == 0
     lines = (output / "metrics.jsonl").read_text("utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
