@@ -54,13 +54,16 @@ class LeanSweep(Sweep):
         return Swept(self.result, self.factor, self.valid, sliced_gradients(self, words))
 
 
-def log_sum_exp(stats: RowStats, at_target: Tensor, temperature: float) -> Tensor:
-    """lse `[n]` float64 of rows whose statistics are known, and their logits at the targets."""
+def log_sum_exp(stats: RowStats, at_target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """lse of rows whose statistics are known, and their logits at the targets.
+
+    As two addends `[n]` float64, of which the first may be so large that the second is lost in it.
+    """
     peak, rest = stats.state[0].double(), stats.state[1].double()
     # unscaled where S is negative
     peak = torch.where(rest < 0, peak / temperature, peak * math.log(2))
     rest = rest.abs()
-    return peak + torch.log(rest + torch.exp(at_target.double() / temperature - peak))
+    return peak, torch.log(rest + torch.exp(at_target.double() / temperature - peak))
 
 
 def sliced_gradients(walk: Walk, rows: Words) -> list[Tensor | None]:
@@ -132,16 +135,18 @@ class Words:
         temperature: float,
         slopes: Slopes,
         stats: RowStats,
-        lse: Tensor,
+        lse: tuple[Tensor, Tensor],
         ref_logp: Tensor | None = None,
         ref_at_target: Tensor | None = None,
     ) -> None:
         self.target, self.temperature, self.slopes, self.stats = target, temperature, slopes, stats
         self.still = ~slopes.any
         # near T·lse the logits that matter lose nothing by the subtraction
-        self.centre = (lse * temperature).float()
-        # what rounding took away goes into the coefficient of every p
-        self.correction = torch.exp(self.centre.double() / temperature - lse).float()
+        self.centre = ((lse[0] + lse[1]) * temperature).float()
+        # what rounding took away goes into every log p, and into the coefficient of every p
+        rounding = (self.centre.double() / temperature - lse[0]) - lse[1]
+        self.entropy = (stats.entropy + rounding).float()
+        self.correction = torch.exp(rounding).float()
         self.ref_lse = None
         if ref_logp is not None and ref_at_target is not None:
             self.ref_lse = ref_at_target / temperature - ref_logp
@@ -176,7 +181,7 @@ class Words:
         else:
             factor = -dlogp[:, None].expand_as(log_p)
             if dentropy is not None:
-                slope = (log_p + self.stats.entropy[chunk, None]).mul_(-dentropy[:, None])
+                slope = (log_p + self.entropy[chunk, None]).mul_(-dentropy[:, None])
                 factor = slope.add_(factor)
             if dkl is not None:
                 assert ref_logits is not None and self.ref_lse is not None

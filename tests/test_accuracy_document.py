@@ -9,7 +9,7 @@ import torch
 
 from bench.accuracy.contenders import OURS
 from bench.accuracy.document import MODERATE, Table, number, read, tables, write
-from bench.accuracy.measure import MARGINS, Measured, measure
+from bench.accuracy.measure import MARGINS, OF_ANOTHER, QUANTITIES, Measured, measure
 from bench.batch import dtype_name
 from grpo_core import fused_loss
 from grpo_core.accuracy import FLOOR
@@ -64,7 +64,7 @@ def test_ours_is_exact_to_float32_rounding(table: Table) -> None:
 def test_it_still_is(name: str, dtype: torch.dtype, offset: int) -> None:
     """Measured again, at a few margins."""
     for found in measure([name], [dtype], [offset], (0, 10, 18, 30)):
-        assert set(found.errors) == {"logp", "entropy", "dlogits", "ratio", "loss"}
+        assert set(found.errors) == {*QUANTITIES, OF_ANOTHER}
         margin = max(1.0, float(found.margins.abs().max()))
         for quantity, errors in found.errors.items():
             if quantity == "dlogits" and dtype == torch.float16 and margin > FLOAT16_LIMIT:

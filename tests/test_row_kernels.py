@@ -387,3 +387,156 @@ def test_words_that_one_policy_forbids(kernels: ModuleType, device: str, V: int)
     )
     assert not looked.dropped.any()
     assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def entropy_and_slope(logits: Tensor, sure: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(H, dH/dlogits·T) in float64 of rows with a word that is nearly certain, at `sure`.
+
+    With e_j = exp(x_j − x_w): H = log(1 + Σ e) − Σ e·log e / (1 + Σ e), both terms positive.
+    """
+    at = sure[:, None]
+    log_e = (logits.double() - logits.double().gather(1, at)) / temperature
+    e = log_e.exp().scatter(1, at, 0.0)
+    log_p = log_e - torch.log1p(e.sum(1, keepdim=True))
+    spread = -torch.where(e > 0, e * log_e, 0.0).sum(1, keepdim=True) / (1 + e.sum(1, keepdim=True))
+    entropy = torch.log1p(e.sum(1)) + spread[:, 0]
+    slope = -(log_p.exp() * (log_p + entropy[:, None])).scatter(1, at, 0.0)
+    return entropy, slope.scatter(1, at, -slope.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("V", "offset"), [(70, 0.0), (1100, -1000.0)])
+def test_rows_that_are_sure_of_another_word(
+    kernels: ModuleType, device: str, V: int, offset: float, dtype: torch.dtype
+) -> None:
+    """Entropy and its gradient to rounding, with the same bits in every plan, batch and place."""
+    margins = torch.tensor([6.0, 10, 17, 30, 60])
+    N, T = len(margins), 0.9
+    word = torch.arange(N) * (V // N)
+    target = (word + V // 2 + 1) % V
+    logits = torch.randn(N, V).scatter(1, word[:, None], -math.inf)
+    peak = T * (logits / T).logsumexp(1) + T * margins
+    logits = logits.scatter(1, word[:, None], peak[:, None]) + offset
+    logits = logits.to(dtype)
+    entropy, slope = entropy_and_slope(logits, word, T)
+
+    wide = torch.full((N, V + 3), 77.0).to(dtype)
+    wide[:, 3:] = logits
+    logits, target = logits.to(device), target.to(device)
+    stats = kernels.row_stats(Rows.of(logits), target, T)
+    error = (stats.entropy.cpu().double() - entropy) / entropy
+    digits = FLOOR * margins.clamp(min=1)
+    assert (error.abs() < digits).all()
+    logp = torch.log_softmax(logits.cpu().double() / T, 1).gather(1, target.cpu()[:, None])
+    torch.testing.assert_close(stats.logp.cpu().double(), logp[:, 0], rtol=1e-6, atol=0.0)
+
+    # a loss of −H alone
+    given = {"temperature": T, "advantage": torch.zeros(N, device=device)}
+    given["entropy_weight"] = torch.ones(N, device=device)
+    dlogits = torch.empty_like(logits)
+    result = one_pass(kernels, logits, target, dlogits=dlogits, **given)
+    truth = -slope / T
+    error = (dlogits.cpu().double() - truth).abs() / truth.abs().clamp(min=1e-30)
+    assert (error < digits[:, None] + torch.finfo(dtype).eps).all()
+
+    assert torch.equal(result.entropy, stats.entropy)
+    slopes = Slopes(result.dlogp, -given["entropy_weight"], None)
+    second = torch.empty_like(logits)
+    kernels.row_dlogits(Rows.of(logits), target, T, slopes, result, second)
+    assert torch.equal(second, dlogits)
+    view = wide.to(device)[:, 3:]
+    shifted = one_pass(kernels, view, target, dlogits=view, **given)
+    assert torch.equal(shifted.entropy, stats.entropy)
+    assert torch.equal(view, dlogits)
+    alone = kernels.row_stats(Rows.of(logits[2:3]), target[2:3], T)
+    assert torch.equal(alone.entropy, stats.entropy[2:3])
+
+
+def test_an_unlikely_target_has_its_gradient_of_the_entropy(
+    kernels: ModuleType, device: str
+) -> None:
+    """Also where 1 − p rounds to 1: dH/dx_y = −p·(log p + H)."""
+    logits, target = torch.zeros(1, 70), torch.tensor([3])
+    logits[0, 3] = -40.0
+    dlogits = torch.empty_like(logits, device=device)
+    one = torch.ones(1, device=device)
+    given = {"advantage": 0 * one, "entropy_weight": one, "dlogits": dlogits}
+    one_pass(kernels, logits.to(device), target.to(device), **given)
+    p = math.exp(-40) / 69
+    assert dlogits[0, 3].item() == pytest.approx(p * (math.log(p) + math.log(69)), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_rows_of_huge_logits(
+    kernels: ModuleType, device: str, dtype: torch.dtype, temperature: float
+) -> None:
+    """Equal logits of any size have −log V, and differences so large decide alone."""
+    V = 300
+    sizes = [-1e30, torch.finfo(dtype).min, 1e10, 3e38]
+    N = 2 * len(sizes)
+    logits = torch.tensor(sizes).repeat(2)[:, None].expand(N, V).clone()
+    target = torch.arange(N) % len(sizes) * 90
+    # the second half has a word that is half as far down, or as far up
+    logits[N // 2 :, 200] *= torch.where(logits[N // 2 :, 200] < 0, 0.5, 1.1)
+    logits = logits.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)
+    tie = logits[:, 200] == logits[:, 0]
+    advantage = torch.ones(N)
+    weight = torch.full((N,), 0.5)
+    dlogits = torch.empty_like(logits, device=device)
+    there = {"advantage": advantage.to(device), "entropy_weight": weight.to(device)}
+    found = one_pass(
+        kernels,
+        logits.to(device),
+        target.to(device),
+        dlogits=dlogits,
+        temperature=temperature,
+        **there,
+    )
+    logp, entropy, dlogits = found.logp.cpu(), found.entropy.cpu(), dlogits.cpu()
+    assert tie.sum() >= N // 2
+    log_V = torch.tensor(math.log(V))
+    torch.testing.assert_close(logp[tie], -log_V.expand(int(tie.sum())))
+    torch.testing.assert_close(entropy[tie], log_V.expand(int(tie.sum())), rtol=1e-6, atol=0.0)
+    assert not found.dropped.cpu()[tie].any()
+    uniform = torch.full((N, V), 1 / V).scatter_add(1, target[:, None], -torch.ones(N, 1))
+    near = {"rtol": 1e-5 + torch.finfo(dtype).eps, "atol": 1e-6}
+    torch.testing.assert_close(dlogits[tie].float() * temperature, uniform[tie], **near)
+    gap = (logits.double().gather(1, target[:, None])[:, 0] - logits[:, 200].double()) / temperature
+    kept = ~tie & (gap > torch.finfo(torch.float32).min)
+    torch.testing.assert_close(logp[kept].double(), gap[kept], rtol=1e-6, atol=0.0)
+    assert not entropy[~tie].any()
+    decided = torch.zeros(N, V).scatter(1, target[:, None], -1.0)
+    decided[:, 200] = 1.0
+    torch.testing.assert_close(dlogits[kept].float() * temperature, decided[kept], **near)
+    again = kernels.row_stats(Rows.of(logits.to(device)), target.to(device), temperature)
+    assert torch.equal(again.logp.cpu(), logp)
+    second = torch.empty_like(logits, device=device)
+    slopes = Slopes(found.dlogp, -there["entropy_weight"], None)
+    kernels.row_dlogits(
+        Rows.of(logits.to(device)), target.to(device), temperature, slopes, found, second
+    )
+    usable = ~found.dropped.cpu()
+    assert torch.equal(second.cpu()[usable], dlogits[usable])
+
+
+def test_the_exact_kl_of_huge_logits(kernels: ModuleType, device: str) -> None:
+    """Two policies of equal, huge logits agree; one against ordinary logits has its KL."""
+    V = 300
+    logits = torch.tensor([-1e32, 0.0, -3e38, 5e9])[:, None].expand(4, V).contiguous()
+    ref = torch.tensor([-3e38, -1e32, 1.0, 5e9])[:, None].expand(4, V).contiguous()
+    target = torch.arange(4)
+    dlogits = torch.empty_like(logits, device=device)
+    terms = Terms(surrogates.clip, (0.2, 0.2, math.inf), None, False, 0.1)
+    found = one_pass(
+        kernels,
+        logits.to(device),
+        target.to(device),
+        terms=terms,
+        dlogits=dlogits,
+        ref_rows=Rows.of(ref.to(device)),
+    )
+    torch.testing.assert_close(found.logp.cpu(), torch.full((4,), -math.log(V)))
+    torch.testing.assert_close(found.kl.cpu(), torch.zeros(4), rtol=0.0, atol=2e-6)
+    expected = torch.full((4, V), 1 / V).scatter_add(1, target[:, None], -torch.ones(4, 1))
+    torch.testing.assert_close(dlogits.cpu(), expected, rtol=1e-4, atol=1e-6)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.accuracy.contenders import CONTENDERS, OURS, UNSAID
-from bench.accuracy.measure import DTYPES, OFFSETS, QUANTITIES, Measured
+from bench.accuracy.measure import DTYPES, OF_ANOTHER, OFFSETS, QUANTITIES, Measured
 from bench.batch import dtype_name
 
 DOCUMENT = Path(__file__).parents[2] / "docs/accuracy.md"
@@ -21,11 +21,12 @@ LOST = 0.5
 TITLES = {
     "logp": "log-probability",
     "entropy": "entropy",
+    OF_ANOTHER: "entropy where another word leads",
     "dlogits": "gradient of the logits",
     "ratio": "ratio",
     "loss": "loss",
 }
-BY_MARGIN = ("logp", "entropy", "dlogits")
+BY_MARGIN = ("logp", "entropy", OF_ANOTHER, "dlogits")
 
 
 class Table(NamedTuple):
@@ -99,10 +100,11 @@ def number(cell: str) -> float:
 
 def _table(quantity: str, title: str, columns: dict[str, dict[str, float]]) -> Table:
     """A row per contender that says something of the quantity, in their order."""
+    said = "entropy" if quantity == OF_ANOTHER else quantity
     rows = {
         name: tuple(_cell(column.get(name)) for column in columns.values())
         for name in CONTENDERS
-        if quantity not in UNSAID.get(name, ())
+        if said not in UNSAID.get(name, ())
     }
     return Table(title, tuple(columns), rows)
 

@@ -19,6 +19,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MARGINS = tuple(range(31))
 OFFSETS = (0, 1000, -1000)
 QUANTITIES = ("logp", "entropy", "dlogits", "ratio", "loss")
+# the entropy of the same logits where the target is another word than the leading one
+OF_ANOTHER = "entropy of another"
 ROWS = 8
 # odd, and several tiles of loads in every kernel here
 V = 2501
@@ -58,6 +60,7 @@ def measure(
         truth = {
             "logp": exact.logp,
             "entropy": exact.entropy,
+            OF_ANOTHER: exact.entropy,
             "dlogits": -exact.slope * ratio[:, None] * unit,
             "ratio": ratio,
             "loss": -ratio.mean()[None],
@@ -83,6 +86,10 @@ def _answer(loss: Loss, logits: Tensor, target: Tensor, old_logp: Tensor) -> dic
         value = getattr(answer, quantity)
         if value is not None:
             found[quantity] = value.detach()
+    if answer.entropy is not None:
+        other = loss(logits, (target + 1) % V, old_logp).entropy
+        assert other is not None
+        found[OF_ANOTHER] = other.detach()
     return found
 
 
