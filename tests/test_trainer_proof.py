@@ -357,7 +357,7 @@ def test_reasoning_gym_is_scored_by_the_rewards_that_are_named(
     pytest.importorskip("reasoning_gym")
     named = {"rewards": rewards} if rewards else {}
     run = Run.__new__(Run)
-    run.config = RunConfig("m", "reasoning_gym:chain_sum", steps=1, warmup_steps=0, **named)
+    run.config = RunConfig(model="m", data="reasoning_gym:chain_sum", steps=1, warmup_steps=0, **named)
     run.tokenizer = ByT5Tokenizer()
     if isinstance(expected, str):
         with pytest.raises(ValueError, match=expected):
@@ -374,7 +374,7 @@ def test_tags_that_a_tokenizer_drops_are_refused(tmp_path: Path) -> None:
     data = tmp_path / "train.jsonl"
     data.write_text('{"prompt": "3", "answer": "3"}')
     run = Run.__new__(Run)
-    run.config = RunConfig("m", str(data), rewards=["format"])
+    run.config = RunConfig(model="m", data=str(data), rewards=["format"])
     run.tokenizer = ByT5Tokenizer(extra_ids=0, additional_special_tokens=["<think>"])
     with pytest.raises(ValueError, match=r"rewards: expected a tokenizer .* \['<think>'\] among"):
         run.task()
