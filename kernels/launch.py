@@ -40,6 +40,8 @@ VECTOR_BLOCK = 256
 TOKENS_BLOCK, TOKENS_WARPS = 1024, 16
 # a program to a sequence: two tokens to a thread, of at most so many registers
 SEQUENCE_BLOCK, SEQUENCE_WARPS, SEQUENCE_REGISTERS = 512, 8, 64
+# the one pass without a gradient: left alone the assembler spills to use fewer
+READING_REGISTERS = 64
 # a program's last act: few registers, beside those of a row
 SUM_BLOCK = 512
 
@@ -136,10 +138,12 @@ class RowLayout:
             if not pair:
                 whole = V // (self.THREADS * self.WIDTH)
                 again |= {"HELD": max(0, min(self.HELD, whole - 1)), "KEPT": self.KEPT}
-        return again | (self.of_a_pair if pair else self.keywords)
+        if pair:
+            return again | self.of_a_pair
+        return again | ({} if gradient else at_most_registers(READING_REGISTERS)) | self.keywords
 
     @property
-    def of_a_pair(self) -> dict[str, int]:
+    def of_a_pair(self) -> dict[str, Any]:
         """The same where two rows are read: as many registers as let two programs run at a time."""
         return at_most_registers(REGISTERS // max(self.THREADS, 512)) | self.keywords
 
@@ -199,7 +203,7 @@ def launch(
             kernel[(programs,)](**arguments, enable_fp_fusion=False)
 
 
-def at_most_registers(most: int) -> dict[str, int]:
+def at_most_registers(most: int) -> dict[str, Any]:
     """Lets NVIDIA's assembler use that many, where left alone it would spill to use fewer."""
     return {} if torch.version.hip else {"maxnreg": most}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -286,3 +287,30 @@ def test_bad_input(change: dict[str, Any], message: str) -> None:
     given = {"hidden": torch.zeros(B, T, D), "lm_head": torch.zeros(V, D), "target": inputs()[0]}
     with pytest.raises(ValueError, match=message):
         linear_logp(**given | change)
+
+
+@pytest.mark.parametrize("plan", ["fast", "lean"])
+def test_rows_of_huge_and_of_certain_logits(backend: str, device: str, plan: str) -> None:
+    """A bias that makes all logits −1e32 leaves −log V; another word's certainty its entropy."""
+    hidden = torch.zeros(1, D, device=device)
+    weight = torch.zeros(V, D, device=device)
+    target = torch.tensor([5], device=device)
+    bias = torch.full((V,), -1e32, device=device).requires_grad_()
+    head = LinearHead(weight, bias=bias)
+    logp, entropy = linear_logp(hidden, head, target, plan=plan, backend=backend)
+    (logp + entropy).sum().backward()
+    assert logp.item() == pytest.approx(-math.log(V), rel=1e-6)
+    assert entropy.item() == pytest.approx(math.log(V), rel=1e-6)
+    expected = torch.full((V,), -1 / V).scatter_add(0, target.cpu(), torch.ones(1))
+    torch.testing.assert_close(bias.grad.cpu(), expected, rtol=1e-5, atol=1e-6)
+
+    # one word 12 nats above 82 others: e = 82·exp(−12), H = log(1 + e) + 12·e/(1 + e)
+    bias = torch.full((V,), -7.0, device=device)
+    bias[3] = 5.0
+    head = LinearHead(weight, bias=bias.requires_grad_())
+    _, entropy = linear_logp(hidden, head, target, plan=plan, backend=backend)
+    entropy.sum().backward()
+    e = (V - 1) * math.exp(-12)
+    assert entropy.item() == pytest.approx(math.log1p(e) + 12 * e / (1 + e), rel=1e-5)
+    # dH/dx_w = −p_w·(log p_w + H), and log p_w = −log(1 + e)
+    assert bias.grad[3].item() == pytest.approx(-12 * e / (1 + e) ** 2, rel=1e-3)
