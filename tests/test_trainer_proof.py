@@ -357,7 +357,8 @@ def test_reasoning_gym_is_scored_by_the_rewards_that_are_named(
     pytest.importorskip("reasoning_gym")
     named = {"rewards": rewards} if rewards else {}
     run = Run.__new__(Run)
-    run.config = RunConfig(model="m", data="reasoning_gym:chain_sum", steps=1, warmup_steps=0, **named)
+    data = "reasoning_gym:chain_sum"
+    run.config = RunConfig(model="m", data=data, steps=1, warmup_steps=0, **named)
     run.tokenizer = ByT5Tokenizer()
     if isinstance(expected, str):
         with pytest.raises(ValueError, match=expected):
