@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 root = Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (root / "grpo_core/__init__.py").read_text())
@@ -17,13 +17,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=[
-        "grpo_core",
-        *(
-            f"grpo_core.{part}"
-            for part in ("integrations", "kernels", "presets", "recipes", "verify")
-        ),
-    ],
+    packages=[*find_packages(include=["grpo_core", "grpo_core.*"]), "grpo_core.kernels"],
     package_data={"grpo_core": ["py.typed"]},
     install_requires=[
         "torch>=2.9",

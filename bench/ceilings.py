@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench.clock import median_seconds
 from bench.machine import describe
-from grpo_core.options import Parser, new_file
+from grpo_core.cli.options import Parser, new_file
 
 # of bfloat16, as logits: far beyond any cache
 ELEMENTS, DRY_ELEMENTS = 2**30, 2**12

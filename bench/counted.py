@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from grpo_core.options import Parser
+from grpo_core.cli.options import Parser
 
 if TYPE_CHECKING:
     # whoever imports our kernels has decided whether they are interpreted

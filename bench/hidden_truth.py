@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bench.hidden import HiddenBatch, HiddenOutcome
 from bench.truth import WrongResult
-from grpo_core.reference import reference_loss
+from grpo_core.loss.reference import reference_loss
 
 # words whose rows of dweight are looked at, beside the first targets
 SAMPLE_WORDS = 64

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from grpo_core.options import Parser
+from grpo_core.cli.options import Parser
 
 # every tensor that is not of vocabulary size
 VECTORS = "[N] vectors"

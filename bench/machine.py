@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from grpo_core.options import Parser
+from grpo_core.cli.options import Parser
 
 PACKAGES = ("torch", "triton", "numpy", "pytest", "pytest-benchmark", "liger-kernel", "trl")
 PACKAGES += ("transformers", "hypothesis", "matplotlib")

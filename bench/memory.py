@@ -21,7 +21,7 @@ from bench.hidden import HiddenBatch, HiddenContender, naive, ours
 from bench.machine import device_name, versions
 from bench.meter import peak_extra_bytes
 from grpo_core import fused_loss
-from grpo_core.options import Parser
+from grpo_core.cli.options import Parser
 
 # (V, D) of output matrices that are about
 HEADS = {

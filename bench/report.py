@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.table import hidden_table
-from grpo_core.options import Parser, existing_file
+from grpo_core.cli.options import Parser, existing_file
 
 Run = Mapping[str, Any]
 MIB = 2**20

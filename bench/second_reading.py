@@ -27,11 +27,11 @@ from unittest.mock import patch
 import torch
 
 from grpo_core import RECIPES, fused_loss
-from grpo_core.ahead import Compiled, as_if_on, examine
-from grpo_core.inspect import BUDGETS, VOCABULARY, hottest
+from grpo_core.cli.options import Parser
+from grpo_core.inspect.__main__ import BUDGETS, VOCABULARY, hottest
+from grpo_core.inspect.compile_ahead import Compiled, as_if_on, examine
 from grpo_core.kernels import launch
 from grpo_core.kernels.launch import LOAD_BYTES, REGISTERS, TILES, Tuning
-from grpo_core.options import Parser
 
 CANDIDATES = {
     "default": Tuning(8),

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
-from grpo_core import RECIPES, triton_backend
+from grpo_core import RECIPES
+from grpo_core.backends import triton as triton_backend
 from grpo_core.kernels import launch
 from grpo_core.kernels.launch import Tuning
 from grpo_core.kernels.records import Rows, Slopes, Terms, TokenVectors

@@ -30,8 +30,8 @@ from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
 from bench.meter import peak_extra_bytes
 from grpo_core import RECIPES, fused_linear_loss, linear_token_logp
+from grpo_core.cli.options import Parser
 from grpo_core.integrations.trl import patch_log_probs
-from grpo_core.options import Parser
 
 WAYS = ("logits", "stock", "safe", "fast")
 EPS_LOW, EPS_HIGH = 0.2, 0.28

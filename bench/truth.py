@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.batch import Batch, Outcome, Recipe
-from grpo_core.reference import reference_loss
+from grpo_core.loss.reference import reference_loss
 
 # evenly spaced ones of the first and of the last sequence
 SAMPLE_ROWS = 4

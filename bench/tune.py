@@ -27,9 +27,9 @@ from bench.clock import median_seconds
 from bench.machine import describe
 from bench.second_reading import CANDIDATES
 from bench.trials import Key, Plans, Timer, Trial, fits, try_out
+from grpo_core.cli.options import Parser, existing_file, new_file
 from grpo_core.kernels import launch
 from grpo_core.kernels.launch import Tuning
-from grpo_core.options import Parser, existing_file, new_file
 
 # values to try of every field of `Tuning`; those of fields it does not have are left out
 AXES: dict[str, tuple[Any, ...]] = {

@@ -25,13 +25,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from grpo_core import RECIPES, decimals, without_fused_head
-from grpo_core.batch import Batch, pack
-from grpo_core.live_bytes import LiveBytes
-from grpo_core.reinforce import main as reinforce
-from grpo_core.rollout import Rollout, Sampling
+from grpo_core import RECIPES, without_fused_head
+from grpo_core.runs.demo import decimals
+from grpo_core.runs.reinforce import main as reinforce
 from grpo_core.trainer import Trainer
-from grpo_core.trainer_config import TrainerConfig
+from grpo_core.trainer.batch import Batch, pack
+from grpo_core.trainer.config import TrainerConfig
+from grpo_core.trainer.live_bytes import LiveBytes
+from grpo_core.trainer.rollout import Rollout, Sampling
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 ANSWERS, PROMPT, LENGTH = 8, 16, 128
@@ -84,7 +85,7 @@ def main(output: str = "runs/smollm2") -> int:
 def first_number(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
     """1 where the first number of the completion is the true one.
 
-    Looser than the rewards of `grpo_core.rewards`: a model of this size hardly ever keeps to tags,
+    Looser than the rewards of grpo_core: a model of this size hardly ever keeps to tags,
     and where all of a group get 0 there is nothing to learn from.
     """
     found = [re.search(r"\d+\.\d+", text) for text in completions]

@@ -1,7 +1,7 @@
 """The Triton names the scalar formulas are written in, present even where Triton is missing.
 
-Surrogates and KL estimators are read by Triton kernels and, through `grpo_core.torch_formula`, by
-plain PyTorch. Only the first reading needs Triton, so its absence must not stop the import.
+Surrogates and KL estimators are read by Triton kernels and, through `backends.formula`, by plain
+PyTorch. Only the first reading needs Triton, so its absence must not stop the import.
 """
 
 from __future__ import annotations

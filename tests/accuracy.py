@@ -1,10 +1,10 @@
-"""The rule of tolerance of `grpo_core.accuracy`, as an assertion."""
+"""The rule of tolerance of `grpo_core.verify.accuracy`, as an assertion."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from grpo_core.accuracy import FLOOR, compare
+from grpo_core.verify.accuracy import FLOOR, compare
 
 __all__ = ["FLOOR", "assert_no_worse"]
 

@@ -23,7 +23,7 @@ except ImportError:
     HAS_TRITON = False
 
 if HAS_TRITON and not HAS_GPU:
-    from grpo_core.hardware_rounding import round_as_hardware_does
+    from grpo_core.verify.interpreter_rounding import round_as_hardware_does
 
     round_as_hardware_does()
 

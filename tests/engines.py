@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from grpo_core.checkpoint_format import ModelWeights
-from grpo_core.rollout import Rollout, Sampling, rollout
+from grpo_core.trainer.rollout import Rollout, Sampling, rollout
+from grpo_core.trainer.weights import ModelWeights
 
 
 class CopyEngine:

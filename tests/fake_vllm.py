@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from grpo_core.rollout import Sampling, rollout
+from grpo_core.trainer.rollout import Sampling, rollout
 
 GPU = "GPU-0000"
 # GPU memory by handle, and what rank 0 has sent

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from grpo_core import checkpoint
-from grpo_core.distributed import barrier
-from grpo_core.trainer import Trainer
+from grpo_core.trainer import checkpoint
+from grpo_core.trainer.distributed import barrier
+from grpo_core.trainer.trainer import Trainer
 from tests.micro import micro_model
 from tests.test_checkpoint import trainer
 from tests.trainer_ranks import moments, weights

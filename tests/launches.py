@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # its kernels are imported by the first call otherwise
-import grpo_core.triton_backend  # noqa: F401
+import grpo_core.backends.triton  # noqa: F401
 
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 FREE = {*ALLOCATIONS, "detach", "_unsafe_view", "lift_fresh"}

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from grpo_core.rewards import Scores
-from grpo_core.rollout import Problem
+from grpo_core.trainer.rewards import Scores
+from grpo_core.trainer.rollout import Problem
 
 PAD, EOS, SEVEN = 0, 1, 7
 VOCABULARY = 16

@@ -12,8 +12,8 @@ from bench.accuracy.document import MODERATE, Table, number, read, tables, write
 from bench.accuracy.measure import MARGINS, OF_ANOTHER, QUANTITIES, Measured, measure
 from bench.batch import dtype_name
 from grpo_core import fused_loss
-from grpo_core.accuracy import FLOOR
-from grpo_core.reference import reference_loss
+from grpo_core.loss.reference import reference_loss
+from grpo_core.verify.accuracy import FLOOR
 from tests.conftest import HAS_GPU, HAS_TRITON
 
 # beyond, e^−margin under the loss scale is too small for a float16 to be a normal number

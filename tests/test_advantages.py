@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_core import RECIPES, Estimator, GroupNorm, fused_loss, group_advantages
-from grpo_core.estimators import relative_advantages
+from grpo_core.objective.estimators import relative_advantages
 from tests import oracles
 
 pytestmark = pytest.mark.usefixtures("poison")

@@ -11,7 +11,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from grpo_core import fused_loss, token_logp, triton_backend
+from grpo_core import fused_loss, token_logp
+from grpo_core.backends import triton as triton_backend
 from grpo_core.kernels import kl, surrogates
 from grpo_core.kernels.records import Rows, Slopes, Terms, TokenVectors
 from tests.conftest import HAS_GPU

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import pytest
 
-from grpo_core import answers
-from grpo_core.answers import same_answer
+from grpo_core.trainer import answers
+from grpo_core.trainer.answers import same_answer
 
 pytest.importorskip("math_verify")
 

@@ -32,12 +32,12 @@ from grpo_core import (
     merge_metrics,
     token_logp,
 )
-from grpo_core.estimators import decoupled_advantages, relative_advantages
-from grpo_core.linear_scores import linear_scores
-from grpo_core.preference import dpo_loss, sequence_logp
-from grpo_core.reference import reference_loss
-from grpo_core.sampler import off_policy_mask, sampler_correction
-from grpo_core.value import explained_variance, gae, rewards_with_kl, value_loss, whiten
+from grpo_core.linear.scores import linear_scores
+from grpo_core.loss.dpo_loss import dpo_loss, sequence_logp
+from grpo_core.loss.reference import reference_loss
+from grpo_core.objective.estimators import decoupled_advantages, relative_advantages
+from grpo_core.objective.sampler import off_policy_mask, sampler_correction
+from grpo_core.objective.value import explained_variance, gae, rewards_with_kl, value_loss, whiten
 from tests.conftest import HAS_GPU
 
 B, T, V = 4, 3, 11

@@ -16,8 +16,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from grpo_core.batch import Batch, check_output_matrix, pack
-from grpo_core.rollout import Rollout, Sampling, rollout
+from grpo_core.trainer.batch import Batch, check_output_matrix, pack
+from grpo_core.trainer.rollout import Rollout, Sampling, rollout
 from tests.micro import VOCABULARY, micro_model
 
 PROMPTS = [[5], [3, 9, 4, 11, 6], [8, 2], [12, 12, 12]]

@@ -14,7 +14,7 @@ from bench.meter import ProductMeter, one_thread
 from bench.report import Report, markdown
 from bench.table import hidden_table
 from bench.truth import WrongResult
-from grpo_core.reference import reference_loss
+from grpo_core.loss.reference import reference_loss
 
 N, V, D = 256, 301, 24
 # products of each in the order of CASES; where the weights' gradient is not wanted, one fewer

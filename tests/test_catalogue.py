@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from grpo_core import RECIPES, preset
-from grpo_core.recipes.catalogue import (
+from grpo_core.objective.catalogue import (
     FORMULAS,
     ORIGINS,
     advantage,

@@ -18,8 +18,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from grpo_core import RECIPES, trainer_state
-from grpo_core.checkpoint import (
+from grpo_core import RECIPES
+from grpo_core.trainer import state as trainer_state
+from grpo_core.trainer.checkpoint import (
     Interrupted,
     checkpoints,
     heeding_interrupts,
@@ -27,13 +28,13 @@ from grpo_core.checkpoint import (
     step_of,
     stop_request,
 )
-from grpo_core.clock import MACHINE
-from grpo_core.data import Epochs
-from grpo_core.monitor import append_json, writing
-from grpo_core.rewards import Scores
-from grpo_core.rollout import Problem, Sampling
-from grpo_core.trainer import Trainer, TrainerConfig
-from grpo_core.training_loop import record
+from grpo_core.trainer.clock import MACHINE
+from grpo_core.trainer.data import Epochs
+from grpo_core.trainer.loop import record
+from grpo_core.trainer.monitor import append_json, writing
+from grpo_core.trainer.rewards import Scores
+from grpo_core.trainer.rollout import Problem, Sampling
+from grpo_core.trainer.trainer import Trainer, TrainerConfig
 from tests.compiled import ROOT
 from tests.micro import MAX_NEW_TOKENS, draw_problems, micro_model, share_of_sevens
 
@@ -261,7 +262,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from grpo_core import checkpoint
+from grpo_core.trainer import checkpoint
 from tests.test_checkpoint import trainer
 
 place, whole = sys.argv[2], torch.save

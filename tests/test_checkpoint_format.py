@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from grpo_core import with_fused_head
-from grpo_core.checkpoint_format import ModelWeights
-from grpo_core.rollout import Sampling
-from grpo_core.rollouts import Rollouts
+from grpo_core.trainer.engine import Rollouts
+from grpo_core.trainer.rollout import Sampling
+from grpo_core.trainer.weights import ModelWeights
 from tests.engines import CopyEngine
 from tests.micro import micro_model
 

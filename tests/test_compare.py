@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from grpo_core import RECIPES
-from grpo_core.compare import main
-from grpo_core.comparison import METHODS, PricedTrainer
-from grpo_core.forward import packed_logp
-from grpo_core.live_bytes import LiveBytes
-from grpo_core.rollout import Sampling, rollout
-from grpo_core.trainer_config import TrainerConfig
+from grpo_core.runs.compare import main
+from grpo_core.runs.comparison import METHODS, PricedTrainer
+from grpo_core.trainer.config import TrainerConfig
+from grpo_core.trainer.forward import packed_logp
+from grpo_core.trainer.live_bytes import LiveBytes
+from grpo_core.trainer.rollout import Sampling, rollout
 from tests.micro import MAX_NEW_TOKENS, draw_problems, micro_model, share_of_sevens
 
 pytestmark = [

@@ -16,13 +16,15 @@ from typing import Any
 
 import pytest
 
-from grpo_core import RECIPES, console, samples
-from grpo_core.columns import choose, memory_of, percent, short
-from grpo_core.console import Console, Lines, open_console
-from grpo_core.evaluate import evaluate
-from grpo_core.rollout import Problem, Sampling
-from grpo_core.samples import Sample, Samples, shortened
-from grpo_core.trainer import Trainer, TrainerConfig
+from grpo_core import RECIPES
+from grpo_core.runs import console
+from grpo_core.runs.columns import choose, memory_of, percent, short
+from grpo_core.runs.console import Console, Lines, open_console
+from grpo_core.trainer import samples
+from grpo_core.trainer.evaluate import evaluate
+from grpo_core.trainer.rollout import Problem, Sampling
+from grpo_core.trainer.samples import Sample, Samples, shortened
+from grpo_core.trainer.trainer import Trainer, TrainerConfig
 from tests.micro import MAX_NEW_TOKENS, draw_problems, micro_model, share_of_sevens
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*ran into max_new_tokens")
@@ -164,7 +166,8 @@ def one_of(scores: Any) -> Any:
 def test_other_processes_show_and_keep_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from grpo_core import monitor, training_loop
+    from grpo_core.trainer import loop as training_loop
+    from grpo_core.trainer import monitor
 
     for module in (samples, monitor, training_loop):
         monkeypatch.setattr(module, "is_main", lambda: False)
@@ -200,7 +203,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorder:
 @pytest.mark.parametrize("height", [24, 40, 100])
 def test_a_frame_fits_the_terminal(height: int, recorded: Recorder) -> None:
     rich = pytest.importorskip("rich.console")
-    from grpo_core.console_rich import Live
+    from grpo_core.runs.console_rich import Live
 
     screen = io.StringIO()
     terminal = rich.Console(file=screen, width=80, height=height, force_terminal=True)
@@ -234,7 +237,7 @@ def plain(terminal: Any, frame: Any) -> str:
 
 def test_markup_in_a_completion_is_text_and_colours_tell(tmp_path: Path) -> None:
     rich = pytest.importorskip("rich.console")
-    from grpo_core import console_blocks as blocks
+    from grpo_core.runs import console_blocks as blocks
 
     terminal = rich.Console(width=80, record=True, file=io.StringIO())
     texts = {"best": "[bold]1[/bold] [/b] :smile:", "worst": "long " * 100 + "end"}
@@ -255,7 +258,7 @@ def test_markup_in_a_completion_is_text_and_colours_tell(tmp_path: Path) -> None
 def test_held_out_figures_stand_under_their_names() -> None:
     """Of a part with an avg@k its mean is not repeated; of greedy answers it says so."""
     rich = pytest.importorskip("rich.console")
-    from grpo_core import console_blocks as blocks
+    from grpo_core.runs import console_blocks as blocks
 
     figures = {"greedy_r.py:math": 0.5, "reward": 1.0, "r.py:math": 0.25, "r.py:math/avg@8": 0.25}
     first = {"step": 0, "held_out": figures}
@@ -340,7 +343,7 @@ def test_shares_texts_and_memory_in_few_characters() -> None:
 
 def test_a_curve_runs_from_its_lowest_to_its_highest() -> None:
     pytest.importorskip("rich")
-    from grpo_core.console_blocks import clock, spark
+    from grpo_core.runs.console_blocks import clock, spark
 
     assert spark([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
     assert spark([0, 0, 10, 10, math.nan], 2) == "▁█"
@@ -353,7 +356,7 @@ def test_a_run_is_shown_from_its_files(
     tmp_path: Path, recorded: Recorder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("rich")
-    from grpo_core.show import main
+    from grpo_core.runs.show import main
 
     run_directory = tmp_path / "run"
     run_directory.mkdir()

@@ -14,7 +14,8 @@ import pytest
 import torch
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
-from grpo_core.data import (
+from grpo_core.runs.demo.decimals import build_tokenizer
+from grpo_core.trainer.data import (
     Epochs,
     encode_prompt,
     examples_of,
@@ -22,8 +23,7 @@ from grpo_core.data import (
     problems_of,
     read_records,
 )
-from grpo_core.decimals import build_tokenizer
-from grpo_core.rollout import Problem
+from grpo_core.trainer.rollout import Problem
 
 RECORDS = [
     {"prompt": "3.8 and 3.11", "answer": "3.8", "level": 1, "tag": ""},

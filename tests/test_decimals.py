@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo_core import decimals
-from grpo_core.decimals import Pair
-from grpo_core.rewards import accuracy, strict_format
+from grpo_core.runs.demo import decimals
+from grpo_core.runs.demo.decimals import Pair
+from grpo_core.trainer.rewards import accuracy, strict_format
 
 TRAP = Pair("3.11", "3.8")
 

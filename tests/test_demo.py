@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from grpo_core.clock import MACHINE
-from grpo_core.demo import Demo, DemoConfig
-from grpo_core.train import main
-from grpo_core.trainer import Trainer
+from grpo_core.runs.demo.demo import Demo, DemoConfig
+from grpo_core.runs.demo.main import main
+from grpo_core.trainer.clock import MACHINE
+from grpo_core.trainer.trainer import Trainer
 from tests.test_checkpoint import inherited
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*ran into max_new_tokens")

@@ -8,10 +8,16 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax, logsigmoid
 
-from grpo_core.dpo import Pair, PreferenceConfig, answer_logp, sample_pairs, train_preferences
-from grpo_core.rewards import Scores
-from grpo_core.rollout import Problem, Sampling, rollout
-from grpo_core.supervised import Example, pad_examples
+from grpo_core.trainer.baselines.dpo import (
+    Pair,
+    PreferenceConfig,
+    answer_logp,
+    sample_pairs,
+    train_preferences,
+)
+from grpo_core.trainer.baselines.supervised import Example, pad_examples
+from grpo_core.trainer.rewards import Scores
+from grpo_core.trainer.rollout import Problem, Sampling, rollout
 from tests.micro import MAX_NEW_TOKENS, SEVEN, draw_problems, micro_model, share_of_sevens
 
 SAMPLING = Sampling(MAX_NEW_TOKENS)

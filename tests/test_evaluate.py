@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_core.evaluate import evaluate, pass_at
-from grpo_core.rewards import RewardError, Scores
-from grpo_core.rollout import Problem, Sampling
+from grpo_core.trainer.evaluate import evaluate, pass_at
+from grpo_core.trainer.rewards import RewardError, Scores
+from grpo_core.trainer.rollout import Problem, Sampling
 from tests.micro import EOS, SEVEN, draw_problems, micro_model, share_of_sevens
 
 SAMPLED = Sampling(8)

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from grpo_core import clip
+from grpo_core.backends.formula import as_torch
+from grpo_core.backends.sequence_ratio import RatioLevel, SequenceRatio
 from grpo_core.kernels import kl as kl_estimators
 from grpo_core.kernels import surrogates
 from grpo_core.kernels.records import Terms, TokenVectors
-from grpo_core.sequence_ratio import RatioLevel, SequenceRatio
-from grpo_core.torch_formula import as_torch
 from tests import oracles
 
 CLIPS = [(0.2, 0.2, math.inf), (0.2, 0.28, math.inf), (0.1, 0.3, 3.0), (0.0, 0.0, 1.0)]

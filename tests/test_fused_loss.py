@@ -19,9 +19,9 @@ from grpo_core import (
     fused_loss,
     token_logp,
 )
-from grpo_core.accuracy import Result, compare_losses
-from grpo_core.objective import KL
-from grpo_core.reference import reference_loss
+from grpo_core.loss.reference import reference_loss
+from grpo_core.objective.objective import KL
+from grpo_core.verify.accuracy import Result, compare_losses
 
 pytestmark = pytest.mark.usefixtures("poison")
 

@@ -27,8 +27,8 @@ from grpo_core import (
     with_fused_head,
     without_fused_head,
 )
-from grpo_core.head import has_fused_head
-from grpo_core.head_reading import stated
+from grpo_core.linear.model import has_fused_head
+from grpo_core.linear.model_probe import stated
 from tests.tiny_models import FAMILIES, V, batch, tiny
 
 Gradients = dict[str, Tensor]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from grpo_core.hot_loops import Loop, loops
-from grpo_core.machine_code import amdgcn, sass
+from grpo_core.inspect.loops import Loop, loops
+from grpo_core.inspect.sass import amdgcn, sass
 from tests.compiled import uninterpreted
 from tests.conftest import HAS_TRITON
 
@@ -154,7 +154,7 @@ def test_amd_loads_under_a_narrowed_mask_are_the_tail() -> None:
 
 KNOWN_LOOPS = """
 import json, sys, torch
-from grpo_core.ahead import as_if_on, measure
+from grpo_core.inspect.compile_ahead import as_if_on, measure
 from tests.copy_kernel import copy_in_tiles
 source = torch.zeros(4096)
 for card in ("sm_90", "gfx942"):
@@ -191,7 +191,7 @@ class TestGate:
 
     def kernel(self, **changes: object):
         """Within every limit."""
-        from grpo_core.ahead import Compiled
+        from grpo_core.inspect.compile_ahead import Compiled
 
         loop = Loop(Counter(FFMA=40), loads=(16,), stores=(16,), special=8, waits=0)
         good = Compiled(
@@ -212,7 +212,7 @@ class TestGate:
         return replace(good, **changes)
 
     def test_what_is_within_the_limits_passes(self) -> None:
-        from grpo_core.inspect import exceeded
+        from grpo_core.inspect.__main__ import exceeded
 
         assert not list(exceeded([self.kernel()]))
 
@@ -237,7 +237,7 @@ class TestGate:
     def test_what_is_beyond_a_limit_is_named(
         self, changes: dict, of_loop: dict, complaint: str
     ) -> None:
-        from grpo_core.inspect import exceeded
+        from grpo_core.inspect.__main__ import exceeded
 
         kernel = self.kernel()
         if of_loop:
@@ -247,7 +247,7 @@ class TestGate:
 
     def test_float32_has_twice_the_instructions(self) -> None:
         """Its logits take twice as long to come; two rows are two logits."""
-        from grpo_core.inspect import exceeded
+        from grpo_core.inspect.__main__ import exceeded
 
         loop = Loop(Counter(FFMA=48), loads=(16,), stores=(16,), special=4, waits=0)
         of_four = self.kernel(loops=[loop], dtype="float32", itemsize=4)
@@ -256,8 +256,8 @@ class TestGate:
 
     def test_a_missing_tool_shows_in_the_table(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Figures are then unknown, not 0."""
-        from grpo_core import ahead
-        from grpo_core.inspect import table
+        from grpo_core.inspect import compile_ahead as ahead
+        from grpo_core.inspect.__main__ import table
 
         monkeypatch.setattr(ahead, "_output_of", lambda *arguments: None)
         registers, spills, found = ahead.measure({"cubin": b""})
@@ -267,7 +267,7 @@ class TestGate:
 
     def test_the_budget_is_that_of_the_notes(self) -> None:
         """19.8 and 10 instructions, 2.5 and 1.25 MUFU, per bfloat16 logit read."""
-        from grpo_core.inspect import BUDGETS, shares
+        from grpo_core.inspect.__main__ import BUDGETS, shares
 
         h100, b200 = BUDGETS["sm_90"], BUDGETS["sm_100"]
         assert 2 * h100.instructions == pytest.approx(19.8, abs=0.05)
@@ -302,7 +302,7 @@ def test_an_interpreting_process_is_refused(
 ) -> None:
     from triton import knobs
 
-    from grpo_core.inspect import main
+    from grpo_core.inspect.__main__ import main
 
     monkeypatch.setattr(knobs.runtime, "interpret", True)
     with pytest.raises(SystemExit):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from grpo_core import LinearHead, LossOutput, fused_linear_loss, linear_operators, linear_token_logp
+from grpo_core import LinearHead, LossOutput, fused_linear_loss, linear_token_logp
+from grpo_core.linear import operators as linear_operators
 from tests.test_fused_loss import OBJECTIVES
 from tests.test_linear_loss import FEW, HEADS, case, make_head, needed
 from tests.test_torch_compile import SHOWN

@@ -26,10 +26,10 @@ from grpo_core import (
     linear_token_logp,
 )
 from grpo_core.backends import choose_backend
+from grpo_core.backends.formula import as_torch
 from grpo_core.kernels.records import Rows, Slopes
-from grpo_core.linear_memory import ChunkBuffer, Layout, Sizes, choose_layout
-from grpo_core.reference import reference_loss
-from grpo_core.torch_formula import as_torch
+from grpo_core.linear.memory import ChunkBuffer, Layout, Sizes, choose_layout
+from grpo_core.loss.reference import reference_loss
 from tests.accuracy import assert_no_worse
 from tests.test_fused_loss import OBJECTIVES
 

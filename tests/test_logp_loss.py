@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from grpo_core import PolicyFactor, clip, fused_linear_loss, linear_logp, logp_loss
-from grpo_core.objective import Objective
-from grpo_core.reference import reference_loss
+from grpo_core.loss.reference import reference_loss
+from grpo_core.objective.objective import Objective
 from tests.test_fused_loss import OBJECTIVES, case, needed
 
 pytestmark = pytest.mark.usefixtures("poison")

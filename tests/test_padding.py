@@ -9,12 +9,13 @@ import pytest
 import torch
 from transformers import MambaConfig, MambaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from grpo_core import RECIPES, padding
-from grpo_core.batch import pack
-from grpo_core.padding import is_padding_free, keeps_apart
-from grpo_core.ppo import CriticConfig, PPOTrainer
-from grpo_core.rollout import Sampling, rollout
-from grpo_core.trainer import Trainer, TrainerConfig
+from grpo_core import RECIPES
+from grpo_core.trainer import padding
+from grpo_core.trainer.baselines.ppo import CriticConfig, PPOTrainer
+from grpo_core.trainer.batch import pack
+from grpo_core.trainer.padding import is_padding_free, keeps_apart
+from grpo_core.trainer.rollout import Sampling, rollout
+from grpo_core.trainer.trainer import Trainer, TrainerConfig
 from tests.micro import MAX_NEW_TOKENS, draw_problems, micro_model, share_of_sevens
 
 CONFIG = TrainerConfig(

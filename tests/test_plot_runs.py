@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from grpo_core.plot_runs import accuracy_panels, main, read_histories
+from grpo_core.runs.plot_runs import accuracy_panels, main, read_histories
 
 
 def write_run(directory: Path, steps: int, **more: Any) -> Path:

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from grpo_core import RECIPES
-from grpo_core.clock import Clock
-from grpo_core.forward import packed_logp
-from grpo_core.ppo import CriticConfig, PPOTrainer
-from grpo_core.rollout import Sampling, rollout
-from grpo_core.trainer_config import TrainerConfig
+from grpo_core.trainer.baselines.ppo import CriticConfig, PPOTrainer
+from grpo_core.trainer.clock import Clock
+from grpo_core.trainer.config import TrainerConfig
+from grpo_core.trainer.forward import packed_logp
+from grpo_core.trainer.rollout import Sampling, rollout
 from tests.micro import MAX_NEW_TOKENS, draw_problems, micro_model, share_of_sevens
 
 pytestmark = [

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grpo_core.preference import dpo_loss, sequence_logp
+from grpo_core.loss.dpo_loss import dpo_loss, sequence_logp
 from tests import oracles_estimators as oracles
 
 LOSSES = [("sigmoid", 0.0), ("sigmoid", 0.1), ("hinge", 0.0), ("ipo", 0.0)]

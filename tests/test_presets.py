@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo_core import RECIPES, Estimator, GroupNorm, Objective, clip, fused_loss, preset
-from grpo_core.presets import Preset
-from grpo_core.presets.trl_options import AGGREGATIONS as TRL_LOSSES
-from grpo_core.presets.trl_options import TrlOptions
-from grpo_core.presets.verl_options import LOSSES as VERL_LOSSES
-from grpo_core.presets.verl_options import VerlOptions
-from grpo_core.recipes import cispo, dppo_tv
-from grpo_core.recipes.catalogue import ORIGINS
+from grpo_core.integrations.presets import Preset
+from grpo_core.integrations.presets.trl_options import AGGREGATIONS as TRL_LOSSES
+from grpo_core.integrations.presets.trl_options import TrlOptions
+from grpo_core.integrations.presets.verl_options import LOSSES as VERL_LOSSES
+from grpo_core.integrations.presets.verl_options import VerlOptions
+from grpo_core.objective.catalogue import ORIGINS
+from grpo_core.objective.recipes import cispo, dppo_tv
 
 B, T, V = 4, 3, 7
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from grpo_core import Objective, fused_loss, merge_metrics
-from grpo_core.reference import reference_loss
+from grpo_core.loss.reference import reference_loss
 from tests.conftest import HAS_TRITON
 from tests.test_fused_loss import OBJECTIVES
 

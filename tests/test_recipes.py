@@ -24,11 +24,11 @@ from grpo_core import (
     SamplerCorrection,
     SequenceWeight,
     clip,
-    objective,
 )
-from grpo_core.objective import KL, Surrogate, objective_of
-from grpo_core.reference import reference_loss
-from grpo_core.sequence_ratio import RatioLevel
+from grpo_core.backends.sequence_ratio import RatioLevel
+from grpo_core.loss.reference import reference_loss
+from grpo_core.objective import objective
+from grpo_core.objective.objective import KL, Surrogate, objective_of
 from tests import oracles
 
 B, T, V = 6, 7, 23

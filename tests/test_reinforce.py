@@ -13,13 +13,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from grpo_core import decimals
-from grpo_core.clock import MACHINE
-from grpo_core.loggers import flat, open_logger
-from grpo_core.reinforce import main
-from grpo_core.run import check_positions
-from grpo_core.run_config import RunConfig
-from grpo_core.trainer import Trainer
+from grpo_core.runs.demo import decimals
+from grpo_core.runs.loggers import flat, open_logger
+from grpo_core.runs.reinforce import main
+from grpo_core.runs.run import check_positions
+from grpo_core.runs.run_config import RunConfig
+from grpo_core.trainer.clock import MACHINE
+from grpo_core.trainer.trainer import Trainer
 from tests.test_checkpoint import full_disk
 
 pytestmark = [
@@ -195,7 +195,7 @@ def test_a_completion_that_the_model_cannot_read_is_refused(
     tokenizer = decimals.build_tokenizer()
     lines = (files / "train.jsonl").read_text().splitlines()
     longest = max(len(tokenizer(json.loads(line)["prompt"])["input_ids"]) for line in lines)
-    monkeypatch.setattr("grpo_core.run.load_model", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("grpo_core.runs.run.load_model", lambda *_: pytest.fail("too late"))
     with pytest.raises(SystemExit):
         main(options(files, tmp_path, "--max_new_tokens", str(257 - longest)))
     assert capsys.readouterr().err.endswith(

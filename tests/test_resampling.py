@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_core import RECIPES, trainer_state
-from grpo_core.batch import Batch, pack
-from grpo_core.data import Epochs
-from grpo_core.ppo import PPOTrainer
-from grpo_core.resampling import batch_advantages, dealt_out, varied
-from grpo_core.rewards import RewardError, Scores
-from grpo_core.rollout import Problem, Rollout, Sampling, rollout
-from grpo_core.trainer import Trainer, TrainerConfig
+from grpo_core import RECIPES
+from grpo_core.trainer import state as trainer_state
+from grpo_core.trainer.baselines.ppo import PPOTrainer
+from grpo_core.trainer.batch import Batch, pack
+from grpo_core.trainer.data import Epochs
+from grpo_core.trainer.resampling import batch_advantages, dealt_out, varied
+from grpo_core.trainer.rewards import RewardError, Scores
+from grpo_core.trainer.rollout import Problem, Rollout, Sampling, rollout
+from grpo_core.trainer.trainer import Trainer, TrainerConfig
 from tests.engines import GivenEngine
 from tests.micro import MAX_NEW_TOKENS, draw_problems, micro_model
 from tests.test_trainer import without_times

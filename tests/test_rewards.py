@@ -16,9 +16,9 @@ import pytest
 import torch
 from transformers import ByT5Tokenizer
 
-from grpo_core.decimals import build_tokenizer
-from grpo_core.named_rewards import find_reward
-from grpo_core.rewards import (
+from grpo_core.runs.demo.decimals import build_tokenizer
+from grpo_core.trainer.named_rewards import find_reward
+from grpo_core.trainer.rewards import (
     FunctionReward,
     RewardError,
     Scores,
@@ -29,7 +29,7 @@ from grpo_core.rewards import (
     score,
     strict_format,
 )
-from grpo_core.rollout import Problem
+from grpo_core.trainer.rollout import Problem
 
 # completion to the answer "3.8", accuracy, format
 CASES = [

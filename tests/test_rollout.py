@@ -11,8 +11,8 @@ import transformers
 from torch import Tensor
 from transformers import GenerationConfig, LlamaForCausalLM, WatermarkingConfig
 
-from grpo_core.rollout import Sampling, check_context, ignored_fields, positions_of, rollout
-from grpo_core.rollouts import Rollouts
+from grpo_core.trainer.engine import Rollouts
+from grpo_core.trainer.rollout import Sampling, check_context, ignored_fields, positions_of, rollout
 from tests.micro import EOS, PAD, VOCABULARY, micro_model
 
 PROMPTS = [[5], [3, 9, 4, 11, 6], [8, 2], [12, 12, 12]]

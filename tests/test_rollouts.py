@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_core import RECIPES, PolicyFactor, SamplerCorrection, trainer_state
-from grpo_core.batch import Batch
-from grpo_core.evaluate import evaluate
-from grpo_core.monitor import sampler_mismatch
-from grpo_core.rollout import Sampling, rollout
-from grpo_core.rollout_tensors import end_to_end, rollout_of
-from grpo_core.rollouts import Rollouts
-from grpo_core.trainer import Trainer, TrainerConfig
+from grpo_core import RECIPES, PolicyFactor, SamplerCorrection
+from grpo_core.trainer import state as trainer_state
+from grpo_core.trainer.batch import Batch
+from grpo_core.trainer.engine import Rollouts
+from grpo_core.trainer.evaluate import evaluate
+from grpo_core.trainer.monitor import sampler_mismatch
+from grpo_core.trainer.rollout import Sampling, rollout
+from grpo_core.trainer.rollout_tensors import end_to_end, rollout_of
+from grpo_core.trainer.trainer import Trainer, TrainerConfig
 from tests.engines import CopyEngine
 from tests.micro import EOS, MAX_NEW_TOKENS, PAD, draw_problems, micro_model, share_of_sevens
 from tests.test_trainer import without_times

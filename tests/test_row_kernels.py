@@ -140,7 +140,7 @@ import re
 
 import torch
 from grpo_core import RECIPES, fused_loss
-from grpo_core.ahead import as_if_on
+from grpo_core.inspect.compile_ahead import as_if_on
 
 vector, index = torch.zeros(4), torch.zeros(4, dtype=torch.int64)
 objective = RECIPES["grpo"].replace(entropy_coef=0.1, kl="exact", beta=0.1)

@@ -18,8 +18,8 @@ from grpo_core import (
     linear_token_logp,
     token_logp,
 )
-from grpo_core.reference import reference_loss
-from grpo_core.row_softmax import _Others
+from grpo_core.backends.pytorch_softmax import _Others
+from grpo_core.loss.reference import reference_loss
 
 BONUS = RECIPES["dapo"].replace(entropy_coef=0.1)
 

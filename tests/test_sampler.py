@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grpo_core.sampler import Correction, off_policy_mask, sampler_correction
+from grpo_core.objective.sampler import Correction, off_policy_mask, sampler_correction
 from tests import oracles_estimators as oracles
 
 MASK = torch.tensor([[1, 1, 1, 0], [1, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0], [1, 1, 1, 1]])

@@ -149,7 +149,7 @@ def test_what_is_held_is_not_read_again(held: int, issued: float) -> None:
 COMPILED = """
 import json, torch
 from bench.second_reading import CANDIDATES, compile_one_pass
-from grpo_core.inspect import exceeded, hottest
+from grpo_core.inspect.__main__ import exceeded, hottest
 for name in ("backwards, end kept", "22 % held, backwards"):
     tuning = CANDIDATES[name]
     kernel = compile_one_pass("sm_90", torch.bfloat16, 151_669, tuning)

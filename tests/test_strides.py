@@ -29,9 +29,9 @@ from grpo_core import (
     token_logp,
     with_fused_head,
 )
-from grpo_core.linear_scores import linear_scores
-from grpo_core.preference import dpo_loss, sequence_logp
-from grpo_core.value import gae, rewards_with_kl, value_loss, whiten
+from grpo_core.linear.scores import linear_scores
+from grpo_core.loss.dpo_loss import dpo_loss, sequence_logp
+from grpo_core.objective.value import gae, rewards_with_kl, value_loss, whiten
 from tests.conftest import HAS_TRITON
 from tests.tiny_models import tiny
 

@@ -6,8 +6,13 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from grpo_core.rollout import Sampling, rollout
-from grpo_core.supervised import Example, SupervisedConfig, learning_rate_share, train_supervised
+from grpo_core.trainer.baselines.supervised import (
+    Example,
+    SupervisedConfig,
+    learning_rate_share,
+    train_supervised,
+)
+from grpo_core.trainer.rollout import Sampling, rollout
 from tests.micro import EOS, micro_model
 
 EXAMPLES = [Example([3, 4, 5], [6, 7, EOS]), Example([8, 9], [10, 11, 12, 13, EOS])]

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import ByT5Tokenizer
 
-from grpo_core.data import problems_of
-from grpo_core.decimals import build_tokenizer
-from grpo_core.rewards import FunctionReward, brevity
-from grpo_core.tasks import math_accuracy, reasoning_gym_task
+from grpo_core.runs.demo.decimals import build_tokenizer
+from grpo_core.trainer.data import problems_of
+from grpo_core.trainer.math_rewards import math_accuracy, reasoning_gym_task
+from grpo_core.trainer.rewards import FunctionReward, brevity
 
 GSM8K = "She sold 48/2 = 24 in May and 48 + 24 = 72 in all.\n#### 72"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from grpo_core import weights
+from grpo_core.backends import token_weights as weights
 from grpo_core.kernels.launch import SEQUENCE_BLOCK, SUM_BLOCK, TOKENS_BLOCK
 from grpo_core.kernels.records import GivenTokens, Level, RowStats, Terms, TokenVectors
 from tests.conftest import HAS_GPU
@@ -119,7 +119,8 @@ def test_spans_hold_every_token_of_a_sequence() -> None:
 @pytest.mark.parametrize("order", ["padded", "packed", "mixed"])
 def test_long_sequences(name: str, order: str) -> None:
     """Longer than a block, as one program finds them and as plain PyTorch does."""
-    from grpo_core import torch_backend, triton_backend
+    from grpo_core.backends import pytorch as torch_backend
+    from grpo_core.backends import triton as triton_backend
 
     spec, T = OBJECTIVES[name], SEQUENCE_BLOCK + 100
     N = 2 * T

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 
-from grpo_core import RECIPES, LossOutput, fused_loss, operators, token_logp
-from grpo_core.objective import Objective, Surrogate, objective_of
+from grpo_core import RECIPES, LossOutput, fused_loss, token_logp
+from grpo_core.loss import operators
+from grpo_core.objective.objective import Objective, Surrogate, objective_of
 from tests.test_fused_loss import OBJECTIVES, case, moved, needed
 
 COMPILERS = [
@@ -174,7 +175,7 @@ def test_the_operators_keep_their_promises(backend: str, device: str) -> None:
             # a fake target has no values
             "validate": False,
         }
-        torch.library.opcheck(torch.ops.grpo_core.fused_loss.default, tuple(given.values()))
+        torch.library.opcheck(torch.ops.grpo_core.loss.fused_loss.default, tuple(given.values()))
     numbers = torch.tensor([0.9], dtype=torch.float64)
     torch.library.opcheck(
         torch.ops.grpo_core.token_logp.default,

@@ -14,13 +14,13 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from grpo_core import RECIPES, PolicyFactor, SamplerCorrection, token_logp
-from grpo_core.batch import pack
-from grpo_core.clock import MACHINE
-from grpo_core.data import Epochs
-from grpo_core.evaluate import evaluate
-from grpo_core.rewards import Scores
-from grpo_core.rollout import Problem, Sampling, rollout
-from grpo_core.trainer import Trainer, TrainerConfig
+from grpo_core.trainer.batch import pack
+from grpo_core.trainer.clock import MACHINE
+from grpo_core.trainer.data import Epochs
+from grpo_core.trainer.evaluate import evaluate
+from grpo_core.trainer.rewards import Scores
+from grpo_core.trainer.rollout import Problem, Sampling, rollout
+from grpo_core.trainer.trainer import Trainer, TrainerConfig
 from tests.micro import MAX_NEW_TOKENS, draw_problems, micro_model, share_of_sevens
 
 # The micro model fills its eight tokens and solves its task; tests of these warnings catch them.

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from transformers import ByT5Tokenizer
 
 from grpo_core import RECIPES, fused_linear_loss, fused_loss
-from grpo_core.advantages import estimate_advantages
-from grpo_core.clock import Clock
-from grpo_core.evaluate import evaluate
-from grpo_core.options import Parser, add_options, read_yaml
-from grpo_core.reinforce import main as reinforce
-from grpo_core.rewards import FunctionReward, Scores
-from grpo_core.rollout import Problem, Rollout, Sampling
-from grpo_core.run import Run
-from grpo_core.run_config import RunConfig
-from grpo_core.trainer import Trainer
+from grpo_core.cli.options import Parser, add_options, read_yaml
+from grpo_core.objective.advantage import estimate_advantages
+from grpo_core.runs.reinforce import main as reinforce
+from grpo_core.runs.run import Run
+from grpo_core.runs.run_config import RunConfig
+from grpo_core.trainer.clock import Clock
+from grpo_core.trainer.evaluate import evaluate
+from grpo_core.trainer.rewards import FunctionReward, Scores
+from grpo_core.trainer.rollout import Problem, Rollout, Sampling
+from grpo_core.trainer.trainer import Trainer
 from tests.micro import MAX_NEW_TOKENS, draw_problems, micro_model, share_of_sevens
 from tests.test_trainer import WITH_KL, config
 
@@ -335,7 +335,7 @@ def test_the_score_of_reasoning_gym_takes_the_weight_of_what_it_replaces(
     """Its own scoring stands in the place of `math`."""
     made = []
     monkeypatch.setattr(
-        "grpo_core.run.FunctionReward",
+        "grpo_core.runs.run.FunctionReward",
         lambda *given: made.append(FunctionReward(*given)) or made[-1],
     )
     gym_run(bytes_model, tmp_path, "--reward_weights", "3", "0.5")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from grpo_core.value import explained_variance, gae, rewards_with_kl, value_loss, whiten
+from grpo_core.objective.value import explained_variance, gae, rewards_with_kl, value_loss, whiten
 from tests import oracles_estimators as oracles
 
 # padded at the end, a hole in the middle, nothing at all, holes at both ends, everything

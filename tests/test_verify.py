@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_core import row_chunks, row_softmax, torch_backend
-from grpo_core.accuracy import QUANTITIES, compare_confident, exact_tokens
+from grpo_core.backends import pytorch as torch_backend
+from grpo_core.backends import pytorch_rows as row_chunks
+from grpo_core.backends import pytorch_softmax as row_softmax
 from grpo_core.kernels import row_loss as row_loss_kernel
 from grpo_core.kernels.language import tl, triton
 from grpo_core.kernels.online_softmax import token_statistics
 from grpo_core.verify.__main__ import main
+from grpo_core.verify.accuracy import QUANTITIES, compare_confident, exact_tokens
 from grpo_core.verify.inputs import LARGEST_MARGIN, OBJECTIVES, one_per_plan, set_margins
 from tests import oracles
 from tests.conftest import HAS_GPU, HAS_TRITON

@@ -12,14 +12,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from grpo_core import vllm_engine, vllm_server
-from grpo_core.checkpoint_format import ModelWeights
-from grpo_core.reinforce import main
-from grpo_core.rollout import Sampling
-from grpo_core.rollouts import Rollouts
-from grpo_core.vllm_common import check_ends
-from grpo_core.vllm_engine import VllmEngine
-from grpo_core.vllm_server import VllmServer
+from grpo_core.runs.reinforce import main
+from grpo_core.trainer.engine import Rollouts
+from grpo_core.trainer.rollout import Sampling
+from grpo_core.trainer.vllm import engine as vllm_engine
+from grpo_core.trainer.vllm import server as vllm_server
+from grpo_core.trainer.vllm.common import check_ends
+from grpo_core.trainer.vllm.engine import VllmEngine
+from grpo_core.trainer.vllm.server import VllmServer
+from grpo_core.trainer.weights import ModelWeights
 from tests import fake_vllm
 from tests.fake_vllm import LLM, Worker, server
 from tests.micro import EOS, MAX_NEW_TOKENS, micro_model

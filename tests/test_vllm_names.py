@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from grpo_core.rollout import Sampling
-from grpo_core.vllm_common import request_options
+from grpo_core.trainer.rollout import Sampling
+from grpo_core.trainer.vllm.common import request_options
 from tests import fake_vllm
 
 FOUND = importlib.util.find_spec("vllm")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from grpo_core.monitor import Watch
+from grpo_core.trainer.monitor import Watch
 
 
 def metrics(**changes: Any) -> dict[str, Any]:

@@ -15,19 +15,20 @@ import torch.multiprocessing
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from grpo_core import RECIPES, Estimator, PolicyFactor, trainer_state
-from grpo_core.batch import Batch
-from grpo_core.checkpoint import Interrupted, checkpoints
-from grpo_core.checkpoint_format import ModelWeights
-from grpo_core.clock import MACHINE
-from grpo_core.distributed import gathered, in_group, is_main, rank, world
-from grpo_core.evaluate import evaluate
-from grpo_core.parallel import export, sharded
-from grpo_core.rewards import Scores
-from grpo_core.rollout import Problem, Rollout, Sampling, rollout
-from grpo_core.rollouts import Rollouts
-from grpo_core.shares import own_share
-from grpo_core.trainer import Trainer, TrainerConfig
+from grpo_core import RECIPES, Estimator, PolicyFactor
+from grpo_core.trainer import state as trainer_state
+from grpo_core.trainer.batch import Batch
+from grpo_core.trainer.checkpoint import Interrupted, checkpoints
+from grpo_core.trainer.clock import MACHINE
+from grpo_core.trainer.distributed import gathered, in_group, is_main, rank, world
+from grpo_core.trainer.engine import Rollouts
+from grpo_core.trainer.evaluate import evaluate
+from grpo_core.trainer.rewards import Scores
+from grpo_core.trainer.rollout import Problem, Rollout, Sampling, rollout
+from grpo_core.trainer.sharding import export, sharded
+from grpo_core.trainer.shares import own_share
+from grpo_core.trainer.trainer import Trainer, TrainerConfig
+from grpo_core.trainer.weights import ModelWeights
 from tests.engines import CopyEngine
 from tests.micro import (
     EOS,

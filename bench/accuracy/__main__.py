@@ -12,8 +12,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 from bench.accuracy.document import DOCUMENT, write
 from bench.accuracy.measure import measure
 from bench.accuracy.plot import PICTURE, plot
-from grpo_core.hardware_rounding import round_as_hardware_does
-from grpo_core.options import Parser
+from grpo_core.cli.options import Parser
+from grpo_core.verify.interpreter_rounding import round_as_hardware_does
 
 # the versions that docs/accuracy.md speaks of
 PEERS = {"liger-kernel": "0.8.5", "trl": "1.16.0"}

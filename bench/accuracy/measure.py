@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.accuracy.contenders import CONTENDERS, Loss
-from grpo_core.accuracy import exact_tokens
+from grpo_core.verify.accuracy import exact_tokens
 from grpo_core.verify.checks import loss_scale
 from grpo_core.verify.inputs import set_margins
 

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_core.backends.formula import as_torch
 from grpo_core.kernels import kl as estimators
 from grpo_core.kernels.kl import times_ratio
-from grpo_core.logp_loss import with_slopes
-from grpo_core.objective import Surrogate
-from grpo_core.recipes import cispo, clip
-from grpo_core.torch_formula import as_torch
+from grpo_core.loss.logp_loss import with_slopes
+from grpo_core.objective.objective import Surrogate
+from grpo_core.objective.recipes import cispo, clip
 
 # open-instruct holds the log-ratio to the reference within it, without a gradient beyond
 FARTHEST = 40.0

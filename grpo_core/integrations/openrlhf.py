@@ -23,10 +23,10 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from grpo_core.fused_loss import LossOutput
-from grpo_core.logp_loss import logp_loss
-from grpo_core.objective import Objective
-from grpo_core.recipes import clip
+from grpo_core.loss.fused_loss import LossOutput
+from grpo_core.loss.logp_loss import logp_loss
+from grpo_core.objective.objective import Objective
+from grpo_core.objective.recipes import clip
 
 VERSION = "0.11.2"
 Loss = Literal["ppo", "gspo"]

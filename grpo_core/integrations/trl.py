@@ -20,8 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_core.arguments import Tokens
-from grpo_core.fused_loss import LossOutput
 from grpo_core.integrations.trl_forward import KEYWORD, LossRequest, answer_requests
 from grpo_core.integrations.trl_hook import (
     INSTALL,
@@ -31,6 +29,8 @@ from grpo_core.integrations.trl_hook import (
     trl_utils,
 )
 from grpo_core.integrations.trl_options import INPUTS, SUPPORTED, preset_of, refused
+from grpo_core.loss.fused_loss import LossOutput
+from grpo_core.loss.inputs import Tokens
 
 trl_utils()  # says how to install TRL where it is missing
 

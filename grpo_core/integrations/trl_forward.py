@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_core.fused_loss import LossOutput
 from grpo_core.integrations.trl_hook import LogProbPatch, known_hook
-from grpo_core.linear_head import LinearHead
-from grpo_core.linear_loss import fused_linear_loss
-from grpo_core.objective import Objective
+from grpo_core.linear.head import LinearHead
+from grpo_core.linear.loss import fused_linear_loss
+from grpo_core.loss.fused_loss import LossOutput
+from grpo_core.objective.objective import Objective
 
 KEYWORD = "grpo_core_request"
 

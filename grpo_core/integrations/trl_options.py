@@ -6,8 +6,8 @@ import dataclasses
 import functools
 from typing import Any
 
-from grpo_core.presets.trl import TrlPreset, trl_preset
-from grpo_core.presets.trl_options import TrlOptions
+from grpo_core.integrations.presets.trl import TrlPreset, trl_preset
+from grpo_core.integrations.presets.trl_options import TrlOptions
 
 _LOSS = frozenset(field.name for field in dataclasses.fields(TrlOptions))
 # these are TRL's own doing: before the loss, around it, or in its metrics

@@ -22,7 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_core.fused_loss import LossOutput
+from grpo_core.integrations.presets import VerlPreset, preset
+from grpo_core.integrations.presets.base import Tally
+from grpo_core.integrations.presets.verl_options import AGGREGATIONS, LOSSES, VerlOptions
 from grpo_core.integrations.verl_head import (
     FusedLinear,
     forward_with_torch_backend,
@@ -31,12 +33,10 @@ from grpo_core.integrations.verl_head import (
     patch_log_probs,
     require_verl,
 )
-from grpo_core.logp_loss import logp_loss
-from grpo_core.objective import Objective
-from grpo_core.presets import VerlPreset, preset
-from grpo_core.presets.base import Tally
-from grpo_core.presets.verl_options import AGGREGATIONS, LOSSES, VerlOptions
-from grpo_core.recipes import RECIPES
+from grpo_core.loss.fused_loss import LossOutput
+from grpo_core.loss.logp_loss import logp_loss
+from grpo_core.objective.objective import Objective
+from grpo_core.objective.recipes import RECIPES
 
 require_verl()
 from verl.trainer.ppo.core_algos import register_policy_loss  # noqa: E402

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from grpo_core.head_reading import read_head, stated
-from grpo_core.linear_head import LinearHead
-from grpo_core.linear_logp import linear_logp
+from grpo_core.linear.head import LinearHead
+from grpo_core.linear.logp import linear_logp
+from grpo_core.linear.model_probe import read_head, stated
 
 VERSION = "0.9.1"
 INSTALL = (

@@ -5,7 +5,7 @@
 The truth is `reference_loss` in float64: dense PyTorch, differentiated by autograd. It shares with
 the kernels the value of each scalar formula, which the test-suite holds to the papers; what a
 device can get wrong, it does not share. Beside our error stands that of honest PyTorch, and the
-rule between the two is `grpo_core.accuracy`'s.
+rule between the two is `grpo_core.verify.accuracy`'s.
 """
 
 from __future__ import annotations

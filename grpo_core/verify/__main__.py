@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from grpo_core.options import RECIPE_NAMES, Parser, new_file, vocabulary
+from grpo_core.cli.options import RECIPE_NAMES, Parser, new_file, vocabulary
 
 # those of `backends.Backend`, `inputs.OBJECTIVES` and `table.DTYPES`
 BACKENDS = ("triton", "torch")
@@ -104,7 +104,7 @@ def _interpret() -> bool:
 
     if not triton.knobs.runtime.interpret:
         return False
-    from grpo_core.hardware_rounding import round_as_hardware_does
+    from grpo_core.verify.interpreter_rounding import round_as_hardware_does
 
     round_as_hardware_does()
     # numpy reports what IEEE arithmetic defines

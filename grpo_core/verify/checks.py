@@ -9,18 +9,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_core.accuracy import (
+from grpo_core.backends import Backend
+from grpo_core.loss.fused_loss import fused_loss, token_logp
+from grpo_core.loss.reference import reference_loss
+from grpo_core.objective.objective import Objective
+from grpo_core.objective.recipes import RECIPES
+from grpo_core.verify.accuracy import (
     Comparison,
     Result,
     compare_confident,
     compare_losses,
     exact_tokens,
 )
-from grpo_core.backends import Backend
-from grpo_core.fused_loss import fused_loss, token_logp
-from grpo_core.objective import Objective
-from grpo_core.recipes import RECIPES
-from grpo_core.reference import reference_loss
 from grpo_core.verify.inputs import (
     LARGEST_MARGIN,
     OBJECTIVES,

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from grpo_core.accuracy import QUANTITIES
+from grpo_core.verify.accuracy import QUANTITIES
 from grpo_core.verify.checks import Bits, Found
 from grpo_core.verify.report import Report
 

@@ -22,7 +22,7 @@ from verl.workers.config import ActorConfig, PolicyLossConfig
 
 import grpo_core.integrations.verl as ours
 from grpo_core import RECIPES, Objective, PolicyFactor, SamplerCorrection, clip
-from grpo_core.presets.verl_options import AGGREGATIONS
+from grpo_core.integrations.presets.verl_options import AGGREGATIONS
 from tests import oracles
 
 ROOT = Path(__file__).parents[2]

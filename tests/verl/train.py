@@ -37,8 +37,8 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import left_right_2_no_padding
 
-from grpo_core.decimals import build_tokenizer
 from grpo_core.integrations.verl import patch_log_probs
+from grpo_core.runs.demo.decimals import build_tokenizer
 
 B, PROMPT, RESPONSE, V = 8, 3, 6, 61
 PRECISIONS = {

@@ -1,0 +1,259 @@
+"""What the kernels compile to, for cards that are not here: `python -m grpo_core.inspect`.
+
+Prints registers, spills, shared memory and, for every loop over the vocabulary, how wide it loads
+and stores and what one logit costs: instructions, operations of the special-function units (MUFU),
+and the share of both that is used when the logits come at the card's full memory speed. A loop that
+stays well below 100 % can be limited by memory; one above cannot. How a loop is counted:
+`hot_loops`. Which layout a vocabulary gives is the kernels' own choice: `kernels/launch`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
+
+from grpo_core.cli.options import Parser, check_package, new_file, vocabulary
+from grpo_core.inspect.loops import WIDE, Loop
+
+if TYPE_CHECKING:
+    from grpo_core.inspect.compile_ahead import Compiled
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a card can issue while one byte comes from its memory.
+
+    An SM issues one instruction for 32 threads on each of its four schedulers per cycle, and has 16
+    special-function lanes. Read-only, per bfloat16 logit (2 bytes):
+
+        H100: 132 · 128 · 1.755 GHz / 3.0 TB/s · 2 = 19.8 instructions, 2.5 MUFU
+        B200: 148 · 128 · 1.85 GHz / 7.0 TB/s · 2 = 10.0 instructions, 1.25 MUFU
+        A100: 108 · 128 · 1.41 GHz / 1.83 TB/s · 2 = 21.3 instructions, 2.7 MUFU
+
+    Bandwidths are those of a copy: measured on the H100 (0.9 of its 3.35 TB/s), and the same share
+    of the A100's 2.04 TB/s (80 GB) and of the B200's 8.
+    """
+
+    name: str
+    processors: int
+    gigahertz: float
+    terabytes: float
+
+    @property
+    def instructions(self) -> float:
+        """Issued for one thread, per byte."""
+        return self.processors * 128 * self.gigahertz / self.terabytes / 1000
+
+    @property
+    def special(self) -> float:
+        """Special-function operations per byte."""
+        return self.instructions / 8
+
+
+BUDGETS = {
+    "sm_80": Budget("A100", 108, 1.41, 1.83),
+    "sm_90": Budget("H100", 132, 1.755, 3.0),
+    "sm_100": Budget("B200", 148, 1.85, 7.0),
+}
+CARDS = (*BUDGETS, "gfx942")
+DTYPES = ("bfloat16", "float16", "float32")
+# Qwen 2.5 and 3
+VOCABULARY = 151_936
+
+# 256 threads of 128 registers are half of what an SM has: two programs run side by side
+MOST_REGISTERS = 128
+# Instructions per two bytes of logits read (a bfloat16 logit, half a float32 one), at most, at any
+# vocabulary: the aim is 8 in both loops, and what has been reached below it is held.
+LIMITS = {
+    "forward": 7.0,
+    "forward, exact KL": 8.5,
+    "gradient": 6.0,
+    "gradient, entropy": 8.0,
+    "gradient, exact KL": 7.0,
+    "gradient, exact KL, entropy": 8.0,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the tables; returns the exit status."""
+    parser = Parser(
+        "grpo_core.inspect",
+        description="Compiles every kernel for cards that are not here; prints what came out.",
+    )
+    parser.add_argument(
+        "cards", nargs="*", help=f"sm_NUMBER or gfxNAME; default: {' '.join(CARDS)}"
+    )
+    add = parser.add_argument
+    add("--dtype", action="append", choices=DTYPES, help="dtype of the logits; may be repeated")
+    add("--vocabulary", action="append", type=vocabulary, metavar="V", help="may be repeated")
+    add("--all", action="store_true", help="every surrogate and every KL estimator")
+    add("--opcodes", action="store_true", help="list the instructions of each loop")
+    add("--json", type=new_file, metavar="FILE", help="also write the figures to FILE")
+    add("--gate", action="store_true", help="exit with 1 and a list if a limit is exceeded")
+    options = parser.parse_args(arguments)
+    cards = options.cards or CARDS
+    try:
+        check_package("inspect", "triton")
+        import torch
+
+        from grpo_core.inspect.compile_ahead import compile_kernels, must_compile, target
+
+        must_compile()
+        for card in cards:
+            target(card)
+    except (ModuleNotFoundError, RuntimeError, ValueError) as error:
+        parser.error(str(error))
+    kernels: list[Compiled] = []
+    for card in cards:
+        for dtype in options.dtype or ["bfloat16"]:
+            for V in options.vocabulary or [VOCABULARY]:
+                made = list(compile_kernels(card, getattr(torch, dtype), V, options.all))
+                kernels += made
+                print("\n".join(table(made, options.opcodes)), end="\n\n", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps([record(k) for k in kernels], indent=1) + "\n", "utf-8")
+    if not options.gate:
+        return 0
+    broken = list(exceeded(kernels))
+    print("\n".join(broken) or "no limit is exceeded")
+    return 1 if broken else 0
+
+
+def shares(kernel: Compiled, loop: Loop) -> tuple[float, float] | None:
+    """(issue slots, MUFU) used of what passes while the loop's bytes come; None if unknown.
+
+    The bytes are those it reads or, where it reads none, those it writes: the read-only budget.
+    """
+    if (budget := BUDGETS.get(kernel.card)) is None:
+        return None
+    moved = sum(loop.loads or loop.stores)
+    return (
+        loop.instructions / (budget.instructions * moved),
+        loop.special / (budget.special * moved),
+    )
+
+
+def exceeded(kernels: Iterable[Compiled]) -> Iterator[str]:
+    """A line for every limit that is broken or cannot be checked."""
+    for kernel in kernels:
+        where = f"{kernel.card} {kernel.dtype} V={kernel.vocabulary} {kernel.name}"
+        if kernel.registers is None or kernel.spills is None or kernel.loops is None:
+            yield f"{where}: not all could be measured, a tool is missing"
+        if kernel.spills:
+            yield f"{where}: {kernel.spills} registers spilled"
+        on_nvidia = kernel.card.startswith("sm_")
+        if on_nvidia and kernel.registers and kernel.registers > MOST_REGISTERS:
+            yield f"{where}: {kernel.registers} registers, more than {MOST_REGISTERS}"
+        for loop in kernel.loops or []:
+            if loop.waits:
+                yield f"{where}: {loop.waits} barriers or shuffles in the {loop.role} loop"
+        hot = [loop for loop in hottest(kernel.loops or []) if loop.role in ("forward", "gradient")]
+        if kernel.rows_read and not hot and kernel.loops is not None:
+            yield f"{where}: no loop over the vocabulary was found"
+        for loop in hot:
+            if min(loop.loads) < WIDE:
+                yield f"{where}: the {loop.role} loop loads {min(loop.loads)} bytes at a time"
+            if min(loop.stores, default=WIDE) < WIDE:
+                yield f"{where}: the {loop.role} loop stores {min(loop.stores)} bytes at a time"
+            count = 2 * loop.instructions / sum(loop.loads)
+            if on_nvidia and count > (most := limit(kernel, loop)):
+                yield f"{where}: {count:.2f} instructions in the {loop.role} loop, limit {most}"
+
+
+def limit(kernel: Compiled, loop: Loop) -> float:
+    """Instructions per two bytes of logits, at most."""
+    parts = ("exact KL",) if loop.role == "forward" else ("exact KL", "entropy")
+    name = ", ".join([loop.role, *(part for part in parts if part in kernel.variant)])
+    return LIMITS[name]
+
+
+def hottest(loops: Iterable[Loop]) -> list[Loop]:
+    """Of each role the loop that moves most in an iteration: others beside it treat remainders."""
+    ascending = sorted(loops, key=lambda loop: sum(loop.loads) + sum(loop.stores))
+    of_role = {loop.role: loop for loop in ascending}
+    return [of_role[role] for role in ("forward", "gradient", "scale", "zeros") if role in of_role]
+
+
+def table(kernels: Sequence[Compiled], opcodes: bool = False) -> Iterator[str]:
+    """Lines of at most 100 columns; one card, dtype and vocabulary."""
+    first = kernels[0]
+    budget = BUDGETS.get(first.card)
+    card = f"{first.card} ({budget.name})" if budget else first.card
+    layout = ", ".join(f"{name} {value}" for name, value in first.constants.items())
+    yield f"{card}: {first.dtype}, V = {first.vocabulary}"
+    yield f"layout: {layout}, {first.warps} warps"
+    if budget:
+        instructions, special = (n * first.itemsize for n in (budget.instructions, budget.special))
+        yield (
+            f"budget at {budget.terabytes} TB/s, reading: {instructions:.1f} instructions and "
+            f"{special:.2f} MUFU per logit"
+        )
+    else:
+        yield "budget: none is known for this card"
+    yield ""
+    yield f"{'':59}bytes each     per logit    of budget"
+    yield _line("kernel", "regs", "spills", "shared", "loop", "load store  instr  MUFU issue  MUFU")
+    order = list(dict.fromkeys(kernel.kernel for kernel in kernels))
+    for kernel in sorted(kernels, key=lambda kernel: order.index(kernel.kernel)):
+        figures = (_shown(kernel.registers), _shown(kernel.spills), str(kernel.shared))
+        head = (kernel.name, *figures)
+        found: list[Loop | None] = [*hottest(kernel.loops or [])]
+        for loop in found or [None]:
+            role = loop.role if loop else "?" if kernel.loops is None else ""
+            yield _line(*head, role, _figures(kernel, loop) if loop else "").rstrip()
+            if loop and opcodes:
+                text = ", ".join(f"{count}×{name}" for name, count in loop.opcodes.most_common())
+                yield fill(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            head = ("", "", "", "")
+    if any(kernel.registers is None or kernel.loops is None for kernel in kernels):
+        yield "?: cuobjdump (registers, spills) or nvdisasm (loops) was not found"
+
+
+def _line(kernel: str, registers: str, spills: str, shared: str, loop: str, rest: str) -> str:
+    """One line of the table."""
+    return f"{kernel:30}{registers:>4} {spills:>6} {shared:>6}  {loop:8} {rest}"
+
+
+def _shown(figure: int | None) -> str:
+    """A figure, or that it is unknown."""
+    return "?" if figure is None else str(figure)
+
+
+def _figures(kernel: Compiled, loop: Loop) -> str:
+    """The columns of a loop."""
+    logits = kernel.logits(loop)
+    load, store = (str(min(accesses, default="")) for accesses in (loop.loads, loop.stores))
+    text = f"{load:>4} {store:>5} {loop.instructions / logits:6.2f} {loop.special / logits:5.2f}"
+    if used := shares(kernel, loop):
+        text += f" {used[0]:5.0%} {used[1]:5.0%}"
+    return text
+
+
+def record(kernel: Compiled) -> dict[str, Any]:
+    """A kernel's figures as JSON takes them."""
+    loops = None
+    if kernel.loops is not None:
+        loops = []
+        for loop in kernel.loops:
+            logits, used = kernel.logits(loop), shares(kernel, loop)
+            loops.append(
+                vars(loop)
+                | {
+                    "role": loop.role,
+                    "logits": logits,
+                    "instructions": loop.instructions,
+                    "instructions_per_logit": loop.instructions / logits,
+                    "special_per_logit": loop.special / logits,
+                    "issue_share": used and used[0],
+                    "special_share": used and used[1],
+                }
+            )
+    return vars(kernel) | {"name": kernel.name, "loops": loops}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""The door from hidden states: checks, the other policies' log-probabilities, then the rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo_core.backends import Backend, choose_backend
+from grpo_core.linear.call import Other
+from grpo_core.linear.checks import (
+    autocast_dtype,
+    check_accumulation,
+    check_policy,
+    check_target_shape,
+    dtype_of_logits,
+    stand_in,
+    temperature_of_rows,
+)
+from grpo_core.linear.head import HEAD_DTYPES, LinearHead, check_head, check_hidden
+from grpo_core.linear.memory import Plan
+from grpo_core.linear.reading import ScoreCall, score_rows
+from grpo_core.linear.rows import Run, loss_of_rows
+from grpo_core.loss.fused_loss import LossOutput, TokenLogp
+from grpo_core.loss.inputs import (
+    Tokens,
+    check_logits,
+    check_loss_arguments,
+    check_target,
+    present,
+    words_of,
+)
+from grpo_core.objective.objective import Objective
+from grpo_core.objective.recipes import find_objective
+
+
+def loss_from_hidden(
+    hidden: Tensor,
+    lm_head: Tensor | LinearHead,
+    target: Tensor,
+    *,
+    objective: str | Objective,
+    advantage: Tensor | None,
+    rewards: Tensor | None,
+    group_size: int | None,
+    group_id: Tensor | None,
+    old_logp: Tensor | None,
+    old_hidden: Tensor | None,
+    old_lm_head: Tensor | LinearHead | None,
+    ref_logp: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_lm_head: Tensor | LinearHead | None,
+    sampler_logp: Tensor | None,
+    mask: Tensor | None,
+    sequence_id: Tensor | None,
+    normalizer: Tensor | float | None,
+    temperature: float | Tensor,
+    plan: Plan | None,
+    memory_budget: int | None,
+    logits_dtype: torch.dtype | None,
+    all_logp: bool,
+    accumulate_into: Tensor | None,
+    backend: Backend | None,
+    validate: bool | None,
+    run: Run | None = None,
+) -> LossOutput:
+    """`fused_linear_loss`, whose arguments these are; `run` as in `loss_of_rows`."""
+    head = check_head("lm_head", lm_head, check_hidden("hidden", hidden))
+    target = check_target_shape(target, hidden)
+    kernels = choose_backend(backend, hidden)
+    spec = find_objective(objective)
+    logits = stand_in(hidden, head.V)
+    heat, temperature = temperature_of_rows(temperature, target, validate)
+    check_logits(logits, temperature, HEAD_DTYPES)
+    dtype = dtype_of_logits(logits_dtype)
+    autocast = autocast_dtype(hidden)
+
+    def door(old_logp: Tensor | None, ref_logp: Tensor | None) -> Tokens:
+        exact = spec.kl == "exact" and ref_hidden is not None
+        return check_loss_arguments(
+            logits,
+            target,
+            objective=spec,
+            advantage=advantage,
+            rewards=rewards,
+            group_size=group_size,
+            group_id=group_id,
+            old_logp=old_logp,
+            ref_logp=ref_logp,
+            ref_logits=logits if exact else None,
+            sampler_logp=sampler_logp,
+            mask=mask,
+            sequence_id=sequence_id,
+            normalizer=normalizer,
+            backend=backend,
+            validate=validate,
+        )
+
+    check_policy("old", old_logp, old_hidden, old_lm_head, hidden)
+    check_policy("ref", ref_logp, ref_hidden, ref_lm_head, hidden)
+    vectors = {"old_logp": old_logp, "ref_logp": ref_logp}
+    others, reference = [], None
+    if old_hidden is not None:
+        others.append(_other("old", old_hidden, old_lm_head, head))
+    if ref_hidden is not None:
+        others.append(_other("ref", ref_hidden, ref_lm_head, head))
+    if spec.kl == "exact":
+        if ref_hidden is None and spec.beta:
+            raise ValueError(
+                f"ref_hidden: expected a tensor for kl = 'exact' and beta = {spec.beta}, got None"
+            )
+        if ref_hidden is not None:
+            _, states, matrix = others.pop()
+            if matrix.V != head.V:
+                raise ValueError(
+                    f"ref_lm_head: expected V = {head.V} words as in lm_head, got {matrix.V}"
+                )
+            reference = (states, matrix)
+    if accumulate_into is not None:
+        check_accumulation(accumulate_into, head, hidden, autocast, plan)
+        plan = "fast"
+    for other in others:
+        # what is still to be found cannot be told from 0 by any check
+        vectors[other.name] = torch.zeros(target.shape, dtype=torch.float32, device=hidden.device)
+    tokens = door(**vectors)
+    early = [other for other in others if must_be_early(other, head, tokens)]
+    late = tuple(other for other in others if not must_be_early(other, head, tokens))
+    for name, states, matrix in early:
+        every = spec.factor.needs_sampler or all_logp
+        call = ScoreCall(
+            target=words_of(target),
+            valid=tokens.given if every else tokens.given & ~tokens.still(),
+            temperature=float(temperature),
+            heat=heat,
+            plan=plan,
+            memory_budget=memory_budget,
+            logits_dtype=dtype,
+            autocast=autocast,
+            kernels=kernels,
+        )
+        vectors[name] = score_rows(states, matrix, call).over(target.numel())[0].view(target.shape)
+    if early:
+        tokens = door(**vectors)
+    return loss_of_rows(
+        hidden,
+        head,
+        tokens,
+        target.shape,
+        plan=plan,
+        memory_budget=memory_budget,
+        all_logp=all_logp,
+        accumulate_into=accumulate_into,
+        run=run,
+        logits_dtype=dtype,
+        autocast=autocast,
+        temperature=float(temperature),
+        heat=heat,
+        kernels=kernels,
+        reference=reference,
+        others=late,
+    )
+
+
+@torch.no_grad()
+def logp_from_hidden(
+    hidden: Tensor,
+    lm_head: Tensor | LinearHead,
+    target: Tensor,
+    *,
+    temperature: float | Tensor,
+    mask: Tensor | None,
+    memory_budget: int | None,
+    logits_dtype: torch.dtype | None,
+    backend: Backend | None,
+    validate: bool | None,
+) -> TokenLogp:
+    """`linear_token_logp`, whose arguments these are."""
+    head = check_head("lm_head", lm_head, check_hidden("hidden", hidden))
+    target = check_target_shape(target, hidden)
+    kernels = choose_backend(backend, hidden)
+    logits = stand_in(hidden, head.V)
+    heat, temperature = temperature_of_rows(temperature, target, validate)
+    check_logits(logits, temperature, HEAD_DTYPES)
+    check_target(logits, target, mask, validate)
+    valid = present(target, mask) & ((target >= 0) & (target < head.V)).reshape(-1)
+    call = ScoreCall(
+        target=words_of(target),
+        valid=valid,
+        temperature=float(temperature),
+        heat=heat,
+        plan=None,
+        memory_budget=memory_budget,
+        logits_dtype=dtype_of_logits(logits_dtype),
+        autocast=autocast_dtype(hidden),
+        kernels=kernels,
+    )
+    logp, entropy = score_rows(hidden, head, call).over(target.numel())
+    return TokenLogp(logp.view(target.shape), entropy.view(target.shape))
+
+
+def _other(
+    name: str, states: Tensor, matrix: Tensor | LinearHead | None, head: LinearHead
+) -> Other:
+    """Another policy, without a graph; its head is the policy's own unless one is given."""
+    found = check_head(f"{name}_lm_head", head if matrix is None else matrix, states)
+    return Other(
+        f"{name}_logp",
+        states.detach(),
+        found.of(found.weight, found.bias, found.lora_A, found.lora_B),
+    )
+
+
+def must_be_early(other: Other, head: LinearHead, tokens: Tokens) -> bool:
+    """Whether another policy's log-probabilities need a walk of their own before the loss's.
+
+    That is where weights of other rows follow from them, and where the head's buffer is too small.
+    """
+    factor = tokens.objective.factor
+    weighs = factor.needs_sampler and not factor.waits_for_logp(tokens.old_logp)
+    return (weighs and other.name == "old_logp") or other.head.V > head.V

@@ -1,0 +1,152 @@
+"""What turns hidden states into logits: an output matrix, and what models put around it.
+
+logits = cap(scale · (hidden @ weightᵀ + bias + lora_scaling · (hidden @ lora_Aᵀ) @ lora_Bᵀ))
+cap(x) = softcap · tanh(x / softcap)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from grpo_core.objective.validation import (
+    check_concrete,
+    check_floats,
+    check_tensor,
+    is_int,
+    is_number,
+)
+
+HEAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """An output matrix with all that a model does between it and its logits.
+
+    Args:
+        weight: `lm_head`, [rows, D]; it and the others float32, bfloat16 or float16.
+        bias: [rows], or None.
+        softcap: c > 0 of c·tanh(x/c) (Gemma), or None.
+        scale: the logits are multiplied by it (Cohere; Granite divides: give the inverse).
+        vocabulary: V, the true number of words of a padded matrix; the further rows take no part
+            in the softmax and get a zero gradient. None means all rows.
+        lora_A, lora_B: [r, D] and [rows, r], an adapter of the matrix itself, or None.
+        lora_scaling: the product of the two is multiplied by it.
+
+    Raises:
+        ValueError: naming the field, what was expected and what came.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+    vocabulary: int | None = None
+    lora_A: Tensor | None = None
+    lora_B: Tensor | None = None
+    lora_scaling: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "bias", "lora_A", "lora_B"):
+            value = getattr(self, name)
+            if name == "weight" or value is not None:
+                check_floats(name, value)
+        if self.weight.ndim != 2 or not self.weight.numel():
+            raise ValueError(f"weight: expected a matrix [V, D], got {list(self.weight.shape)}")
+        rows, D = self.weight.shape
+        if (self.lora_A is None) != (self.lora_B is None):
+            raise ValueError("lora_A: expected both or neither of lora_A and lora_B")
+        r = None if self.lora_A is None or not self.lora_A.ndim else self.lora_A.shape[0]
+        shapes = {"bias": (rows,), "lora_A": (r, D), "lora_B": (rows, r)}
+        for name, shape in shapes.items():
+            value = getattr(self, name)
+            if value is not None and tuple(value.shape) != shape:
+                raise ValueError(f"{name}: expected shape {list(shape)}, got {list(value.shape)}")
+        for tensor in self.tensors:
+            if tensor is not None and tensor.device != self.weight.device:
+                raise ValueError(
+                    f"weight: expected one device, got {self.weight.device} and {tensor.device}"
+                )
+        if self.softcap is not None and not (
+            is_number(self.softcap) and 0 < self.softcap < math.inf
+        ):
+            raise ValueError(f"softcap: expected a finite number > 0, got {self.softcap!r}")
+        for name in ("scale", "lora_scaling"):
+            value = getattr(self, name)
+            if not is_number(value) or not math.isfinite(value):
+                raise ValueError(f"{name}: expected a finite number, got {getattr(self, name)!r}")
+        if self.vocabulary is not None and not (
+            is_int(self.vocabulary) and 1 <= self.vocabulary <= rows
+        ):
+            raise ValueError(f"vocabulary: expected 1 to {rows} words, got {self.vocabulary!r}")
+
+    @property
+    def V(self) -> int:
+        """Number of words."""
+        return self.weight.shape[0] if self.vocabulary is None else self.vocabulary
+
+    @property
+    def D(self) -> int:
+        """Hidden size."""
+        return self.weight.shape[1]
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What may have a gradient: weight, bias, lora_A, lora_B."""
+        return self.weight, self.bias, self.lora_A, self.lora_B
+
+    def of(self, weight: Tensor, *others: Tensor | None) -> LinearHead:
+        """The same head with other `tensors`, none of them part of a graph."""
+        bias, lora_A, lora_B = (None if x is None else x.detach() for x in others)
+        return replace(self, weight=weight.detach(), bias=bias, lora_A=lora_A, lora_B=lora_B)
+
+
+def check_head(name: str, lm_head: Tensor | LinearHead, hidden: Tensor) -> LinearHead:
+    """The head as a record, once it fits the hidden states.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+    if not isinstance(lm_head, LinearHead):
+        if check_floats(name, lm_head).ndim != 2 or not lm_head.numel():
+            raise ValueError(f"{name}: expected a matrix [V, D], got {list(lm_head.shape)}")
+        lm_head = LinearHead(lm_head)
+    head = lm_head
+    D = hidden.shape[-1]
+    if D != head.D:
+        raise ValueError(
+            f"{name}: expected [V, D = {D}] for hidden {list(hidden.shape)}, got "
+            f"{list(head.weight.shape)}"
+        )
+    for tensor in head.tensors:
+        check_concrete(**{name: tensor})
+        if tensor is not None and check_tensor(name, tensor).dtype not in HEAD_DTYPES:
+            raise ValueError(f"{name}: expected one of {HEAD_DTYPES}, got {tensor.dtype}")
+    if head.weight.device != hidden.device:
+        raise ValueError(f"{name}: expected device {hidden.device}, got {head.weight.device}")
+    return head
+
+
+def check_hidden(name: str, hidden: object, like: Tensor | None = None) -> Tensor:
+    """The hidden states themselves, once they are a batch or packed rows, shaped as `like`.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+    hidden = check_tensor(name, hidden)
+    if hidden.ndim not in (2, 3) or not hidden.shape[-1]:
+        got = list(hidden.shape)
+        raise ValueError(f"{name}: expected a tensor [B, T, D] or [N, D], got {got}")
+    if hidden.dtype not in HEAD_DTYPES:
+        raise ValueError(f"{name}: expected one of {HEAD_DTYPES}, got {hidden.dtype}")
+    if like is not None and hidden.shape[:-1] != like.shape[:-1]:
+        raise ValueError(
+            f"{name}: expected shape {[*like.shape[:-1], 'D']}, got {list(hidden.shape)}"
+        )
+    if like is not None and hidden.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device}, got {hidden.device}")
+    return hidden

@@ -1,0 +1,149 @@
+"""The same loss, dense and plain: log_softmax, gather, autograd; any floating dtype.
+
+What the kernels are measured against, and the path to read first. It shares with `fused_loss` the
+door, the weights and the value of each scalar formula; the softmax, every derivative and every
+reduction are PyTorch's own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo_core.backends import Backend
+from grpo_core.backends.formula import as_torch
+from grpo_core.loss.fused_loss import LossOutput
+from grpo_core.loss.inputs import LOGIT_DTYPES, Tokens, check_logits, check_loss_arguments
+from grpo_core.objective.objective import Objective
+
+
+def reference_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    objective: str | Objective = "grpo",
+    advantage: Tensor | None = None,
+    rewards: Tensor | None = None,
+    group_size: int | None = None,
+    group_id: Tensor | None = None,
+    old_logp: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    ref_logits: Tensor | None = None,
+    sampler_logp: Tensor | None = None,
+    mask: Tensor | None = None,
+    sequence_id: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    temperature: float = 1.0,
+    inplace: bool = False,
+    backend: Backend | None = None,
+    validate: bool | None = None,
+) -> LossOutput:
+    """`fused_loss` by plain PyTorch: same arguments, same outputs, float64 logits too.
+
+    Args:
+        logits: [B, T, V] or [N, V]; computed in float64 if that is their dtype, else in float32.
+        inplace: accepted and without effect: autograd keeps the logits.
+        backend: only for the group-normalised advantages.
+
+    Everything else, the exceptions and the treatment of rows that are not finite: see `fused_loss`.
+    """
+    check_logits(logits, temperature, (*LOGIT_DTYPES, torch.float64))
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    tokens = check_loss_arguments(
+        logits,
+        target,
+        objective=objective,
+        advantage=advantage,
+        rewards=rewards,
+        group_size=group_size,
+        group_id=group_id,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        ref_logits=ref_logits,
+        sampler_logp=sampler_logp,
+        mask=mask,
+        sequence_id=sequence_id,
+        normalizer=normalizer,
+        backend=backend,
+        validate=validate,
+        dtype=dtype,
+    )
+    rows, ref = (
+        None if x is None else x.reshape(-1, x.shape[-1]).to(dtype) / temperature
+        for x in (logits, ref_logits)
+    )
+    assert rows is not None
+    loss, vectors, finite, tokens = _evaluate(rows, ref, tokens)
+    kept = tokens.valid & finite
+    if not finite.all():
+        # once more with the dropped rows as constants, or 0·NaN would reach the gradient
+        rows = rows.masked_fill(~kept[:, None], 0.0)
+        loss, *_ = _evaluate(rows, ref, tokens, constant=(kept, vectors[0].detach()))
+    shape, valid = target.shape, tokens.valid
+    shown = (torch.where(valid, vector.detach(), 0.0).view(shape) for vector in vectors)
+    logp, entropy, ratio, kl = shown
+    factor = torch.ones_like(logp) if tokens.factor is None else tokens.factor.view(shape)
+    return LossOutput(loss, logp, entropy, ratio, kl, factor, tokens, valid, valid & ~kept)
+
+
+def _evaluate(
+    rows: Tensor,
+    ref: Tensor | None,
+    tokens: Tokens,
+    constant: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor], Tensor, Tokens]:
+    """(loss, (logp, entropy, ratio, kl), finite, tokens) with a graph back to `rows` [N, V].
+
+    `constant` = (kept, logp): only the rows in `kept` are part of the loss, the others keep `logp`.
+    """
+    spec = tokens.objective
+    log_softmax = torch.log_softmax(rows, dim=-1)
+    logp = log_softmax.gather(1, tokens.target.clamp(min=0)[:, None]).squeeze(1)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and spec.entropy_coef != 0):
+        # 0·log 0 = 0
+        entropy = -(log_softmax.exp() * log_softmax.clamp(min=-1e30)).sum(1)
+    exact_kl = None if ref is None else _exact_kl(log_softmax, torch.log_softmax(ref, dim=-1))
+    at = torch.ones_like(tokens.valid)
+    if constant is not None:
+        at, logp = constant[0], torch.where(constant[0], logp, constant[1])
+    elif tokens.needs_statistics:
+        tokens = spec.factor.of_statistics(tokens, logp.detach(), entropy.detach())
+    log_ratio = logp - (logp.detach() if tokens.old_logp is None else tokens.old_logp)
+    log_ratio = tokens.sequence_ratio().forward(log_ratio)
+    loss, kl = _token_loss(logp, log_ratio, exact_kl, tokens, at)
+    ratio = log_ratio.exp()
+    weight = tokens.weight[at]
+    if tokens.entropy_weight is None:
+        loss = weight * loss
+    else:
+        loss = weight * loss - tokens.entropy_weight[at] * entropy[at]
+    finite = logp[at].isfinite() & ratio[at].float().isfinite() & loss.isfinite()
+    if constant is None:
+        finite = finite & ~tokens.sequence_ratio().spread(tokens.valid & ~finite)
+    total = torch.where(tokens.valid[at] & finite, loss, 0.0).sum()
+    return total, (logp, entropy, ratio, kl), finite, tokens
+
+
+def _token_loss(
+    logp: Tensor, log_ratio: Tensor, exact_kl: Tensor | None, tokens: Tokens, at: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(loss, kl) of the tokens marked in `at` [N] bool, before their weights."""
+    spec = tokens.objective
+    logp, log_ratio = logp[at], log_ratio[at]
+    surrogate = as_torch(spec.surrogate.function)
+    loss, *_ = surrogate(logp, log_ratio, tokens.advantage[at], *spec.surrogate.args)
+    if tokens.factor is not None:
+        loss = tokens.factor[at] * loss
+    kl = torch.zeros_like(logp) if exact_kl is None else exact_kl[at]
+    if tokens.ref_logp is not None:
+        kl, _ = as_torch(spec.kl_function)(logp, tokens.ref_logp[at])
+        if spec.kl_times_ratio:
+            kl = kl * log_ratio.exp()
+    return (loss + spec.beta * kl if spec.beta else loss), kl
+
+
+def _exact_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Σ_j p_j·(log p_j − log q_j) of each row; a word that π forbids adds nothing."""
+    possible = log_p.exp() > 0
+    gap = torch.where(possible, log_p - log_q, 0.0)
+    return (torch.where(possible, log_p.exp(), 0.0) * gap).sum(1)

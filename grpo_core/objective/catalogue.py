@@ -1,0 +1,198 @@
+"""What each recipe is, in words: its paper, its formula, and what frameworks call it.
+
+The one source of the table that `python -m grpo_core.recipes` prints and docs/objectives.md shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from grpo_core.objective.advantage import GroupNorm
+from grpo_core.objective.objective import Objective
+from grpo_core.objective.recipes import RECIPES
+
+Options = Mapping[str, object]
+
+# ℓ of a token by the surrogate's name; its parameters are filled in
+FORMULAS = {
+    "clip": "−min(min(r, {2})·A, clip(r, 1−{0}, 1+{1})·A)",
+    "importance": "−r·A",
+    "reinforce": "−A·logp",
+    "cispo": "−sg(clip(r, {0}, {1}))·A·logp",
+    "sapo": "−(4/τ)·σ(τ·(r−1))·A, τ = {0} if A > 0 else {1}",
+    "dro": "−A·logp + {0}/2·d²",
+    "dppo_tv": "−sg(min(r, {2}))·A·logp where p−q ≤ {1} if A > 0, ≥ −{0} else",
+    "dppo_kl": "−sg(min(r, {2}))·A·logp where KL(q, p) ≤ {1} if A > 0, {0} else",
+    "topr": "−A·logp if A > 0, else −sg(min(r, 1))·A·logp",
+}
+LEVELS = {
+    "token": "token",
+    "sequence": "sequence mean",
+    "sequence_token": "sequence mean, token gradient",
+}
+
+
+class Origin(NamedTuple):
+    """Where a method comes from, and the options of a framework that mean the same."""
+
+    paper: str  # arXiv id, "" without a paper
+    trl: Options | None = None  # of TRL 1.16's GRPOConfig; None where it has no such method
+    verl: Options | None = None  # of verl 0.9.1's actor
+
+
+PER_SEQUENCE: dict[str, object] = {"importance_sampling_level": "sequence"}
+MEAN_OF_MEANS: dict[str, object] = {"loss_agg_mode": "seq-mean-token-mean"}
+ORIGINS: dict[str, Origin] = {
+    "ppo": Origin("1707.06347"),
+    "dual_clip": Origin("1912.09729", None, {"loss_mode": "vanilla"}),
+    "grpo": Origin(
+        "2402.03300", {"loss_type": "grpo", "beta": 0.04, "use_bias_correction_kl": False}
+    ),
+    "dr_grpo": Origin("2503.20783", {"loss_type": "dr_grpo", "scale_rewards": "none"}),
+    "dapo": Origin("2503.14476", {"loss_type": "dapo", "epsilon_high": 0.28}),
+    "bnpo": Origin("", {"loss_type": "bnpo"}),
+    "intellect2": Origin(
+        "2505.07291",
+        {"loss_type": "bnpo", "delta": 4.0, "beta": 0.001, "use_bias_correction_kl": False},
+    ),
+    "gspo": Origin(
+        "2507.18071",
+        {"loss_type": "grpo", "epsilon": 3e-4, "epsilon_high": 4e-4} | PER_SEQUENCE,
+    ),
+    "luspo": Origin(
+        "2602.05261",
+        {"loss_type": "luspo", "epsilon": 3e-4, "epsilon_high": 4e-4} | PER_SEQUENCE,
+    ),
+    "gmpo": Origin(
+        "2507.20673",
+        None,
+        {"loss_mode": "geo_mean", "clip_ratio_low": 0.4, "clip_ratio_high": 0.4},
+    ),
+    "cispo": Origin(
+        "2506.13585",
+        {"loss_type": "cispo", "epsilon_high": 5.0},
+        {"loss_mode": "cispo", "clip_ratio_low": 1.0, "clip_ratio_high": 4.0},
+    ),
+    "sapo": Origin("2511.20347", {"loss_type": "sapo"}, {"loss_mode": "sapo"} | MEAN_OF_MEANS),
+    "vespo": Origin("2602.10693", {"loss_type": "vespo"}),
+    "rloo": Origin(
+        "2402.14740",
+        None,
+        {"loss_mode": "gpg", "loss_agg_mode": "seq-mean-token-sum", "adv_estimator": "rloo"},
+    ),
+    "reinforce_plus_plus": Origin("2501.03262"),
+    "reinforce_plus_plus_baseline": Origin("2501.03262"),
+    "gpg": Origin(
+        "2504.02546",
+        None,
+        {"loss_mode": "gpg", "adv_estimator": "grpo", "norm_adv_by_std_in_grpo": False},
+    ),
+    "dro": Origin(
+        "2501.12599",
+        None,
+        {
+            "loss_mode": "dro",
+            "dro_beta": 0.1,
+            "adv_estimator": "grpo",
+            "norm_adv_by_std_in_grpo": False,
+        }
+        | MEAN_OF_MEANS,
+    ),
+    "dppo": Origin(
+        "2602.04879",
+        None,
+        {
+            "loss_mode": "dppo_tv",
+            "clip_ratio_low": 0.15,
+            "clip_ratio_high": 0.15,
+            "clip_ratio_c": 20.0,
+        },
+    ),
+    "topr": Origin("2503.14286"),
+}
+COLUMNS = ("recipe", "ℓ of a token", "KL", "ratio r of", "advantage", "aggregation", "arXiv")
+FRAMEWORKS = ("TRL 1.16", "verl 0.9.1")
+
+
+def formula(objective: Objective) -> str:
+    """ℓ of a token, with the objective's numbers in it."""
+    name = objective.surrogate.function.__name__
+    text = FORMULAS[name].format(*(f"{number:g}" for number in objective.surrogate.args))
+    text = text.replace("min(r, inf)", "r")
+    weight = objective.factor.sequence_weight
+    if weight is not None:
+        text = "sg(W^k·exp(λ(1−W)))·(" + text + "), (k, λ) = "
+        text += f"({weight.k_pos:g}, {weight.lambda_pos:g}) if A ≥ 0 "
+        text += f"else ({weight.k_neg:g}, {weight.lambda_neg:g})"
+    if objective.token_clip is not None:
+        low, high = objective.token_clip
+        text += f", d ≤ {high:g} if A > 0, d ≥ −{low:g} else"
+    return text
+
+
+def kl_term(objective: Objective) -> str:
+    """The KL term, or nothing."""
+    if not objective.beta:
+        return ""
+    return f"{objective.beta:g}·{'r·' if objective.kl_times_ratio else ''}{objective.kl}"
+
+
+def advantage(objective: Objective) -> str:
+    """How rewards become advantages."""
+    how = objective.advantage
+    if isinstance(how, GroupNorm):
+        return "group mean, std" if how.scale else "group mean"
+    scale = "" if how.scale is None else f", std of {how.scale}"
+    return how.baseline.replace("_", " ") + scale
+
+
+def row(name: str, *, frameworks: bool) -> tuple[str, ...]:
+    """The cells of a recipe."""
+    objective, origin = RECIPES[name], ORIGINS[name]
+    cells = (
+        name,
+        formula(objective),
+        kl_term(objective),
+        LEVELS[objective.ratio_level] if _uses_ratio(objective) else "",
+        advantage(objective) if name not in ("ppo", "dual_clip") else "given (GAE)",
+        objective.aggregation.replace("_", " "),
+        origin.paper,
+    )
+    return (*cells, *map(_options, (origin.trl, origin.verl))) if frameworks else cells
+
+
+def as_text(*, frameworks: bool = False) -> str:
+    """The table with aligned columns."""
+    header = COLUMNS + FRAMEWORKS if frameworks else COLUMNS
+    rows = [header, *(row(name, frameworks=frameworks) for name in RECIPES)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+        for cells in rows
+    ]
+    lines.insert(1, "  ".join("─" * width for width in widths))
+    return "\n".join(lines)
+
+
+def as_markdown() -> str:
+    """The table as docs/objectives.md shows it, frameworks included."""
+    header = COLUMNS + FRAMEWORKS
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for name in RECIPES:
+        first, text, *middle, paper, trl, verl = row(name, frameworks=True)
+        link = f"[{paper}](https://arxiv.org/abs/{paper})" if paper else ""
+        options = (f"`{given}`" if given else "" for given in (trl, verl))
+        cells = [f"`{first}`", text, *middle, link, *options]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _options(options: Options | None) -> str:
+    """Options as they would be written."""
+    return ", ".join(f"{name}={value}" for name, value in (options or {}).items())
+
+
+def _uses_ratio(objective: Objective) -> bool:
+    """Whether the surrogate looks at the ratio."""
+    return objective.surrogate.function.__name__ != "reinforce"

@@ -1,0 +1,157 @@
+"""The published methods as objectives: the only place in the library where their names occur.
+
+Defaults are the papers'. One more method is one function in kernels/surrogates.py if it needs one,
+a line here, and its oracle in tests/oracles.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+from grpo_core.kernels import surrogates
+from grpo_core.objective.advantage import GroupNorm
+from grpo_core.objective.estimators import Estimator
+from grpo_core.objective.objective import Objective, Surrogate
+from grpo_core.objective.policy_factor import PolicyFactor
+from grpo_core.objective.sequence_weight import SequenceWeight
+from grpo_core.objective.validation import is_number
+
+
+def clip(eps_low: float, eps_high: float | None = None, delta: float = math.inf) -> Surrogate:
+    """PPO's clipped ratio: bounds 1 − eps_low and 1 + eps_high (eps_low if None), outer bound δ.
+
+    Raises:
+        ValueError: a negative bound, or δ < 1 + eps_high (there δ and dual clip would differ).
+    """
+    eps_high = eps_low if eps_high is None else eps_high
+    _at_least_zero(eps_low=eps_low, eps_high=eps_high)
+    if not is_number(delta) or not delta >= 1 + eps_high:
+        raise ValueError(f"delta: expected >= 1 + eps_high = {1 + eps_high}, got {delta!r}")
+    return Surrogate(
+        surrogates.clip, (float(eps_low), float(eps_high), float(delta)), homogeneous=True
+    )
+
+
+def importance() -> Surrogate:
+    """The ratio without a bound; with `Objective.token_clip` GMPO's."""
+    return Surrogate(surrogates.importance, homogeneous=True)
+
+
+def reinforce() -> Surrogate:
+    """−A·logp."""
+    return Surrogate(surrogates.reinforce, homogeneous=True)
+
+
+def cispo(high: float, low: float = 0.0) -> Surrogate:
+    """Bounded importance weight, absolute bounds of the ratio (TRL's reading; verl's are 1 ± ε)."""
+    _at_least_zero(low=low)
+    if not is_number(high) or not high > low:
+        raise ValueError(f"high: expected more than low = {low}, got {high!r}")
+    return Surrogate(surrogates.cispo, (float(low), float(high)), homogeneous=True)
+
+
+def sapo(tau_pos: float = 1.0, tau_neg: float = 1.05) -> Surrogate:
+    """A soft gate around ratio 1, by the sign of the advantage."""
+    for name, tau in (("tau_pos", tau_pos), ("tau_neg", tau_neg)):
+        if not is_number(tau) or not 0 < tau < math.inf:
+            raise ValueError(f"{name}: expected a finite number > 0, got {tau!r}")
+    return Surrogate(surrogates.sapo, (float(tau_pos), float(tau_neg)), homogeneous=True)
+
+
+def dro(beta: float) -> Surrogate:
+    """Squared log-ratio in place of a clip."""
+    _at_least_zero(beta=beta)
+    return Surrogate(surrogates.dro, (float(beta),))
+
+
+def dppo_tv(delta_low: float, delta_high: float, cap: float = 20.0) -> Surrogate:
+    """Trust region on the difference of probabilities."""
+    _at_least_zero(delta_low=delta_low, delta_high=delta_high, cap=cap)
+    return Surrogate(
+        surrogates.dppo_tv, (float(delta_low), float(delta_high), float(cap)), homogeneous=True
+    )
+
+
+def dppo_kl(delta_low: float, delta_high: float, cap: float = 20.0) -> Surrogate:
+    """Trust region on the KL between the two ways to see a token: it, or any other."""
+    _at_least_zero(delta_low=delta_low, delta_high=delta_high, cap=cap)
+    return Surrogate(
+        surrogates.dppo_kl, (float(delta_low), float(delta_high), float(cap)), homogeneous=True
+    )
+
+
+def topr() -> Surrogate:
+    """REINFORCE on gains, a truncated ratio on losses."""
+    return Surrogate(surrogates.topr, homogeneous=True)
+
+
+def _at_least_zero(**numbers: float) -> None:
+    """Raises ValueError for the first that is negative or not finite."""
+    for name, number in numbers.items():
+        if not is_number(number) or not 0 <= number < math.inf:
+            raise ValueError(f"{name}: expected a finite number >= 0, got {number!r}")
+
+
+MEAN_ONLY = GroupNorm(scale=False)
+
+RECIPES: dict[str, Objective] = {
+    # arXiv 1707.06347; advantages are given (GAE)
+    "ppo": Objective(clip(0.2)),
+    # arXiv 1912.09729, c = 3
+    "dual_clip": Objective(clip(0.2, delta=3.0)),
+    # DeepSeekMath, arXiv 2402.03300, eq. 3; beta: sec. 4.2
+    "grpo": Objective(clip(0.2), kl="k3", beta=0.04, aggregation="sequence_mean"),
+    # Understanding R1-Zero-like training, arXiv 2503.20783, sec. 3.2
+    "dr_grpo": Objective(clip(0.2), advantage=MEAN_ONLY, aggregation="constant_length"),
+    # DAPO, arXiv 2503.14476, eq. 8; pass the global token count as `normalizer`
+    "dapo": Objective(clip(0.2, 0.28)),
+    # TRL's name for the token mean of the local batch
+    "bnpo": Objective(clip(0.2)),
+    # arXiv 2505.07291: two-sided clipping with δ = 4
+    "intellect2": Objective(clip(0.2, delta=4.0), kl="k3", beta=0.001),
+    # arXiv 2507.18071
+    "gspo": Objective(clip(3e-4, 4e-4), ratio_level="sequence", aggregation="sequence_mean"),
+    # arXiv 2507.20673: log-ratios within ±0.4, geometric mean
+    "gmpo": Objective(
+        importance(), ratio_level="sequence", token_clip=(0.4, 0.4), aggregation="sequence_mean"
+    ),
+    # arXiv 2602.05261: GSPO's ratio, the sequence's token sum
+    "luspo": Objective(clip(3e-4, 4e-4), ratio_level="sequence", aggregation="sequence_sum"),
+    # MiniMax-M1, arXiv 2506.13585; bound of ScaleRL, 2510.13786
+    "cispo": Objective(cispo(5.0)),
+    # arXiv 2511.20347
+    "sapo": Objective(sapo(), aggregation="sequence_mean"),
+    # arXiv 2602.10693
+    "vespo": Objective(reinforce(), factor=PolicyFactor(sequence_weight=SequenceWeight())),
+    # arXiv 2402.14740: REINFORCE over whole completions, the others of the group as baseline
+    "rloo": Objective(
+        reinforce(), advantage=Estimator("leave_one_out", None), aggregation="sequence_sum"
+    ),
+    # arXiv 2501.03262: normalised over the batch; its KL belongs into the rewards (`value`)
+    "reinforce_plus_plus": Objective(clip(0.2), advantage=Estimator("batch", "batch")),
+    # the same paper's variant with groups
+    "reinforce_plus_plus_baseline": Objective(clip(0.2), advantage=Estimator("group", "centred")),
+    # arXiv 2504.02546
+    "gpg": Objective(reinforce(), advantage=MEAN_ONLY),
+    # Kimi k1.5, arXiv 2501.12599
+    "dro": Objective(dro(0.1), advantage=MEAN_ONLY, aggregation="sequence_mean"),
+    # arXiv 2602.04879
+    "dppo": Objective(dppo_tv(0.15, 0.15)),
+    # arXiv 2503.14286
+    "topr": Objective(topr(), advantage=MEAN_ONLY),
+}
+
+
+def find_objective(objective: str | Objective) -> Objective:
+    """The objective itself, or the recipe of that name.
+
+    Raises:
+        ValueError: neither an `Objective` nor a name in `RECIPES`.
+    """
+    if isinstance(objective, Objective):
+        return objective
+    if not isinstance(objective, str) or objective not in RECIPES:
+        raise ValueError(
+            f"objective: expected an Objective or one of {sorted(RECIPES)}, got {objective!r}"
+        )
+    return RECIPES[objective]

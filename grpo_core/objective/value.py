@@ -1,0 +1,275 @@
+"""PPO's side of the house: rewards and advantages per token, and the loss of the value head.
+
+    r_t = −beta·kl_t, and the completion's reward on top at its last token
+    δ_t = r_t + γ·V_{t+1} − V_t;  A_t = Σ_l (γλ)^l·δ_{t+l};  return_t = A_t + V_t
+    L   = Σ_t weight_t · ½·max((V_t − return_t)², (clip(V_t, V_old ± ε) − return_t)²)
+
+Padded `[B, T]` throughout. A masked token, at the end or in the middle (the answer of a tool), is
+jumped over: the next token of t is the next valid one, and no discount is paid for the gap.
+
+As verl 0.9.1, but for: where a token is masked advantage and return are 0 and not what was carried
+past; k3 is not cut at 10; an all-masked batch gives 0 and not an error. TRL's PPOTrainer (to 0.29;
+1.16 has none) knows no masks in the middle, and adds the completion's reward one token later, on
+the first of the padding, which has a value there.
+
+Source: GAE: arXiv 1506.02438, eq. 16; KL in the reward: 1909.08593, eq. 2; the clipped value loss
+is not in the PPO paper (1707.06347) but in its code (openai/baselines, ppo2).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from grpo_core.objective.validation import check_floats, check_mask, is_number, must_validate
+
+KL = Literal["k1", "k2", "k3", "abs"]
+# added to the variance, as in verl and TRL
+WHITENING = 1e-8
+# above this exponent float32 overflows
+MAX_EXPONENT = 80.0
+
+
+@torch.no_grad()
+def rewards_with_kl(
+    rewards: Tensor,
+    logp: Tensor,
+    ref_logp: Tensor,
+    mask: Tensor,
+    *,
+    beta: float,
+    kl: KL = "k1",
+    validate: bool | None = None,
+) -> Tensor:
+    """r_t = −beta·kl(logp_t, ref_logp_t), plus the completion's reward at its last valid token.
+
+    Args:
+        rewards: [B] floating point, one per completion; lost for one without a valid token.
+        logp: [B, T], of the policy that sampled, nats.
+        ref_logp: [B, T], nats.
+        mask: [B, T], 0 means masked.
+        beta: price of a nat, >= 0.
+        kl: with d = logp − ref_logp, "k1" is d, "abs" |d|, "k2" d²/2, "k3" e⁻ᵈ − 1 + d (−d not
+            above 80, where float32 would overflow).
+        validate: look for NaN and infinity; None means on the CPU only.
+
+    Returns:
+        [B, T] float32 (float64 for float64 logp), 0 where masked.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+
+    Source: Ziegler et al. (arXiv 1909.08593, eq. 2); the estimators: Schulman (2020).
+    """
+    if kl not in get_args(KL):
+        raise ValueError(f"kl: expected one of {get_args(KL)}, got {kl!r}")
+    if not is_number(beta) or not 0 <= beta < math.inf:
+        raise ValueError(f"beta: expected a finite number >= 0, got {beta!r}")
+    present = _present(mask, "logp", logp)
+    _check_floats("logp", logp, tuple(logp.shape), present, validate)
+    _check_floats("ref_logp", ref_logp, tuple(logp.shape), present, validate)
+    _check_floats("rewards", rewards, tuple(logp.shape[:1]), present.any(1), validate)
+    d = torch.where(present, logp.double() - ref_logp.double(), 0.0)
+    penalty = {
+        "k1": lambda: d,
+        "abs": d.abs,
+        "k2": lambda: d * d / 2,
+        "k3": lambda: torch.expm1((-d).clamp(max=MAX_EXPONENT)) + d,
+    }[kl]()
+    still_to_come = present.flip(1).cumsum(1).flip(1)
+    last = present & (still_to_come == 1)
+    return _like(logp, torch.where(last, rewards.double()[:, None], 0.0) - beta * penalty)
+
+
+@torch.no_grad()
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    whitened: bool = False,
+    validate: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(A_t, A_t + V_t) with A_t = δ_t + γλ·A_{t+1} and δ_t = r_t + γ·V_{t+1} − V_t.
+
+    With values 0 and λ = 1 this is the discounted reward to come (REINFORCE++, arXiv 2501.03262).
+
+    Args:
+        rewards: [B, T] floating point, those of masked tokens are not read.
+        values: [B, T]: completions end where their mask ends, V = 0 after that. Or [B, T + 1]: the
+            last column is V after the last valid token, 0 for what ended, V of the state for what
+            was cut off.
+        mask: [B, T], 0 means masked; anywhere.
+        gamma, lam: γ and λ in [0, 1].
+        whitened: advantages less their mean and over √(variance + 1e-8), by all valid tokens of
+            this call; returns stay as they are.
+        validate: look for NaN and infinity; None means on the CPU only.
+
+    Returns:
+        advantage and return, both [B, T] float32 (float64 for float64 values), 0 where masked.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+
+    Source: GAE (arXiv 1506.02438, eq. 16).
+    """
+    for name, factor in (("gamma", gamma), ("lam", lam)):
+        if not is_number(factor) or not 0 <= factor <= 1:
+            raise ValueError(f"{name}: expected a number in [0, 1], got {factor!r}")
+    present = _present(mask, "rewards", rewards)
+    _check_floats("rewards", rewards, tuple(rewards.shape), present, validate)
+    B, T = rewards.shape
+    bootstrap = torch.zeros(B, dtype=torch.float64, device=rewards.device)
+    check_floats("values", values, (B, T), (B, T + 1), device=rewards.device)
+    if values.shape == (B, T + 1):
+        values, bootstrap = values[:, :-1], values[:, -1].double()
+        _check_floats("values", bootstrap, (B,), present.any(1), validate)
+    _check_floats("values", values, (B, T), present, validate)
+
+    r, v = (torch.where(present, vector.double(), 0.0) for vector in (rewards, values))
+    # the value of the first valid token from t on; that of the next one stands a column further
+    upcoming = _backward_scan(v, (~present).double(), bootstrap)
+    following = torch.cat([upcoming, bootstrap[:, None]], dim=1)[:, 1:]
+    delta = torch.where(present, r + gamma * following - v, 0.0)
+    # not two plain numbers, which would meet in float32
+    carried = torch.where(present, gamma * lam, torch.ones_like(delta))
+    advantage = _backward_scan(delta, carried, torch.zeros_like(bootstrap))
+    advantage = torch.where(present, advantage, 0.0)
+    returns = torch.where(present, advantage + v, 0.0)
+    if whitened:
+        advantage = whiten(advantage, mask)
+    return _like(values, advantage), _like(values, returns)
+
+
+@torch.no_grad()
+def whiten(vector: Tensor, mask: Tensor) -> Tensor:
+    """(x − mean) / √(variance + 1e-8) by the valid entries, n − 1 in the variance; 0 elsewhere."""
+    shape = tuple(check_floats("vector", vector).shape)
+    present = check_mask("mask", mask, shape, device=vector.device) != 0
+    count = present.sum()
+    centred = torch.where(present, vector.double(), 0.0)
+    centred = torch.where(present, centred - centred.sum() / count, 0.0)
+    variance = centred.square().sum() / (count - 1).clamp(min=1)
+    return _like(vector, centred / (variance + WHITENING).sqrt())
+
+
+@dataclass(frozen=True)
+class ValueLoss:
+    """Loss of the value head and how good its values are; all 0-dim.
+
+    Attributes:
+        loss: differentiable with respect to the values.
+        clip_fraction: share of the valid tokens whose loss is the clipped one.
+        explained_variance: 1 − Var(return − V) / Var(return); NaN where returns do not vary.
+    """
+
+    loss: Tensor
+    clip_fraction: Tensor
+    explained_variance: Tensor
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    weight: Tensor,
+    *,
+    eps: float,
+    validate: bool | None = None,
+) -> ValueLoss:
+    """L = Σ_t weight_t · ½·max((V − return)², (clip(V, V_old − ε, V_old + ε) − return)²).
+
+    Args:
+        values: any shape, floating point; differentiated.
+        old_values, returns: shaped like values; constants.
+        weight: shaped like values, 0 where masked, see `weights.token_weights`.
+        eps: ε > 0, in units of reward; infinity for the plain squared error.
+        validate: look for NaN and infinity; None means on the CPU only.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+
+    Source: openai/baselines, ppo2 (PPO, arXiv 1707.06347); TRL and verl: the same.
+    """
+    if not is_number(eps) or not eps > 0:
+        raise ValueError(f"eps: expected a number > 0, got {eps!r}")
+    shape = tuple(check_floats("values", values).shape)
+    present = check_floats("weight", weight, shape, device=values.device) != 0
+    named = {"values": values, "old_values": old_values, "returns": returns}
+    for name, vector in named.items():
+        _check_floats(name, vector, shape, present, validate)
+    named = {name: x if x is values else x.detach() for name, x in named.items()}
+    v, old, target = (_like(values, torch.where(present, x, 0.0)) for x in named.values())
+    plain = (v - target).square()
+    clipped = (v.clamp(old - eps, old + eps) - target).square()
+    count = present.sum().clamp(min=1)
+    return ValueLoss(
+        loss=(weight.detach() * torch.maximum(plain, clipped)).sum() / 2,
+        clip_fraction=(clipped > plain).sum() / count,
+        explained_variance=explained_variance(v, target, present),
+    )
+
+
+@torch.no_grad()
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 − Var(return − V) / Var(return) over the valid tokens: 0-dim float32, NaN for Var = 0."""
+    shape = tuple(check_floats("values", values).shape)
+    check_floats("returns", returns, shape, device=values.device)
+    present = check_mask("mask", mask, shape, device=values.device) != 0
+    count = present.sum()
+
+    def spread(vector: Tensor) -> Tensor:
+        vector = torch.where(present, vector, 0.0)
+        return torch.where(present, vector - vector.sum() / count, 0.0).square().sum()
+
+    total = spread(returns.double())
+    unexplained = spread(returns.double() - values.double())
+    return torch.where(total > 0, 1 - unexplained / total, torch.nan).float()
+
+
+def _backward_scan(addend: Tensor, factor: Tensor, last: Tensor) -> Tensor:
+    """x_t = addend_t + factor_t·x_{t+1} with x_T = last: [B, T], in log₂ T steps and not T."""
+    T = addend.shape[1]
+    total = torch.cat([addend, last[:, None]], dim=1)
+    factor = torch.cat([factor, torch.zeros_like(last)[:, None]], dim=1)
+    stride = 1
+    while stride <= T:
+        # the partial sum from t now reaches as far as it did, and as far again
+        total = torch.cat(
+            [total[:, :-stride] + factor[:, :-stride] * total[:, stride:], total[:, -stride:]], 1
+        )
+        factor = torch.cat([factor[:, :-stride] * factor[:, stride:], factor[:, -stride:]], 1)
+        stride *= 2
+    return total[:, :-1]
+
+
+def _like(model: Tensor, result: Tensor) -> Tensor:
+    """In float32, or float64 when `model` is."""
+    return result if model.dtype == torch.float64 else result.float()
+
+
+def _present(mask: Tensor, name: str, padded: Tensor) -> Tensor:
+    """Where the mask is not 0; raises ValueError unless both are [B, T]."""
+    shape = tuple(check_floats(name, padded).shape)
+    if len(shape) != 2:
+        raise ValueError(f"{name}: expected a padded batch [B, T], got {list(shape)}")
+    return check_mask("mask", mask, shape, device=padded.device) != 0
+
+
+def _check_floats(
+    name: str, tensor: Tensor, shape: tuple[int, ...], present: Tensor, validate: bool | None
+) -> None:
+    """Raises ValueError unless `tensor` has that shape and finite numbers where present."""
+    check_floats(name, tensor, shape, device=present.device)
+    if not must_validate(validate, tensor):
+        return
+    bad = present & ~tensor.isfinite()
+    if bad.any():
+        at = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(f"{name}: expected finite numbers, got {tensor[at]} at {list(at)}")

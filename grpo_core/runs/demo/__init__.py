@@ -1,0 +1,1 @@
+"""The embedded run: a small corpus about decimals, a base model, R1-Zero, SFT and R1."""

@@ -1,0 +1,251 @@
+"""The embedded run: base, R1-Zero and R1 on "3.11 and 3.8, which is larger?", in minutes.
+
+    base     a model of a corpus in which most writers fall for the trap
+    R1-Zero  reinforcement learning straight on the base; nobody shows it a right trace
+    SFT      the base after a few steps on long chains of thought
+    R1       reinforcement learning on top of those
+
+Everything a run leaves behind lies in its own directory: config.json, metrics.jsonl, samples.jsonl,
+results.json, report.md, curves.png and one folder per model in the `transformers` format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from grpo_core.runs.console import open_console
+from grpo_core.runs.demo import decimals
+from grpo_core.runs.run_config import DemoConfig, clear
+from grpo_core.trainer.baselines.supervised import Example, SupervisedConfig, train_supervised
+from grpo_core.trainer.evaluate import evaluate
+from grpo_core.trainer.monitor import append_json, keep_records, write_whole, writing
+from grpo_core.trainer.rewards import TextReward
+from grpo_core.trainer.rollout import Problem, Sampling
+from grpo_core.trainer.samples import Samples
+from grpo_core.trainer.trainer import Trainer, TrainerConfig
+
+# The longest style takes 34 tokens; the rest is room for slips.
+MAX_NEW_TOKENS = 40
+GREEDY = Sampling(MAX_NEW_TOKENS, temperature=0.0)
+SAMPLED = Sampling(MAX_NEW_TOKENS)
+COLD_START_EXAMPLES = 256
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A model's held-out figures and its answers to the showcase."""
+
+    name: str
+    greedy: dict[str, float]
+    sampled: dict[str, float]
+    answers: list[str]
+
+
+class Demo:
+    """Task, tokenizer and run directory shared by the stages."""
+
+    def __init__(self, config: DemoConfig) -> None:
+        self.config = config
+        self.directory = Path(config.output)
+        self.metrics_path = self.directory / "metrics.jsonl"
+        self.tokenizer = decimals.build_tokenizer()
+        self.reward = TextReward(self.tokenizer)
+        pairs = decimals.held_out_pairs(config.held_out)
+        self.excluded = decimals.with_swapped(pairs)
+        self.held_out = [decimals.to_problem(pair, self.tokenizer) for pair in pairs]
+        self.traps = [problem for problem in self.held_out if problem.tag == "trap"]
+        self.stages: list[Stage] = []
+
+    def run(self) -> list[Stage]:
+        """Every stage asked for, in order; measured, saved and recorded as it is done.
+
+        Raises:
+            ValueError: the run directory cannot be used; the base is too weak, see `check_base`.
+            Interrupted: by a signal in the middle of reinforcement learning, which is saved.
+        """
+        self.config.check_here()
+        if self.config.resume:
+            self.read_stages()
+        else:
+            clear(self.directory)
+        self.write_config()
+        way = {"zero": ["R1-Zero"], "r1": ["SFT", "R1"], "both": ["R1-Zero", "SFT", "R1"]}
+        done = [stage.name for stage in self.stages]
+        for name in ["base", *way[self.config.stages]]:
+            if name not in done:
+                self.measure(name, self.build(name))
+            if name == "base":
+                self.check_base()
+        return self.stages
+
+    def build(self, name: str) -> PreTrainedModel:
+        """The model of a stage, from that of the stage before it."""
+        if name == "base":
+            return self.base_model()
+        if name == "SFT":
+            return self.cold_start(self.base_model())
+        if name == "R1-Zero":
+            return self.reinforce(self.base_model(), name)
+        return self.reinforce(LlamaForCausalLM.from_pretrained(self.directory / "sft"), name)
+
+    def write_config(self) -> None:
+        """config.json: the options, and what they ran on."""
+        environment = {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "threads": torch.get_num_threads(),
+        }
+        record = {"options": asdict(self.config), "environment": environment}
+        text = json.dumps(record, indent=2) + "\n"
+        (self.directory / "config.json").write_text(text, "utf-8")
+
+    def read_stages(self) -> None:
+        """The stages that an interrupted run has finished; what it noted of others is forgotten."""
+        if (results := self.directory / "results.json").exists():
+            self.stages = [Stage(**stage) for stage in json.loads(results.read_text("utf-8"))]
+        done = [stage.name for stage in self.stages]
+        keep_records(self.metrics_path, lambda r: r["stage"] in done or "result" not in r)
+
+    def base_model(self) -> PreTrainedModel:
+        """A model of the whole corpus: built once, then read from the run directory."""
+        config, folder = self.config, self.directory / "base"
+        training = SupervisedConfig(
+            steps=config.base_steps,
+            batch_size=32,
+            learning_rate=3e-3,
+            warmup_steps=min(20, config.base_steps - 1),
+            prompt_loss=True,
+        )
+        recipe = f"{config.seed} {config.held_out} {training} {inspect.getsource(decimals)}"
+        fingerprint = hashlib.sha256(recipe.encode()).hexdigest()
+        marker = folder / "fingerprint.txt"
+        if marker.exists() and marker.read_text("utf-8") == fingerprint:
+            return LlamaForCausalLM.from_pretrained(folder)
+
+        rng = random.Random(f"{config.seed}/corpus")
+        texts = decimals.corpus(training.steps * training.batch_size, rng, self.excluded)
+        model = decimals.build_model(self.tokenizer, config.seed)
+        train_supervised(model, self.encode(texts), training, seed=config.seed, label="base")
+        self.save(model, "base")
+        marker.write_text(fingerprint, "utf-8")
+        return model
+
+    def cold_start(self, model: PreTrainedModel) -> PreTrainedModel:
+        """A few steps on correct long chains of thought."""
+        config = self.config
+        training = SupervisedConfig(
+            steps=config.sft_steps,
+            batch_size=32,
+            learning_rate=2e-4,
+            warmup_steps=min(2, config.sft_steps - 1),
+            prompt_loss=False,
+        )
+        rng = random.Random(f"{config.seed}/cold start")
+        examples = self.encode(decimals.cold_start(COLD_START_EXAMPLES, rng, self.excluded))
+        train_supervised(model, examples, training, seed=config.seed, label="SFT")
+        return model
+
+    def reinforce(self, model: PreTrainedModel, name: str) -> PreTrainedModel:
+        """GRPO from the given model."""
+        config = self.config
+        trainer = Trainer(
+            model,
+            self.draw_problems,
+            self.reward,
+            TrainerConfig(
+                objective=config.build_objective(),
+                steps=config.steps,
+                prompts_per_step=config.prompts,
+                learning_rate=config.learning_rate,
+                sampling=SAMPLED,
+                loss=config.loss,
+                old_logp=config.old_logp,
+                shuffle_rewards=config.shuffle_rewards,
+                seed=config.seed,
+            ),
+            metrics_path=self.metrics_path,
+            checkpoints=self.directory / "checkpoints" / name.lower(),
+            label=name,
+            samples=Samples(self.tokenizer, self.directory / "samples.jsonl", label=name),
+            console=open_console(config.console),
+        )
+        if config.resume:
+            trainer.resume()
+        trainer.train(lambda: self.progress(trainer))
+        return model
+
+    def progress(self, trainer: Trainer) -> dict[str, float]:
+        """Held-out figures on the way: sampled ones are smooth, greedy ones on the traps jump."""
+        sampled = evaluate(trainer.model, self.held_out, self.reward, SAMPLED)
+        greedy = evaluate(trainer.model, self.traps, self.reward, GREEDY)
+        if trainer.samples:
+            trainer.samples.look(trainer.steps_done, self.held_out, sampled)
+        return {**sampled.metrics, "greedy_accuracy/trap": greedy.metrics["accuracy"]}
+
+    def measure(self, name: str, model: PreTrainedModel) -> None:
+        """Full held-out figures and the showcase's answers; the model is saved under its name.
+
+        With results.json a stage counts as finished, so that is written last and in one go.
+        """
+        greedy = evaluate(model, self.held_out, self.reward, GREEDY)
+        sampled = evaluate(model, self.held_out, self.reward, SAMPLED)
+        shown = greedy.completions[: len(decimals.SHOWCASE)]
+        answers = self.tokenizer.batch_decode(shown, skip_special_tokens=True)
+        self.stages.append(Stage(name, greedy.metrics, sampled.metrics, answers))
+        if name != "base":
+            self.save(model, name)
+        figures = {"greedy": greedy.metrics, "sampled": sampled.metrics}
+        append_json(self.metrics_path, {"stage": name, "result": figures})
+        results = json.dumps([asdict(stage) for stage in self.stages], indent=2)
+        write_whole(self.directory / "results.json", results)
+        shutil.rmtree(self.directory / "checkpoints" / name.lower(), ignore_errors=True)
+
+    def check_base(self) -> None:
+        """Raises ValueError if the base has not learnt the easy pairs.
+
+        Reinforcement learning sharpens what a model can already do; on one that cannot copy digits
+        it only makes noise.
+        """
+        reached = self.stages[0].greedy["accuracy/easy"]
+        if reached < self.config.gate:
+            raise ValueError(
+                f"base model: expected a greedy accuracy of at least {self.config.gate} on pairs "
+                f"that are no trap, got {reached:.3f}; train it longer with --base_steps (now "
+                f"{self.config.base_steps}) or lower --gate"
+            )
+
+    def draw_problems(self, count: int, rng: random.Random) -> list[Problem]:
+        """Training problems: any pair but the held-out ones."""
+        pairs = decimals.draw_training_pairs(count, rng, self.excluded)
+        return [decimals.to_problem(pair, self.tokenizer) for pair in pairs]
+
+    def encode(self, texts: Sequence[tuple[str, str]]) -> list[Example]:
+        """Token ids of (question, completion) texts, with the end token."""
+        questions, completions = zip(*texts, strict=True)
+        end = [self.tokenizer.eos_token_id]
+        return [
+            Example(question, completion + end)
+            for question, completion in zip(
+                self.tokenizer(list(questions))["input_ids"],
+                self.tokenizer(list(completions))["input_ids"],
+                strict=True,
+            )
+        ]
+
+    def save(self, model: PreTrainedModel, name: str) -> None:
+        """Model and tokenizer, ready for `AutoModelForCausalLM.from_pretrained`."""
+        folder = self.directory / name.lower()
+        with writing(folder):
+            model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)

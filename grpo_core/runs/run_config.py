@@ -1,0 +1,397 @@
+"""The options of the commands that train, on the command line or in a YAML file; imports no torch.
+
+`RunConfig` is that of `python -m grpo_core.reinforce`, `DemoConfig` of `grpo_core.train`,
+`CompareConfig` of `grpo_core.compare`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from grpo_core.cli.options import (
+    RECIPE_NAMES,
+    RUN_FILES,
+    RUN_FOLDERS,
+    check_at_least,
+    check_file,
+    check_kept,
+    check_more_than_0,
+    check_output,
+    check_package,
+    load_from_file,
+    nearest,
+    option,
+)
+from grpo_core.trainer.config import TrainerConfig, TrainingOptions
+
+if TYPE_CHECKING:
+    from grpo_core.objective.objective import Objective
+    from grpo_core.trainer.rollout import Sampling
+
+GYM = "reasoning_gym:"
+PROMPTS = 16  # per step
+REWARDS = ("math", "accuracy", "format", "brevity")
+OBJECTIVE = f"Loss: path.py:name of an Objective of yours, or one of {', '.join(RECIPE_NAMES)}."
+OVERWRITE = "Delete the run that is in --output and begin a new one."
+THREADS = "CPU threads; 0: torch's choice."
+CONSOLE = (
+    "rich: a live table (plain lines without rich or a terminal); plain: a line per step; off: "
+    "nothing."
+)
+
+
+@dataclass(frozen=True)
+class RunConfig(TrainingOptions):
+    """Reinforcement learning of a causal language model on verifiable rewards."""
+
+    model: str = option("", "Folder or hub name of a causal language model of transformers.")
+    data: str = option(
+        "",
+        "Prompts: a .jsonl, .json or .parquet file with the columns prompt and answer, a data set "
+        f"of the datasets library, or {GYM}NAME.",
+    )
+    output: str = option("runs/reinforce", "Run directory; one with a run in it is refused.")
+    resume: bool = option(False, "Go on from the last checkpoint of the run in --output.")
+    overwrite: bool = option(False, OVERWRITE)
+    held_out: int = option(
+        0, "Number of problems, the first ones, that are for evaluation and never trained on."
+    )
+    rewards: list[str] = option(
+        ["math", "format"], f"Any of {', '.join(REWARDS)}, and path.py:function."
+    )
+    reward_weights: list[float] = option(
+        [],
+        "Weight of each reward, in their order. Default: 1 and 0.2 for math format, else 1 each.",
+    )
+    system: str = option("", "System message before every prompt; needs a chat template.")
+    template: str = option("", 'Prompt template, for example "Question: {prompt}".')
+    longest_prompt: int = option(0, "Leave out prompts of more tokens; 0: keep all.")
+    objective: str = option("dapo", OBJECTIVE)
+    beta: float | None = option(
+        None,
+        "Weight of the KL to the starting model. Default: 0 for a recipe; an objective from a file "
+        "keeps its own.",
+    )
+    steps: int = option(100, "Training steps, one rollout each.")
+    prompts: int | None = option(
+        None, "Prompts per step. Default: 16, or the next multiple of the number of processes."
+    )
+    epochs: int = option(1, "Passes over each rollout.")
+    learning_rate: float = option(1e-6, "Peak learning rate of AdamW.")
+    max_new_tokens: int = option(
+        512, "Longest completion, in tokens. Keep the truncated share below 20%."
+    )
+    temperature: float = option(1.0, "Temperature of rollouts and loss.")
+    attention: str = option(
+        "",
+        "Attention of transformers: sdpa, eager, flex_attention, flash_attention_2. Default: the "
+        "model's own.",
+    )
+    rollout: Literal["transformers", "vllm", "vllm-server"] = option(
+        "transformers", "What generates: the model itself, vLLM on the same GPU, or a vLLM server."
+    )
+    rollout_url: str = option("http://localhost:8000", "URL of the vLLM server.")
+    rollout_memory: float = option(0.4, "Share of the GPU's memory that vLLM takes.")
+    rollout_sleep: bool = option(False, "Free vLLM's GPU memory between rollouts.")
+    sampler_correction: Literal["none", "truncate", "zero", "reject"] = option(
+        "none",
+        "Importance weight for a generator that differs from the trainer: truncate it at the "
+        "bounds, or outside of them zero the token or reject it.",
+    )
+    sampler_level: Literal["token", "sequence", "geometric"] = option(
+        "token", "Importance weight per token, or per sequence as a product or geometric mean."
+    )
+    sampler_low: float = option(0.0, "Lower bound of the importance weight.")
+    sampler_high: float = option(2.0, "Upper bound of the importance weight.")
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass.")
+    lora_rank: int = option(0, "Train a LoRA adapter of this rank (needs peft); 0: all weights.")
+    evaluate_every: int = option(10, "Steps between evaluations on the held-out problems.")
+    eval_samples: int = option(
+        1,
+        "Completions per held-out problem and evaluation; 2 or more also give avg@k, pass@k and a "
+        "greedy evaluation.",
+    )
+    eval_k: list[int] = option(
+        [], "The k of pass@k, each at most eval_samples. Default: eval_samples."
+    )
+    eval_temperature: float = option(0.0, "Temperature of evaluations; 0: that of the rollouts.")
+    samples: int = option(4, "Held-out completions kept in samples.jsonl per evaluation.")
+    console: Literal["rich", "plain", "off"] = option("rich", CONSOLE)
+    log: list[Literal["tensorboard", "trackio", "wandb"]] = option(
+        [], "Also log to tensorboard, trackio or wandb."
+    )
+    threads: int = option(0, THREADS)
+
+    def __post_init__(self) -> None:
+        for name in ("model", "data"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: expected a value, got nothing")
+        if not self.rewards:
+            raise ValueError("rewards: expected at least one, got none")
+        if self.reward_weights and len(self.reward_weights) != len(self.rewards):
+            raise ValueError(
+                f"reward_weights: expected {len(self.rewards)}, one for each of {self.rewards}, "
+                f"got {len(self.reward_weights)}"
+            )
+        if not all(map(math.isfinite, self.reward_weights)):
+            raise ValueError(f"reward_weights: expected finite numbers, got {self.reward_weights}")
+        check_at_least(self, 0, "held_out", "longest_prompt", "lora_rank", "samples", "threads")
+        check_at_least(self, 1, "prompts_per_step", "max_new_tokens", "eval_samples")
+        check_at_least(self, 0, "eval_temperature", "sampler_low")
+        check_more_than_0(self, "temperature", "rollout_memory")
+        if self.sampler_high < self.sampler_low:
+            raise ValueError(
+                f"sampler_high: expected at least sampler_low = {self.sampler_low}, got "
+                f"{self.sampler_high}"
+            )
+        if self.rollout_memory > 1:
+            raise ValueError(f"rollout_memory: expected at most 1, got {self.rollout_memory}")
+        for k in self.eval_k:
+            if not 1 <= k <= self.eval_samples:
+                raise ValueError(
+                    f"eval_k: expected 1 to {self.eval_samples}, the eval_samples, got {k}"
+                )
+        self.check(self.prompts_per_step)
+        _check_beta(self.beta)
+        check_objective(self.objective)
+
+    @property
+    def prompts_per_step(self) -> int:
+        """As given, else 16 or a few more, that every process may have as many."""
+        if self.prompts is not None:
+            return self.prompts
+        return -(-PROMPTS // processes()) * processes()
+
+    def check_here(self) -> None:
+        """Raises ValueError or ModuleNotFoundError for what this machine lacks.
+
+        Processes, packages, files and the run directory; the model and the data are read later.
+        """
+        self._check_processes()
+        for name in self.rewards:
+            path, colon, _ = name.rpartition(":")
+            if name not in REWARDS and not (colon and path.endswith(".py")):
+                raise ValueError(
+                    f"rewards: expected {', '.join(REWARDS)} or path.py:function, got {name!r}"
+                    + nearest(name, REWARDS)
+                )
+            if name not in REWARDS:
+                check_file("rewards", path)
+        # reasoning-gym's data sets bring their own scoring
+        if "math" in self.rewards and not self.data.startswith(GYM):
+            check_package("rewards: math", "math_verify", "math-verify")
+        self._check_sources()
+        for name in self.log:
+            check_package("log", name)
+        if self.lora_rank:
+            check_package("lora_rank", "peft")
+        if self.rollout == "vllm":
+            check_package("rollout", "vllm", "'vllm>=0.28'")
+        if self.overwrite:
+            code = [("rewards", name) for name in self.rewards] + [("objective", self.objective)]
+            files = [(name, given.rpartition(":")[0]) for name, given in code]
+            check_kept(self.output, ("model", self.model), ("data", self.data), *files)
+        check_output(self)
+
+    def _check_processes(self) -> None:
+        """Whether the options suit the processes that a launcher has started."""
+        count = processes()
+        if self.shard == "fsdp" and "WORLD_SIZE" not in os.environ:
+            raise ValueError("shard: expected ddp, or a start by torchrun, got fsdp")
+        if self.prompts_per_step % count:
+            raise ValueError(
+                f"prompts: expected a multiple of {count}, the processes, got {self.prompts}"
+            )
+        if count > 1 and self.loss != "fused":
+            raise ValueError(f"loss: expected fused on {count} processes, got {self.loss}")
+        if count > 1 and self.rollout == "vllm":
+            raise ValueError(
+                f"rollout: expected transformers or vllm-server on {count} processes, got vllm"
+            )
+
+    def _check_sources(self) -> None:
+        """Whether data and model are where they should be; a name of the hub is tried later."""
+        path = Path(self.data)
+        if self.data.startswith(GYM):
+            check_package("data", "reasoning_gym", "reasoning-gym")
+        elif path.suffix in (".jsonl", ".json", ".parquet"):
+            check_file("data", self.data)
+        if not self.data.startswith(GYM) and path.suffix not in (".jsonl", ".json"):
+            check_package("data", "datasets")
+        # NAME or ORGANISATION/NAME is a name of the hub
+        is_path = self.model.startswith((".", "/", "~")) or self.model.count("/") > 1
+        folder = Path(self.model)
+        if is_path and not folder.is_dir():
+            raise ValueError(f"model: expected a folder or a name of the hub, found no {folder}")
+        if folder.is_dir() and not (folder / "config.json").exists():
+            raise ValueError(f"model: expected a model, found no config.json in {folder}")
+
+    @property
+    def weights(self) -> list[float]:
+        """One for each reward."""
+        default = [1.0, 0.2] if self.rewards == ["math", "format"] else [1.0] * len(self.rewards)
+        return self.reward_weights or default
+
+    def trainer(self, sampling: Sampling) -> TrainerConfig:
+        """The part that the trainer needs."""
+        from grpo_core.objective.sampler import SamplerCorrection
+
+        objective = find_objective(self.objective, self.beta)
+        if self.sampler_correction != "none":
+            correction = SamplerCorrection(
+                self.sampler_level, self.sampler_correction, self.sampler_low, self.sampler_high
+            )
+            objective = objective.replace(factor=replace(objective.factor, sampler=correction))
+        shared: dict[str, Any] = {
+            each.name: getattr(self, each.name) for each in fields(TrainingOptions)
+        }
+        return TrainerConfig(
+            **shared,
+            objective=objective,
+            prompts_per_step=self.prompts_per_step,
+            sampling=sampling,
+        )
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The embedded run; the defaults are those of the README's figures."""
+
+    output: str = option(
+        "runs/demo",
+        "Run directory; one with a run in it is refused, a base model in it is used again.",
+    )
+    resume: bool = option(False, "Go on with the interrupted run in --output.")
+    overwrite: bool = option(False, "Delete the run that is in --output, but for its base model.")
+    seed: int = option(0, "Seed of weights, corpus, prompts and sampling.")
+    stages: Literal["zero", "r1", "both"] = option("both", "Which models to train from the base.")
+    loss: Literal["fused", "logits", "naive"] = option(
+        "fused",
+        "fused: loss in the model's forward, from hidden states; logits: fused_loss on the logits; "
+        "naive: plain PyTorch on the logits.",
+    )
+    objective: str = option("dapo", OBJECTIVE)
+    beta: float | None = option(
+        None,
+        "Weight of the KL to the model that a stage starts from. Default: 0.01 for a recipe; an "
+        "objective from a file keeps its own.",
+    )
+    steps: int = option(40, "Reinforcement learning steps, one rollout and 4 updates each.")
+    prompts: int = option(16, "Prompts per step, 8 completions each.")
+    learning_rate: float = option(2e-4, "Peak learning rate of reinforcement learning.")
+    old_logp: Literal["trainer", "sampler"] = option(
+        "trainer",
+        "Denominator of the ratio: the trainer's log-probabilities (one more forward pass) or the "
+        "sampler's.",
+    )
+    shuffle_rewards: bool = option(False, "The control: permute the rewards before each update.")
+    base_steps: int = option(700, "Training steps of the base model, 32 texts each.")
+    sft_steps: int = option(10, "Steps on 32 long chains of thought each, before R1's learning.")
+    held_out: int = option(512, "Number of held-out questions.")
+    gate: float = option(
+        0.9, "Stop if the base model's greedy accuracy on pairs that are no trap is lower."
+    )
+    threads: int = option(0, f"{THREADS} Take 1 on a busy machine.")
+    console: Literal["rich", "plain", "off"] = option("rich", CONSOLE)
+    plot: bool = option(True, "Draw curves.png (needs matplotlib); --no_plot: do not.")
+
+    def __post_init__(self) -> None:
+        check_objective(self.objective)
+        _check_beta(self.beta)
+        check_at_least(self, 1, "steps", "prompts", "base_steps", "sft_steps", "held_out")
+        check_more_than_0(self, "learning_rate")
+        check_at_least(self, 0, "threads", "gate")
+
+    def check_here(self) -> None:
+        """Raises ValueError for a run directory that cannot be used."""
+        if self.overwrite:
+            check_kept(self.output, ("objective", self.objective.rpartition(":")[0]))
+        check_output(self)
+
+    def build_objective(self) -> Objective:
+        """The objective with this run's KL term."""
+        return find_objective(self.objective, self.beta, default=0.01)
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """DPO, PPO and GRPO from the same base; the defaults are those of the README's table."""
+
+    output: str = option(
+        "runs/compare",
+        "Run directory; one with a comparison in it is refused, base models in it are used again.",
+    )
+    overwrite: bool = option(False, "Replace the comparison that is in --output.")
+    seeds: int = option(2, "Seeds per method, from 0 on.")
+    steps: int = option(20, "Steps of PPO and GRPO; DPO gets as many completions.")
+    prompts: int = option(16, "Prompts per step, 8 completions each.")
+    beta: float = option(0.01, "Weight of the KL, in the loss or in the reward.")
+    base_steps: int = option(700, "Training steps of the base model, 32 texts each.")
+    held_out: int = option(512, "Number of held-out questions.")
+    threads: int = option(0, THREADS)
+    plot: bool = option(True, "Draw compare.png (needs matplotlib); --no_plot: do not.")
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "seeds", "steps", "prompts", "base_steps", "held_out")
+        check_at_least(self, 0, "threads", "beta")
+
+    def check_here(self) -> None:
+        """Raises ValueError for a run directory that cannot be used."""
+        check_output(self)
+
+
+def clear(directory: Path) -> None:
+    """Removes an earlier run from a run directory."""
+    for name in RUN_FILES:
+        (directory / name).unlink(missing_ok=True)
+    for name in RUN_FOLDERS:
+        shutil.rmtree(directory / name, ignore_errors=True)
+
+
+def processes() -> int:
+    """How many a launcher has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _check_beta(beta: float | None) -> None:
+    if beta is not None and not 0 <= beta < float("inf"):
+        raise ValueError(f"beta: expected a finite number >= 0, got {beta}")
+
+
+def check_objective(name: str) -> None:
+    """Raises ValueError for what is neither a recipe nor an object in a file."""
+    if name not in RECIPE_NAMES and not name.rpartition(":")[0].endswith(".py"):
+        raise ValueError(
+            f"objective: expected one of {', '.join(RECIPE_NAMES)} or path.py:name, got {name!r}"
+            + nearest(name, RECIPE_NAMES)
+        )
+    if name not in RECIPE_NAMES:
+        check_file("objective", name.rpartition(":")[0])
+
+
+def find_objective(name: str, beta: float | None, default: float = 0.0) -> Objective:
+    """An objective by the name of its recipe, or from a file as path.py:name.
+
+    Args:
+        beta: weight of the KL term, which is k3 where the objective has none. None is `default` for
+            a recipe, and leaves the objective of a file as it is.
+
+    Raises:
+        ValueError: neither, or `beta` is no weight.
+    """
+    check_objective(name)
+    from grpo_core.objective.objective import Objective
+    from grpo_core.objective.recipes import RECIPES
+
+    found = RECIPES[name] if name in RECIPES else load_from_file("objective", name)
+    if not isinstance(found, Objective):
+        raise ValueError(f"objective: expected an Objective in {name}, got {type(found).__name__}")
+    if beta is None and name not in RECIPES:
+        return found
+    beta = default if beta is None else beta
+    return found.replace(beta=beta, kl=(found.kl or "k3") if beta > 0 else None)

@@ -1,0 +1,28 @@
+"""The trainer: rollout, score, advantage, pack, loss, backward, optimizer.
+
+Read `trainer` first: `Trainer.step` shows these stages in order. `rollout` and `engine` produce
+completions, `rewards` scores them, `batch` packs them into rows, `state` and `checkpoint` keep a
+run, `sharding` and `distributed` spread it over processes.
+"""
+
+from typing import TYPE_CHECKING
+
+from grpo_core.lazy import exports
+
+if TYPE_CHECKING:
+    from grpo_core.trainer.batch import Batch, pack
+    from grpo_core.trainer.config import TrainerConfig
+    from grpo_core.trainer.rollout import Problem, Rollout, Sampling
+    from grpo_core.trainer.trainer import Trainer
+
+__all__ = ["Batch", "Problem", "Rollout", "Sampling", "Trainer", "TrainerConfig", "pack"]
+
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        "batch": "Batch pack",
+        "config": "TrainerConfig",
+        "rollout": "Problem Rollout Sampling",
+        "trainer": "Trainer",
+    },
+)

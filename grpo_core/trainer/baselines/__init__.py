@@ -1,0 +1,1 @@
+"""What GRPO is compared with, on the same data, rewards and rollouts: SFT, DPO, PPO."""

@@ -1,0 +1,144 @@
+"""DPO on pairs that the model has sampled itself: preferences without reinforcement learning.
+
+`sample_pairs` answers every prompt several times and keeps the best and the worst, where the reward
+tells them apart. `train_preferences` learns from those pairs (arXiv 2305.18290, eq. 7), with the
+log-probabilities from hidden states, so that no logits of all tokens exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grpo_core.cli.options import check_at_least, check_warmup
+from grpo_core.linear.logp import linear_logp
+from grpo_core.linear.model_probe import Around, read_head
+from grpo_core.loss.dpo_loss import dpo_loss, sequence_logp
+from grpo_core.trainer.baselines.supervised import Example, check_lengths, descend, pad_examples
+from grpo_core.trainer.batch import Rows, beneath, check_output_matrix
+from grpo_core.trainer.reference_model import adapter_off, reference_of
+from grpo_core.trainer.rewards import Reward, best_and_worst, score
+from grpo_core.trainer.rollout import Problem, Sampling, rollout
+
+
+class Pair(NamedTuple):
+    """Two answers to one prompt, token ids with their end token, the first the better one."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
+@dataclass(frozen=True)
+class PreferenceConfig:
+    """A run of `train_preferences`.
+
+    Attributes:
+        steps, batch_size: updates, of so many pairs each.
+        beta: of DPO, how much a nat of log-ratio counts.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int | None = None  # 5, or all steps but the last
+    beta: float = 0.1
+    max_grad_norm: float = 1.0
+    final_learning_rate: float = 0.0  # as a share of `learning_rate`
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "steps", "batch_size")
+        check_warmup(self)
+
+
+def sample_pairs(
+    model: PreTrainedModel,
+    problems: Sequence[Problem],
+    reward: Reward,
+    sampling: Sampling,
+    *,
+    group_size: int,
+    seed: int = 0,
+) -> list[Pair]:
+    """A pair for every problem whose answers differ in reward: the best and the worst of them.
+
+    Args:
+        model: what answers.
+        problems: each answered `group_size` times.
+        reward: tells answers apart.
+        sampling: how they are drawn.
+        group_size: at least 2.
+        seed: of the sampler; the global generator is left as it was found.
+
+    Raises:
+        ValueError: group_size is too small.
+    """
+    if group_size < 2:
+        raise ValueError(f"group_size: expected at least 2, got {group_size}")
+    asked = [problem for problem in problems for _ in range(group_size)]
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        drawn = rollout(model, [problem.prompt for problem in asked], sampling)
+    completions = drawn.completions()
+    scores = score(reward, asked, completions, "pairs").total.view(-1, group_size)
+    pairs = []
+    for group, problem in enumerate(problems):
+        best, worst = best_and_worst(scores[group])
+        if scores[group, best] > scores[group, worst]:
+            answers = completions[group * group_size :]
+            pairs.append(Pair(list(problem.prompt), answers[best], answers[worst]))
+    return pairs
+
+
+def train_preferences(
+    model: PreTrainedModel,
+    pairs: Sequence[Pair],
+    config: PreferenceConfig,
+    *,
+    seed: int = 0,
+    label: str = "DPO",
+) -> list[dict[str, float]]:
+    """Trains in place, as `supervised.descend` does.
+
+    Returns:
+        Of every step: "loss"; "accuracy", the share of pairs whose better answer has the larger
+        implied reward; "margin", the mean difference of those.
+
+    Raises:
+        ValueError: there are no pairs, one has more tokens than the model has positions, or the
+            model does more to its logits than a product.
+    """
+    if not pairs:
+        raise ValueError("pairs: expected at least one, got none: the rewards of all are equal")
+    check_lengths(model, [Example(p.prompt, max(p.chosen, p.rejected, key=len)) for p in pairs])
+    check_output_matrix(model)
+    reference = reference_of(model)
+
+    def loss_of(some: list[Pair]) -> tuple[Tensor, Tensor]:
+        answers = [Example(pair.prompt, pair.chosen) for pair in some]
+        answers += [Example(pair.prompt, pair.rejected) for pair in some]
+        rows = pad_examples(answers, prompt_loss=False, device=model.device)
+        with torch.no_grad(), adapter_off(reference):
+            ref_chosen, ref_rejected = answer_logp(reference, rows).chunk(2)
+        chosen, rejected = answer_logp(model, rows).chunk(2)
+        out = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=config.beta)
+        margin = out.reward_chosen - out.reward_rejected
+        accuracy = (margin > 0).float().mean()
+        return out.loss, torch.stack([out.loss.detach(), accuracy, margin.mean()])
+
+    history = descend(model, pairs, config, loss_of, seed=seed, label=label)
+    names = ("loss", "accuracy", "margin")
+    return [dict(zip(names, figures, strict=True)) for figures in history]
+
+
+def answer_logp(model: PreTrainedModel, rows: Rows) -> Tensor:
+    """Σ log π over each answer's tokens, [S] float32, differentiable."""
+    head = read_head(beneath(model).get_output_embeddings(), Around())
+    found = linear_logp(rows.hidden(model), head, rows.target)
+    everything = torch.ones_like(rows.target, dtype=torch.bool)
+    return sequence_logp(found.logp, everything, rows.sequence, sequences=len(rows.ids))

@@ -1,0 +1,1 @@
+"""vLLM as the sampling engine: in the trainer's process, or as a server."""
