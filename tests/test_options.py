@@ -450,6 +450,8 @@ def test_the_final_table_fits_a_terminal() -> None:
 
 
 def test_the_package_shows_its_public_names_alone() -> None:
+    import grpo_core
+
     assert dir(grpo_core) == sorted([*grpo_core.__all__, "__version__"])
     for name in grpo_core.__all__:
         assert not isinstance(getattr(grpo_core, name), ModuleType)
