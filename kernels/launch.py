@@ -140,7 +140,8 @@ class RowLayout:
                 again |= {"HELD": max(0, min(self.HELD, whole - 1)), "KEPT": self.KEPT}
         if pair:
             return again | self.of_a_pair
-        if again["HELD"]:
+        if again != ONE_READING:
+            # as it was measured
             return again | self.keywords
         most = WRITING_REGISTERS if gradient and self.WIDTH > 4 else READING_REGISTERS
         return again | at_most_registers(most) | self.keywords
