@@ -40,8 +40,8 @@ VECTOR_BLOCK = 256
 TOKENS_BLOCK, TOKENS_WARPS = 1024, 16
 # a program to a sequence: two tokens to a thread, of at most so many registers
 SEQUENCE_BLOCK, SEQUENCE_WARPS, SEQUENCE_REGISTERS = 512, 8, 64
-# the one pass without a gradient: left alone the assembler spills to use fewer
-READING_REGISTERS = 64
+# the one pass: left alone the assembler spills to use fewer; more where 16-bit logits are written
+READING_REGISTERS, WRITING_REGISTERS = 64, 80
 # a program's last act: few registers, beside those of a row
 SUM_BLOCK = 512
 
@@ -140,7 +140,11 @@ class RowLayout:
                 again |= {"HELD": max(0, min(self.HELD, whole - 1)), "KEPT": self.KEPT}
         if pair:
             return again | self.of_a_pair
-        return again | ({} if gradient else at_most_registers(READING_REGISTERS)) | self.keywords
+        if again != ONE_READING:
+            # as it was measured
+            return again | self.keywords
+        most = WRITING_REGISTERS if gradient and self.WIDTH > 4 else READING_REGISTERS
+        return again | at_most_registers(most) | self.keywords
 
     @property
     def of_a_pair(self) -> dict[str, Any]:

@@ -124,8 +124,14 @@ def test_what_the_kernel_is_told(device: str) -> None:
     pair = layout.of_two_readings(rows.V, gradient=True, pair=True)
     assert (pair["HELD"], pair["KEPT"], pair["BACKWARDS"]) == (0, None, True)
     assert launch.row_layout(rows).of_two_readings(rows.V, True, False) == (
-        launch.row_layout(rows).keywords | ONE_READING
+        launch.at_most_registers(launch.WRITING_REGISTERS)
+        | launch.row_layout(rows).keywords
+        | ONE_READING
     )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(launch.TUNED, key, Tuning(4, registers=96))
+        told = launch.row_layout(rows).of_two_readings(rows.V, True, False)
+    assert told == launch.row_layout(rows).keywords | ONE_READING | (launch.at_most_registers(96))
 
 
 @pytest.mark.skipif(HAS_GPU, reason="counts interpreted kernels")
