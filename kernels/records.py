@@ -39,6 +39,23 @@ class Rows:
             return cls(logits, N, V, max(N, 1), 0, row_stride)
         return cls(logits, N, V, max(T, 1), batch_stride, row_stride)
 
+    def aligned_with(self, other: Rows) -> Rows:
+        """These rows, or a copy of them, between multiples of 16 bytes as those of `other` are."""
+        size = self.logits.element_size()
+        width, each = 16 // size, min(self.rows_per_batch, other.rows_per_batch)
+
+        def place(rows: Rows) -> tuple[int, int, int]:
+            batch = rows.batch_stride if rows.rows_per_batch == each else each * rows.row_stride
+            return rows.logits.data_ptr() // size, batch, rows.row_stride
+
+        if all((a - b) % width == 0 for a, b in zip(place(self), place(other), strict=True)):
+            return self
+        shape, strides = other.logits.shape, other.logits.stride()
+        extent = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+        memory = self.logits.new_empty(extent + width)
+        start = (place(other)[0] - memory.data_ptr() // size) % width
+        return Rows.of(memory.as_strided(shape, strides, start).copy_(self.logits))
+
 
 @dataclass(frozen=True)
 class Terms:

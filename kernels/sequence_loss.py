@@ -21,6 +21,7 @@ from .launch import (
     SEQUENCE_WARPS,
     at_most_registers,
     launch,
+    unspecialized,
 )
 from .records import RowLoss, RowStats, SequenceTokens, Terms
 from .scalar_math import is_finite
@@ -28,56 +29,33 @@ from .token_loss import vector_terms
 
 
 @triton.jit
-def own_tokens(at, end, sequence, sequence_ptr, valid_ptr, S):
-    """Whether each token is the sequence's, and whether it counts besides."""
-    mine = at < end
+def tokens_of(at, end, sequence, sequence_ptr, valid_ptr, S):
+    """Whether each token belongs to the sequence, and whether it also counts."""
+    inside = at < end
     if sequence_ptr is not None:
-        given = tl.load(sequence_ptr + at, mask=mine, other=0).to(tl.int64)
-        mine = mine & (tl.minimum(tl.maximum(given, 0), S - 1) == sequence)
-    return mine, mine & (tl.load(valid_ptr + at, mask=mine, other=0) != 0)
+        given = tl.load(sequence_ptr + at, mask=inside, other=0).to(tl.int64)
+        inside = inside & (tl.minimum(tl.maximum(given, 0), S - 1) == sequence)
+    return inside, inside & (tl.load(valid_ptr + at, mask=inside, other=0) != 0)
 
 
 @triton.jit
-def log_ratios(at, mine, logp_ptr, old_logp_ptr, advantage_ptr, low, high, CLIPPED: tl.constexpr):
+def log_ratios(at, valid, logp_ptr, old_logp_ptr, advantage_ptr, low, high, CLIPPED: tl.constexpr):
     """(logp, d, d after token_clip) of some tokens."""
-    logp = tl.load(logp_ptr + at, mask=mine, other=0.0)
+    logp = tl.load(logp_ptr + at, mask=valid, other=0.0)
     old_logp = logp
     if old_logp_ptr is not None:
-        old_logp = tl.load(old_logp_ptr + at, mask=mine, other=0.0)
+        old_logp = tl.load(old_logp_ptr + at, mask=valid, other=0.0)
     log_ratio = logp - old_logp
-    bounded = log_ratio
+    clipped = log_ratio
     if CLIPPED:
-        gains = tl.load(advantage_ptr + at, mask=mine, other=0.0) > 0
+        gains = tl.load(advantage_ptr + at, mask=valid, other=0.0) > 0
         above = tl.where(log_ratio > high, high, log_ratio)
         below = tl.where(log_ratio < -low, -low, log_ratio)
-        bounded = tl.where(gains, above, below)
-    return logp, log_ratio, bounded
+        clipped = tl.where(gains, above, below)
+    return logp, log_ratio, clipped
 
 
-@triton.jit(
-    do_not_specialize=["N", "T", "S"],
-    # scalars of a row: their alignment, which changes with N, must not recompile
-    do_not_specialize_on_alignment=[
-        "logp_ptr",
-        "entropy_ptr",
-        "exact_kl_ptr",
-        "valid_ptr",
-        "weight_ptr",
-        "advantage_ptr",
-        "old_logp_ptr",
-        "ref_logp_ptr",
-        "factor_ptr",
-        "entropy_weight_ptr",
-        "sequence_ptr",
-        "first_ptr",
-        "last_ptr",
-        "ratio_ptr",
-        "kl_ptr",
-        "loss_ptr",
-        "dlogp_ptr",
-        "dropped_ptr",
-    ],
-)
+@unspecialized
 def _sequence_loss_kernel(
     logp_ptr,
     entropy_ptr,
@@ -120,30 +98,32 @@ def _sequence_loss_kernel(
         begin = tl.load(first_ptr + sequence)
         end = tl.load(last_ptr + sequence) + 1
 
+    # the mean log-ratio
     if LEVEL != "token":
         total = tl.zeros([BLOCK], tl.float32)
         length = tl.zeros([BLOCK], tl.int32)
         for start in range(begin, end, BLOCK):
             at = start + lane
-            _, mine = own_tokens(at, end, sequence, sequence_ptr, valid_ptr, S)
-            _, _, bounded = log_ratios(
-                at, mine, logp_ptr, old_logp_ptr, advantage_ptr, low, high, CLIPPED
+            _, valid = tokens_of(at, end, sequence, sequence_ptr, valid_ptr, S)
+            _, _, clipped = log_ratios(
+                at, valid, logp_ptr, old_logp_ptr, advantage_ptr, low, high, CLIPPED
             )
-            total += tl.where(mine, bounded, 0.0)
-            length += mine.to(tl.int32)
+            total += tl.where(valid, clipped, 0.0)
+            length += valid.to(tl.int32)
         count = tl.maximum(tl.sum(length, 0), 1).to(tl.float32)
-        level = tl.sum(total, 0) / count
+        mean = tl.sum(total, 0) / count
 
-    through = tl.zeros([BLOCK], tl.float32)
+    # loss and derivatives of every token
+    dmean = tl.zeros([BLOCK], tl.float32)
     broken = tl.zeros([BLOCK], tl.int32)
     for start in range(begin, end, BLOCK):
         at = start + lane
-        mine, valid = own_tokens(at, end, sequence, sequence_ptr, valid_ptr, S)
-        logp, log_ratio, bounded = log_ratios(
+        inside, valid = tokens_of(at, end, sequence, sequence_ptr, valid_ptr, S)
+        logp, log_ratio, clipped = log_ratios(
             at, valid, logp_ptr, old_logp_ptr, advantage_ptr, low, high, CLIPPED
         )
-        own = bounded == log_ratio
-        log_ratio = bounded if LEVEL == "token" else tl.zeros([BLOCK], tl.float32) + level
+        unclipped = clipped == log_ratio
+        log_ratio = clipped if LEVEL == "token" else tl.zeros([BLOCK], tl.float32) + mean
         advantage = tl.load(advantage_ptr + at, mask=valid, other=0.0)
         weight = tl.load(weight_ptr + at, mask=valid, other=0.0)
         loss, dlogp, dlog_ratio, kl = vector_terms(
@@ -163,44 +143,45 @@ def _sequence_loss_kernel(
         ratio = tl.exp(log_ratio)
         usable = is_finite(logp) & is_finite(log_ratio) & is_finite(ratio)
         usable = usable & is_finite(loss) & is_finite(dlogp) & is_finite(dlog_ratio)
-        alive = valid & (weight != 0)
-        kept = alive & usable
-        broken |= (alive & (usable == 0)).to(tl.int32)
+        counts = valid & (weight != 0)
+        kept, dropped = counts & usable, counts & (usable == 0)
         dlogp = tl.where(kept, weight * dlogp, 0.0)
         dlog_ratio = tl.where(kept, weight * dlog_ratio, 0.0)
-        if (LEVEL == "token") | (LEVEL == "sequence_token"):
-            dlogp += tl.where(kept & own, dlog_ratio, 0.0)
+        if LEVEL == "sequence":
+            dmean += dlog_ratio
         else:
-            through += dlog_ratio
-        tl.store(ratio_ptr + at, tl.where(valid, ratio, 0.0), mask=mine)
-        tl.store(kl_ptr + at, tl.where(alive, kl, 0.0), mask=mine)
-        tl.store(loss_ptr + at, tl.where(kept, loss, 0.0), mask=mine)
-        tl.store(dlogp_ptr + at, dlogp, mask=mine)
-        tl.store(dropped_ptr + at, alive & (usable == 0), mask=mine)
+            dlogp += tl.where(kept & unclipped, dlog_ratio, 0.0)
+        broken |= dropped.to(tl.int32)
+        tl.store(ratio_ptr + at, tl.where(valid, ratio, 0.0), mask=inside)
+        tl.store(kl_ptr + at, tl.where(counts, kl, 0.0), mask=inside)
+        tl.store(loss_ptr + at, tl.where(kept, loss, 0.0), mask=inside)
+        tl.store(dlogp_ptr + at, dlogp, mask=inside)
+        tl.store(dropped_ptr + at, dropped, mask=inside)
 
+    # all tokens are dropped with one of them, or have a part of the mean's derivative
     if LEVEL != "token":
-        lost = tl.max(broken, 0) > 0
+        is_broken = tl.max(broken, 0) > 0
         # what is read or written again another thread may have written
         tl.debug_barrier()
-        if lost:
+        if is_broken:
             for start in range(begin, end, BLOCK):
                 at = start + lane
-                _, mine = own_tokens(at, end, sequence, sequence_ptr, valid_ptr, S)
-                alive = mine & (tl.load(weight_ptr + at, mask=mine, other=0.0) != 0)
-                tl.store(loss_ptr + at, lane * 0.0, mask=alive)
-                tl.store(dlogp_ptr + at, lane * 0.0, mask=mine)
-                tl.store(dropped_ptr + at, alive, mask=alive)
+                _, valid = tokens_of(at, end, sequence, sequence_ptr, valid_ptr, S)
+                counts = valid & (tl.load(weight_ptr + at, mask=valid, other=0.0) != 0)
+                tl.store(loss_ptr + at, lane * 0.0, mask=counts)
+                tl.store(dlogp_ptr + at, lane * 0.0, mask=valid)
+                tl.store(dropped_ptr + at, counts, mask=counts)
         elif LEVEL == "sequence":
-            back = tl.sum(through, 0) / count
+            part = tl.sum(dmean, 0) / count
             for start in range(begin, end, BLOCK):
                 at = start + lane
-                _, mine = own_tokens(at, end, sequence, sequence_ptr, valid_ptr, S)
-                logp, log_ratio, bounded = log_ratios(
-                    at, mine, logp_ptr, old_logp_ptr, advantage_ptr, low, high, CLIPPED
+                _, valid = tokens_of(at, end, sequence, sequence_ptr, valid_ptr, S)
+                _, log_ratio, clipped = log_ratios(
+                    at, valid, logp_ptr, old_logp_ptr, advantage_ptr, low, high, CLIPPED
                 )
-                own = bounded == log_ratio
-                dlogp = tl.load(dlogp_ptr + at, mask=mine, other=0.0)
-                tl.store(dlogp_ptr + at, dlogp + tl.where(own, back, 0.0), mask=mine)
+                dlogp = tl.load(dlogp_ptr + at, mask=valid, other=0.0)
+                part_of = tl.where(clipped == log_ratio, part, 0.0)
+                tl.store(dlogp_ptr + at, dlogp + part_of, mask=valid)
 
 
 def sequence_loss(stats: RowStats, tokens: SequenceTokens, terms: Terms) -> RowLoss:
