@@ -35,7 +35,7 @@ REGISTERS = 65536
 # a row of at most so many bytes is in the caches when it is read again: with three programs of 8
 # warps to a processor, and with one of 16
 SHORT_ROW, LONG_ROW = 100 * 2**10, 380 * 2**10
-# of a thread in `row_loss`: left alone the assembler spills to use fewer; of two rows at a time
+# of a thread, at most: left alone the assembler spills to use fewer; for two rows at a time
 READING_REGISTERS, WRITING_REGISTERS, PAIR_REGISTERS = 64, 80, 128
 # tokens, warps and registers of a thread in `sequence_loss`: two tokens to a thread
 SEQUENCE_BLOCK, SEQUENCE_WARPS, SEQUENCE_REGISTERS = 512, 8, 64

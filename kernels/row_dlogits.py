@@ -8,7 +8,14 @@ place when both pointers are the same. The formula: see `row_gradient`.
 import torch
 
 from .language import tl
-from .launch import PAIR_REGISTERS, launch, place_of, row_keywords, unspecialized
+from .launch import (
+    PAIR_REGISTERS,
+    WRITING_REGISTERS,
+    launch,
+    place_of,
+    row_keywords,
+    unspecialized,
+)
 from .online_softmax import LOG2E
 from .records import RowLoss, Rows, RowStats, Slopes
 from .row_gradient import write_row_gradient, write_row_zeros
@@ -108,7 +115,9 @@ def row_dlogits(
         ref_rows: the reference policy's logits, where `slopes.dkl` is given.
     """
     dlogp, dentropy, dkl = slopes
-    ref = None if dkl is None or ref_rows is None else ref_rows.aligned_with(rows)
+    ref, registers = None, None if dentropy is None else WRITING_REGISTERS
+    if dkl is not None and ref_rows is not None:
+        ref, registers = ref_rows.aligned_with(rows), PAIR_REGISTERS
     launch(
         _row_dlogits_kernel,
         rows.N,
@@ -129,6 +138,6 @@ def row_dlogits(
         **place_of(ref, "ref_"),
         **place_of(Rows.of(dlogits), "out_"),
         scale=LOG2E.value / temperature,
-        **row_keywords(rows, None if ref is None else PAIR_REGISTERS),
+        **row_keywords(rows, registers),
     )
     return dlogits
