@@ -13,13 +13,11 @@ from triton.errors import TritonError
 from grpo_core import RECIPES
 from grpo_core.backends import triton as triton_backend
 from grpo_core.kernels import launch
-from grpo_core.kernels.launch import Tuning
+from grpo_core.kernels.launch import Layout
 from grpo_core.kernels.records import Rows, Slopes, Terms, TokenVectors
 
-# of a thread: the most there are, and what the one pass needs beside the tiles it holds
-MOST_REGISTERS, WORKING_REGISTERS = 255, 56
 Key = tuple[str, str, int]
-Timer = Callable[[Callable[[], object], Tuning], float]
+Timer = Callable[[Callable[[], object], Layout], float]
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Trial:
 
     key: Key
     V: int
-    tuning: Tuning
+    tuning: Layout
     seconds: dict[str, float]
     nbytes: int
     failure: str = ""
@@ -83,7 +81,7 @@ class Plans:
 
 
 @contextmanager
-def tuned(key: Key, tuning: Tuning | None) -> Iterator[None]:
+def tuned(key: Key, tuning: Layout | None) -> Iterator[None]:
     """The kernels with another entry of the table, None for the rule of cards nobody measured."""
     kept = launch.TUNED.pop(key, None)
     if tuning is not None:
@@ -96,10 +94,10 @@ def tuned(key: Key, tuning: Tuning | None) -> Iterator[None]:
             launch.TUNED[key] = kept
 
 
-def try_out(plans: Plans, tuning: Tuning, timer: Timer) -> Trial:
+def try_out(plans: Plans, tuning: Layout, timer: Timer) -> Trial:
     """Checks a layout against the default one, then times it."""
     seconds: dict[str, float] = {}
-    default = launch.untuned(plans.V)
+    default = launch.choose_layout(plans.V, plans.logits.element_size())
     logp: dict[int, Tensor] = {}
     for name, call in plans.calls.items():
         with tuned(plans.key, None):
@@ -128,14 +126,6 @@ def try_out(plans: Plans, tuning: Tuning, timer: Timer) -> Trial:
                 )
             seconds[name] = timer(call, tuning)
     return Trial(plans.key, plans.V, tuning, seconds, plans.logits.nbytes)
-
-
-def fits(tuning: Tuning) -> bool:
-    """Whether the tiles that a program would hold leave it registers to work with."""
-    each = launch.REGISTERS // (32 * tuning.warps)
-    most = min(MOST_REGISTERS, each, tuning.registers or MOST_REGISTERS)
-    # four registers to a tile
-    return not tuning.held or 4 * tuning.held + WORKING_REGISTERS <= most
 
 
 def _equal_to_rounding(found: Tensor, expected: Tensor) -> bool:

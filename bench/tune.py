@@ -3,11 +3,11 @@
     python -m bench.tune [--json FILE] [--table FILE]   sweep here, write both
     python -m bench.tune --apply FILE [--table FILE]    write what a sweep elsewhere has found
 
-First come the candidates of `bench.second_reading`, then one axis of `launch.Tuning` after the
-other, the others held at the best so far. Never chosen is a layout whose results differ from the
-default's (by more than rounding, where other warps sum in another order), or whose plans differ in
-a bit of a log-probability; nor one that gains less than the timer's noise. Statistics, one pass and
-gradient share an entry of the table, so their times are added.
+One axis of `launch.Layout` after the other is tried, the others held at the best so far. Never
+chosen is a layout whose results differ from the default's (by more than rounding, where other warps
+sum in another order), or whose plans differ in a bit of a log-probability; nor one that gains less
+than the timer's noise. Statistics, one pass and gradient share an entry of the table, so their
+times are added. On a GPU the candidates of `bench.experiments.second_reading` are timed as well.
 """
 
 from __future__ import annotations
@@ -24,25 +24,21 @@ from typing import Any
 import torch
 
 from bench.clock import median_seconds
+from bench.experiments.second_reading import time_candidates
 from bench.machine import describe
-from bench.second_reading import CANDIDATES
-from bench.trials import Key, Plans, Timer, Trial, fits, try_out
+from bench.trials import Key, Plans, Timer, Trial, try_out
 from grpo_core.cli.options import Parser, existing_file, new_file
 from grpo_core.kernels import launch
-from grpo_core.kernels.launch import Tuning
+from grpo_core.kernels.launch import Layout
 
-# values to try of every field of `Tuning`; those of fields it does not have are left out
+# values to try of every field of `Layout`
 AXES: dict[str, tuple[Any, ...]] = {
     "warps": (4, 8, 16, 32),
-    "tiles": (None, 1, 2, 4, 8),
+    "tiles": (1, 2, 4, 8),
     "num_stages": (None, 1, 2, 4),
     "registers": (None, 64, 80),
-    "backwards": (False, True),
-    "held": (0, 8, 16, 32, 48),
-    "kept": (None, 32, 64, 128),
 }
-# tried first: ways to read a row again that no single axis leads to
-STARTS = tuple(CANDIDATES.values())
+V_EXPERIMENT = 151_936
 VOCABULARIES = (32_000, 50_257, 128_256, 151_669, 151_936, 262_144)
 DTYPES = (torch.bfloat16, torch.float32)
 N, MINUTES, DRY_MINUTES = 4096, 9.0, 0.2
@@ -55,29 +51,28 @@ TABLE = Path(launch.__file__).resolve()
 
 
 def sweep(bucket: list[Plans], timer: Timer, deadline: float) -> Iterator[Trial]:
-    """Trials of a bucket's vocabularies: the default, the candidates, one axis after another."""
-    tried: dict[Tuning, float] = {}
+    """Trials of a bucket's vocabularies: the default, then one axis after another."""
+    tried: dict[Layout, float] = {}
 
-    def attempts(candidates: Iterable[Tuning]) -> Iterator[Trial]:
+    def attempts(candidates: Iterable[Layout]) -> Iterator[Trial]:
         for candidate in candidates:
-            if candidate in tried or not fits(candidate) or time.monotonic() > deadline:
+            if candidate in tried or time.monotonic() > deadline:
                 continue
             trials = [try_out(plans, candidate, timer) for plans in bucket]
             tried[candidate] = sum(trial.total for trial in trials)
             yield from trials
 
-    yield from attempts([launch.untuned(bucket[0].V), *STARTS])
-    own = {field.name for field in fields(Tuning)}
-    for axis in (name for name in AXES if name in own):
+    yield from attempts([launch.choose_layout(bucket[0].V, bucket[0].logits.element_size())])
+    for axis in AXES:
         best = min(tried, key=tried.__getitem__)
         yield from attempts([replace(best, **{axis: value}) for value in AXES[axis]])
 
 
-def choose(trials: list[Trial]) -> dict[Key, Tuning]:
+def choose(trials: list[Trial]) -> dict[Key, Layout]:
     """The layout of each bucket that is faster than its default, which is tried first."""
     chosen = {}
     for key in dict.fromkeys(trial.key for trial in trials):
-        totals: dict[Tuning, float] = {}
+        totals: dict[Layout, float] = {}
         for trial in trials:
             if trial.key == key:
                 totals[trial.tuning] = totals.get(trial.tuning, 0.0) + trial.total
@@ -87,7 +82,7 @@ def choose(trials: list[Trial]) -> dict[Key, Tuning]:
     return chosen
 
 
-def rewrite_table(source: str, table: dict[Key, Tuning]) -> str:
+def rewrite_table(source: str, table: dict[Key, Layout]) -> str:
     """The text of kernels/launch.py with another `TUNED`."""
     (place,) = (
         node
@@ -109,7 +104,7 @@ def _line(trial: Trial, default: float) -> str:
     """One line of the table of trials."""
     given = {"warps": trial.tuning.warps} | {
         field.name: value
-        for field in fields(Tuning)
+        for field in fields(Layout)
         if (value := getattr(trial.tuning, field.name)) != field.default
     }
     options = ", ".join(f"{name} {value}" for name, value in given.items())
@@ -150,12 +145,12 @@ def run_sweep(
     return trials
 
 
-def _seconds(call: Callable[[], object], _: Tuning) -> float:
+def _seconds(call: Callable[[], object], _: Layout) -> float:
     """The timer of a GPU."""
     return median_seconds(call, "cuda")
 
 
-def _pretend(call: Callable[[], object], tuning: Tuning) -> float:
+def _pretend(call: Callable[[], object], tuning: Layout) -> float:
     """A timer for machines that cannot time: eight warps are fastest."""
     return 1e-3 * (1 + abs(tuning.warps - 8) / 8 + (tuning.num_stages or 3) / 100)
 
@@ -181,11 +176,13 @@ def _main() -> None:
         usual = DRY_MINUTES if given.dry_run else MINUTES
         trials = run_sweep(*shape, minutes=usual if given.minutes is None else given.minutes)
         record = {"machine": describe(), "dry_run": given.dry_run}
+        if not given.dry_run:
+            record["second_reading"] = time_candidates(rows, V_EXPERIMENT, torch.bfloat16)
         record["trials"] = [asdict(trial) for trial in trials]
         record["chosen"] = [[*key, asdict(tuning)] for key, tuning in choose(trials).items()]
         if given.json:
             given.json.write_text(json.dumps(record, indent=1) + "\n")
-    chosen = {tuple(key): Tuning(**tuning) for *key, tuning in record["chosen"]}
+    chosen = {tuple(key): Layout(**tuning) for *key, tuning in record["chosen"]}
     source = given.table.read_text() if given.table.exists() else TABLE.read_text()
     swept = {tuple(trial["key"]) for trial in record["trials"]}
     kept = {key: tuning for key, tuning in launch.TUNED.items() if key not in swept}

@@ -1,15 +1,14 @@
 """The exact KL(π ‖ π_ref) of a row, over the whole vocabulary, from both rows of logits.
 
 Both rows are read once, side by side; the policy's is summed by the same steps as in
-`online_softmax`, so its log-probability keeps its bits. Where the two lie differently between
-multiples of 16 bytes, they are read by narrow loads, in the same order. With the target y apart
-from the others,
+`online_softmax`, so its log-probability keeps its bits. The two rows must lie alike between
+multiples of 16 bytes (`Rows.aligned_with` copies). With the target y apart from the others,
 
     KL = p_y·(log p_y − log q_y) + (1 − p_y)·(log(1 − p_y) − log(1 − q_y) + KL_others)
     dKL/dx_j = p_j·(log p_j − log q_j − KL) / T
 
-where KL_others is that of the softmax over the other words: Σ 2^c·(c − c_ref) / S − log₂ S +
-log₂ S_ref in base 2. Exactly 0 where the two rows are equal, infinite where π_ref forbids a word
+where KL_others is that of the softmax over the other tokens: Σ 2^c·(c − c_ref) / S − log₂ S +
+log₂ S_ref in base 2. Exactly 0 where the two rows are equal, infinite where π_ref forbids a token
 that π allows.
 """
 
@@ -17,15 +16,12 @@ from .language import tl, triton
 from .online_softmax import (
     LN2,
     add_powers,
-    as_state,
     finite_base,
+    from_largest,
     is_near,
     largest_other,
     load_others,
-    log_sides,
     row_anchor,
-    sigmoid2,
-    weighted_gap,
 )
 from .row_tiles import (
     boundary,
@@ -40,6 +36,7 @@ from .row_tiles import (
     tile_places,
     wide_order,
 )
+from .token_statistics import log_sides, sigmoid2
 
 
 @triton.jit
@@ -47,151 +44,106 @@ def row_softmax_pair(
     row_ptr,
     ref_ptr,
     V,
-    target,
+    target_col,
     scale,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """(M, S, Σ 2^c·c) of a row without its target, (M, S) of π_ref, Σ 2^c·(c − c_ref)."""
-    lead = row_lead(row_ptr, WIDTH)
-    if lead == row_lead(ref_ptr, WIDTH):
-        anchor, rest, moment, ref_anchor, ref_rest, cross = wide_pair(
-            row_ptr, ref_ptr, V, lead, target, scale, THREADS, WIDTH, TILES
+    """(anchor, Σ 2^c, Σ 2^c·c) without the target, (anchor, Σ 2^c) of π_ref, Σ 2^c·(c − c_ref)."""
+    anchor, sum_others, moment_others, ref_anchor, ref_sum, cross = anchored_pair(
+        row_ptr, ref_ptr, V, target_col, scale, THREADS, WIDTH, TILES
+    )
+    near = is_near(anchor, sum_others)
+    if not (near & is_near(ref_anchor, ref_sum)):
+        largest, _ = largest_other(row_ptr, V, target_col, THREADS, WIDTH)
+        ref_largest, _ = largest_other(ref_ptr, V, target_col, THREADS, WIDTH)
+        below, moment_below, ref_sum, cross = pair_below(
+            row_ptr, ref_ptr, V, target_col, largest, ref_largest, scale, THREADS, WIDTH
         )
-    else:
-        anchor, rest, moment, ref_anchor, ref_rest, cross = strided_pair(
-            row_ptr, ref_ptr, V, target, scale, THREADS, WIDTH
-        )
-    near = is_near(anchor, rest)
-    if not (near & is_near(ref_anchor, ref_rest)):
-        largest, _ = largest_other(row_ptr, V, target, THREADS, WIDTH)
-        ref_largest, _ = largest_other(ref_ptr, V, target, THREADS, WIDTH)
-        others, moments, ref_rest, cross = pair_below(
-            row_ptr, ref_ptr, V, target, largest, ref_largest, scale, THREADS, WIDTH
-        )
-        ref_anchor, ref_rest, _, ref_shift = as_state(ref_largest, ref_rest, 0.0, scale)
-        peak, whole, moments, shift = as_state(largest, others, moments, scale)
+        ref_anchor, ref_sum, _, ref_shift = from_largest(ref_largest, ref_sum, 0.0, scale)
+        peak, total, moment, shift = from_largest(largest, below, moment_below, scale)
         # where only π_ref has a bad anchor, π keeps what it has without one
         shift = tl.where(near, tl.fma(largest, scale, -anchor), shift)
-        cross = tl.exp2(shift) * (cross + (shift - ref_shift) * others)
+        cross = tl.exp2(shift) * (cross + (shift - ref_shift) * below)
         anchor = tl.where(near, anchor, peak)
-        rest = tl.where(near, rest, whole)
-        moment = tl.where(near, moment, moments)
-    return anchor, rest, moment, ref_anchor, ref_rest, cross
+        sum_others = tl.where(near, sum_others, total)
+        moment_others = tl.where(near, moment_others, moment)
+    return anchor, sum_others, moment_others, ref_anchor, ref_sum, cross
 
 
 @triton.jit
-def wide_pair(
+def anchored_pair(
     row_ptr,
     ref_ptr,
     V,
-    lead,
-    target,
+    target_col,
     scale,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """What `row_softmax_pair` gives, M the anchors: for rows that lie alike."""
+    """What `row_softmax_pair` returns, the anchors being those of `row_anchor`."""
     tile: tl.constexpr = THREADS * WIDTH
     step: tl.constexpr = TILES * tile
     places = tile_places(THREADS, WIDTH)
-    end, hole = V + lead, target + lead
+    lead = row_lead(row_ptr, WIDTH)
+    end, target_place = V + lead, target_col + lead
     row_ptr, ref_ptr = boundary(row_ptr, lead), boundary(ref_ptr, lead)
     logits = load_part(row_ptr, places, lead, end)
     ref_logits = load_part(ref_ptr, places, lead, end)
-    anchors, sums = first_pair(
-        row_ptr, ref_ptr, places - lead, logits, ref_logits, hole, lead, scale, THREADS, WIDTH
+    target_logit, ref_target = tl.load(row_ptr + target_place), tl.load(ref_ptr + target_place)
+    anchors = (
+        row_anchor(logits, places - lead, target_logit, scale, THREADS, WIDTH),
+        row_anchor(ref_logits, places - lead, ref_target, scale, THREADS, WIDTH),
     )
+    logits = tl.where(places == target_place, float("-inf"), logits)
+    ref_logits = tl.where(places == target_place, float("-inf"), ref_logits)
+    zeros = tl.zeros([THREADS, WIDTH], tl.float32)
+    sums = add_pair((zeros, zeros, zeros, zeros), logits, ref_logits, scale, anchors)
     for first in range(tile, end, step):
-        if is_whole(first, step, lead, end) & ((hole < first) | (hole >= first + step)):
+        others = (target_place < first) | (target_place >= first + step)
+        if is_whole(first, step, lead, end) & others:
             for k in tl.static_range(TILES):
                 logits = load_whole(row_ptr + first + k * tile, THREADS, WIDTH)
                 ref_logits = load_whole(ref_ptr + first + k * tile, THREADS, WIDTH)
                 sums = add_pair(sums, logits, ref_logits, scale, anchors)
         else:
             for start in range(first, tl.minimum(first + step, end), tile):
-                other = start + places != hole
+                other = start + places != target_place
                 logits = load_tile(row_ptr, start, lead, end, THREADS, WIDTH)
                 ref_logits = load_tile(ref_ptr, start, lead, end, THREADS, WIDTH)
                 logits = tl.where(other, logits, float("-inf"))
                 ref_logits = tl.where(other, ref_logits, float("-inf"))
                 sums = add_pair(sums, logits, ref_logits, scale, anchors)
-    return in_order(anchors, sums, wide_order(lead, THREADS, WIDTH))
-
-
-@triton.jit
-def strided_pair(
-    row_ptr,
-    ref_ptr,
-    V,
-    target,
-    scale,
-    THREADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """What `wide_pair` gives, for rows that lie differently."""
-    columns = strided_columns(THREADS, WIDTH)
-    logits = load_part(row_ptr, columns, 0, V)
-    ref_logits = load_part(ref_ptr, columns, 0, V)
-    anchors, sums = first_pair(
-        row_ptr, ref_ptr, columns, logits, ref_logits, target, 0, scale, THREADS, WIDTH
-    )
-    for first in range(THREADS * WIDTH, V, THREADS * WIDTH):
-        logits = load_others(row_ptr, first + columns, V, target)
-        ref_logits = load_others(ref_ptr, first + columns, V, target)
-        sums = add_pair(sums, logits, ref_logits, scale, anchors)
-    return in_order(anchors, sums, strided_order(THREADS, WIDTH))
-
-
-@triton.jit
-def first_pair(
-    row_ptr,
-    ref_ptr,
-    columns,
-    logits,
-    ref_logits,
-    hole,
-    lead,
-    scale,
-    THREADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """The anchors of both rows, and the sums of `add_pair` over their first tiles."""
-    mine, ref_mine = tl.load(row_ptr + hole), tl.load(ref_ptr + hole)
-    anchor = row_anchor(logits, columns, mine, scale, THREADS, WIDTH)
-    ref_anchor = row_anchor(ref_logits, columns, ref_mine, scale, THREADS, WIDTH)
-    anchors = anchor, ref_anchor
-    zeros = tl.zeros([THREADS, WIDTH], tl.float32)
-    sums = zeros, zeros, zeros, zeros
-    other = columns + lead != hole
-    logits = tl.where(other, logits, float("-inf"))
-    ref_logits = tl.where(other, ref_logits, float("-inf"))
-    return anchors, add_pair(sums, logits, ref_logits, scale, anchors)
+    total, moment, ref_total, cross = pair_in_order(sums, wide_order(lead, THREADS, WIDTH))
+    return anchors[0], total, moment, anchors[1], ref_total, cross
 
 
 @triton.jit
 def add_pair(sums, logits, ref_logits, scale, anchors):
     """Adds a tile of both rows to (Σ 2^c, Σ 2^c·c, Σ 2^c_ref, Σ 2^c·(c − c_ref))."""
-    rest, moment, ref_rest, cross = sums
-    rest, moment, power, centred = add_powers(rest, moment, logits, scale, anchors[0])
+    total, moment, ref_total, cross = sums
+    total, moment, power, centred = add_powers(total, moment, logits, scale, anchors[0])
     ref_centred = tl.fma(ref_logits, scale, -anchors[1])
     cross += weighted_gap(power, centred, ref_centred)
-    return rest, moment, ref_rest + tl.exp2(ref_centred), cross
+    return total, moment, ref_total + tl.exp2(ref_centred), cross
 
 
 @triton.jit
-def in_order(anchors, sums, order):
-    """Anchors and sums as `row_softmax_pair` has them, each of the four summed over its tile."""
-    rest, moment, ref_rest, cross = sums
+def weighted_gap(weight, centred, ref_centred):
+    """weight·(c − c_ref), and 0 for a token of weight 0, whatever π_ref says of it."""
+    return tl.where(weight != 0, weight * (centred - ref_centred), 0.0)
+
+
+@triton.jit
+def pair_in_order(sums, order):
+    """Each of the four sums over its tile."""
     return (
-        anchors[0],
-        sum_in_order(rest, order),
-        sum_in_order(moment, order),
-        anchors[1],
-        sum_in_order(ref_rest, order),
-        sum_in_order(cross, order),
+        sum_in_order(sums[0], order),
+        sum_in_order(sums[1], order),
+        sum_in_order(sums[2], order),
+        sum_in_order(sums[3], order),
     )
 
 
@@ -200,34 +152,33 @@ def pair_below(
     row_ptr,
     ref_ptr,
     V,
-    target,
+    target_col,
     largest,
     ref_largest,
     scale,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The sums of `add_pair`, each row's c relative to the largest of its other words."""
+    """The sums of `add_pair`, each row's c relative to its largest other logit."""
     columns = strided_columns(THREADS, WIDTH)
     zeros = tl.zeros([THREADS, WIDTH], tl.float32)
     sums = zeros, zeros, zeros, zeros
     base, ref_base = finite_base(largest), finite_base(ref_largest)
     for first in range(0, V, THREADS * WIDTH):
-        logits = load_others(row_ptr, first + columns, V, target) - base
-        ref_logits = load_others(ref_ptr, first + columns, V, target) - ref_base
+        logits = load_others(row_ptr, first + columns, V, target_col) - base
+        ref_logits = load_others(ref_ptr, first + columns, V, target_col) - ref_base
         sums = add_pair(sums, logits, ref_logits, scale, (0.0, 0.0))
-    _, rest, moment, _, ref_rest, cross = in_order((0.0, 0.0), sums, strided_order(THREADS, WIDTH))
-    return rest, moment, ref_rest, cross
+    return pair_in_order(sums, strided_order(THREADS, WIDTH))
 
 
 @triton.jit
-def exact_kl(z, rest, ref_z, ref_rest, cross):
-    """KL(π ‖ π_ref) of a row, nats, from what `row_softmax_pair` found and both target gaps."""
+def exact_kl(z, sum_others, ref_z, ref_sum, cross):
+    """KL(π ‖ π_ref) of a row, nats, from the sums of `row_softmax_pair` and both target gaps."""
     logp, log_others = log_sides(z)
     ref_logp, ref_log_others = log_sides(ref_z)
-    others, mine = sigmoid2(z), sigmoid2(-z)
-    rest, ref_rest = tl.abs(rest), tl.abs(ref_rest)
-    kl_others = (cross / rest - tl.log2(rest) + tl.log2(ref_rest)) * LN2
+    p_others, p_target = sigmoid2(z), sigmoid2(-z)
+    total, ref_total = tl.abs(sum_others), tl.abs(ref_sum)
+    kl_others = (cross / total - tl.log2(total) + tl.log2(ref_total)) * LN2
     kl_others = tl.where(cross == float("inf"), cross, kl_others)
-    kl = tl.where(others > 0, others * (log_others - ref_log_others + kl_others), 0.0)
-    return kl + tl.where(mine > 0, mine * (logp - ref_logp), 0.0)
+    kl = tl.where(p_others > 0, p_others * (log_others - ref_log_others + kl_others), 0.0)
+    return kl + tl.where(p_target > 0, p_target * (logp - ref_logp), 0.0)

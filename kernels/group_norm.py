@@ -10,10 +10,10 @@ the largest, whose squares neither overflow nor vanish.
 import torch
 
 from .language import tl, triton
-from .launch import launch
+from .launch import launch, unspecialized
 
 
-@triton.jit(do_not_specialize=["G", "freedom"])
+@unspecialized
 def _group_norm_kernel(
     rewards_ptr,
     advantage_ptr,

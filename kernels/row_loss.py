@@ -7,66 +7,35 @@ bytes per bfloat16 logit for forward and backward together; without `dlogits`, o
 
     L = Σ_n weight_n · (factor_n · ℓ(logp_n, logp_n − old_logp_n, A_n) + beta · kl_n)
         − entropy_weight_n · H_n
-    dL/dx_j = (dlogp·(δ_{j,y} − p_j) − dentropy·p_j·(log p_j + H) + dkl·p_j·(log p_j/q_j − KL)) / T
+    dL/dx_j: see `row_gradient`
 
-The last term is that of the exact KL, for which the row of the reference's logits is read beside.
-
-Rows of weight 0 are not read; rows without a gradient are not read twice. A row with a term that
-is not finite (NaN or +inf among its logits, an overflowing ratio) is dropped: no loss, no gradient.
+For the exact KL the row of the reference's logits is read beside. Rows of weight 0 are not read;
+rows without a gradient are not read twice. A row with a term that is not finite (NaN or +inf among
+its logits, an overflowing ratio) is dropped: no loss, no gradient.
 """
 
 import torch
 
-from .exact_kl import exact_kl, row_softmax_pair
-from .language import tl, triton
-from .launch import SUM_BLOCK, launch, row_layout
-from .online_softmax import LOG2E, row_softmax, sure_entropy, target_gap, token_statistics
+from .language import tl
+from .launch import (
+    PAIR_REGISTERS,
+    READING_REGISTERS,
+    WRITING_REGISTERS,
+    launch,
+    place_of,
+    row_keywords,
+    unspecialized,
+)
+from .online_softmax import LOG2E
 from .records import RowLoss, Rows, Terms, TokenVectors
 from .row_gradient import write_row_gradient, write_row_zeros
-from .row_tiles import hold_tiles, row_start
+from .row_reading import read_row
+from .row_tiles import row_start, store_vectors
 from .scalar_math import is_finite
-from .sum_by_the_last import new_ticket, sum_by_the_last
 from .token_loss import token_terms
 
 
-@triton.jit(
-    do_not_specialize=[
-        "N",
-        "V",
-        "rows_per_batch",
-        "batch_stride",
-        "row_stride",
-        "ref_rows_per_batch",
-        "ref_batch_stride",
-        "ref_row_stride",
-        "out_rows_per_batch",
-        "out_batch_stride",
-        "out_row_stride",
-    ],
-    # no alignment, which changes with N and with a view, may recompile
-    do_not_specialize_on_alignment=[
-        "logits_ptr",
-        "ref_logits_ptr",
-        "dlogits_ptr",
-        "target_ptr",
-        "weight_ptr",
-        "advantage_ptr",
-        "old_logp_ptr",
-        "ref_logp_ptr",
-        "factor_ptr",
-        "entropy_weight_ptr",
-        "logp_ptr",
-        "entropy_ptr",
-        "ratio_ptr",
-        "kl_ptr",
-        "loss_ptr",
-        "dlogp_ptr",
-        "dropped_ptr",
-        "state_ptr",
-        "total_ptr",
-        "ticket_ptr",
-    ],
-)
+@unspecialized
 def _row_loss_kernel(
     logits_ptr,
     ref_logits_ptr,
@@ -77,16 +46,8 @@ def _row_loss_kernel(
     ref_logp_ptr,
     factor_ptr,
     entropy_weight_ptr,
-    logp_ptr,
-    entropy_ptr,
-    ratio_ptr,
-    kl_ptr,
-    loss_ptr,
-    dlogp_ptr,
+    vectors_ptr,
     dropped_ptr,
-    state_ptr,
-    total_ptr,
-    ticket_ptr,
     dlogits_ptr,
     N,
     V,
@@ -105,131 +66,100 @@ def _row_loss_kernel(
     SURROGATE: tl.constexpr,
     KL: tl.constexpr,
     KL_TIMES_RATIO: tl.constexpr,
-    SUM: tl.constexpr,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILES: tl.constexpr,
-    HELD: tl.constexpr,
-    KEPT: tl.constexpr,
-    BACKWARDS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    start = row_start(row, rows_per_batch, batch_stride, row_stride)
+    row_ptr = logits_ptr + row_start(row, rows_per_batch, batch_stride, row_stride)
+    if dlogits_ptr is not None:
+        out_ptr = dlogits_ptr + row_start(row, out_rows_per_batch, out_batch_stride, out_row_stride)
     target = tl.load(target_ptr + row)
-    readable = (target >= 0) & (target < V)
-    word = target.to(tl.int32)
     weight = tl.load(weight_ptr + row)
-    logp = 0.0
-    entropy = 0.0
-    ratio = 0.0
-    kl = 0.0
-    loss = 0.0
-    dlogp = 0.0
-    dentropy = 0.0
-    dkl = 0.0
-    peak = 0.0
-    rest = 1.0
-    z = 0.0
-    ref = None
+    if (weight == 0) | (target < 0) | (target >= V):
+        store_vectors(vectors_ptr, N, row, (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0))
+        if ref_logits_ptr is not None:
+            store_vectors(vectors_ptr + 8 * N, N, row, (0.0, 1.0))
+        tl.store(dropped_ptr + row, False)
+        if dlogits_ptr is not None:
+            write_row_zeros(out_ptr, V, THREADS, WIDTH)
+        return
+
+    target_col = target.to(tl.int32)
+    ref_ptr = None
     if ref_logits_ptr is not None:
         ref_ptr = ref_logits_ptr + row_start(
             row, ref_rows_per_batch, ref_batch_stride, ref_row_stride
         )
-        ref_peak = 0.0
-        ref_rest = 1.0
-        ref_z = 0.0
-    dropped = False
-    counts = (weight != 0) & readable
-    held = None
-    if HELD > 0:
-        held = hold_tiles(logits_ptr + start, counts, THREADS, WIDTH, HELD)
-    if counts:
-        row_ptr = logits_ptr + start
-        if ref_logits_ptr is None:
-            peak, rest, moment = row_softmax(
-                row_ptr, V, word, scale, THREADS, WIDTH, TILES, held, KEPT
-            )
-        else:
-            peak, rest, moment, ref_peak, ref_rest, cross = row_softmax_pair(
-                row_ptr, ref_ptr, V, word, scale, THREADS, WIDTH, TILES
-            )
-            ref_z, _ = target_gap(ref_ptr, word, scale, ref_peak, ref_rest)
-        z, lost = target_gap(row_ptr, word, scale, peak, rest)
-        logp, entropy = token_statistics(z, lost, rest, moment)
-        entropy = sure_entropy(entropy, z, row_ptr, V, word, scale, THREADS, WIDTH)
-        # without an old policy the ratio is exactly 1, yet NaN where logp is not finite
-        old_logp = logp
-        if old_logp_ptr is not None:
-            old_logp = tl.load(old_logp_ptr + row)
-        log_ratio = logp - old_logp
-        ratio = tl.exp(log_ratio)
-        advantage = tl.load(advantage_ptr + row)
-        loss, dlogp, dlog_ratio, kl = token_terms(
-            logp,
-            log_ratio,
-            advantage,
-            factor_ptr,
-            ref_logp_ptr,
-            row,
-            None,
-            beta,
-            surrogate_args,
-            SURROGATE,
-            KL,
-            KL_TIMES_RATIO,
-        )
-        if ref_logits_ptr is not None:
-            kl = exact_kl(z, rest, ref_z, ref_rest, cross)
-            if beta != 0:
-                loss += beta * kl
-                dkl = beta * weight
-        dlogp = weight * (dlogp + dlog_ratio)
-        loss = weight * loss
-        if entropy_weight_ptr is not None:
-            dentropy = -tl.load(entropy_weight_ptr + row)
-            loss += dentropy * entropy
-        usable = is_finite(logp) & is_finite(log_ratio) & is_finite(ratio)
-        dropped = (usable & is_finite(loss) & is_finite(dlogp)) == 0
-        loss = tl.where(dropped, 0.0, loss)
-        dlogp = tl.where(dropped, 0.0, dlogp)
-        dentropy = tl.where(dropped, 0.0, dentropy)
-        dkl = tl.where(dropped, 0.0, dkl)
-    tl.store(logp_ptr + row, logp)
-    tl.store(entropy_ptr + row, entropy)
-    tl.store(ratio_ptr + row, ratio)
-    tl.store(kl_ptr + row, kl)
-    tl.store(loss_ptr + row, loss)
-    tl.store(dlogp_ptr + row, dlogp)
-    tl.store(dropped_ptr + row, dropped)
-    tl.store(state_ptr + row, peak)
-    tl.store(state_ptr + N + row, rest)
+    logp, entropy, row_kl, state, ref_state = read_row(
+        row_ptr, ref_ptr, V, target_col, scale, THREADS, WIDTH, TILES
+    )
+
+    # without an old policy the ratio is exactly 1, yet NaN where logp is not finite
+    old_logp = logp
+    if old_logp_ptr is not None:
+        old_logp = tl.load(old_logp_ptr + row)
+    log_ratio = logp - old_logp
+    ratio = tl.exp(log_ratio)
+    loss, dlogp, dlog_ratio, kl = token_terms(
+        logp,
+        log_ratio,
+        tl.load(advantage_ptr + row),
+        factor_ptr,
+        ref_logp_ptr,
+        row,
+        None,
+        beta,
+        surrogate_args,
+        SURROGATE,
+        KL,
+        KL_TIMES_RATIO,
+    )
+    dkl = 0.0
+    ref = None
     if ref_logits_ptr is not None:
-        tl.store(state_ptr + 2 * N + row, ref_peak)
-        tl.store(state_ptr + 3 * N + row, ref_rest)
-        ref = (ref_ptr, ref_peak, ref_rest, ref_z, kl)
-    sum_by_the_last(loss_ptr, total_ptr, ticket_ptr, N, N, SUM)
+        kl = row_kl
+        ref = (ref_ptr, ref_state[0], ref_state[1], ref_state[2], kl)
+        if beta != 0:
+            loss += beta * kl
+            dkl = beta * weight
+    dlogp = weight * (dlogp + dlog_ratio)
+    loss = weight * loss
+    dentropy = 0.0
+    if entropy_weight_ptr is not None:
+        dentropy = -tl.load(entropy_weight_ptr + row)
+        loss += dentropy * entropy
+
+    usable = is_finite(logp) & is_finite(log_ratio) & is_finite(ratio)
+    usable = usable & is_finite(loss) & is_finite(dlogp)
+    loss = tl.where(usable, loss, 0.0)
+    dlogp = tl.where(usable, dlogp, 0.0)
+    dentropy = tl.where(usable, dentropy, 0.0)
+    dkl = tl.where(usable, dkl, 0.0)
+    vectors = (logp, entropy, ratio, kl, loss, dlogp, state[0], state[1])
+    store_vectors(vectors_ptr, N, row, vectors)
+    if ref_logits_ptr is not None:
+        store_vectors(vectors_ptr + 8 * N, N, row, (ref_state[0], ref_state[1]))
+    tl.store(dropped_ptr + row, usable == 0)
+
     if dlogits_ptr is not None:
-        out = row_start(row, out_rows_per_batch, out_batch_stride, out_row_stride)
         if (dlogp != 0) | (dentropy != 0) | (dkl != 0):
             write_row_gradient(
-                logits_ptr + start,
-                dlogits_ptr + out,
+                row_ptr,
+                out_ptr,
                 V,
-                word,
+                target_col,
                 scale,
                 (dlogp, dentropy, dkl),
-                (peak, rest, z, entropy),
+                (state[0], state[1], state[2], entropy),
                 ref,
                 entropy_weight_ptr is not None,
                 THREADS,
                 WIDTH,
                 TILES,
-                held,
-                KEPT,
-                BACKWARDS,
             )
         else:
-            write_row_zeros(dlogits_ptr + out, V, THREADS, WIDTH)
+            write_row_zeros(out_ptr, V, THREADS, WIDTH)
 
 
 def row_loss(
@@ -243,22 +173,24 @@ def row_loss(
     """Loss of every row, and the gradient of every logit into `dlogits`.
 
     Args:
-        rows: logits of N tokens over V words, float32, bfloat16 or float16.
+        rows: logits of N tokens, float32, bfloat16 or float16.
         tokens: targets, weights, advantages and what else is given of each.
         temperature: T, the logits are divided by it.
         terms: the objective's formulas.
         dlogits: written if given, of the logits' shape; may be the logits.
         ref_rows: the reference policy's logits of the same tokens, for the exact KL, or None.
     """
-    out = rows if dlogits is None else Rows.of(dlogits)
-    ref = ref_rows or rows
-    states = 2 if ref_rows is None else 4
-    state = torch.empty(states, rows.N, dtype=torch.float32, device=rows.logits.device)
-    result = RowLoss.empty(rows.N, rows.logits.device, state)
-    layout = row_layout(rows)
+    N, device = rows.N, rows.logits.device
+    vectors = torch.empty(8 if ref_rows is None else 10, N, dtype=torch.float32, device=device)
+    dropped = torch.empty(N, dtype=torch.bool, device=device)
+    registers = READING_REGISTERS
+    if ref_rows is not None:
+        ref_rows, registers = ref_rows.aligned_with(rows), PAIR_REGISTERS
+    elif dlogits is not None and rows.logits.element_size() == 2:
+        registers = WRITING_REGISTERS
     launch(
         _row_loss_kernel,
-        rows.N,
+        N,
         on=rows.logits,
         logits_ptr=rows.logits,
         ref_logits_ptr=None if ref_rows is None else ref_rows.logits,
@@ -269,35 +201,21 @@ def row_loss(
         ref_logp_ptr=tokens.ref_logp,
         factor_ptr=tokens.factor,
         entropy_weight_ptr=tokens.entropy_weight,
-        logp_ptr=result.logp,
-        entropy_ptr=result.entropy,
-        ratio_ptr=result.ratio,
-        kl_ptr=result.kl,
-        loss_ptr=result.loss,
-        dlogp_ptr=result.dlogp,
-        dropped_ptr=result.dropped,
-        state_ptr=result.state,
-        total_ptr=result.total,
-        ticket_ptr=new_ticket(result.total) if tokens.ticket is None else tokens.ticket,
+        vectors_ptr=vectors,
+        dropped_ptr=dropped,
         dlogits_ptr=dlogits,
-        N=rows.N,
+        N=N,
         V=rows.V,
-        rows_per_batch=rows.rows_per_batch,
-        batch_stride=rows.batch_stride,
-        row_stride=rows.row_stride,
-        ref_rows_per_batch=ref.rows_per_batch,
-        ref_batch_stride=ref.batch_stride,
-        ref_row_stride=ref.row_stride,
-        out_rows_per_batch=out.rows_per_batch,
-        out_batch_stride=out.batch_stride,
-        out_row_stride=out.row_stride,
+        **place_of(rows),
+        **place_of(ref_rows, "ref_"),
+        **place_of(None if dlogits is None else Rows.of(dlogits), "out_"),
         scale=LOG2E.value / temperature,
         beta=terms.beta,
         surrogate_args=terms.surrogate_args,
         SURROGATE=terms.surrogate,
         KL=terms.kl,
         KL_TIMES_RATIO=terms.kl_times_ratio,
-        SUM=SUM_BLOCK,
-        **layout.of_two_readings(rows.V, dlogits is not None, ref_rows is not None),
+        **row_keywords(rows, registers),
     )
-    return result
+    logp, entropy, ratio, kl, loss, dlogp = vectors[:6]
+    return RowLoss(logp, entropy, ratio, kl, loss, dlogp, dropped, vectors[6:])

@@ -6,17 +6,13 @@ reading that one number; neither the host waits nor memory moves.
 
 import torch
 
-from .language import tl, triton
-from .launch import launch, row_layout
+from .language import tl
+from .launch import launch, place_of, row_keywords, unspecialized
 from .records import Rows
 from .row_tiles import boundary, is_whole, load_part, load_whole, row_lead, row_start, tile_places
 
 
-@triton.jit(
-    do_not_specialize=["V", "rows_per_batch", "batch_stride", "row_stride"],
-    # no alignment, which changes with N and with a view, may recompile
-    do_not_specialize_on_alignment=["dlogits_ptr", "factor_ptr"],
-)
+@unspecialized
 def _row_scale_kernel(
     dlogits_ptr,
     factor_ptr,
@@ -57,9 +53,7 @@ def row_scale(rows: Rows, factor: torch.Tensor) -> torch.Tensor:
         dlogits_ptr=rows.logits,
         factor_ptr=factor,
         V=rows.V,
-        rows_per_batch=rows.rows_per_batch,
-        batch_stride=rows.batch_stride,
-        row_stride=rows.row_stride,
-        **row_layout(rows).keywords,
+        **place_of(rows),
+        **row_keywords(rows),
     )
     return rows.logits

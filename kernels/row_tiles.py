@@ -1,13 +1,13 @@
-"""How a program walks over a row of logits: 16 bytes to a load, wherever the row lies in memory.
+"""How a program reads a row of logits: 16 bytes to a load, wherever the row lies in memory.
 
-Rows of an odd vocabulary start anywhere between two multiples of 16 bytes. A row is therefore
-walked from the last such boundary before its start, `lead` logits ahead of it, in tiles
-`[THREADS, WIDTH]` of neighbours, WIDTH logits (16 bytes) to a thread. Only the tiles at the two
-ends of a row are masked, and read as narrowly as their masks change; nothing outside of the row is
-read or written.
+Rows of an odd vocabulary start anywhere between two multiples of 16 bytes. A row is therefore read
+from the last such boundary before its start, `lead` logits ahead of it, in tiles of
+`[THREADS, WIDTH]`, WIDTH neighbours (16 bytes) to a thread. Only the tiles at the two ends of a row
+are masked; nothing outside of the row is read or written. A *place* counts logits from the
+boundary, a *column* counts them from the start of the row.
 
-Where two rows must be walked together and lie differently, both are walked by `strided_columns`:
-narrow, but whole warps read neighbours.
+Where two rows must be read together and lie differently, both are read by `strided_columns`: by
+narrow loads, of which whole warps read neighbours.
 """
 
 from .language import tl, triton
@@ -50,57 +50,21 @@ def is_whole(first, size, lead, end):
 
 
 @triton.jit
-def load_whole(tile_ptr, THREADS: tl.constexpr, WIDTH: tl.constexpr, EVICT: tl.constexpr = None):
-    """A whole tile as float32; EVICT asks the caches to keep it long, or not."""
-    if tile_ptr.dtype.element_ty == tl.bfloat16:
-        words = load_words(tile_ptr, None, THREADS, WIDTH, EVICT)
-        logits = unpack_words(words, tl.bfloat16, THREADS, WIDTH)
-    else:
-        places = tile_places(THREADS, WIDTH)
-        logits = tl.load(tile_ptr + places, eviction_policy=EVICT).to(tl.float32)
-    return logits
+def load_whole(tile_ptr, THREADS: tl.constexpr, WIDTH: tl.constexpr):
+    """A whole tile as float32.
 
-
-@triton.jit
-def load_words(
-    tile_ptr, wanted, THREADS: tl.constexpr, WIDTH: tl.constexpr, EVICT: tl.constexpr = None
-):
-    """A whole tile as words of 32 bits, if `wanted`: four registers of a thread, at any dtype."""
-    words = tile_places(THREADS, WIDTH * tile_ptr.dtype.element_ty.primitive_bitwidth // 32)
-    pointers = tile_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + words
-    return tl.load(pointers, mask=wanted, eviction_policy=EVICT)
-
-
-@triton.jit
-def unpack_words(words, dtype: tl.constexpr, THREADS: tl.constexpr, WIDTH: tl.constexpr):
-    """The logits in such words as float32.
-
-    Of two neighbouring bfloat16 each is made a float32 by one instruction: the lower by a shift,
-    the upper by a mask.
+    bfloat16 is loaded as words of 32 bits, of which a shift makes the lower neighbour a float32 and
+    a mask the upper one: one instruction each.
     """
-    if dtype == tl.float32:
-        logits = words.to(tl.float32, bitcast=True)
-    else:
-        if dtype == tl.bfloat16:
-            lower = (words << 16).to(tl.float32, bitcast=True)
-            upper = (words & -65536).to(tl.float32, bitcast=True)
-        else:
-            lower = words.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
-            upper = (words >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    if tile_ptr.dtype.element_ty == tl.bfloat16:
+        word_ptr = tile_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+        words = tl.load(word_ptr + tile_places(THREADS, WIDTH // 2))
+        lower = (words << 16).to(tl.float32, bitcast=True)
+        upper = (words & -65536).to(tl.float32, bitcast=True)
         logits = tl.reshape(tl.join(lower, upper), [THREADS, WIDTH])
+    else:
+        logits = tl.load(tile_ptr + tile_places(THREADS, WIDTH)).to(tl.float32)
     return logits
-
-
-@triton.jit
-def hold_tiles(row_ptr, wanted, THREADS: tl.constexpr, WIDTH: tl.constexpr, HELD: tl.constexpr):
-    """The HELD tiles behind a row's first, as words, if `wanted`; the row must hold them whole."""
-    tile: tl.constexpr = THREADS * WIDTH
-    tile_ptr = boundary(row_ptr, row_lead(row_ptr, WIDTH)) + tile
-    held = (load_words(tile_ptr, wanted, THREADS, WIDTH),)
-    for k in tl.static_range(1, HELD):
-        more = load_words(tile_ptr + k * tile, wanted, THREADS, WIDTH)
-        held = held + (more,)  # type: ignore[assignment]
-    return held
 
 
 @triton.jit
@@ -121,12 +85,11 @@ def load_tile(row_ptr, first, lead, end, THREADS: tl.constexpr, WIDTH: tl.conste
 
 
 @triton.jit
-def load_raw(tile_ptr, tile: tl.constexpr, TILES: tl.constexpr, EVICT: tl.constexpr):
-    """Several tiles as they lie in memory."""
-    tiles = (tl.load(tile_ptr, eviction_policy=EVICT),)
+def load_raw(tile_ptr, tile: tl.constexpr, TILES: tl.constexpr):
+    """Several tiles in the dtype of the logits."""
+    tiles = (tl.load(tile_ptr),)
     for k in tl.static_range(1, TILES):
-        more = tl.load(tile_ptr + k * tile, eviction_policy=EVICT)
-        tiles = tiles + (more,)  # type: ignore[assignment]
+        tiles = tiles + (tl.load(tile_ptr + k * tile),)  # type: ignore[assignment]
     return tiles
 
 
@@ -149,3 +112,10 @@ def strided_order(THREADS: tl.constexpr, WIDTH: tl.constexpr):
     """Where a tile of `strided_columns` holds each column of its row, modulo the tile."""
     column = tl.arange(0, THREADS * WIDTH)
     return column % THREADS * WIDTH + column // THREADS
+
+
+@triton.jit
+def store_vectors(vectors_ptr, N, row, values):
+    """The values of a row into the vectors `[len(values), N]`."""
+    for k in tl.static_range(len(values)):
+        tl.store(vectors_ptr + k * N + row, values[k])

@@ -31,7 +31,7 @@ from bench.table import kernel_lines, table
 from bench.truth import WrongResult, find_truth, refuse_wrong
 from grpo_core import RECIPES, fused_loss, token_logp
 from grpo_core.kernels import launch
-from grpo_core.kernels.launch import Tuning
+from grpo_core.kernels.launch import Layout
 from grpo_core.kernels.records import Rows
 from grpo_core.trainer.live_bytes import LiveBytes
 from tests.conftest import HAS_GPU, HAS_TRITON
@@ -213,7 +213,7 @@ def test_one_pass_reads_and_writes_every_logit_once(inplace: bool, dtype: torch.
     assert torch.equal(step.read(step.logits), ONCE)
     assert torch.equal(step.written(), ONCE)
     assert (step.dlogits.data_ptr() == step.logits.data_ptr()) == inplace
-    assert step.kernels == ["token_weights_kernel", "row_loss_kernel", "row_scale_kernel"]
+    assert step.kernels == ["row_loss_kernel", "row_scale_kernel"]
 
 
 @interpreted
@@ -461,19 +461,18 @@ def test_a_sweep_chooses_the_fastest_right_layout_and_writes_it_down(
 
     try_out = tune.try_out
 
-    def spoil_the_fastest(plans: Any, tuning: Tuning, timer: Any) -> Any:
+    def spoil_the_fastest(plans: Any, tuning: Layout, timer: Any) -> Any:
         trial = try_out(plans, tuning, timer)
         return replace(trial, failure="another result") if tuning.warps == 32 else trial
 
     monkeypatch.setattr(tune, "try_out", spoil_the_fastest)
     # of every axis the least that shows it is walked along
-    monkeypatch.setattr(tune, "STARTS", (Tuning(warps=8, backwards=True, held=1),))
     axes = {name: values[:2] for name, values in tune.AXES.items()}
     monkeypatch.setattr(tune, "AXES", axes | {"warps": (4, 8, 32)})
     seconds = {32: 0.1, 8: 0.5}
 
-    def timer(_: Any, tuning: Tuning) -> float:
-        return seconds.get(tuning.warps, 1.0) + (tuning.held + tuning.backwards) / 100
+    def timer(_: Any, tuning: Layout) -> float:
+        return seconds.get(tuning.warps, 1.0) + (tuning.tiles != 4) / 100
 
     trials = tune.run_sweep((2000, 2001), (torch.bfloat16,), 2, "cpu", timer)
     tried = {trial.tuning for trial in trials}
@@ -481,8 +480,8 @@ def test_a_sweep_chooses_the_fastest_right_layout_and_writes_it_down(
         assert {getattr(tuning, axis) for tuning in tried} >= set(values), axis
     assert {trial.V for trial in trials} == {2000, 2001}
     chosen = tune.choose(trials)
-    assert chosen == {("cpu", "bfloat16", 2048): Tuning(warps=8)}
-    table = chosen | {("sm_90", "float32", 2**18): Tuning(warps=16, num_stages=2)}
+    assert chosen == {("cpu", "bfloat16", 2048): Layout(warps=8)}
+    table = chosen | {("sm_90", "float32", 2**18): Layout(warps=16, num_stages=2)}
     copy = tmp_path / "launch_copy.py"
     copy.write_text(tune.rewrite_table(tune.TABLE.read_text(), table))
     spec = spec_from_file_location("grpo_core.kernels.launch_copy", copy)
@@ -494,7 +493,7 @@ def test_a_sweep_chooses_the_fastest_right_layout_and_writes_it_down(
     assert written == {key: vars(tuning) for key, tuning in table.items()}
     rows = Rows.of(torch.empty(2, 2000, dtype=torch.bfloat16))
     eight_warps = {"THREADS": 256, "num_warps": 8}
-    assert module.row_layout(rows).keywords == launch.row_layout(rows).keywords | eight_warps
+    assert module.row_keywords(rows) == launch.row_keywords(rows) | eight_warps
     # nothing but the table differs
     before, after = tune.TABLE.read_text(), copy.read_text()
     assert tune.rewrite_table(after, {}) == tune.rewrite_table(before, {})
@@ -515,7 +514,7 @@ def test_a_layout_with_another_result_is_found_out(monkeypatch: pytest.MonkeyPat
         return (logp * (1 + off), *rest)
 
     def outcome(warps: int) -> str | float:
-        trial = trials.try_out(plans, Tuning(warps, backwards=True), lambda *_: 1.0)
+        trial = trials.try_out(plans, Layout(warps), lambda *_: 1.0)
         return trial.failure or trial.total
 
     monkeypatch.setitem(plans.calls, "one pass", wrong_by_its_warps)
@@ -524,16 +523,6 @@ def test_a_layout_with_another_result_is_found_out(monkeypatch: pytest.MonkeyPat
     assert outcome(16) == "one pass: logp of other bits"
     assert outcome(32) == 3.0
     assert plans.key not in launch.TUNED
-
-
-def test_no_program_is_to_hold_more_than_its_registers():
-    from bench.second_reading import CANDIDATES
-    from bench.trials import fits
-
-    assert all(map(fits, CANDIDATES.values()))
-    assert fits(Tuning(8, held=49)) and not fits(Tuning(8, held=50))
-    assert fits(Tuning(16, held=18)) and not fits(Tuning(16, held=19))
-    assert not fits(Tuning(8, held=16, registers=80))
 
 
 @pytest.mark.parametrize("V", [1, 2, 4096, 4097, 151_669, 262_144])

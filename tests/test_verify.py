@@ -18,7 +18,7 @@ from grpo_core.backends import pytorch_rows as row_chunks
 from grpo_core.backends import pytorch_softmax as row_softmax
 from grpo_core.kernels import row_loss as row_loss_kernel
 from grpo_core.kernels.language import tl, triton
-from grpo_core.kernels.online_softmax import token_statistics
+from grpo_core.kernels.row_reading import read_row
 from grpo_core.verify.__main__ import main
 from grpo_core.verify.accuracy import QUANTITIES, compare_confident, exact_tokens
 from grpo_core.verify.inputs import LARGEST_MARGIN, OBJECTIVES, one_per_plan, set_margins
@@ -114,16 +114,16 @@ def test_a_wrong_softmax_or_walk_fails(
 
 
 @triton.jit
-def wrong_statistics(z, lost, rest, moment):
-    logp, entropy = token_statistics(z, lost, rest, moment)
-    return logp, entropy + 0.00001 * tl.abs(entropy)
+def wrong_reading(row_ptr, ref_ptr, V, target_col, scale, THREADS, WIDTH, TILES):
+    logp, entropy, *others = read_row(row_ptr, ref_ptr, V, target_col, scale, THREADS, WIDTH, TILES)
+    return logp, entropy + 0.00001 * tl.abs(entropy), *others
 
 
 @pytest.mark.skipif(HAS_GPU or not HAS_TRITON, reason="replaces an interpreted kernel's function")
 def test_a_wrong_kernel_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(row_loss_kernel, "token_statistics", wrong_statistics)
+    monkeypatch.setattr(row_loss_kernel, "read_row", wrong_reading)
     options = ["--vocabulary", "70", "--dtype", "float32", "--recipe", "dapo"]
     assert main(["--backend", "triton", *options]) == 1
     printed = capsys.readouterr().out

@@ -212,7 +212,7 @@ def as_if_on(card: str) -> Iterator[list[Launch]]:
     with (
         patch.object(driver, "_active", device),
         patch.object(JITFunction, "run", compile_only),
-        # what the dispatch and `row_layout` look at
+        # what the dispatch and `row_keywords` look at
         patch.object(Tensor, "is_cuda", True),
         patch.object(torch.version, "hip", hip),
         patch("grpo_core.kernels.launch.architecture", lambda device: card),

@@ -1,0 +1,1 @@
+"""Kernels with choices that only a GPU can decide: a file each, timed by `bench.tune`."""

@@ -1,0 +1,265 @@
+"""Ways to read a row a second time: `python -m bench.experiments.second_reading` times them.
+
+The one pass reads a row to sum it and once more to write its gradient. The second reading goes to
+memory where the caches have lost the row: 6 bytes per bfloat16 logit instead of 4. The kernel here
+is the one pass of a plain loss, −logp, with three choices against that:
+
+- BACKWARDS: the second reading goes from the row's end to its beginning, so that it first meets
+  what the caches hold.
+- HELD: so many tiles behind the first stay in registers.
+- KEPT: the caches are asked to keep so many tiles at the row's end, and to give up the rest first.
+
+No bit of logp and gradient depends on them, and both are those of `row_loss` (the test holds it).
+If one of them is faster on a GPU than `row_loss`, it is to be moved into kernels/.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_core.kernels.gradient_formula import gradient_of_others, row_factors
+from grpo_core.kernels.language import tl, triton
+from grpo_core.kernels.launch import LOAD_BYTES, launch, unspecialized
+from grpo_core.kernels.online_softmax import LN2, LOG2E, add_powers, row_anchor
+from grpo_core.kernels.row_tiles import is_whole, load_part, sum_in_order, tile_places, wide_order
+from grpo_core.kernels.token_statistics import log_sides, target_gap
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout, and how a row is read again; `held` and `kept` count tiles."""
+
+    warps: int
+    tiles: int = 4
+    registers: int | None = None
+    backwards: bool = False
+    held: int = 0
+    kept: int = 0
+
+
+CANDIDATES = {
+    "plain": Candidate(8, registers=80),
+    "plain, 1 program": Candidate(32, tiles=2),
+    "backwards": Candidate(8, registers=80, backwards=True),
+    "backwards, 2 programs": Candidate(16, registers=64, backwards=True),
+    "backwards, 1 program": Candidate(32, tiles=2, backwards=True),
+    "backwards, 64 KiB kept": Candidate(8, registers=80, backwards=True, kept=16),
+    "22 % held, backwards": Candidate(8, registers=128, backwards=True, held=16),
+    "43 % held, backwards": Candidate(16, registers=128, backwards=True, held=16),
+    "65 % held": Candidate(8, registers=255, held=48),
+}
+
+
+@triton.jit
+def load_tiles(
+    row_ptr, first, tile: tl.constexpr, TILES: tl.constexpr, places, EVICT: tl.constexpr
+):
+    """Several whole tiles in the dtype of the logits."""
+    tiles = (tl.load(row_ptr + first + places, eviction_policy=EVICT),)
+    for k in tl.static_range(1, TILES):
+        more = tl.load(row_ptr + first + k * tile + places, eviction_policy=EVICT)
+        tiles = tiles + (more,)  # noqa: RUF005
+    return tiles
+
+
+@triton.jit
+def add_steps(
+    sums,
+    row_ptr,
+    begin,
+    until,
+    V,
+    target_col,
+    scale,
+    anchor,
+    THREADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILES: tl.constexpr,
+    EVICT: tl.constexpr,
+):
+    """Adds the steps of a row that begin from `begin` on and before `until`."""
+    tile: tl.constexpr = THREADS * WIDTH
+    places = tile_places(THREADS, WIDTH)
+    total, moment = sums
+    for first in range(begin, until, TILES * tile):
+        others = (target_col < first) | (target_col >= first + TILES * tile)
+        if is_whole(first, TILES * tile, 0, V) & others:
+            tiles = load_tiles(row_ptr, first, tile, TILES, places, EVICT)
+            for k in tl.static_range(TILES):
+                logits = tiles[k].to(tl.float32)
+                total, moment, _, _ = add_powers(total, moment, logits, scale, anchor)
+        else:
+            for start in range(first, tl.minimum(first + TILES * tile, V), tile):
+                logits = load_part(row_ptr, start + places, 0, V)
+                logits = tl.where(start + places == target_col, float("-inf"), logits)
+                total, moment, _, _ = add_powers(total, moment, logits, scale, anchor)
+    return total, moment
+
+
+@unspecialized
+def _second_reading_kernel(
+    logits_ptr,
+    target_ptr,
+    logp_ptr,
+    dlogits_ptr,
+    V,
+    scale,
+    THREADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILES: tl.constexpr,
+    HELD: tl.constexpr,
+    KEPT: tl.constexpr,
+    BACKWARDS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    # rows of a multiple of 16 bytes
+    row_ptr = tl.multiple_of(logits_ptr + row * V, 16)
+    out_ptr = tl.multiple_of(dlogits_ptr + row * V, 16)
+    target_col = tl.load(target_ptr + row).to(tl.int32)
+    tile: tl.constexpr = THREADS * WIDTH
+    step: tl.constexpr = TILES * tile
+    places = tile_places(THREADS, WIDTH)
+
+    logits = load_part(row_ptr, places, 0, V)
+    target_logit = tl.load(row_ptr + target_col)
+    anchor = row_anchor(logits, places, target_logit, scale, THREADS, WIDTH)
+    logits = tl.where(places == target_col, float("-inf"), logits)
+    zeros = tl.zeros([THREADS, WIDTH], tl.float32)
+    total, moment, _, _ = add_powers(zeros, zeros, logits, scale, anchor)
+    begin: tl.constexpr = (1 + HELD) * tile
+    if HELD > 0:
+        held = load_tiles(row_ptr, tile, tile, HELD, places, "evict_first")
+        for k in tl.static_range(HELD):
+            logits = held[k].to(tl.float32)
+            at = (1 + k) * tile + places
+            logits = tl.where(at == target_col, float("-inf"), logits)
+            total, moment, _, _ = add_powers(total, moment, logits, scale, anchor)
+    sums = total, moment
+    kept = begin
+    if KEPT > 0:
+        kept = begin + tl.maximum(V - begin - KEPT * tile, 0) // step * step
+        sums = add_steps(
+            sums,
+            row_ptr,
+            begin,
+            kept,
+            V,
+            target_col,
+            scale,
+            anchor,
+            THREADS,
+            WIDTH,
+            TILES,
+            "evict_first",
+        )
+    sums = add_steps(
+        sums,
+        row_ptr,
+        kept,
+        V,
+        V,
+        target_col,
+        scale,
+        anchor,
+        THREADS,
+        WIDTH,
+        TILES,
+        "evict_last" if KEPT > 0 else "",
+    )
+    sum_others = sum_in_order(sums[0], wide_order(0, THREADS, WIDTH))
+    z, error = target_gap(row_ptr, target_col, scale, anchor, sum_others)
+    tl.store(logp_ptr + row, log_sides(z, error)[0])
+
+    state = anchor, sum_others, z, 0.0
+    at_target, factor, _, _, _ = row_factors(scale, (-1.0, 0.0, 0.0), state, None, False)
+    factors = scale, anchor, factor * (scale * LN2), 0.0, 0.0, 0.0
+    again: tl.constexpr = "evict_first" if KEPT > 0 else ""
+    # in place, no thread may overwrite the target's logit before all have read it
+    tl.debug_barrier()
+    steps = tl.cdiv(tl.maximum(V - begin, 0), step)
+    for index in range(0, steps):
+        first = begin + (steps - 1 - index if BACKWARDS else index) * step
+        if is_whole(first, step, 0, V):
+            tiles = load_tiles(row_ptr, first, tile, TILES, places, again)
+            for k in tl.static_range(TILES):
+                write(out_ptr, first + k * tile + places, tiles[k], V, factors, again)
+        else:
+            for start in range(first, V, tile):
+                logits = load_part(row_ptr, start + places, 0, V)
+                write(out_ptr, start + places, logits, V, factors, again)
+    if HELD > 0:
+        for k in tl.static_range(HELD):
+            write(out_ptr, (1 + k) * tile + places, held[k], V, factors, again)
+    write(out_ptr, places, load_part(row_ptr, places, 0, V), V, factors, again)
+    tl.debug_barrier()
+    tl.store(out_ptr + target_col, at_target.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def write(out_ptr, at, logits, V, factors, EVICT: tl.constexpr):
+    """The gradient of a tile of logits, none of which is the target's."""
+    dlogits = gradient_of_others(logits.to(tl.float32), None, factors, False)
+    dlogits = dlogits.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + at, dlogits, mask=at < V, eviction_policy=EVICT)
+
+
+def second_reading(logits: Tensor, target: Tensor, dlogits: Tensor, candidate: Candidate) -> Tensor:
+    """logp of every row; its negative's gradient into `dlogits`, which may be the logits.
+
+    Args:
+        logits: [N, V] contiguous, V a multiple of 16 bytes.
+        target: [N] int64 in [0, V).
+    """
+    N, V = logits.shape
+    width, threads = LOAD_BYTES // logits.element_size(), 32 * candidate.warps
+    if V % width:
+        raise ValueError(f"logits: expected V to be a multiple of {width}, got {V}")
+    whole = V // (threads * width)
+    keywords: dict[str, Any] = {}
+    if candidate.registers is not None and not torch.version.hip:
+        keywords["maxnreg"] = candidate.registers
+    logp = torch.empty(N, dtype=torch.float32, device=logits.device)
+    launch(
+        _second_reading_kernel,
+        N,
+        on=logits,
+        logits_ptr=logits,
+        target_ptr=target,
+        logp_ptr=logp,
+        dlogits_ptr=dlogits,
+        V=V,
+        scale=LOG2E.value,
+        THREADS=threads,
+        WIDTH=width,
+        TILES=candidate.tiles,
+        HELD=max(0, min(candidate.held, whole - 1)),
+        KEPT=candidate.kept,
+        BACKWARDS=candidate.backwards,
+        num_warps=candidate.warps,
+        **keywords,
+    )
+    return logp
+
+
+def time_candidates(N: int, V: int, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    """Milliseconds and TB/s (one reading and one writing) of every candidate, on this GPU."""
+    logits = torch.randn(N, V, device="cuda").to(dtype)
+    target = torch.randint(V, (N,), device="cuda")
+    dlogits, found = torch.empty_like(logits), {}
+    for name, candidate in CANDIDATES.items():
+        milliseconds = triton.testing.do_bench(
+            lambda candidate=candidate: second_reading(logits, target, dlogits, candidate)
+        )
+        terabytes = 2e-9 * logits.nbytes / milliseconds
+        found[name] = asdict(candidate) | {"ms": milliseconds, "TB/s": terabytes}
+        print(f"{name:<26}{milliseconds:8.3f} ms{terabytes:7.2f} TB/s", flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    for dtype in (torch.bfloat16, torch.float32):
+        time_candidates(4096, 151_936, dtype)

@@ -1,0 +1,66 @@
+"""The gradient of a row's logits, from what L's derivatives by the row's statistics are.
+
+    dL/dx_j = (dlogp·(δ_{j,y} − p_j) − dentropy·p_j·(log p_j + H) + dkl·p_j·(log p_j/q_j − KL)) / T
+
+With c_j the scaled logit relative to the row's anchor, p_j is 2^c_j times what is the same for the
+whole row. So the gradient of every other logit than the target's is
+
+    2^c·(factor + log_factor·c) + gap_factor·2^c·(c − c_ref)
+
+with three numbers of the row (`row_factors`): two multiply-adds to a logit at most, and none
+without an entropy term and an exact KL. The target's own gradient is computed apart.
+"""
+
+from .exact_kl import weighted_gap
+from .language import tl, triton
+from .online_softmax import LN2, LOWEST
+from .token_statistics import log_sides, sigmoid2
+
+
+@triton.jit
+def gradient_of_others(logits, ref_logits, factors, ENTROPY: tl.constexpr):
+    """The formula above for a tile; without an exact KL `ref_logits` are None."""
+    scale, anchor, factor, log_factor, ref_anchor, gap_factor = factors
+    centred = tl.fma(logits, scale, -anchor)
+    power = tl.exp2(centred)
+    if ENTROPY:
+        factor = tl.fma(tl.maximum(centred, LOWEST), log_factor, factor)
+    if ref_logits is None:
+        dlogits = power * factor
+    else:
+        ref_centred = tl.fma(ref_logits, scale, -ref_anchor)
+        dlogits = tl.fma(power, factor, weighted_gap(gap_factor * power, centred, ref_centred))
+    return dlogits
+
+
+@triton.jit
+def row_factors(scale, derivatives, state, ref, ENTROPY: tl.constexpr):
+    """(the target's gradient, factor, the entropy's part of it, log_factor, gap_factor) of a row.
+
+    The entropy's part has still to be taken off, and neither it nor `factor` is divided by T.
+    """
+    dlogp, dentropy, dkl = derivatives
+    _, sum_others, z, entropy = state
+    p_others, p_target = sigmoid2(z), sigmoid2(-z)
+    logp, log_others = log_sides(z)
+    total = tl.abs(sum_others)
+    share = tl.where(total > 0, p_others / total, 0.0)
+    at_target = dlogp * p_others
+    factor = -dlogp * share
+    of_entropy, log_factor, gap_factor = 0.0, 0.0, 0.0
+    if ENTROPY:
+        spread = tl.where(p_others > 0, log_others - tl.log2(total) * LN2 + entropy, 0.0)
+        at_target -= tl.where(p_target > 0, dentropy * p_target * (logp + entropy), 0.0)
+        of_entropy = dentropy * share * spread
+        log_factor = -dentropy * share * (LN2 * LN2) * scale
+    if ref is not None:
+        _, _, ref_sum, ref_z, kl = ref
+        ref_logp, ref_log_others = log_sides(ref_z)
+        spread = log_others - ref_log_others - (tl.log2(total) - tl.log2(tl.abs(ref_sum))) * LN2
+        spread -= kl
+        of_target = p_target * (logp - ref_logp - kl)
+        # a KL that is only measured may be infinite
+        at_target += tl.where((dkl != 0) & (p_target > 0), dkl * of_target, 0.0)
+        factor += tl.where((dkl != 0) & (p_others > 0), dkl * share * spread, 0.0)
+        gap_factor = dkl * share * (LN2 * LN2) * scale
+    return at_target * (scale * LN2), factor, of_entropy, log_factor, gap_factor

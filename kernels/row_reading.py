@@ -1,0 +1,41 @@
+"""Reading a row of logits: what `row_stats` and `row_loss` have in common."""
+
+from .exact_kl import exact_kl, row_softmax_pair
+from .language import tl, triton
+from .online_softmax import row_softmax
+from .token_statistics import target_gap, token_statistics
+
+
+@triton.jit
+def read_row(
+    row_ptr,
+    ref_ptr,
+    V,
+    target_col,
+    scale,
+    THREADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """(logp, entropy, exact KL, (anchor, sum_others, z), the same three of the reference); nats.
+
+    Without a reference, `ref_ptr` None, its part and the KL are 0.
+    """
+    if ref_ptr is None:
+        anchor, sum_others, moment_others = row_softmax(
+            row_ptr, V, target_col, scale, THREADS, WIDTH, TILES
+        )
+    else:
+        anchor, sum_others, moment_others, ref_anchor, ref_sum, cross = row_softmax_pair(
+            row_ptr, ref_ptr, V, target_col, scale, THREADS, WIDTH, TILES
+        )
+    z, logp, entropy = token_statistics(
+        row_ptr, V, target_col, scale, anchor, sum_others, moment_others, THREADS, WIDTH
+    )
+    kl = 0.0
+    ref_state = (0.0, 0.0, 0.0)
+    if ref_ptr is not None:
+        ref_z, _ = target_gap(ref_ptr, target_col, scale, ref_anchor, ref_sum)
+        kl = exact_kl(z, sum_others, ref_z, ref_sum, cross)
+        ref_state = (ref_anchor, ref_sum, ref_z)
+    return logp, entropy, kl, (anchor, sum_others, z), ref_state
