@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 from grpo_core.linear import operators as linear_operators
-from grpo_core.linear.checks import (
+from grpo_core.linear.autograd import check_reference
+from grpo_core.linear.head import (
+    HEAD_DTYPES,
+    LinearHead,
     autocast_dtype,
-    check_policy,
+    check_head,
+    check_hidden,
     check_target_shape,
     dtype_of_logits,
-    stand_in,
-    temperature_of_rows,
+    logits_like,
 )
-from grpo_core.linear.head import HEAD_DTYPES, LinearHead, check_head, check_hidden
 from grpo_core.linear.operators import POLICIES, TENSORS, LinearOutcome, head_numbers
 from grpo_core.loss.fused_loss import LossOutput, TokenLogp
 from grpo_core.loss.in_graph import host_tensor, measured_in_graph, traceable
@@ -30,33 +32,23 @@ def loss_in_graph(
     target: Tensor,
     *,
     objective: str | Objective,
-    temperature: float | Tensor,
+    temperature: float,
     normalizer: Tensor | float | None,
-    old_lm_head: Tensor | LinearHead | None,
     ref_lm_head: Tensor | LinearHead | None,
     logits_dtype: torch.dtype | None,
-    accumulate_into: Tensor | None,
     **given: Any,
 ) -> LossOutput:
     """`fused_linear_loss`, whose arguments these are.
 
     Raises:
-        NotImplementedError: accumulate_into, of which a graph must know beforehand.
         ValueError: as there, and an objective that was made inside of the graph.
     """
-    if accumulate_into is not None:
-        raise NotImplementedError("accumulate_into: expected None inside torch.compile")
     spec = traceable(objective)
-    # values are looked at inside of the operator
-    heat, temperature = temperature_of_rows(temperature, target, False)
     head = _checked(hidden, lm_head, target, temperature)
-    others = {"old": old_lm_head, "ref": ref_lm_head}
-    heads: list[LinearHead | None] = [head]
-    for name, matrix in others.items():
-        states = given[f"{name}_hidden"]
-        check_policy(name, given[f"{name}_logp"], states, matrix, hidden)
-        known = None if matrix is None else check_head(f"{name}_lm_head", matrix, states)
-        heads.append(known)
+    reference = check_reference(
+        spec, head, hidden, given["ref_logp"], given["ref_hidden"], ref_lm_head
+    )
+    heads = [head, None if ref_lm_head is None or reference is None else reference[1]]
     divisor = normalizer if isinstance(normalizer, (int, float)) else None
     numbers = [number for one in heads for number in head_numbers(one)]
     enabled = torch.is_grad_enabled()
@@ -69,7 +61,6 @@ def loss_in_graph(
             | {
                 "hidden": hidden,
                 "target": target,
-                "heat": None if heat is None else heat.view(target.shape),
                 "numbers": host_tensor(
                     temperature, 1.0 if divisor is None else divisor, *numbers, *spec.numbers
                 ),
@@ -84,7 +75,7 @@ def loss_in_graph(
     )
     loss, *others_found = found
     outcome = LinearOutcome._make((loss, *(vector.detach() for vector in others_found)))
-    has_old = given["old_logp"] is not None or given["old_hidden"] is not None
+    has_old = given["old_logp"] is not None
     measured: Measured = measured_in_graph(
         spec,
         outcome.given,
@@ -113,13 +104,11 @@ def logp_in_graph(
     lm_head: Tensor | LinearHead,
     target: Tensor,
     *,
-    temperature: float | Tensor,
+    temperature: float,
     logits_dtype: torch.dtype | None,
     **given: Any,
 ) -> TokenLogp:
     """`linear_token_logp`, whose arguments these are."""
-    # values are looked at inside of the operator
-    heat, temperature = temperature_of_rows(temperature, target, False)
     head = _checked(hidden, lm_head, target, temperature)
     logp, entropy = linear_operators.linear_token_logp(
         *_arguments(
@@ -129,7 +118,6 @@ def logp_in_graph(
             | {
                 "hidden": hidden,
                 "target": target,
-                "heat": None if heat is None else heat.view(target.shape),
                 "numbers": host_tensor(temperature, *head_numbers(head)),
                 "logits_dtype": dtype_of_logits(logits_dtype),
                 "autocast": autocast_dtype(hidden),
@@ -145,7 +133,7 @@ def _checked(
     """The head, once shapes and dtypes fit; values are looked at inside of the operator."""
     head = check_head("lm_head", lm_head, check_hidden("hidden", hidden))
     check_target_shape(target, hidden)
-    check_logits(stand_in(hidden, head.V), temperature, HEAD_DTYPES)
+    check_logits(logits_like(hidden, head.V), temperature, HEAD_DTYPES)
     return head
 
 

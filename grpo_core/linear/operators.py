@@ -9,23 +9,23 @@ neighbours.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from grpo_core.linear.autograd import evaluate, outputs_of
-from grpo_core.linear.call import LinearCall
-from grpo_core.linear.door import logp_from_hidden, loss_from_hidden
+from grpo_core.linear.autograd import evaluate_call, loss_from_hidden
+from grpo_core.linear.chunks import LinearCall
 from grpo_core.linear.head import LinearHead
-from grpo_core.linear.rows import Run
+from grpo_core.linear.logp import logp_from_hidden
 from grpo_core.loss.operators import TAGS, schema
 from grpo_core.objective.objective import objective_of
 
 # tensors and numbers of a head, as the operators take them
 TENSORS = ("weight", "bias", "lora_A", "lora_B")
 HEAD_NUMBERS = 3
-POLICIES = ("", "old_", "ref_")
+POLICIES = ("", "ref_")
 
 
 class LinearOutcome(NamedTuple):
@@ -59,11 +59,9 @@ ARGUMENTS = {
         for policy in POLICIES
         for name in TENSORS
     },
-    "old_hidden": "Tensor?",
     "ref_hidden": "Tensor?",
     **{f"{policy}vocabulary": "SymInt?" for policy in POLICIES},
     "target": "Tensor",
-    "heat": "Tensor?",
     "numbers": "Tensor",
     "wanted": "bool[]",
     "objective": "str",
@@ -118,37 +116,31 @@ def take_head(given: dict[str, Any], policy: str, numbers: list[float]) -> Linea
     schema=schema(ARGUMENTS, len(LinearOutcome._fields)),
 )
 def fused_linear_loss(*arguments: Any) -> tuple[Tensor, ...]:
-    """Loss and gradients; `numbers` = (T, the divisor, *those of the heads, *the objective's).
-
-    T is that of rows without `heat`.
-    """
+    """Loss and gradients; `numbers` = (T, the divisor, *those of the heads, *the objective's)."""
     given = dict(zip(ARGUMENTS, arguments, strict=True))
     temperature, divisor, *others = given.pop("numbers").tolist()
-    head, old_head, ref_head = (take_head(given, policy, others) for policy in POLICIES)
+    head, ref_head = (take_head(given, policy, others) for policy in POLICIES)
     assert head is not None
     if given.pop("divides"):
         given["normalizer"] = divisor
     given["objective"] = objective_of(given["objective"], others)
     hidden, target, wanted = (given.pop(name) for name in ("hidden", "target", "wanted"))
-    heat = given.pop("heat")
     autocast, tensors = given.pop("autocast"), (hidden, *head.tensors)
     gradients: list[Tensor | None] = []
 
     def now(call: LinearCall) -> tuple[Tensor, ...]:
-        swept, found = evaluate(call, head, tensors)
-        gradients.extend(found)
-        return outputs_of(swept)
+        values, made = evaluate_call(replace(call, wanted=tuple(wanted)), head, tensors)
+        gradients.extend(made)
+        return values
 
     with torch.autocast(hidden.device.type, dtype=autocast, enabled=autocast is not None):
         out = loss_from_hidden(
             hidden,
             head,
             target,
-            temperature=temperature if heat is None else heat,
-            old_lm_head=old_head,
+            temperature=temperature,
             ref_lm_head=ref_head,
-            accumulate_into=None,
-            run=Run(tuple(wanted), now),
+            evaluate=now,
             **given,
         )
     none, tokens = out.logp.new_empty(0), out._tokens
@@ -178,7 +170,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     floats, flags = hidden.new_empty(N, dtype=torch.float32), hidden.new_empty(N, dtype=torch.bool)
     none = floats.new_empty(0)
     leaves = (hidden, *(given[name] for name in TENSORS))
-    has_old = given["old_logp"] is not None or given["old_hidden"] is not None
+    has_old = given["old_logp"] is not None
     return (
         floats.new_empty(()),
         *(torch.empty_like(floats) for _ in range(5)),
@@ -228,7 +220,6 @@ LOGP_ARGUMENTS = {
     "lora_B": "Tensor?",
     "vocabulary": "SymInt?",
     "target": "Tensor",
-    "heat": "Tensor?",
     "numbers": "Tensor",
     "mask": "Tensor?",
     "memory_budget": "SymInt?",
@@ -246,17 +237,17 @@ LOGP_ARGUMENTS = {
     schema=schema(LOGP_ARGUMENTS, 2),
 )
 def linear_token_logp(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """logp and entropy of every target; `numbers` = (T as above, *those of the head)."""
+    """logp and entropy of every target; `numbers` = (T, *those of the head)."""
     given = dict(zip(LOGP_ARGUMENTS, arguments, strict=True))
     temperature, *others = given.pop("numbers").tolist()
     head = take_head(given, "", others)
     assert head is not None
     hidden, target, autocast = (given.pop(name) for name in ("hidden", "target", "autocast"))
-    heat = given.pop("heat")
-    temperature = temperature if heat is None else heat
     with torch.autocast(hidden.device.type, dtype=autocast, enabled=autocast is not None):
-        found = logp_from_hidden(hidden, head, target, temperature=temperature, **given)
-    return found.logp.reshape(-1).clone(), found.entropy.reshape(-1).clone()
+        logp, entropy = logp_from_hidden(
+            hidden, head, target, temperature=temperature, plan="fast", **given
+        )
+    return logp.reshape(-1).clone(), entropy.reshape(-1).clone()
 
 
 @linear_token_logp.register_fake
