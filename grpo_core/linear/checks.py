@@ -7,7 +7,7 @@ from torch import Tensor
 
 from grpo_core.linear.head import HEAD_DTYPES, LinearHead, check_hidden
 from grpo_core.linear.memory import Plan
-from grpo_core.loss.inputs import COLDEST, present
+from grpo_core.loss.inputs import LOWEST_TEMPERATURE, find_unmasked
 from grpo_core.objective.validation import check_integers, check_tensor, must_validate
 
 
@@ -29,12 +29,12 @@ def temperature_of_rows(
         )
     heat = temperature.detach().reshape(-1).float()
     if must_validate(validate, target):
-        low = present(target, None) & ~((heat >= COLDEST) & (heat < torch.inf))
+        low = find_unmasked(target, None) & ~((heat >= LOWEST_TEMPERATURE) & (heat < torch.inf))
         if low.any():
             n = int(low.nonzero()[0])
             raise ValueError(
-                f"temperature: expected finite numbers >= {COLDEST}, got {float(heat[n])} at token "
-                f"{n}"
+                f"temperature: expected finite numbers >= {LOWEST_TEMPERATURE}, "
+                f"got {float(heat[n])} at token {n}"
             )
     return heat, 1.0
 

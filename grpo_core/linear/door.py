@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,12 +25,12 @@ from grpo_core.linear.reading import ScoreCall, score_rows
 from grpo_core.linear.rows import Run, loss_of_rows
 from grpo_core.loss.fused_loss import LossOutput, TokenLogp
 from grpo_core.loss.inputs import (
+    LossInputs,
     Tokens,
     check_logits,
-    check_loss_arguments,
     check_target,
-    present,
-    words_of,
+    find_unmasked,
+    flatten_target,
 )
 from grpo_core.objective.objective import Objective
 from grpo_core.objective.recipes import find_objective
@@ -74,30 +77,28 @@ def loss_from_hidden(
     dtype = dtype_of_logits(logits_dtype)
     autocast = autocast_dtype(hidden)
 
-    def door(old_logp: Tensor | None, ref_logp: Tensor | None) -> Tokens:
-        exact = spec.kl == "exact" and ref_hidden is not None
-        return check_loss_arguments(
-            logits,
-            target,
-            objective=spec,
-            advantage=advantage,
-            rewards=rewards,
-            group_size=group_size,
-            group_id=group_id,
-            old_logp=old_logp,
-            ref_logp=ref_logp,
-            ref_logits=logits if exact else None,
-            sampler_logp=sampler_logp,
-            mask=mask,
-            sequence_id=sequence_id,
-            normalizer=normalizer,
-            backend=backend,
-            validate=validate,
-        )
-
+    inputs = LossInputs(
+        target=target,
+        objective=spec,
+        advantage=advantage,
+        rewards=rewards,
+        group_size=group_size,
+        group_id=group_id,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        # of the same shape, which is all that is checked
+        ref_logits=logits if spec.kl == "exact" and ref_hidden is not None else None,
+        sampler_logp=sampler_logp,
+        mask=mask,
+        sequence_id=sequence_id,
+        normalizer=normalizer,
+        temperature=temperature,
+        backend=backend,
+        validate=validate,
+    )
     check_policy("old", old_logp, old_hidden, old_lm_head, hidden)
     check_policy("ref", ref_logp, ref_hidden, ref_lm_head, hidden)
-    vectors = {"old_logp": old_logp, "ref_logp": ref_logp}
+    vectors: dict[str, Any] = {"old_logp": old_logp, "ref_logp": ref_logp}
     others, reference = [], None
     if old_hidden is not None:
         others.append(_other("old", old_hidden, old_lm_head, head))
@@ -121,14 +122,14 @@ def loss_from_hidden(
     for other in others:
         # what is still to be found cannot be told from 0 by any check
         vectors[other.name] = torch.zeros(target.shape, dtype=torch.float32, device=hidden.device)
-    tokens = door(**vectors)
+    tokens = replace(inputs, **vectors).tokens(logits)
     early = [other for other in others if must_be_early(other, head, tokens)]
     late = tuple(other for other in others if not must_be_early(other, head, tokens))
     for name, states, matrix in early:
         every = spec.factor.needs_sampler or all_logp
         call = ScoreCall(
-            target=words_of(target),
-            valid=tokens.given if every else tokens.given & ~tokens.still(),
+            target=flatten_target(target),
+            valid=tokens.unmasked if every else tokens.unmasked & ~tokens.has_no_gradient(),
             temperature=float(temperature),
             heat=heat,
             plan=plan,
@@ -139,7 +140,7 @@ def loss_from_hidden(
         )
         vectors[name] = score_rows(states, matrix, call).over(target.numel())[0].view(target.shape)
     if early:
-        tokens = door(**vectors)
+        tokens = replace(inputs, **vectors).tokens(logits)
     return loss_of_rows(
         hidden,
         head,
@@ -181,9 +182,9 @@ def logp_from_hidden(
     heat, temperature = temperature_of_rows(temperature, target, validate)
     check_logits(logits, temperature, HEAD_DTYPES)
     check_target(logits, target, mask, validate)
-    valid = present(target, mask) & ((target >= 0) & (target < head.V)).reshape(-1)
+    valid = find_unmasked(target, mask) & ((target >= 0) & (target < head.V)).reshape(-1)
     call = ScoreCall(
-        target=words_of(target),
+        target=flatten_target(target),
         valid=valid,
         temperature=float(temperature),
         heat=heat,

@@ -87,7 +87,7 @@ def loss_in_graph(
     has_old = given["old_logp"] is not None or given["old_hidden"] is not None
     measured: Measured = measured_in_graph(
         spec,
-        outcome.given,
+        outcome.unmasked,
         outcome.bad_target,
         outcome.advantage,
         given | {"old_logp": outcome.old_logp if has_old else None},

@@ -35,7 +35,7 @@ from grpo_core.linear.reading import ScoreCall, of_finite, score_rows
 from grpo_core.linear.vocab_slices import Words, log_sum_exp, sliced_gradients
 from grpo_core.linear.walk import Walk
 from grpo_core.loss.fused_loss import TokenLogp
-from grpo_core.loss.inputs import check_logits, check_target, present, words_of
+from grpo_core.loss.inputs import check_logits, check_target, find_unmasked, flatten_target
 from grpo_core.objective.validation import check_concrete
 
 
@@ -84,10 +84,10 @@ def linear_logp(
     logits = stand_in(hidden, head.V)
     check_logits(logits, temperature, HEAD_DTYPES)
     target = check_target(logits, target, mask, validate)
-    flat = words_of(target)
+    flat = flatten_target(target)
     call = ScoreCall(
         target=flat,
-        valid=present(target, mask) & (flat >= 0) & (flat < head.V),
+        valid=find_unmasked(target, mask) & (flat >= 0) & (flat < head.V),
         temperature=float(temperature),
         plan=plan,
         memory_budget=memory_budget,

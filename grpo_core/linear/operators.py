@@ -39,7 +39,7 @@ class LinearOutcome(NamedTuple):
     factor: Tensor
     dropped: Tensor  # bool
     valid: Tensor  # bool
-    given: Tensor  # bool
+    unmasked: Tensor  # bool
     bad_target: Tensor  # bool
     advantage: Tensor
     old_logp: Tensor  # [0] where there is none
@@ -158,7 +158,7 @@ def fused_linear_loss(*arguments: Any) -> tuple[Tensor, ...]:
         *(vector.reshape(-1) for vector in (out.logp, out.entropy, out.ratio, out.kl, out.factor)),
         out._dropped,
         out._valid,
-        tokens.given,
+        tokens.unmasked,
         tokens.bad_target,
         tokens.advantage,
         none if tokens.old_logp is None else tokens.old_logp,

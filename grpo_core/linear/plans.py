@@ -101,7 +101,7 @@ class Sweep(Walk):
         """Products, loss and dlogits of a chunk whose rows wait for nothing; gradient products."""
         call, tokens = self.call, self.tokens
         if self.lift is not None:
-            tokens = tokens.times(self.lift)
+            tokens = tokens.scale_weights(self.lift)
         self._make_all_logits(chunk)
         dlogp = []
         for place, dlogits in self.buffer.launches(chunk.stop - chunk.start):
@@ -145,7 +145,7 @@ class Sweep(Walk):
 
     def _finish(self, place: slice, stats: RowStats) -> tuple[Tokens, Slopes]:
         """The loss of rows whose statistics are known, and what their gradient is made of."""
-        tokens = self.tokens.of_rows(place)
+        tokens = self.tokens.select(place)
         found, tokens = loss_of_statistics(stats, tokens, self.call.kernels)
         self._keep(place, found)
         self.valid[place] = tokens.valid

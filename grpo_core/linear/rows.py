@@ -1,7 +1,7 @@
 """Which rows a loss from hidden states makes the logits of, and what the others read.
 
-Left out before the product: rows of weight 0, and rows that can have no gradient (`Tokens.still`).
-Where a loss waits for its sequence, rows are taken in the order of their sequences.
+Left out before the product: rows of weight 0, and rows without a gradient
+(`Tokens.has_no_gradient`). Where a loss waits for its sequence, rows are taken in the order of their sequences.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def loss_of_rows(
         run: how a call is evaluated, and which gradients it wants, see `LinearCall`; None means by
             autograd.
     """
-    still = tokens.still()
+    still = tokens.has_no_gradient()
     run = run or of_autograd(hidden, head)
     N, vector = tokens.target.numel(), tokens.advantage
     logp, entropy, ratio, kl = vector.new_zeros(4, N)
@@ -122,7 +122,7 @@ def _call(
     )
     if rows is not None and fields["heat"] is not None:
         fields["heat"] = fields["heat"][rows]
-    some = tokens if rows is None else tokens.of_rows(rows)
+    some = tokens if rows is None else tokens.select(rows)
     return LinearCall(
         target=some.target,
         tokens=some,

@@ -19,7 +19,7 @@ from grpo_core.linear.checks import autocast_dtype, dtype_of_logits, stand_in
 from grpo_core.linear.head import HEAD_DTYPES, LinearHead, check_head, check_hidden
 from grpo_core.linear.logp import LinearLogp
 from grpo_core.linear.reading import ScoreCall
-from grpo_core.loss.inputs import check_logits, check_target, words_of
+from grpo_core.loss.inputs import check_logits, check_target, flatten_target
 from grpo_core.objective.validation import check_concrete
 
 FURTHER = ("log_sum_sq_probs", "mean_logits", "is_top1")
@@ -87,7 +87,7 @@ def linear_scores(
     names = [name for name in FURTHER if name in further]
     trained = any(tensor is not None and tensor.requires_grad for tensor in head.tensors)
     call = ScoreCall(
-        target=words_of(target),
+        target=flatten_target(target),
         temperature=float(temperature),
         plan="fast",
         memory_budget=memory_budget,

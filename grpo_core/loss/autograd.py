@@ -18,8 +18,15 @@ from torch.autograd.graph import increment_version
 
 from grpo_core.backends import Backend, choose_backend
 from grpo_core.kernels.records import RowLoss, Rows, RowStats, Terms
-from grpo_core.loss.inputs import IGNORE, LOGIT_DTYPES, Tokens, check_logits, check_target, words_of
-from grpo_core.loss.layout import readable
+from grpo_core.loss.inputs import (
+    IGNORE,
+    LOGIT_DTYPES,
+    Tokens,
+    check_logits,
+    check_target,
+    flatten_target,
+    make_readable,
+)
 
 CONTIGUOUS = torch.contiguous_format
 
@@ -112,10 +119,10 @@ def logp_of_rows(
     target = check_target(logits, target, mask, validate)
     kernels = choose_backend(backend, logits)
     # one that is no word is passed over where the row would be read
-    target = words_of(target)
+    target = flatten_target(target)
     if mask is not None:
         target = torch.where(mask.reshape(-1) != 0, target, IGNORE)
-    stats = kernels.row_stats(Rows.of(readable(logits)), target, float(temperature))
+    stats = kernels.row_stats(Rows.of(make_readable(logits)), target, float(temperature))
     return stats.logp, stats.entropy
 
 
