@@ -1,7 +1,8 @@
 """Which rows a loss from hidden states makes the logits of, and what the others read.
 
 Left out before the product: rows of weight 0, and rows without a gradient
-(`Tokens.has_no_gradient`). Where a loss waits for its sequence, rows are taken in the order of their sequences.
+(`Tokens.has_no_gradient`). Where a loss waits for its sequence, rows are taken in the order of
+their sequences.
 """
 
 from __future__ import annotations

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from grpo_core.backends import Backend
-from grpo_core.backends.sequence_ratio import SequenceRatio
-from grpo_core.backends.token_weights import Aggregation, token_weights
-from grpo_core.kernels.records import Level, Terms, TokenVectors
+from grpo_core.kernels.records import SequenceTokens, Terms
 from grpo_core.objective.advantage import estimate_advantages
+from grpo_core.objective.aggregation import Aggregation, token_weights
 from grpo_core.objective.objective import Objective
 from grpo_core.objective.validation import (
     check_concrete,
@@ -252,13 +251,9 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tokens(Measured, TokenVectors):
+class Tokens(Measured, SequenceTokens):
     """Everything a loss needs beside the logits, as vectors over N tokens."""
 
-    valid: Tensor  # [N] bool
-    sequence_id: Tensor | None  # [N] int64, of packed rows
-    sequences: int  # upper bound on their number
-    width: int | None  # of a padded batch
     normalizer: Tensor | float | None
 
     @property
@@ -284,6 +279,8 @@ class Tokens(Measured, TokenVectors):
             kl=spec.kl_function if self.ref_logp is not None else None,
             kl_times_ratio=spec.kl_times_ratio,
             beta=float(spec.beta),
+            ratio_level=spec.ratio_level,
+            token_clip=spec.token_clip,
         )
 
     def has_no_gradient(self) -> Tensor:
@@ -299,22 +296,6 @@ class Tokens(Measured, TokenVectors):
             sequence = self.sequence
             moves = moving.scatter_add_(0, sequence, moves.to(moving.dtype))[sequence] > 0
         return self.valid & ~moves
-
-    @property
-    def level(self) -> Level:
-        """Whose ratio the objective's surrogate sees."""
-        spec = self.objective
-        where = (self.valid, self.sequence_id, self.sequences, self.width)
-        return Level(spec.ratio_level, spec.token_clip, *where)
-
-    @property
-    def sequence(self) -> Tensor:
-        """[N] int64 in [0, sequences): the sequence of each token."""
-        return self.level.sequence
-
-    def sequence_ratio(self) -> SequenceRatio:
-        """The objective's map from tokens' log-ratios to those of its level."""
-        return SequenceRatio.of(self.level, self.advantage)
 
     def select(self, rows: slice | Tensor) -> Tokens:
         """Some tokens; their weights stay those of the whole call."""

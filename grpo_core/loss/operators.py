@@ -103,7 +103,7 @@ def fused_loss(*arguments: Any) -> tuple[Tensor, ...]:
     none = result.logp.new_empty(0)
     slopes = tokens.slopes(result.dlogp, result.dropped, call.exact_beta)
     outcome = Outcome(
-        loss=result.total,
+        loss=result.loss.sum(),
         logp=result.logp,
         entropy=result.entropy,
         ratio=result.ratio,
