@@ -212,6 +212,7 @@ def test_the_peak_is_that_of_the_loss_alone() -> None:
         "target": torch.randint(0, words, (N,)),
         "sequence_id": torch.arange(N) // 32,
         "advantage": torch.randn(N),
+        "plan": "fast",
         "memory_budget": 2**20,
         "objective": OBJECTIVES["token"],
         "backend": "torch",

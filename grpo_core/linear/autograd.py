@@ -1,9 +1,9 @@
 """The loss from hidden states after the public signature: checks, choice of rows, autograd.
 
-Rows whose weight is 0 or that can have no gradient (`Tokens.still`) are left out before the first
-product. Gradients are made in the forward, see `chunks`, and returned by the first backward; a
-second backward makes them again. In float16 they stay float32 until grad_output, a loss scale, is
-known.
+Rows whose weight is 0 or that can have no gradient (`Tokens.has_no_gradient`) are left out before
+the first product. Gradients are made in the forward, see `chunks`, and returned by the first
+backward; a second backward makes them again. In float16 they stay float32 until grad_output, a loss
+scale, is known.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_core.backends import Backend, choose_backend
+from grpo_core.backends import choose_backend
 from grpo_core.kernels.records import Rows
 from grpo_core.linear.chunks import (
     Gradients,
@@ -39,13 +39,7 @@ from grpo_core.linear.logp import logp_from_hidden
 from grpo_core.linear.matmuls import Plan
 from grpo_core.linear.vocab_slices import loss_over_slices
 from grpo_core.loss.fused_loss import LossOutput
-from grpo_core.loss.inputs import (
-    Tokens,
-    check_logits,
-    check_loss_arguments,
-)
-from grpo_core.objective.objective import Objective
-from grpo_core.objective.recipes import find_objective
+from grpo_core.loss.inputs import LossInputs, Tokens
 
 # loss and vectors of a call, as `FusedLinearLoss` returns them
 Evaluate = Callable[[LinearCall], tuple[Tensor, ...]]
@@ -54,64 +48,51 @@ Evaluate = Callable[[LinearCall], tuple[Tensor, ...]]
 def loss_from_hidden(
     hidden: Tensor,
     lm_head: Tensor | LinearHead,
-    target: Tensor,
+    inputs: LossInputs,
     *,
-    objective: str | Objective,
-    ref_logp: Tensor | None,
     ref_hidden: Tensor | None,
     ref_lm_head: Tensor | LinearHead | None,
-    temperature: float,
     plan: Plan | None,
     memory_budget: int | None,
     logits_dtype: torch.dtype | None,
     all_logp: bool,
-    backend: Backend | None,
-    validate: bool | None,
     evaluate: Evaluate | None = None,
-    **given: Any,
 ) -> LossOutput:
     """`fused_linear_loss`, whose arguments these are; `evaluate` None means by autograd."""
     head = check_head("lm_head", lm_head, check_hidden("hidden", hidden))
-    target, spec = check_target_shape(target, hidden), find_objective(objective)
+    target = check_target_shape(inputs.target, hidden)
     logits = logits_like(hidden, head.V)
-    check_logits(logits, temperature, HEAD_DTYPES)
-    reference = check_reference(spec, head, hidden, ref_logp, ref_hidden, ref_lm_head)
-    exact = reference is not None and spec.kl == "exact"
-    if reference is not None and not exact:
-        # until the rows that are made are known
-        ref_logp = torch.zeros(target.shape, device=hidden.device)
-    tokens = check_loss_arguments(
-        logits,
-        target,
-        objective=spec,
-        ref_logp=ref_logp,
-        ref_logits=logits if exact else None,
-        backend=backend,
-        validate=validate,
-        **given,
-    )
+    reference = check_reference(inputs, head, hidden, ref_hidden, ref_lm_head)
+    exact = reference is not None and inputs.objective.kl == "exact"
+    if exact:
+        # of the same shape, which is all that is checked
+        inputs = replace(inputs, ref_logits=logits)
+    elif reference is not None:
+        # filled in once it is known which rows are made
+        inputs = replace(inputs, ref_logp=torch.zeros(target.shape, device=hidden.device))
+    tokens = inputs.tokens(logits, logit_dtypes=HEAD_DTYPES)
     call = LinearCall(
         target=tokens.target,
-        temperature=float(temperature),
+        temperature=float(inputs.temperature),
         plan=plan,
         memory_budget=memory_budget,
         logits_dtype=dtype_of_logits(logits_dtype),
         autocast=autocast_dtype(hidden),
-        kernels=choose_backend(backend, hidden),
+        kernels=choose_backend(inputs.backend, hidden),
     )
-    still = tokens.still()
+    still = tokens.has_no_gradient()
     if reference is not None and not exact:
         made = tokens.valid if all_logp else tokens.valid & ~still
         with torch.no_grad():
             ref_logp, _ = logp_from_hidden(
                 *reference,
                 target,
-                temperature=temperature,
+                temperature=inputs.temperature,
                 mask=made.view(target.shape),
                 plan="fast",
                 memory_budget=memory_budget,
                 logits_dtype=logits_dtype,
-                backend=backend,
+                backend=inputs.backend,
                 validate=False,
             )
         tokens = replace(tokens, ref_logp=ref_logp.view(-1))
@@ -165,10 +146,9 @@ def _output(
 
 
 def check_reference(
-    spec: Objective,
+    inputs: LossInputs,
     head: LinearHead,
     hidden: Tensor,
-    ref_logp: Tensor | None,
     ref_hidden: Tensor | None,
     ref_lm_head: Tensor | LinearHead | None,
 ) -> tuple[Tensor, LinearHead] | None:
@@ -177,6 +157,7 @@ def check_reference(
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
+    spec = inputs.objective
     if ref_hidden is None:
         if ref_lm_head is not None:
             raise ValueError("ref_lm_head: expected None without ref_hidden")
@@ -185,7 +166,7 @@ def check_reference(
                 f"ref_hidden: expected a tensor for kl = 'exact' and beta = {spec.beta}, got None"
             )
         return None
-    if ref_logp is not None:
+    if inputs.ref_logp is not None:
         raise ValueError("ref_hidden: expected None with ref_logp, got both")
     check_hidden("ref_hidden", ref_hidden, hidden)
     ref = check_head("ref_lm_head", head if ref_lm_head is None else ref_lm_head, ref_hidden)

@@ -49,7 +49,7 @@ class LinearCall:
 
     def at(self, some: Tensor) -> LinearCall:
         """The call over some of its rows, [k] int64."""
-        tokens = None if self.tokens is None else self.tokens.of_rows(some)
+        tokens = None if self.tokens is None else self.tokens.select(some)
         rows = some if self.rows is None else self.rows[some]
         return replace(self, target=self.target[some], rows=rows, tokens=tokens)
 
@@ -100,21 +100,21 @@ def loss_over_chunks(work: Workspace, tokens: Tokens) -> LossRows:
     kernels, T, beta = work.call.kernels, work.call.temperature, work.call.exact_beta
     results = LossRows.empty(len(tokens.target), tokens.target.device)
     scale = work.choose_loss_scale(tokens.weight)
-    scaled = tokens if scale is None else tokens.times(scale)
+    scaled = tokens if scale is None else tokens.scale_weights(scale)
     for segment in _segments(work, tokens):
         start, stop = segment[0].start, segment[-1].stop
         place = slice(start, stop)
         if not tokens.needs_statistics:
             # one pass over the logits makes both the loss and dlogits
             logits, ref_logits = work.make_logits(place)
-            some, dlogits = scaled.of_rows(place), work.dlogits_of(place)
+            some, dlogits = scaled.select(place), work.dlogits_of(place)
             result = kernels.row_loss(logits, some, T, some.terms, dlogits, ref_logits)
             work.add_gradients(place, some.slopes(result.dlogp, result.dropped, beta))
             loss = result.loss if scale is None else result.loss / scale
             results.store(place, result._replace(loss=loss), some)
             continue
         stats = concatenate([work.read_statistics(chunk) for chunk in segment])
-        result, complete = loss_of_statistics(stats, tokens.of_rows(place), kernels)
+        result, complete = loss_of_statistics(stats, tokens.select(place), kernels)
         results.store(place, result, complete)
         if not work.differentiates:
             continue

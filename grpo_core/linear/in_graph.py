@@ -22,33 +22,30 @@ from grpo_core.linear.head import (
 from grpo_core.linear.operators import POLICIES, TENSORS, LinearOutcome, head_numbers
 from grpo_core.loss.fused_loss import LossOutput, TokenLogp
 from grpo_core.loss.in_graph import host_tensor, measured_in_graph, traceable
-from grpo_core.loss.inputs import Measured, check_logits
-from grpo_core.objective.objective import Objective
+from grpo_core.loss.inputs import LossInputs, Measured, check_logits
 
 
 def loss_in_graph(
     hidden: Tensor,
     lm_head: Tensor | LinearHead,
-    target: Tensor,
+    inputs: LossInputs,
     *,
-    objective: str | Objective,
-    temperature: float,
-    normalizer: Tensor | float | None,
+    ref_hidden: Tensor | None,
     ref_lm_head: Tensor | LinearHead | None,
     logits_dtype: torch.dtype | None,
-    **given: Any,
+    **options: Any,
 ) -> LossOutput:
-    """`fused_linear_loss`, whose arguments these are.
+    """`loss_from_hidden`, whose arguments these are.
 
     Raises:
         ValueError: as there, and an objective that was made inside of the graph.
     """
-    spec = traceable(objective)
-    head = _checked(hidden, lm_head, target, temperature)
-    reference = check_reference(
-        spec, head, hidden, given["ref_logp"], given["ref_hidden"], ref_lm_head
-    )
+    spec, target = traceable(inputs.objective), inputs.target
+    head = _checked(hidden, lm_head, target, inputs.temperature)
+    reference = check_reference(inputs, head, hidden, ref_hidden, ref_lm_head)
     heads = [head, None if ref_lm_head is None or reference is None else reference[1]]
+    given = dict(vars(inputs)) | options | {"ref_hidden": ref_hidden}
+    normalizer, temperature = given["normalizer"], given.pop("temperature")
     divisor = normalizer if isinstance(normalizer, (int, float)) else None
     numbers = [number for one in heads for number in head_numbers(one)]
     enabled = torch.is_grad_enabled()
@@ -78,7 +75,7 @@ def loss_in_graph(
     has_old = given["old_logp"] is not None
     measured: Measured = measured_in_graph(
         spec,
-        outcome.given,
+        outcome.unmasked,
         outcome.bad_target,
         outcome.advantage,
         given | {"old_logp": outcome.old_logp if has_old else None},

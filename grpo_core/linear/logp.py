@@ -51,7 +51,7 @@ from grpo_core.linear.head import (
 from grpo_core.linear.matmuls import Plan
 from grpo_core.linear.vocab_slices import SoftmaxRows, add_gradients_of_slices, logits_at
 from grpo_core.loss.fused_loss import TokenLogp
-from grpo_core.loss.inputs import check_logits, check_target, present, words_of
+from grpo_core.loss.inputs import check_logits, check_target, find_unmasked, flatten_target
 from grpo_core.objective.validation import check_concrete
 
 
@@ -145,7 +145,7 @@ def logp_from_hidden(
     target, logits = check_target_shape(target, hidden), logits_like(hidden, head.V)
     check_logits(logits, temperature, HEAD_DTYPES)
     check_target(logits, target, mask, validate)
-    flat = words_of(target)
+    flat = flatten_target(target)
     call = LinearCall(
         target=flat,
         temperature=float(temperature),
@@ -155,7 +155,7 @@ def logp_from_hidden(
         autocast=autocast_dtype(hidden),
         kernels=choose_backend(backend, hidden),
     )
-    valid = present(target, mask) & (flat >= 0) & (flat < head.V)
+    valid = find_unmasked(target, mask) & (flat >= 0) & (flat < head.V)
     if not valid.all():
         call = call.at(valid.nonzero().squeeze(1))
     trained = any(tensor is not None and tensor.requires_grad for tensor in head.tensors)

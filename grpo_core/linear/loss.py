@@ -17,7 +17,9 @@ from grpo_core.linear.in_graph import logp_in_graph, loss_in_graph
 from grpo_core.linear.logp import logp_from_hidden
 from grpo_core.linear.matmuls import Plan
 from grpo_core.loss.fused_loss import LossOutput, TokenLogp
+from grpo_core.loss.inputs import LossInputs
 from grpo_core.objective.objective import Objective
+from grpo_core.objective.recipes import find_objective
 from grpo_core.objective.validation import check_concrete
 
 
@@ -84,31 +86,36 @@ def fused_linear_loss(
 
     Source: see `fused_loss`; gradients in the forward of a fused head: Liger (arXiv 2410.10989).
     """
-    arguments: dict[str, Any] = {
-        "objective": objective,
-        "advantage": advantage,
-        "rewards": rewards,
-        "group_size": group_size,
-        "group_id": group_id,
-        "old_logp": old_logp,
-        "ref_logp": ref_logp,
-        "ref_hidden": ref_hidden,
-        "ref_lm_head": ref_lm_head,
-        "sampler_logp": sampler_logp,
-        "mask": mask,
-        "sequence_id": sequence_id,
-        "normalizer": normalizer,
-        "temperature": temperature,
-        "plan": plan,
-        "memory_budget": memory_budget,
-        "logits_dtype": logits_dtype,
-        "all_logp": all_logp,
-        "backend": backend,
-        "validate": validate,
-    }
-    check_concrete(hidden=hidden, lm_head=lm_head, target=target, **arguments)
-    run = loss_in_graph if torch.compiler.is_compiling() else loss_from_hidden
-    return run(hidden, lm_head, target, **arguments)
+    inputs = LossInputs(
+        target=target,
+        objective=find_objective(objective),
+        advantage=advantage,
+        rewards=rewards,
+        group_size=group_size,
+        group_id=group_id,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        sampler_logp=sampler_logp,
+        mask=mask,
+        sequence_id=sequence_id,
+        normalizer=normalizer,
+        temperature=temperature,
+        backend=backend,
+        validate=validate,
+    )
+    check_concrete(hidden=hidden, lm_head=lm_head, **vars(inputs))
+    check_concrete(ref_hidden=ref_hidden, ref_lm_head=ref_lm_head)
+    return (loss_in_graph if torch.compiler.is_compiling() else loss_from_hidden)(
+        hidden,
+        lm_head,
+        inputs,
+        ref_hidden=ref_hidden,
+        ref_lm_head=ref_lm_head,
+        plan=plan,
+        memory_budget=memory_budget,
+        logits_dtype=logits_dtype,
+        all_logp=all_logp,
+    )
 
 
 @torch.no_grad()

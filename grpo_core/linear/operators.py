@@ -9,7 +9,7 @@ neighbours.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from grpo_core.linear.autograd import evaluate_call, loss_from_hidden
 from grpo_core.linear.chunks import LinearCall
 from grpo_core.linear.head import LinearHead
 from grpo_core.linear.logp import logp_from_hidden
+from grpo_core.loss.inputs import LossInputs
 from grpo_core.loss.operators import TAGS, schema
 from grpo_core.objective.objective import objective_of
 
@@ -39,7 +40,7 @@ class LinearOutcome(NamedTuple):
     factor: Tensor
     dropped: Tensor  # bool
     valid: Tensor  # bool
-    given: Tensor  # bool
+    unmasked: Tensor  # bool
     bad_target: Tensor  # bool
     advantage: Tensor
     old_logp: Tensor  # [0] where there is none
@@ -124,7 +125,9 @@ def fused_linear_loss(*arguments: Any) -> tuple[Tensor, ...]:
     if given.pop("divides"):
         given["normalizer"] = divisor
     given["objective"] = objective_of(given["objective"], others)
-    hidden, target, wanted = (given.pop(name) for name in ("hidden", "target", "wanted"))
+    names = [field.name for field in fields(LossInputs) if field.name in given]
+    inputs = LossInputs(**{name: given.pop(name) for name in names}, temperature=temperature)
+    hidden, wanted = given.pop("hidden"), given.pop("wanted")
     autocast, tensors = given.pop("autocast"), (hidden, *head.tensors)
     gradients: list[Tensor | None] = []
 
@@ -137,8 +140,7 @@ def fused_linear_loss(*arguments: Any) -> tuple[Tensor, ...]:
         out = loss_from_hidden(
             hidden,
             head,
-            target,
-            temperature=temperature,
+            inputs,
             ref_lm_head=ref_head,
             evaluate=now,
             **given,
@@ -150,7 +152,7 @@ def fused_linear_loss(*arguments: Any) -> tuple[Tensor, ...]:
         *(vector.reshape(-1) for vector in (out.logp, out.entropy, out.ratio, out.kl, out.factor)),
         out._dropped,
         out._valid,
-        tokens.given,
+        tokens.unmasked,
         tokens.bad_target,
         tokens.advantage,
         none if tokens.old_logp is None else tokens.old_logp,

@@ -8,7 +8,7 @@ statistics, a small step over `[N]` vectors, `row_dlogits`. Both plans are in `a
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +16,16 @@ from torch import Tensor
 from grpo_core.backends import Backend, choose_backend
 from grpo_core.loss import in_graph
 from grpo_core.loss.autograd import Call, FusedLoss, logp_of_rows
-from grpo_core.loss.inputs import LOGIT_DTYPES, Measured, check_logits, check_loss_arguments
-from grpo_core.loss.layout import readable, readable_in_place, reference_rows
+from grpo_core.loss.inputs import (
+    LossInputs,
+    Measured,
+    is_readable,
+    make_readable,
+    prepare_reference,
+)
 from grpo_core.loss.metrics import loss_metrics
 from grpo_core.objective.objective import Objective
+from grpo_core.objective.recipes import find_objective
 
 
 class TokenLogp(NamedTuple):
@@ -160,47 +166,45 @@ def fused_loss(
 
     Source: GRPO: DeepSeekMath (arXiv 2402.03300, eq. 3); the recipes name their own.
     """
-    arguments: dict[str, Any] = {
-        "objective": objective,
-        "advantage": advantage,
-        "rewards": rewards,
-        "group_size": group_size,
-        "group_id": group_id,
-        "old_logp": old_logp,
-        "ref_logp": ref_logp,
-        "ref_logits": ref_logits,
-        "sampler_logp": sampler_logp,
-        "mask": mask,
-        "sequence_id": sequence_id,
-        "normalizer": normalizer,
-        "backend": backend,
-        "validate": validate,
-    }
+    inputs = LossInputs(
+        target=target,
+        objective=find_objective(objective),
+        advantage=advantage,
+        rewards=rewards,
+        group_size=group_size,
+        group_id=group_id,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        ref_logits=ref_logits,
+        sampler_logp=sampler_logp,
+        mask=mask,
+        sequence_id=sequence_id,
+        normalizer=normalizer,
+        temperature=temperature,
+        backend=backend,
+        validate=validate,
+    )
     if torch.compiler.is_compiling():
-        outcome, measured = in_graph.loss_in_graph(
-            logits, target, temperature=temperature, inplace=inplace, **arguments
-        )
+        outcome, measured = in_graph.loss_in_graph(logits, inputs, inplace)
         shown = (vector.view(target.shape) for vector in outcome[1:6])
         logp, entropy, ratio, kl, factor = shown
         loss, valid, dropped = outcome.loss, outcome.valid, outcome.dropped
         return LossOutput(loss, logp, entropy, ratio, kl, factor, measured, valid, dropped)
-    check_logits(logits, temperature, LOGIT_DTYPES)
-    kernels = choose_backend(backend, logits)
-    if inplace and not readable_in_place(logits):
+    tokens = inputs.tokens(logits)
+    if inplace and not is_readable(logits):
         raise ValueError(
             "inplace: expected logits with a contiguous last axis and separate rows, "
             f"got strides {logits.stride()}"
         )
-    tokens = check_loss_arguments(logits, target, **arguments, lay_out=kernels.lay_out)
     call = Call(
         tokens,
-        reference_rows(ref_logits, logits, inplace),
+        prepare_reference(ref_logits, logits, inplace),
         temperature=float(temperature),
         inplace=inplace,
         wants_gradient=logits.requires_grad and torch.is_grad_enabled(),
-        kernels=kernels,
+        kernels=choose_backend(backend, logits),
     )
-    loss, *four, dropped, factor, valid = FusedLoss.apply(readable(logits), call)
+    loss, *four, dropped, factor, valid = FusedLoss.apply(make_readable(logits), call)
     logp, entropy, ratio, kl = (vector.view(target.shape) for vector in four)
     shaped = None if factor is None else factor.view(target.shape)
     valid = tokens.valid if valid is None else valid

@@ -9,22 +9,13 @@ from torch import Tensor
 
 from grpo_core.backends import Backend
 from grpo_core.loss import operators
-from grpo_core.loss.inputs import LOGIT_DTYPES, Measured, check_logits
+from grpo_core.loss.inputs import LOGIT_DTYPES, LossInputs, Measured, check_logits
 from grpo_core.loss.operators import Outcome
 from grpo_core.objective.objective import Objective
 from grpo_core.objective.recipes import find_objective
 
 
-def loss_in_graph(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    objective: str | Objective,
-    temperature: float,
-    inplace: bool,
-    normalizer: Tensor | float | None,
-    **given: Any,
-) -> tuple[Outcome, Measured]:
+def loss_in_graph(logits: Tensor, inputs: LossInputs, inplace: bool) -> tuple[Outcome, Measured]:
     """`fused_loss` where `torch.compile` traces it; arguments as there.
 
     Raises:
@@ -33,23 +24,22 @@ def loss_in_graph(
     """
     if inplace:
         raise NotImplementedError("inplace: expected False inside torch.compile, got True")
-    spec = traceable(objective)
-    check_logits(logits, temperature, LOGIT_DTYPES)
+    spec = traceable(inputs.objective)
+    check_logits(logits, inputs.temperature, LOGIT_DTYPES)
+    given = dict(vars(inputs))
+    normalizer, temperature = given["normalizer"], given.pop("temperature")
     divisor = normalizer if isinstance(normalizer, (int, float)) else None
-    outcome = Outcome._make(
-        operators.fused_loss(
-            logits,
-            target,
-            host_tensor(temperature, 1.0 if divisor is None else divisor, *spec.numbers),
-            spec.key,
-            normalizer=normalizer if divisor is None else None,
-            divides=divisor is not None,
-            **given,
-        )
-    )
+    given |= {
+        "logits": logits,
+        "numbers": host_tensor(temperature, 1.0 if divisor is None else divisor, *spec.numbers),
+        "objective": spec.key,
+        "normalizer": normalizer if divisor is None else None,
+        "divides": divisor is not None,
+    }
+    outcome = Outcome._make(operators.fused_loss(*(given[name] for name in operators.ARGUMENTS)))
     outcome = Outcome._make((outcome.loss, *(vector.detach() for vector in outcome[1:])))
-    measured = measured_in_graph(spec, outcome.given, outcome.bad_target, outcome.advantage, given)
-    return outcome, measured
+    vectors = (outcome.unmasked, outcome.bad_target, outcome.advantage)
+    return outcome, measured_in_graph(spec, *vectors, given)
 
 
 def traceable(objective: str | Objective) -> Objective:
@@ -76,7 +66,7 @@ def measured_in_graph(
 
     return Measured(
         objective=spec,
-        given=valid,
+        unmasked=valid,
         bad_target=bad_target,
         advantage=advantage,
         old_logp=flat(given["old_logp"]),

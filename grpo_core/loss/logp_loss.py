@@ -16,7 +16,7 @@ from grpo_core.backends import Backend, choose_backend
 from grpo_core.kernels.records import RowStats
 from grpo_core.loss.autograd import loss_of_statistics
 from grpo_core.loss.fused_loss import LossOutput
-from grpo_core.loss.inputs import Tokens, check_loss_arguments
+from grpo_core.loss.inputs import LossInputs, Tokens
 from grpo_core.objective.objective import Objective
 from grpo_core.objective.recipes import find_objective
 from grpo_core.objective.validation import check_concrete, check_floats
@@ -65,43 +65,38 @@ def logp_loss(
 
     Source: see `fused_loss`.
     """
-    arguments: dict[str, Any] = {
-        "advantage": advantage,
-        "rewards": rewards,
-        "group_size": group_size,
-        "group_id": group_id,
-        "old_logp": old_logp,
-        "ref_logp": ref_logp,
-        "sampler_logp": sampler_logp,
-        "mask": mask,
-        "sequence_id": sequence_id,
-        "normalizer": normalizer,
-    }
-    check_concrete(logp=logp, entropy=entropy, factor=factor, **arguments)
     spec = find_objective(objective)
+    check_concrete(logp=logp, entropy=entropy, factor=factor)
     _check_logp(logp)
     _check_terms(spec, entropy)
     for name, value in (("entropy", entropy), ("factor", factor)):
         _check_like(name, value, logp)
-    kernels = choose_backend(backend, logp)
-    # a vocabulary of one word, for the door to look at
-    tokens = check_loss_arguments(
-        logp.detach()[..., None],
-        torch.zeros_like(logp, dtype=torch.int64),
+    inputs = LossInputs(
+        target=torch.zeros_like(logp, dtype=torch.int64),
         objective=spec,
-        ref_logits=None,
+        advantage=advantage,
+        rewards=rewards,
+        group_size=group_size,
+        group_id=group_id,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        sampler_logp=sampler_logp,
+        mask=mask,
+        sequence_id=sequence_id,
+        normalizer=normalizer,
         backend=backend,
         validate=validate,
-        lay_out=kernels.lay_out,
-        **arguments,
     )
+    kernels = choose_backend(backend, logp)
+    # logits of a vocabulary of size 1
+    tokens = inputs.tokens(logp.detach()[..., None], logit_dtypes=(logp.dtype,))
     if factor is not None:
         given = factor.detach().reshape(-1).float()
-        tokens = tokens.multiplied(torch.where(tokens.valid, given, 1.0))
+        tokens = tokens.scale_factor(torch.where(tokens.valid, given, 1.0))
     stats = _statistics(logp, entropy, tokens)
     found, tokens = loss_of_statistics(stats, tokens, kernels)
     slopes = tokens.slopes(found.dlogp, found.dropped, None)
-    loss = with_slopes(found.total, logp, slopes.dlogp, entropy, slopes.dentropy)
+    loss = with_slopes(found.loss.sum(), logp, slopes.dlogp, entropy, slopes.dentropy)
     vectors = (found.logp, found.entropy, found.ratio, found.kl)
     values, known, ratio, kl = (vector.view(logp.shape) for vector in vectors)
     shaped = None if tokens.factor is None else tokens.factor.view(logp.shape)

@@ -159,7 +159,7 @@ def _sampler_metrics(tokens: Measured, logp: Tensor, counts: Tensor) -> dict[str
         "sampler_gap_mean": _mean(gap.abs(), scored),
         "sampler_gap_max": _extreme(gap.abs(), scored, largest=True),
         "scored_tokens": scored.sum(),
-        "unscored_tokens": (tokens.given & ~finite).sum(),
+        "unscored_tokens": (tokens.unmasked & ~finite).sum(),
     }
 
 

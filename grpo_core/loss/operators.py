@@ -23,8 +23,7 @@ from torch import Tensor
 from grpo_core.backends import Backend, choose_backend
 from grpo_core.kernels.records import Rows, RowStats, Slopes
 from grpo_core.loss.autograd import Call, evaluate, logp_of_rows
-from grpo_core.loss.inputs import check_loss_arguments
-from grpo_core.loss.layout import readable, reference_rows
+from grpo_core.loss.inputs import LossInputs, make_readable, prepare_reference
 from grpo_core.objective.objective import objective_of
 
 # operators read numbers from host memory, which a recorded CUDA graph would not do again
@@ -42,7 +41,7 @@ class Outcome(NamedTuple):
     factor: Tensor
     dropped: Tensor  # bool
     valid: Tensor  # bool
-    given: Tensor  # bool
+    unmasked: Tensor  # bool
     bad_target: Tensor  # bool
     target: Tensor  # int64
     advantage: Tensor
@@ -94,16 +93,17 @@ def fused_loss(*arguments: Any) -> tuple[Tensor, ...]:
     if given.pop("divides"):
         given["normalizer"] = divisor
     given["objective"] = objective_of(given["objective"], others)
-    logits = given["logits"]
+    logits = given.pop("logits")
     kernels = choose_backend(given["backend"], logits)
-    tokens = check_loss_arguments(**given, lay_out=kernels.lay_out)
-    ref_logits = reference_rows(given["ref_logits"], logits, False)
+    given["temperature"] = temperature
+    tokens = LossInputs(**given).tokens(logits)
+    ref_logits = prepare_reference(given["ref_logits"], logits, False)
     call = Call(tokens, ref_logits, temperature, False, False, kernels)
-    result, tokens = evaluate(Rows.of(readable(logits).detach()), call, None)
+    result, tokens = evaluate(Rows.of(make_readable(logits).detach()), call, None)
     none = result.logp.new_empty(0)
     slopes = tokens.slopes(result.dlogp, result.dropped, call.exact_beta)
     outcome = Outcome(
-        loss=result.total,
+        loss=result.loss.sum(),
         logp=result.logp,
         entropy=result.entropy,
         ratio=result.ratio,
@@ -111,7 +111,7 @@ def fused_loss(*arguments: Any) -> tuple[Tensor, ...]:
         factor=torch.ones_like(result.logp) if tokens.factor is None else tokens.factor,
         dropped=result.dropped,
         valid=tokens.valid,
-        given=tokens.given,
+        unmasked=tokens.unmasked,
         bad_target=tokens.bad_target,
         target=tokens.target,
         advantage=tokens.advantage,
@@ -142,7 +142,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
         factor=torch.empty_like(floats),
         dropped=flags,
         valid=torch.empty_like(flags),
-        given=torch.empty_like(flags),
+        unmasked=torch.empty_like(flags),
         bad_target=torch.empty_like(flags),
         target=logits.new_empty(N, dtype=torch.int64),
         advantage=torch.empty_like(floats),
@@ -209,9 +209,9 @@ def scaled_dlogits(
     """grad_output times dL/dlogits."""
     kernels = choose_backend(backend, logits)
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    reference = reference_rows(ref_logits, logits, False)
+    reference = prepare_reference(ref_logits, logits, False)
     return kernels.row_dlogits(
-        Rows.of(readable(logits).detach()),
+        Rows.of(make_readable(logits).detach()),
         target,
         float(numbers[0]),
         Slopes(dlogp, dentropy, dkl).times(grad_output),

@@ -10,11 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_core.backends import Backend
+from grpo_core.backends import Backend, sequence_ratio
 from grpo_core.backends.formula import as_torch
 from grpo_core.loss.fused_loss import LossOutput
-from grpo_core.loss.inputs import LOGIT_DTYPES, Tokens, check_logits, check_loss_arguments
+from grpo_core.loss.inputs import LOGIT_DTYPES, LossInputs, Tokens
 from grpo_core.objective.objective import Objective
+from grpo_core.objective.recipes import find_objective
 
 
 def reference_loss(
@@ -47,12 +48,9 @@ def reference_loss(
 
     Everything else, the exceptions and the treatment of rows that are not finite: see `fused_loss`.
     """
-    check_logits(logits, temperature, (*LOGIT_DTYPES, torch.float64))
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    tokens = check_loss_arguments(
-        logits,
-        target,
-        objective=objective,
+    inputs = LossInputs(
+        target=target,
+        objective=find_objective(objective),
         advantage=advantage,
         rewards=rewards,
         group_size=group_size,
@@ -64,10 +62,12 @@ def reference_loss(
         mask=mask,
         sequence_id=sequence_id,
         normalizer=normalizer,
+        temperature=temperature,
         backend=backend,
         validate=validate,
-        dtype=dtype,
     )
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    tokens = inputs.tokens(logits, dtype=dtype, logit_dtypes=(*LOGIT_DTYPES, torch.float64))
     rows, ref = (
         None if x is None else x.reshape(-1, x.shape[-1]).to(dtype) / temperature
         for x in (logits, ref_logits)
@@ -109,7 +109,7 @@ def _evaluate(
     elif tokens.needs_statistics:
         tokens = spec.factor.of_statistics(tokens, logp.detach(), entropy.detach())
     log_ratio = logp - (logp.detach() if tokens.old_logp is None else tokens.old_logp)
-    log_ratio = tokens.sequence_ratio().forward(log_ratio)
+    log_ratio = sequence_ratio.forward(log_ratio, tokens, tokens.terms)
     loss, kl = _token_loss(logp, log_ratio, exact_kl, tokens, at)
     ratio = log_ratio.exp()
     weight = tokens.weight[at]
@@ -119,7 +119,7 @@ def _evaluate(
         loss = weight * loss - tokens.entropy_weight[at] * entropy[at]
     finite = logp[at].isfinite() & ratio[at].float().isfinite() & loss.isfinite()
     if constant is None:
-        finite = finite & ~tokens.sequence_ratio().spread(tokens.valid & ~finite)
+        finite = finite & ~sequence_ratio.spread(tokens.valid & ~finite, tokens, tokens.terms)
     total = torch.where(tokens.valid[at] & finite, loss, 0.0).sum()
     return total, (logp, entropy, ratio, kl), finite, tokens
 

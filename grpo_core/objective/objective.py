@@ -29,9 +29,9 @@ import torch
 
 from grpo_core.backends.formula import as_torch
 from grpo_core.backends.sequence_ratio import RatioLevel
-from grpo_core.backends.token_weights import Aggregation
 from grpo_core.kernels import kl as kl_estimators
 from grpo_core.objective.advantage import GroupNorm
+from grpo_core.objective.aggregation import Aggregation
 from grpo_core.objective.estimators import Estimator
 from grpo_core.objective.policy_factor import PolicyFactor
 from grpo_core.objective.validation import is_number
@@ -102,7 +102,7 @@ class Objective:
             no `kl`.
         ratio_level: whose ratio the surrogate sees, see `sequence_ratio`.
         advantage: how `rewards` become advantages when the loss is given rewards.
-        aggregation: how tokens are averaged, see `weights.token_weights`.
+        aggregation: how tokens are averaged, see `aggregation.token_weights`.
         kl_times_ratio: weight the KL by the ratio, and differentiate that too: unbiased off policy
             (DeepSeek-V3.2, arXiv 2512.02556; TRL's default).
         entropy_coef: weight of the entropy bonus.

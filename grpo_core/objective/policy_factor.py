@@ -118,11 +118,11 @@ class PolicyFactor:
             found = self._correction(self.sampler, tokens, old_logp)
             left = left & found.mask
             if self.sequence_weight is None:
-                weighed = tokens.multiplied(found.factor)
+                weighed = tokens.scale_factor(found.factor)
         for rule in self.rejections:
             where = (tokens.valid, tokens.sequence, tokens.sequences)
             left = left & rule.keeps(old_logp, sampler_logp, *where)
-        return weighed.without(tokens.valid & ~left)
+        return weighed.drop(tokens.valid & ~left)
 
     @torch.no_grad()
     def of_statistics(self, tokens: Tokens, logp: Tensor, entropy: Tensor) -> Tokens:
@@ -130,7 +130,7 @@ class PolicyFactor:
         if self.waits_for_logp(tokens.old_logp):
             tokens = self.of_sampler(tokens, logp)
         if self.sequence_weight is not None:
-            tokens = tokens.multiplied(self.of_sequences(tokens, logp))
+            tokens = tokens.scale_factor(self.of_sequences(tokens, logp))
         before = tokens.old_logp if tokens.sampler_logp is None else tokens.sampler_logp
         if self.off_policy_delta < math.inf and before is not None:
             found = off_policy_mask(
@@ -143,9 +143,9 @@ class PolicyFactor:
                 validate=False,
             )
             # a log-probability that is not finite is no evidence: its token is judged elsewhere
-            tokens = tokens.multiplied(1 - (found.mask & (found.factor == 0)).to(logp.dtype))
+            tokens = tokens.scale_factor(1 - (found.mask & (found.factor == 0)).to(logp.dtype))
         if self.top_entropy < 1:
-            tokens = tokens.only_entropy_of(top_share(entropy, tokens.valid, self.top_entropy))
+            tokens = tokens.keep_surrogate_on(top_share(entropy, tokens.valid, self.top_entropy))
         return tokens
 
     @torch.no_grad()

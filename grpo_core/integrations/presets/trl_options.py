@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from grpo_core.backends.token_weights import Aggregation
 from grpo_core.integrations.presets.base import choice, number, whole
 from grpo_core.objective.advantage import GroupNorm
+from grpo_core.objective.aggregation import Aggregation
 from grpo_core.objective.estimators import Estimator
 
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
