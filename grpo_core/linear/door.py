@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ from grpo_core.linear.checks import (
 from grpo_core.linear.head import HEAD_DTYPES, LinearHead, check_head, check_hidden
 from grpo_core.linear.memory import Plan
 from grpo_core.linear.reading import ScoreCall, score_rows
-from grpo_core.linear.rows import Run, loss_of_rows
-from grpo_core.loss.fused_loss import LossOutput, TokenLogp
+from grpo_core.linear.rows import loss_of_rows
+from grpo_core.loss.compile import register_function, register_record
 from grpo_core.loss.inputs import (
     LossInputs,
     Tokens,
@@ -32,69 +32,52 @@ from grpo_core.loss.inputs import (
     find_unmasked,
     flatten_target,
 )
-from grpo_core.objective.objective import Objective
-from grpo_core.objective.recipes import find_objective
+from grpo_core.loss.outputs import LossOutput, TokenLogp
 
 
+@register_record
+@dataclass(frozen=True, kw_only=True)
+class LinearOptions:
+    """The arguments of `fused_linear_loss` that `fused_loss` does not have."""
+
+    old_hidden: Tensor | None
+    old_lm_head: Tensor | LinearHead | None
+    ref_hidden: Tensor | None
+    ref_lm_head: Tensor | LinearHead | None
+    plan: Plan | None
+    memory_budget: int | None
+    logits_dtype: torch.dtype | None
+    all_logp: bool
+    accumulate_into: Tensor | None
+
+
+register_record(LinearHead)
+
+
+@register_function
 def loss_from_hidden(
-    hidden: Tensor,
-    lm_head: Tensor | LinearHead,
-    target: Tensor,
-    *,
-    objective: str | Objective,
-    advantage: Tensor | None,
-    rewards: Tensor | None,
-    group_size: int | None,
-    group_id: Tensor | None,
-    old_logp: Tensor | None,
-    old_hidden: Tensor | None,
-    old_lm_head: Tensor | LinearHead | None,
-    ref_logp: Tensor | None,
-    ref_hidden: Tensor | None,
-    ref_lm_head: Tensor | LinearHead | None,
-    sampler_logp: Tensor | None,
-    mask: Tensor | None,
-    sequence_id: Tensor | None,
-    normalizer: Tensor | float | None,
-    temperature: float | Tensor,
-    plan: Plan | None,
-    memory_budget: int | None,
-    logits_dtype: torch.dtype | None,
-    all_logp: bool,
-    accumulate_into: Tensor | None,
-    backend: Backend | None,
-    validate: bool | None,
-    run: Run | None = None,
+    hidden: Tensor, lm_head: Tensor | LinearHead, inputs: LossInputs, options: LinearOptions
 ) -> LossOutput:
-    """`fused_linear_loss`, whose arguments these are; `run` as in `loss_of_rows`."""
+    """`fused_linear_loss` outside of `torch.compile`."""
     head = check_head("lm_head", lm_head, check_hidden("hidden", hidden))
-    target = check_target_shape(target, hidden)
-    kernels = choose_backend(backend, hidden)
-    spec = find_objective(objective)
+    target = check_target_shape(inputs.target, hidden)
+    kernels = choose_backend(inputs.backend, hidden)
+    spec, old_logp, ref_logp = inputs.objective, inputs.old_logp, inputs.ref_logp
+    old_hidden, old_lm_head = options.old_hidden, options.old_lm_head
+    ref_hidden, ref_lm_head = options.ref_hidden, options.ref_lm_head
+    plan, memory_budget, all_logp = options.plan, options.memory_budget, options.all_logp
+    accumulate_into = options.accumulate_into
     logits = stand_in(hidden, head.V)
-    heat, temperature = temperature_of_rows(temperature, target, validate)
+    heat, temperature = temperature_of_rows(inputs.temperature, target, inputs.validate)
     check_logits(logits, temperature, HEAD_DTYPES)
-    dtype = dtype_of_logits(logits_dtype)
+    dtype = dtype_of_logits(options.logits_dtype)
     autocast = autocast_dtype(hidden)
-
-    inputs = LossInputs(
+    inputs = replace(
+        inputs,
         target=target,
-        objective=spec,
-        advantage=advantage,
-        rewards=rewards,
-        group_size=group_size,
-        group_id=group_id,
-        old_logp=old_logp,
-        ref_logp=ref_logp,
+        temperature=temperature,
         # of the same shape, which is all that is checked
         ref_logits=logits if spec.kl == "exact" and ref_hidden is not None else None,
-        sampler_logp=sampler_logp,
-        mask=mask,
-        sequence_id=sequence_id,
-        normalizer=normalizer,
-        temperature=temperature,
-        backend=backend,
-        validate=validate,
     )
     check_policy("old", old_logp, old_hidden, old_lm_head, hidden)
     check_policy("ref", ref_logp, ref_hidden, ref_lm_head, hidden)
@@ -150,7 +133,6 @@ def loss_from_hidden(
         memory_budget=memory_budget,
         all_logp=all_logp,
         accumulate_into=accumulate_into,
-        run=run,
         logits_dtype=dtype,
         autocast=autocast,
         temperature=float(temperature),
@@ -161,12 +143,12 @@ def loss_from_hidden(
     )
 
 
+@register_function
 @torch.no_grad()
 def logp_from_hidden(
     hidden: Tensor,
     lm_head: Tensor | LinearHead,
     target: Tensor,
-    *,
     temperature: float | Tensor,
     mask: Tensor | None,
     memory_budget: int | None,
@@ -174,7 +156,7 @@ def logp_from_hidden(
     backend: Backend | None,
     validate: bool | None,
 ) -> TokenLogp:
-    """`linear_token_logp`, whose arguments these are."""
+    """`linear_token_logp` outside of `torch.compile`."""
     head = check_head("lm_head", lm_head, check_hidden("hidden", hidden))
     target = check_target_shape(target, hidden)
     kernels = choose_backend(backend, hidden)

@@ -6,18 +6,18 @@ Chunks of rows go through the product, the kernels of `fused_loss`, and the grad
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from grpo_core.backends import Backend
-from grpo_core.linear.door import logp_from_hidden, loss_from_hidden
+from grpo_core.linear.door import LinearOptions, logp_from_hidden, loss_from_hidden
 from grpo_core.linear.head import LinearHead
-from grpo_core.linear.in_graph import logp_in_graph, loss_in_graph
 from grpo_core.linear.memory import Plan
-from grpo_core.loss.fused_loss import LossOutput, TokenLogp
+from grpo_core.loss.compile import logp_in_graph, loss_in_graph
+from grpo_core.loss.inputs import LossInputs
+from grpo_core.loss.outputs import LossOutput, TokenLogp
 from grpo_core.objective.objective import Objective
+from grpo_core.objective.recipes import find_objective
 from grpo_core.objective.validation import check_concrete
 
 
@@ -96,34 +96,40 @@ def fused_linear_loss(
 
     Source: see `fused_loss`; gradients in the forward of a fused head: Liger (arXiv 2410.10989).
     """
-    arguments: dict[str, Any] = {
-        "objective": objective,
-        "advantage": advantage,
-        "rewards": rewards,
-        "group_size": group_size,
-        "group_id": group_id,
-        "old_logp": old_logp,
-        "old_hidden": old_hidden,
-        "old_lm_head": old_lm_head,
-        "ref_logp": ref_logp,
-        "ref_hidden": ref_hidden,
-        "ref_lm_head": ref_lm_head,
-        "sampler_logp": sampler_logp,
-        "mask": mask,
-        "sequence_id": sequence_id,
-        "normalizer": normalizer,
-        "temperature": temperature,
-        "plan": plan,
-        "memory_budget": memory_budget,
-        "logits_dtype": logits_dtype,
-        "all_logp": all_logp,
-        "accumulate_into": accumulate_into,
-        "backend": backend,
-        "validate": validate,
-    }
-    check_concrete(hidden=hidden, lm_head=lm_head, target=target, **arguments)
-    run = loss_in_graph if torch.compiler.is_compiling() else loss_from_hidden
-    return run(hidden, lm_head, target, **arguments)
+    inputs = LossInputs(
+        target=target,
+        objective=find_objective(objective),
+        advantage=advantage,
+        rewards=rewards,
+        group_size=group_size,
+        group_id=group_id,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        sampler_logp=sampler_logp,
+        mask=mask,
+        sequence_id=sequence_id,
+        normalizer=normalizer,
+        temperature=temperature,  # type: ignore[arg-type]
+        backend=backend,
+        validate=validate,
+    )
+    options = LinearOptions(
+        old_hidden=old_hidden,
+        old_lm_head=old_lm_head,
+        ref_hidden=ref_hidden,
+        ref_lm_head=ref_lm_head,
+        plan=plan,
+        memory_budget=memory_budget,
+        logits_dtype=logits_dtype,
+        all_logp=all_logp,
+        accumulate_into=accumulate_into,
+    )
+    if torch.compiler.is_compiling():
+        if accumulate_into is not None:
+            raise NotImplementedError("accumulate_into: expected None inside torch.compile")
+        return loss_in_graph(loss_from_hidden, (hidden, lm_head), inputs, options, ahead=True)
+    check_concrete(hidden=hidden, lm_head=lm_head, **vars(inputs), **vars(options))
+    return loss_from_hidden(hidden, lm_head, inputs, options)
 
 
 @torch.no_grad()
@@ -151,14 +157,9 @@ def linear_token_logp(
     Raises:
         ValueError, NotImplementedError: as `fused_linear_loss`.
     """
-    arguments: dict[str, Any] = {
-        "temperature": temperature,
-        "mask": mask,
-        "memory_budget": memory_budget,
-        "logits_dtype": logits_dtype,
-        "backend": backend,
-        "validate": validate,
-    }
-    check_concrete(hidden=hidden, lm_head=lm_head, target=target, **arguments)
-    run = logp_in_graph if torch.compiler.is_compiling() else logp_from_hidden
-    return run(hidden, lm_head, target, **arguments)
+    check_concrete(hidden=hidden, lm_head=lm_head, target=target, mask=mask)
+    arguments = (hidden, lm_head, target, temperature, mask, memory_budget)
+    options = (logits_dtype, backend, validate)
+    if torch.compiler.is_compiling():
+        return TokenLogp(*logp_in_graph(logp_from_hidden, *arguments, *options))
+    return logp_from_hidden(*arguments, *options)

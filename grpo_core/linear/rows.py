@@ -7,8 +7,7 @@ their sequences.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,20 +20,6 @@ from grpo_core.loss.fused_loss import LossOutput
 from grpo_core.loss.inputs import Tokens
 
 
-class Run(NamedTuple):
-    """How calls over some hidden states and a head are evaluated."""
-
-    wanted: tuple[bool, ...]
-    evaluate: Callable[[LinearCall], tuple[Tensor, ...]]  # loss and vectors, as FusedLinearLoss
-
-
-def of_autograd(hidden: Tensor, head: LinearHead) -> Run:
-    """With a graph, to what asks for a gradient."""
-    tensors, enabled = (hidden, *head.tensors), torch.is_grad_enabled()
-    wanted = tuple(enabled and x is not None and x.requires_grad for x in tensors)
-    return Run(wanted, lambda call: FusedLinearLoss.apply(call, head, *tensors))
-
-
 def loss_of_rows(
     hidden: Tensor,
     head: LinearHead,
@@ -45,19 +30,15 @@ def loss_of_rows(
     memory_budget: int | None,
     all_logp: bool,
     accumulate_into: Tensor | None = None,
-    run: Run | None = None,
     **fields: Any,
 ) -> LossOutput:
     """The loss of tokens that have passed the door; vectors of all rows from those made.
 
     The vectors of `others` among the fields, see `LinearCall`, are filled in.
-
-    Args:
-        run: how a call is evaluated, and which gradients it wants, see `LinearCall`; None means by
-            autograd.
     """
     still = tokens.has_no_gradient()
-    run = run or of_autograd(hidden, head)
+    tensors, enabled = (hidden, *head.tensors), torch.is_grad_enabled()
+    trained = tuple(enabled and x is not None and x.requires_grad for x in tensors)
     N, vector = tokens.target.numel(), tokens.advantage
     logp, entropy, ratio, kl = vector.new_zeros(4, N)
     factor = torch.ones_like(vector)
@@ -67,7 +48,7 @@ def loss_of_rows(
         """Makes the rows marked in `at` [N] bool and files what they are like; their loss."""
         into = accumulate_into if any(wanted) else None
         call = _call(hidden, head, tokens, at, wanted, plan, memory_budget, into=into, **fields)
-        loss, *found = run.evaluate(call)
+        loss, *found = FusedLinearLoss.apply(call, head, *tensors)
         homes = (logp, entropy, ratio, kl, dropped, factor, valid)
         place = slice(None) if call.rows is None else call.rows
         for home, value in zip(homes, found, strict=True):
@@ -77,10 +58,10 @@ def loss_of_rows(
             getattr(tokens, other.name)[place] = getattr(call.tokens, other.name)
         return loss, call.n
 
-    loss, made = part(tokens.valid & ~still, run.wanted)
+    loss, made = part(tokens.valid & ~still, trained)
     if all_logp and bool(still.any()):
         with torch.no_grad():
-            made += part(still, (False,) * len(run.wanted))[1]
+            made += part(still, (False,) * len(trained))[1]
     logp, entropy, ratio, kl, factor = (v.view(shape) for v in (logp, entropy, ratio, kl, factor))
     return LossOutput(
         loss, logp, entropy, ratio, kl, factor, tokens, valid, dropped, _skipped=N - made
