@@ -545,7 +545,6 @@ FUNCTIONS: dict[Any, dict[str, Any]] = {
         "ref_rejected": vector,
         "weight": vector,
         "beta": 0.5,
-        "label_smoothing": 0.25,
     },
     sequence_logp: {"logp": vector, "mask": mask, "sequence_id": ids, "sequences": 2},
     gae: {"rewards": padded, "values": padded, "mask": padded, "gamma": 0.5, "lam": 0.5},

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from grpo_core.loss.compile import register_record
 from grpo_core.objective.validation import (
     check_concrete,
     check_floats,
@@ -24,6 +25,7 @@ from grpo_core.objective.validation import (
 HEAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@register_record
 @dataclass(frozen=True)
 class LinearHead:
     """An output matrix, and what the model does between its product and the logits.

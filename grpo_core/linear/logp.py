@@ -50,8 +50,9 @@ from grpo_core.linear.head import (
 )
 from grpo_core.linear.matmuls import Plan
 from grpo_core.linear.vocab_slices import SoftmaxRows, add_gradients_of_slices, logits_at
-from grpo_core.loss.fused_loss import TokenLogp
+from grpo_core.loss.compile import register_function
 from grpo_core.loss.inputs import check_logits, check_target, find_unmasked, flatten_target
+from grpo_core.loss.outputs import TokenLogp
 from grpo_core.objective.validation import check_concrete
 
 
@@ -95,20 +96,9 @@ def linear_logp(
         NotImplementedError: a backend asked for by name that cannot run here.
     """
     check_concrete(hidden=hidden, lm_head=lm_head, target=target, mask=mask)
-    logp, entropy = logp_from_hidden(
-        hidden,
-        lm_head,
-        target,
-        temperature=temperature,
-        mask=mask,
-        plan=plan,
-        memory_budget=memory_budget,
-        # rounding logits to 16 bits costs up to 0.05 nats
-        logits_dtype=torch.float32,
-        backend=backend,
-        validate=validate,
-    )
-    return TokenLogp(logp, entropy)
+    # rounding logits to 16 bits costs up to 0.05 nats
+    options = (plan, memory_budget, torch.float32, backend, validate)
+    return TokenLogp(*logp_from_hidden(hidden, lm_head, target, temperature, mask, *options))
 
 
 @dataclass(frozen=True)
@@ -126,11 +116,11 @@ class Extras:
     gathered: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
+@register_function
 def logp_from_hidden(
     hidden: Tensor,
     lm_head: Tensor | LinearHead,
     target: Tensor,
-    *,
     temperature: float,
     mask: Tensor | None,
     plan: Plan | None,

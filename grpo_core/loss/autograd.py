@@ -16,17 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from grpo_core.backends import Backend, choose_backend
 from grpo_core.kernels.records import RowLoss, Rows, RowStats
-from grpo_core.loss.inputs import (
-    IGNORE,
-    LOGIT_DTYPES,
-    Tokens,
-    check_logits,
-    check_target,
-    flatten_target,
-    make_readable,
-)
+from grpo_core.loss.inputs import Tokens
 
 CONTIGUOUS = torch.contiguous_format
 
@@ -90,26 +81,6 @@ def evaluate(rows: Rows, call: Call, dlogits: Tensor | None) -> tuple[RowLoss, T
     """The loss of every row by the plan that its objective needs, and the tokens as they ended."""
     plan = _two_phases if call.tokens.needs_statistics else _one_pass
     return plan(rows, call, dlogits)
-
-
-def logp_of_rows(
-    logits: Tensor,
-    target: Tensor,
-    temperature: float,
-    mask: Tensor | None,
-    backend: Backend | None,
-    validate: bool | None,
-) -> tuple[Tensor, Tensor]:
-    """(logp, entropy) `[N]` of every target, nats; arguments as in `token_logp`."""
-    check_logits(logits, temperature, LOGIT_DTYPES)
-    target = check_target(logits, target, mask, validate)
-    kernels = choose_backend(backend, logits)
-    # one that is no word is passed over where the row would be read
-    target = flatten_target(target)
-    if mask is not None:
-        target = torch.where(mask.reshape(-1) != 0, target, IGNORE)
-    stats = kernels.row_stats(Rows.of(make_readable(logits)), target, float(temperature))
-    return stats.logp, stats.entropy
 
 
 class FusedLoss(torch.autograd.Function):

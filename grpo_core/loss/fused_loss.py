@@ -7,81 +7,28 @@ statistics, a small step over `[N]` vectors, `row_dlogits`. Both plans are in `a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from grpo_core.backends import Backend, choose_backend
-from grpo_core.loss import in_graph
-from grpo_core.loss.autograd import Call, FusedLoss, logp_of_rows
+from grpo_core.kernels.records import Rows
+from grpo_core.loss.autograd import Call, FusedLoss
+from grpo_core.loss.compile import logp_in_graph, loss_in_graph, register_function
 from grpo_core.loss.inputs import (
+    IGNORE,
+    LOGIT_DTYPES,
     LossInputs,
-    Measured,
+    check_logits,
+    check_target,
+    flatten_target,
     is_readable,
     make_readable,
     prepare_reference,
 )
-from grpo_core.loss.metrics import loss_metrics
+from grpo_core.loss.outputs import LossOutput as LossOutput
+from grpo_core.loss.outputs import TokenLogp as TokenLogp
 from grpo_core.objective.objective import Objective
 from grpo_core.objective.recipes import find_objective
-
-
-class TokenLogp(NamedTuple):
-    """Log-probability of each target and entropy of its distribution, nats, shaped like target."""
-
-    logp: Tensor
-    entropy: Tensor
-
-
-@dataclass(frozen=True)
-class LossOutput:
-    """What `fused_loss` returns: the loss, and per token what it was made of.
-
-    Attributes:
-        loss: 0-dim float32, differentiable with respect to the logits.
-        logp: log π(target), nats, shaped like target, float32, detached, 0 where masked; so are:
-        entropy: of the distribution at temperature T, nats.
-        ratio: π / π_old; with a sequence-level objective that of the sequence.
-        kl: the objective's estimate of KL(π ‖ π_ref), nats.
-    """
-
-    loss: Tensor
-    logp: Tensor = field(repr=False)
-    entropy: Tensor = field(repr=False)
-    ratio: Tensor = field(repr=False)
-    kl: Tensor = field(repr=False)
-    _factor: Tensor | None = field(repr=False)
-    _tokens: Measured = field(repr=False)
-    _valid: Tensor = field(repr=False)
-    _dropped: Tensor = field(repr=False)
-    _skipped: int | Tensor | None = field(default=None, repr=False)
-    _metrics: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
-
-    @property
-    def factor(self) -> Tensor:
-        """What the surrogate was multiplied by, see `policy_factor`; 1 without one."""
-        return torch.ones_like(self.logp) if self._factor is None else self._factor
-
-    @property
-    def metrics(self) -> dict[str, Tensor]:
-        """Figures of this call, see `metrics.METRICS`; computed when first asked for."""
-        if not self._metrics:
-            found = loss_metrics(
-                self._tokens,
-                loss=self.loss.detach(),
-                logp=self.logp.reshape(-1),
-                entropy=self.entropy.reshape(-1),
-                ratio=self.ratio.reshape(-1),
-                kl=self.kl.reshape(-1),
-                factor=self.factor.reshape(-1),
-                valid=self._valid,
-                dropped=self._dropped,
-                skipped=self._skipped,
-            )
-            self._metrics.update(found)
-        return self._metrics
 
 
 def fused_loss(
@@ -185,11 +132,15 @@ def fused_loss(
         validate=validate,
     )
     if torch.compiler.is_compiling():
-        outcome, measured = in_graph.loss_in_graph(logits, inputs, inplace)
-        shown = (vector.view(target.shape) for vector in outcome[1:6])
-        logp, entropy, ratio, kl, factor = shown
-        loss, valid, dropped = outcome.loss, outcome.valid, outcome.dropped
-        return LossOutput(loss, logp, entropy, ratio, kl, factor, measured, valid, dropped)
+        if inplace:
+            raise NotImplementedError("inplace: expected False inside torch.compile, got True")
+        return loss_in_graph(loss_from_logits, (logits,), inputs, ahead=False)
+    return loss_from_logits(logits, inputs, inplace)
+
+
+@register_function
+def loss_from_logits(logits: Tensor, inputs: LossInputs, inplace: bool = False) -> LossOutput:
+    """`fused_loss` outside of `torch.compile`."""
     tokens = inputs.tokens(logits)
     if inplace and not is_readable(logits):
         raise ValueError(
@@ -198,15 +149,16 @@ def fused_loss(
         )
     call = Call(
         tokens,
-        prepare_reference(ref_logits, logits, inplace),
-        temperature=float(temperature),
+        prepare_reference(inputs.ref_logits, logits, inplace),
+        temperature=float(inputs.temperature),
         inplace=inplace,
         wants_gradient=logits.requires_grad and torch.is_grad_enabled(),
-        kernels=choose_backend(backend, logits),
+        kernels=choose_backend(inputs.backend, logits),
     )
+    shape = inputs.target.shape
     loss, *four, dropped, factor, valid = FusedLoss.apply(make_readable(logits), call)
-    logp, entropy, ratio, kl = (vector.view(target.shape) for vector in four)
-    shaped = None if factor is None else factor.view(target.shape)
+    logp, entropy, ratio, kl = (vector.view(shape) for vector in four)
+    shaped = None if factor is None else factor.view(shape)
     valid = tokens.valid if valid is None else valid
     return LossOutput(loss, logp, entropy, ratio, kl, shaped, tokens, valid, dropped)
 
@@ -234,8 +186,29 @@ def token_logp(
     Raises:
         ValueError, NotImplementedError: as `fused_loss`.
     """
-    arguments = (temperature, mask, backend, validate)
-    found = (in_graph.logp_in_graph if torch.compiler.is_compiling() else logp_of_rows)(
-        logits, target, *arguments
-    )
-    return TokenLogp(*(vector.view(target.shape) for vector in found))
+    arguments = (logits, target, temperature, mask, backend, validate)
+    if torch.compiler.is_compiling():
+        logp, entropy = logp_in_graph(logp_from_logits, *arguments)
+    else:
+        logp, entropy = logp_from_logits(*arguments)
+    return TokenLogp(logp, entropy)
+
+
+@register_function
+def logp_from_logits(
+    logits: Tensor,
+    target: Tensor,
+    temperature: float,
+    mask: Tensor | None,
+    backend: Backend | None,
+    validate: bool | None,
+) -> TokenLogp:
+    """`token_logp` outside of `torch.compile`."""
+    check_logits(logits, temperature, LOGIT_DTYPES)
+    shape, flat = target.shape, flatten_target(check_target(logits, target, mask, validate))
+    if mask is not None:
+        flat = torch.where(mask.reshape(-1) != 0, flat, IGNORE)
+    # a row whose target is outside [0, V) is not read
+    rows = Rows.of(make_readable(logits))
+    stats = choose_backend(backend, logits).row_stats(rows, flat, float(temperature))
+    return TokenLogp(stats.logp.view(shape), stats.entropy.view(shape))

@@ -120,7 +120,7 @@ class LossInputs:
             sequences=shape[0],
             width=None if packed else shape[1],
             normalizer=normalizer,
-            groups=self._groups(),
+            groups=self.groups,
         )
         per_sequence = self.rewards is not None or advantage.numel() != flat.numel()
         tokens = tokens.assign_sequences(per_sequence).with_weights()
@@ -128,7 +128,8 @@ class LossInputs:
             return tokens
         return spec.factor.of_sampler(tokens, old_logp)
 
-    def _groups(self) -> tuple[Tensor, int | Tensor] | None:
+    @property
+    def groups(self) -> tuple[Tensor, int | Tensor] | None:
         """Rewards and the groups that they belong to, for the metrics."""
         groups = self.group_size if self.group_id is None else self.group_id
         if self.rewards is None or groups is None:
@@ -238,23 +239,15 @@ class LossInputs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """What the metrics of a loss need beside its results."""
+class Tokens(SequenceTokens):
+    """Everything that a loss and its metrics need beside the logits, as vectors over N tokens."""
 
     objective: Objective
     unmasked: Tensor  # [N] bool, valid before any rejection
     bad_target: Tensor  # [N] bool, neither in [0, V) nor IGNORE
-    advantage: Tensor  # [N]
-    old_logp: Tensor | None = None  # [N], nats
-    sampler_logp: Tensor | None = None  # [N], nats
-    groups: tuple[Tensor, int | Tensor] | None = None  # rewards [B]; their size, or an id for each
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tokens(Measured, SequenceTokens):
-    """Everything a loss needs beside the logits, as vectors over N tokens."""
-
+    sampler_logp: Tensor | None  # [N], nats
     normalizer: Tensor | float | None
+    groups: tuple[Tensor, int | Tensor] | None  # rewards [B]; their size, or an id for each
 
     @property
     def needs_statistics(self) -> bool:
@@ -312,10 +305,10 @@ class Tokens(Measured, SequenceTokens):
         """
         valid, advantage, sequence = self.valid, self.advantage, self.sequence
         if self.sequence_id is not None:
-            known = len(advantage) if per_sequence else self.sequences
+            known = advantage.numel() if per_sequence else self.sequences
             valid = valid & (self.sequence_id == sequence) & (sequence < known)
         if per_sequence:
-            advantage = advantage[sequence.clamp(max=max(len(advantage) - 1, 0))]
+            advantage = advantage[sequence.clamp(max=max(advantage.numel() - 1, 0))]
         target = torch.where(valid, self.target, IGNORE)
         return replace(self, target=target, valid=valid, unmasked=valid, advantage=advantage)
 
