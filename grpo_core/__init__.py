@@ -9,8 +9,13 @@ if TYPE_CHECKING:
     from grpo_core.linear.head import LinearHead
     from grpo_core.linear.logp import linear_logp
     from grpo_core.linear.loss import fused_linear_loss, linear_token_logp
-    from grpo_core.linear.model import with_fused_head, without_fused_head
-    from grpo_core.linear.requests import HeadOutput, LogpRequest, LossRequest
+    from grpo_core.linear.model import (
+        HeadOutput,
+        LogpRequest,
+        LossRequest,
+        with_fused_head,
+        without_fused_head,
+    )
     from grpo_core.loss.fused_loss import LossOutput, TokenLogp, fused_loss, token_logp
     from grpo_core.loss.logp_loss import logp_loss
     from grpo_core.loss.metrics import merge_metrics
@@ -62,8 +67,7 @@ __getattr__, __dir__ = exports(
         "linear.head": "LinearHead",
         "linear.logp": "linear_logp",
         "linear.loss": "fused_linear_loss linear_token_logp",
-        "linear.model": "with_fused_head without_fused_head",
-        "linear.requests": "HeadOutput LogpRequest LossRequest",
+        "linear.model": "HeadOutput LogpRequest LossRequest with_fused_head without_fused_head",
         "loss.fused_loss": "LossOutput TokenLogp fused_loss token_logp",
         "loss.logp_loss": "logp_loss",
         "loss.metrics": "merge_metrics",

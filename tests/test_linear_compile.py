@@ -12,7 +12,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from grpo_core import LinearHead, LossOutput, fused_linear_loss, linear_token_logp
-from grpo_core.linear.door import LinearOptions, logp_from_hidden, loss_from_hidden
+from grpo_core.linear.autograd import loss_from_hidden
+from grpo_core.linear.logp import logp_from_hidden
 from grpo_core.loss import compile
 from grpo_core.loss.inputs import LossInputs
 from tests.test_fused_loss import OBJECTIVES
@@ -75,7 +76,6 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "all logp": ("dapo", "soft cap", {"all_logp": True}),
     "exact KL": ("exact KL", "adapter", {}),
     "sampler": ("sampler, mask, entropy, exact KL", "padded", {}),
-    "temperatures": ("grpo", "matrix", {"temperature": 0.5 + torch.arange(36.0).view(4, 9) / 36}),
     "narrow logits": ("entropy", "scale", {"logits_dtype": torch.bfloat16}),
 }
 
@@ -141,7 +141,7 @@ def test_other_policies_and_log_probabilities(compiler: str) -> None:
         "rewards": arguments["rewards"],
         "group_size": 2,
         "sequence_id": torch.arange(B).repeat_interleave(T),
-        "old_hidden": hidden.flatten(0, 1) + 0.1,
+        "old_logp": arguments["old_logp"].flatten(),
         "ref_hidden": hidden.flatten(0, 1) - 0.1,
         "ref_lm_head": make_head(),
         "temperature": 0.9,
@@ -202,11 +202,13 @@ def test_the_operators_keep_their_promises() -> None:
         # a fake target has no values
         "validate": False,
     }
-    options = LinearOptions(**dict.fromkeys(field.name for field in fields(LinearOptions)))
-    values = (hidden.requires_grad_(), head, LossInputs(**given), options)
-    call = compile._flatten(loss_from_hidden, [True] * 5, True, values)
+    names = ("ref_hidden", "ref_lm_head", "plan", "memory_budget", "logits_dtype", "all_logp")
+    values = (hidden.requires_grad_(), head, LossInputs(**given))
+    call = compile._flatten(loss_from_hidden, [True] * 5, True, values, dict.fromkeys(names))
     torch.library.opcheck(compile._run, call)
     head = replace(head, **{name: getattr(head, name).detach() for name in TENSORS})
-    values = (hidden.detach(), head, arguments["target"], 0.9, None, None, None, "torch", False)
-    call = compile._flatten(logp_from_hidden, [False], False, values)
+    names = ("mask", "plan", "memory_budget", "logits_dtype")
+    options = dict.fromkeys(names) | {"temperature": 0.9, "backend": "torch", "validate": False}
+    values = (hidden.detach(), head, arguments["target"])
+    call = compile._flatten(logp_from_hidden, [False], False, values, options)
     torch.library.opcheck(compile._run, call)
