@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from grpo_core import LinearHead, LossOutput, fused_linear_loss, linear_token_logp
 from grpo_core.linear.logp import logp_from_hidden
-from grpo_core.linear.loss import LinearOptions, loss_from_hidden
+from grpo_core.linear.loss import loss_from_hidden
 from grpo_core.loss import compile
 from grpo_core.loss.inputs import LossInputs
 from tests.test_fused_loss import OBJECTIVES
@@ -202,12 +202,13 @@ def test_the_operators_keep_their_promises() -> None:
         # a fake target has no values
         "validate": False,
     }
-    options = LinearOptions(**dict.fromkeys(field.name for field in fields(LinearOptions)))
-    values = (hidden.requires_grad_(), head, LossInputs(**given), options)
-    call = compile._flatten(loss_from_hidden, [True] * 5, True, values)
+    names = ("ref_hidden", "ref_lm_head", "plan", "memory_budget", "logits_dtype", "all_logp")
+    values = (hidden.requires_grad_(), head, LossInputs(**given))
+    call = compile._flatten(loss_from_hidden, [True] * 5, True, values, dict.fromkeys(names))
     torch.library.opcheck(compile._run, call)
     head = replace(head, **{name: getattr(head, name).detach() for name in TENSORS})
-    values = (hidden.detach(), head, arguments["target"], 0.9, None, "fast", None, None)
-    values = (*values, "torch", False)
-    call = compile._flatten(logp_from_hidden, [False], False, values)
+    names = ("mask", "plan", "memory_budget", "logits_dtype")
+    options = dict.fromkeys(names) | {"temperature": 0.9, "backend": "torch", "validate": False}
+    values = (hidden.detach(), head, arguments["target"])
+    call = compile._flatten(logp_from_hidden, [False], False, values, options)
     torch.library.opcheck(compile._run, call)

@@ -170,12 +170,16 @@ def test_the_operators_keep_their_promises(backend: str, device: str) -> None:
         arguments = moved(needed(spec, buffer, arguments), device)
         # a fake target has no values
         given = empty | arguments | {"objective": spec, "backend": backend, "validate": False}
-        logits = buffer.to(device, copy=True).requires_grad_()
-        call = compile._flatten(loss_from_logits, [True], False, (logits, LossInputs(**given)))
-        torch.library.opcheck(compile._run, call)
+        logits, inputs = buffer.to(device, copy=True), LossInputs(**given)
+        call = compile._flatten(loss_from_logits, [True], False, (logits, inputs), {})
         torch.library.opcheck(compile._differentiate, (*call, torch.tensor(2.0, device=device)))
+        leaf = logits.clone().requires_grad_()
+        call = compile._flatten(loss_from_logits, [True], False, (leaf, inputs), {})
+        torch.library.opcheck(compile._run, call)
     given = (buffer.to(device), arguments["target"], 0.9, None, backend, False)
-    torch.library.opcheck(compile._run, compile._flatten(logp_from_logits, [False], False, given))
+    torch.library.opcheck(
+        compile._run, compile._flatten(logp_from_logits, [False], False, given, {})
+    )
 
 
 def test_a_second_backward_and_one_scaled(backend: str, device: str) -> None:

@@ -8,7 +8,7 @@ grad_output, a loss scale, is known.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,7 +41,6 @@ from grpo_core.loss.compile import (
     logp_in_graph,
     loss_in_graph,
     register_function,
-    register_record,
 )
 from grpo_core.loss.inputs import LossInputs, Tokens
 from grpo_core.loss.outputs import LossOutput, TokenLogp
@@ -130,18 +129,18 @@ def fused_linear_loss(
         backend=backend,
         validate=validate,
     )
-    options = LinearOptions(
-        ref_hidden=ref_hidden,
-        ref_lm_head=ref_lm_head,
-        plan=plan,
-        memory_budget=memory_budget,
-        logits_dtype=logits_dtype,
-        all_logp=all_logp,
-    )
+    options: dict[str, Any] = {
+        "ref_hidden": ref_hidden,
+        "ref_lm_head": ref_lm_head,
+        "plan": plan,
+        "memory_budget": memory_budget,
+        "logits_dtype": logits_dtype,
+        "all_logp": all_logp,
+    }
     if torch.compiler.is_compiling():
-        return loss_in_graph(loss_from_hidden, (hidden, lm_head), inputs, options, ahead=True)
-    check_concrete(hidden=hidden, lm_head=lm_head, **vars(inputs), **vars(options))
-    return loss_from_hidden(hidden, lm_head, inputs, options)
+        return loss_in_graph(loss_from_hidden, (hidden, lm_head), inputs, ahead=True, **options)
+    check_concrete(hidden=hidden, lm_head=lm_head, **vars(inputs), **options)
+    return loss_from_hidden(hidden, lm_head, inputs, **options)
 
 
 @torch.no_grad()
@@ -169,36 +168,39 @@ def linear_token_logp(
     Raises:
         ValueError, NotImplementedError: as `fused_linear_loss`.
     """
-    check_concrete(hidden=hidden, lm_head=lm_head, target=target, mask=mask)
-    first = (hidden, lm_head, target, temperature, mask)
-    options = ("fast", memory_budget, logits_dtype, backend, validate)
+    arguments: dict[str, Any] = {
+        "temperature": temperature,
+        "plan": "fast",
+        "mask": mask,
+        "memory_budget": memory_budget,
+        "logits_dtype": logits_dtype,
+        "backend": backend,
+        "validate": validate,
+    }
     if torch.compiler.is_compiling():
-        return TokenLogp(*logp_in_graph(logp_from_hidden, *first, *options))
-    return TokenLogp(*logp_from_hidden(*first, *options))
-
-
-@register_record
-@dataclass(frozen=True, kw_only=True)
-class LinearOptions:
-    """The arguments of `fused_linear_loss` that `fused_loss` does not have."""
-
-    ref_hidden: Tensor | None
-    ref_lm_head: Tensor | LinearHead | None
-    plan: Plan | None
-    memory_budget: int | None
-    logits_dtype: torch.dtype | None
-    all_logp: bool
+        return TokenLogp(*logp_in_graph(logp_from_hidden, hidden, lm_head, target, **arguments))
+    check_concrete(hidden=hidden, lm_head=lm_head, target=target, **arguments)
+    return TokenLogp(*logp_from_hidden(hidden, lm_head, target, **arguments))
 
 
 @register_function
 def loss_from_hidden(
-    hidden: Tensor, lm_head: Tensor | LinearHead, inputs: LossInputs, options: LinearOptions
+    hidden: Tensor,
+    lm_head: Tensor | LinearHead,
+    inputs: LossInputs,
+    *,
+    ref_hidden: Tensor | None,
+    ref_lm_head: Tensor | LinearHead | None,
+    plan: Plan | None,
+    memory_budget: int | None,
+    logits_dtype: torch.dtype | None,
+    all_logp: bool,
 ) -> LossOutput:
     """`fused_linear_loss` outside of `torch.compile`."""
     head = check_head("lm_head", lm_head, check_hidden("hidden", hidden))
     target = check_target_shape(inputs.target, hidden)
     logits = logits_like(hidden, head.V)
-    reference = _check_reference(inputs, head, hidden, options.ref_hidden, options.ref_lm_head)
+    reference = _check_reference(inputs, head, hidden, ref_hidden, ref_lm_head)
     exact = reference is not None and inputs.objective.kl == "exact"
     if exact:
         # of the same shape, which is all that is checked
@@ -209,17 +211,17 @@ def loss_from_hidden(
     tokens = inputs.tokens(logits, logit_dtypes=HEAD_DTYPES)
     without_gradient = tokens.has_no_gradient()
     if reference is not None and not exact:
-        made = tokens.valid if options.all_logp else tokens.valid & ~without_gradient
+        made = tokens.valid if all_logp else tokens.valid & ~without_gradient
         with torch.no_grad():
             ref_logp, _ = logp_from_hidden(
                 *reference,
                 target,
-                inputs.temperature,
-                made.view(target.shape),
-                "fast",
-                options.memory_budget,
-                options.logits_dtype,
-                inputs.backend,
+                temperature=inputs.temperature,
+                mask=made.view(target.shape),
+                plan="fast",
+                memory_budget=memory_budget,
+                logits_dtype=logits_dtype,
+                backend=inputs.backend,
                 validate=False,
             )
         tokens = replace(tokens, ref_logp=ref_logp.view(-1))
@@ -229,9 +231,9 @@ def loss_from_hidden(
         tokens=tokens,
         reference=reference if exact else None,
         temperature=float(inputs.temperature),
-        plan=options.plan,
-        memory_budget=options.memory_budget,
-        logits_dtype=dtype_of_logits(options.logits_dtype),
+        plan=plan,
+        memory_budget=memory_budget,
+        logits_dtype=dtype_of_logits(logits_dtype),
         autocast=autocast_dtype(hidden),
         kernels=choose_backend(inputs.backend, hidden),
         wanted=tuple(enabled and x is not None and x.requires_grad for x in tensors),
@@ -239,7 +241,7 @@ def loss_from_hidden(
     first = _call_of_rows(call, tokens, tokens.valid & ~without_gradient)
     loss, *results = FusedLinearLoss.apply(first, head, *tensors)
     parts = [(first, results)]
-    if options.all_logp and bool(without_gradient.any()):
+    if all_logp and bool(without_gradient.any()):
         rest = replace(_call_of_rows(call, tokens, without_gradient), wanted=(False,) * 5)
         parts.append((rest, list(evaluate_call(rest, head, tensors)[0][1:])))
     return _output(loss, tokens, target.shape, parts)

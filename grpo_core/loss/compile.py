@@ -18,9 +18,9 @@ loss scale, which is grad_output, is known: there the backward runs that loss ag
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -59,13 +59,17 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {}
 RECORDS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {}
 
 
-def register_function(function: Callable[..., Any]) -> Callable[..., Any]:
+Named = TypeVar("Named", bound=Callable[..., Any])
+Record = TypeVar("Record", bound=type)
+
+
+def register_function(function: Named) -> Named:
     """Lets a graph call the function by its name."""
     FUNCTIONS[function.__name__] = function
     return function
 
 
-def register_record(record: type) -> type:
+def register_record(record: Record) -> Record:
     """Lets a graph pass a dataclass of tensors, numbers and constants."""
     RECORDS[record.__name__] = record, tuple(field.name for field in fields(record))
     return record
@@ -74,18 +78,24 @@ def register_record(record: type) -> type:
 register_record(LossInputs)
 
 
-def logp_in_graph(function: Callable[..., Any], *arguments: Any) -> list[Tensor]:
+def logp_in_graph(function: Callable[..., Any], *arguments: Any, **options: Any) -> list[Tensor]:
     """The two results of a function that reads logp and entropy of its first argument's rows."""
-    return [tensor.detach() for tensor in _run(*_flatten(function, [False], False, arguments))]
+    call = _flatten(function, [False], False, arguments, options)
+    return [tensor.detach() for tensor in _run(*call)]
 
 
 def loss_in_graph(
-    function: Callable[..., Any], leaves: tuple[Any, ...], *arguments: Any, ahead: bool
+    function: Callable[..., Any],
+    leaves: tuple[Any, ...],
+    inputs: LossInputs,
+    *,
+    ahead: bool,
+    **options: Any,
 ) -> LossOutput:
     """The loss of a function, differentiated with respect to the tensors in `leaves`.
 
     Args:
-        arguments: the further arguments of the function, `LossInputs` first.
+        options: further arguments of the function.
         ahead: whether the forward makes the gradients.
 
     Raises:
@@ -96,10 +106,9 @@ def loss_in_graph(
         _flatten_value(leaf, [], tensors, [])
     wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in tensors]
     ahead = ahead and all(tensor.dtype != torch.float16 for tensor in tensors)
-    loss, *results = _run(*_flatten(function, wanted, ahead, (*leaves, *arguments)))
+    loss, *results = _run(*_flatten(function, wanted, ahead, (*leaves, inputs), options))
     found: list[Any] = [None if tensor.ndim == ABSENT else tensor.detach() for tensor in results]
     logp, entropy, ratio, kl, factor, valid, dropped, skipped, *vectors = found
-    inputs = arguments[0]
     tokens = Tokens(
         objective=inputs.objective,
         sequences=inputs.target.shape[0],
@@ -113,7 +122,11 @@ def loss_in_graph(
 
 
 def _flatten(
-    function: Callable[..., Any], wanted: list[bool], ahead: bool, arguments: tuple[Any, ...]
+    function: Callable[..., Any],
+    wanted: list[bool],
+    ahead: bool,
+    arguments: tuple[Any, ...],
+    options: dict[str, Any],
 ) -> tuple[str, list[Tensor], Tensor]:
     """(key, tensors, numbers) of a call.
 
@@ -123,6 +136,9 @@ def _flatten(
     tensors: list[Tensor] = []
     numbers: list[float] = []
     for value in arguments:
+        _flatten_value(value, words, tensors, numbers)
+    for name, value in options.items():
+        words.extend(("option", name))
         _flatten_value(value, words, tensors, numbers)
     device = tensors[0].device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -167,10 +183,16 @@ class _Reader:
         self.words, self.tensors = iter(words), iter(tensors)
         self.numbers = None if numbers is None else iter(numbers)
 
-    def read(self) -> Iterator[Any]:
-        """All values."""
+    def read(self) -> tuple[list[Any], dict[str, Any]]:
+        """(arguments, options) of the call."""
+        arguments, options = [], {}
         for word in self.words:
-            yield self._value(word)
+            if word == "option":
+                name = next(self.words)
+                options[name] = self._value(next(self.words))
+            else:
+                arguments.append(self._value(word))
+        return arguments, options
 
     def _value(self, word: str) -> Any:
         if word == "tensor":
@@ -200,12 +222,13 @@ class _Call(NamedTuple):
     wanted: list[bool]
     leaves: list[Tensor]
     arguments: list[Any]
+    options: dict[str, Any]
 
     def run(self) -> Any:
         """The function's result."""
         device = self.leaves[0].device.type
         with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
-            return self.function(*self.arguments)
+            return self.function(*self.arguments, **self.options)
 
     def differentiate(self, loss: Tensor, grad_output: Tensor) -> list[Tensor | None]:
         """The gradient of every leaf that wants one."""
@@ -234,8 +257,9 @@ def _read(
     ]
     every = (*leaves, *tensors[len(leaves) :])
     reader = _Reader(words, every, None if numbers is None else numbers.tolist())
-    arguments = list(reader.read())
-    return _Call(FUNCTIONS[name], ahead == "True", CONSTANTS[autocast], wants, leaves, arguments)
+    return _Call(
+        FUNCTIONS[name], ahead == "True", CONSTANTS[autocast], wants, leaves, *reader.read()
+    )
 
 
 @torch.library.custom_op(
