@@ -1,6 +1,6 @@
-"""What is minimised: five axes, and the published methods as values of them.
+"""The objective: advantage, ratio level, surrogate, KL, aggregation; published methods as values.
 
-Read `objective` first, then `recipes`. `advantage` and `estimators` turn rewards into advantages;
-`policy_factor` and what it reads correct for a sampler that differs from the policy; `value` is
-PPO's other half; `catalogue` prints all methods.
+Read `objective` first, then `recipes`. `advantage` turns rewards into advantages. `policy_factor`
+scales the surrogate of a token, `off_policy` holds its rules for tokens of another policy. `value`
+is PPO's value function, `catalogue` the table of methods, `validation` the checks of arguments.
 """

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from grpo_core.backends.token_weights import Aggregation
 from grpo_core.integrations.presets.base import choice, number, whole
 from grpo_core.integrations.presets.verl_advantages import ADVANTAGES, ADVANTAGES_INSTEAD
 from grpo_core.integrations.presets.verl_rollout import RolloutOptions, read_rollout_correction
-from grpo_core.objective.objective import KL
+from grpo_core.objective.objective import KL, Aggregation
 
 AGGREGATIONS: dict[str, Aggregation] = {
     "token-mean": "token_mean",
