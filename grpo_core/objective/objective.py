@@ -9,18 +9,7 @@
 | ratio level  | `ratio_level, token_clip`  | backends/sequence_ratio.py                 |
 | surrogate    | `surrogate`, `factor`      | kernels/surrogates.py, policy_factor.py    |
 | KL estimator | `kl, kl_times_ratio, beta` | kernels/kl.py, kernels/exact_kl.py         |
-| aggregation  | `aggregation`, `entropy_*` | backends/token_weights.py                  |
-
-| aggregation     | weight of a token of sequence i | divisor when `normalizer` is None     |
-|-----------------|---------------------------------|---------------------------------------|
-| sequence_mean   | 1 / (|o_i| · divisor)           | sequences with a token                |
-| token_mean      | 1 / divisor                     | tokens                                |
-| constant_length | 1 / divisor                     | sequences with a token · padded width |
-| sequence_sum    | 1 / divisor                     | sequences with a token                |
-| token_sum       | 1 / divisor                     | 1                                     |
-
-Source: sequence_mean: GRPO (arXiv 2402.03300); token_mean: DAPO (2503.14476); constant_length:
-Dr. GRPO (2503.20783).
+| aggregation  | `aggregation`, `entropy_*` | aggregation.py                             |
 """
 
 from __future__ import annotations
@@ -39,8 +28,10 @@ from typing import Any, Literal, get_args
 import torch
 
 from grpo_core.backends.formula import as_torch
+from grpo_core.backends.sequence_ratio import RatioLevel
 from grpo_core.kernels import kl as kl_estimators
 from grpo_core.objective.advantage import Estimator
+from grpo_core.objective.aggregation import Aggregation
 from grpo_core.objective.policy_factor import PolicyFactor
 from grpo_core.objective.validation import (
     check_choice,
@@ -55,8 +46,6 @@ _LOCK = threading.Lock()
 # those that a compiled graph refers to
 _IN_GRAPHS: dict[str, Objective] = {}
 
-Aggregation = Literal["sequence_mean", "token_mean", "constant_length", "sequence_sum", "token_sum"]
-RatioLevel = Literal["token", "sequence", "sequence_token"]
 KL = Literal["k1", "absolute", "k2", "k3", "k1_plus", "absolute_plus", "k3_plus", "exact"]
 
 
@@ -122,7 +111,7 @@ class Objective:
         ratio_level: the ratio that the surrogate sees: the token's, the sequence's (GSPO), or the
             sequence's with the gradient of the token's.
         advantage: how `rewards` become advantages when the loss is given rewards.
-        aggregation: how tokens are averaged, see the table above.
+        aggregation: how tokens are averaged, see `aggregation`.
         kl_times_ratio: multiply the KL by the ratio and differentiate both: unbiased off policy
             (DeepSeek-V3.2, arXiv 2512.02556; TRL's default).
         entropy_coef: weight of the entropy bonus.

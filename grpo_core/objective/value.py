@@ -186,7 +186,7 @@ def value_loss(
     Args:
         values: any shape, floating point; differentiated.
         old_values, returns: shaped like values; constants.
-        weight: shaped like values, 0 where masked, see `token_weights`.
+        weight: shaped like values, 0 where masked, see `aggregation.token_weights`.
         eps: ε > 0, in units of reward; infinity for the plain squared error.
         validate: check for NaN and infinity; None means on the CPU only.
 

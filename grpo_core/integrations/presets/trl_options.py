@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from grpo_core.integrations.presets.base import choice, number, whole
 from grpo_core.objective.advantage import Estimator
-from grpo_core.objective.objective import Aggregation
+from grpo_core.objective.aggregation import Aggregation
 
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 AGGREGATIONS: dict[str, Aggregation] = {

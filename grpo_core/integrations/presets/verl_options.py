@@ -9,7 +9,8 @@ from typing import Any
 from grpo_core.integrations.presets.base import choice, number, whole
 from grpo_core.integrations.presets.verl_advantages import ADVANTAGES, ADVANTAGES_INSTEAD
 from grpo_core.integrations.presets.verl_rollout import RolloutOptions, read_rollout_correction
-from grpo_core.objective.objective import KL, Aggregation
+from grpo_core.objective.aggregation import Aggregation
+from grpo_core.objective.objective import KL
 
 AGGREGATIONS: dict[str, Aggregation] = {
     "token-mean": "token_mean",
