@@ -69,8 +69,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"target": (B, T + 1)},
         "target: expected shape [4, 3] for logits [4, 3, 11], got [4, 4]; position t predicts",
     ),
-    ({"target": torch.full((B, T), V)}, "target: expected -100 or a word in [0, V = 11), got 11"),
-    ({"target": torch.full((B, T), -1)}, "target: expected -100 or a word in [0, V = 11), got -1"),
+    ({"target": torch.full((B, T), V)}, "target: expected -100 or an id in [0, V = 11), got 11"),
+    ({"target": torch.full((B, T), -1)}, "target: expected -100 or an id in [0, V = 11), got -1"),
     ({"mask": (B,)}, "mask: expected shape [4, 3], got [4]"),
     ({"mask": [1, 0]}, "mask: expected a tensor, got list"),
     ({"advantage": (T,)}, "advantage: expected shape [4, 3] or [4], got [3]"),
@@ -255,7 +255,7 @@ def test_narrow_targets_that_are_no_words_are_refused(dtype: torch.dtype, bad: i
         lambda: linear_logp(torch.randn(1, 8), matrix, target),
         lambda: linear_scores(torch.randn(1, 8), matrix, target),
     ):
-        with pytest.raises(ValueError, match=r"target: expected -100 or a word in \[0, V = 150\)"):
+        with pytest.raises(ValueError, match=r"target: expected -100 or an id in \[0, V = 150\)"):
             call()
 
 
@@ -359,7 +359,7 @@ def test_token_logp_checks_too() -> None:
     logits = torch.zeros(B, T, V)
     with pytest.raises(ValueError, match=r"target: expected shape \[4, 3\], got \[4\]"):
         token_logp(logits, torch.zeros(B, dtype=LONG))
-    with pytest.raises(ValueError, match=r"target: expected -100 or a word"):
+    with pytest.raises(ValueError, match=r"target: expected -100 or an id"):
         token_logp(logits, torch.full((B, T), V))
     with pytest.raises(ValueError, match="temperature: expected a finite Python number >="):
         token_logp(logits, torch.zeros(B, T, dtype=LONG), temperature=-1)

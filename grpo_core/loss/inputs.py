@@ -403,7 +403,7 @@ def check_target(
     if must_validate(validate, logits):
         bad = find_unmasked(target, mask) & ((target < 0) | (target >= V)).reshape(-1)
         if bad.any():
-            raise_first("target", f"{IGNORE} or a word in [0, V = {V})", target.reshape(-1), bad)
+            raise_first("target", f"{IGNORE} or an id in [0, V = {V})", target.reshape(-1), bad)
     return target
 
 
