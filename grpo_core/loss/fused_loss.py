@@ -205,10 +205,10 @@ def logp_from_logits(
 ) -> TokenLogp:
     """`token_logp` outside of `torch.compile`."""
     check_logits(logits, temperature, LOGIT_DTYPES)
-    shape, flat = target.shape, flatten_target(check_target(logits, target, mask, validate))
+    flat = flatten_target(check_target(logits, target, mask, validate))
     if mask is not None:
         flat = torch.where(mask.reshape(-1) != 0, flat, IGNORE)
     # a row whose target is outside [0, V) is not read
     rows = Rows.of(make_readable(logits))
     stats = choose_backend(backend, logits).row_stats(rows, flat, float(temperature))
-    return TokenLogp(stats.logp.view(shape), stats.entropy.view(shape))
+    return TokenLogp(stats.logp.view(target.shape), stats.entropy.view(target.shape))

@@ -42,7 +42,6 @@ LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class LossInputs:
     """The arguments of a loss beside its logits, as the caller gave them; see `fused_loss`."""
 
-    target: Tensor
     objective: Objective
     advantage: Tensor | None
     rewards: Tensor | None
@@ -52,6 +51,7 @@ class LossInputs:
     ref_logp: Tensor | None
     ref_logits: Tensor | None = None
     sampler_logp: Tensor | None
+    target: Tensor
     mask: Tensor | None
     sequence_id: Tensor | None
     normalizer: Tensor | float | None
