@@ -12,8 +12,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from grpo_core import LinearHead, LossOutput, fused_linear_loss, linear_token_logp
-from grpo_core.linear.autograd import loss_from_hidden
 from grpo_core.linear.logp import logp_from_hidden
+from grpo_core.linear.loss import loss_from_hidden
 from grpo_core.loss import compile
 from grpo_core.loss.inputs import LossInputs
 from tests.test_fused_loss import OBJECTIVES

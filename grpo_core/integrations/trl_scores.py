@@ -16,7 +16,7 @@ from torch import Tensor
 
 from grpo_core.backends import Backend
 from grpo_core.linear.head import LinearHead
-from grpo_core.linear.logp import Extras, logp_from_hidden
+from grpo_core.linear.logp import logp_from_hidden
 
 FURTHER = ("log_sum_sq_probs", "mean_logits", "is_top1")
 # of temporaries for the further outputs: a few rows at a time, in cache
@@ -86,7 +86,9 @@ def linear_scores(
         logits_dtype=logits_dtype,
         backend=backend,
         validate=validate,
-        extras=Extras(True, partial(_further, names, float(temperature)), gathered),
+        ahead=True,
+        also=partial(_further, names, float(temperature)),
+        gathered=gathered,
     )
     values = dict(zip(names, others, strict=True))
     return LinearScores(logp, entropy, *(values.get(name) for name in FURTHER))

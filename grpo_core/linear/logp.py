@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -96,35 +96,17 @@ def linear_logp(
         NotImplementedError: a backend asked for by name that cannot run here.
     """
     check_concrete(hidden=hidden, lm_head=lm_head, target=target, mask=mask)
-    logp, entropy = logp_from_hidden(
-        hidden,
-        lm_head,
-        target,
-        temperature=temperature,
-        mask=mask,
-        plan=plan,
-        memory_budget=memory_budget,
+    options: dict[str, Any] = {
+        "temperature": temperature,
+        "mask": mask,
+        "plan": plan,
+        "memory_budget": memory_budget,
         # rounding logits to 16 bits costs up to 0.05 nats
-        logits_dtype=torch.float32,
-        backend=backend,
-        validate=validate,
-    )
-    return TokenLogp(logp, entropy)
-
-
-@dataclass(frozen=True)
-class Extras:
-    """What integrations add to log-probabilities.
-
-    Attributes:
-        ahead: with a frozen head, makes dhidden of Σ logp in the forward: dlogp only scales it.
-        also: further vectors [n], from a chunk's logits [n, V] and targets [n].
-        gathered: a context that the backward enters to use the head.
-    """
-
-    ahead: bool = False
-    also: Callable[[Tensor, Tensor], list[Tensor]] = lambda logits, target: []
-    gathered: Callable[[], AbstractContextManager[object]] = nullcontext
+        "logits_dtype": torch.float32,
+        "backend": backend,
+        "validate": validate,
+    }
+    return TokenLogp(*logp_from_hidden(hidden, lm_head, target, **options))
 
 
 @register_function
@@ -140,9 +122,17 @@ def logp_from_hidden(
     logits_dtype: torch.dtype | None,
     backend: Backend | None,
     validate: bool | None,
-    extras: Extras = Extras(),
+    ahead: bool = False,
+    also: Callable[[Tensor, Tensor], list[Tensor]] = lambda logits, target: [],
+    gathered: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> list[Tensor]:
-    """logp and entropy, shaped like target, and the vectors of `extras`; see `linear_logp`."""
+    """logp and entropy, shaped like target, then the vectors of `also`; see `linear_logp`.
+
+    Args:
+        ahead: with a frozen head, makes dhidden of Σ logp in the forward: dlogp only scales it.
+        also: further vectors [n], from a chunk's logits [n, V] and targets [n].
+        gathered: a context that the backward enters to use the head.
+    """
     head = check_head("lm_head", lm_head, check_hidden("hidden", hidden))
     target, logits = check_target_shape(target, hidden), logits_like(hidden, head.V)
     check_logits(logits, temperature, HEAD_DTYPES)
@@ -161,19 +151,20 @@ def logp_from_hidden(
     if not valid.all():
         call = call.at(valid.nonzero().squeeze(1))
     trained = any(tensor is not None and tensor.requires_grad for tensor in head.tensors)
-    if trained or not (torch.is_grad_enabled() and hidden.requires_grad):
-        extras = replace(extras, ahead=False)
-    logp, entropy, *others = LinearLogp.apply(extras, call, head, hidden, *head.tensors)
+    ahead = ahead and not trained and torch.is_grad_enabled() and hidden.requires_grad
+    call = replace(call, wanted=(ahead, False, False, False, False))
+    logp, entropy, *others = LinearLogp.apply(also, gathered, call, head, hidden, *head.tensors)
     return [logp.view(target.shape), entropy.view(target.shape), *others]
 
 
 class LinearLogp(torch.autograd.Function):
-    """logp and entropy `[N]`, differentiable, and the vectors of `extras`, which are not."""
+    """logp and entropy `[N]`, differentiable, and the vectors of `also`, which are not."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        extras: Extras,
+        also: Callable[[Tensor, Tensor], list[Tensor]],
+        gathered: Callable[[], AbstractContextManager[object]],
         call: LinearCall,
         head: LinearHead,
         hidden: Tensor,
@@ -184,17 +175,16 @@ class LinearLogp(torch.autograd.Function):
         # the lean plan needs the logits at the targets in the backward
         lean = call.plan != "fast"
         with torch.autocast(hidden.device.type, enabled=False):
-            first = replace(call, wanted=(extras.ahead, False, False, False, False))
-            work = Workspace(hidden, head.of(weight, *others), first)
+            work = Workspace(hidden, head.of(weight, *others), call)
 
-            def also(chunk: slice) -> list[Tensor]:
+            def vectors_of(chunk: slice) -> list[Tensor]:
                 target = call.target[chunk]
                 vectors = [logits_at(work.logits, target)] if lean else []
-                return vectors + extras.also(work.logits[: len(target)], target)
+                return vectors + also(work.logits[: len(target)], target)
 
-            stats, vectors = read_chunks(work, ahead=extras.ahead, also=also)
+            stats, vectors = read_chunks(work, ahead=work.differentiates, also=vectors_of)
         at_target = vectors.pop(0) if lean else None
-        ctx.call, ctx.head, ctx.gathered = call, head.without_tensors(), extras.gathered
+        ctx.call, ctx.head, ctx.gathered = call, head.without_tensors(), gathered
         # not the outputs, which a caller may overwrite
         kept = (stats.logp, stats.entropy, stats.state, at_target, work.dhidden)
         ctx.save_for_backward(hidden, *tensors, *kept)
@@ -217,10 +207,8 @@ class LinearLogp(torch.autograd.Function):
             if dentropy is None:
                 return (None,) * len(ctx.needs_input_grad)
             dlogp = torch.zeros_like(dentropy)
-        call, (hidden, *tensors, logp, entropy, state, at_target, ahead) = (
-            ctx.call,
-            ctx.saved_tensors,
-        )
+        hidden, *tensors, logp, entropy, state, at_target, ahead = ctx.saved_tensors
+        call = ctx.call
         stats = RowStats(logp, entropy, None, state)
         slopes = Slopes(dlogp, dentropy, None)
         slopes = only_finite(slopes if call.rows is None else slopes.at(call.rows), stats)
@@ -228,7 +216,7 @@ class LinearLogp(torch.autograd.Function):
             zero = slopes.dlogp == 0
             dhidden = (ahead * slopes.dlogp[:, None]).masked_fill_(zero[:, None], 0.0)
             dhidden = scatter_rows(dhidden.to(hidden.dtype), call.rows, hidden)
-            return None, None, None, dhidden, *[None] * len(tensors)
+            return None, None, None, None, dhidden, *[None] * len(tensors)
         # the rows that have a gradient
         some = slopes.any.nonzero().squeeze(1)
         slopes = slopes.at(some)
@@ -236,14 +224,14 @@ class LinearLogp(torch.autograd.Function):
         at_target = None if at_target is None else at_target[some]
         call = call if len(some) == hidden.shape[:-1].numel() else call.at(some)
         with ctx.gathered(), torch.autocast(hidden.device.type, enabled=False):
-            call = replace(call, wanted=ctx.needs_input_grad[3:])
+            call = replace(call, wanted=ctx.needs_input_grad[4:])
             work = Workspace(hidden, ctx.head.of(*tensors), call)
             dhidden, *rest = _gradients(work, slopes, stats, at_target)
         if dhidden is not None:
             dhidden = scatter_rows(dhidden.to(hidden.dtype), call.rows, hidden)
         pairs = zip(rest, tensors, strict=True)
         dtensors = (None if d is None else d.to(x.dtype) for d, x in pairs)
-        return None, None, None, dhidden, *dtensors
+        return None, None, None, None, dhidden, *dtensors
 
 
 def _gradients(
