@@ -734,7 +734,7 @@ def test_errors_name_the_argument() -> None:
         "lm_head: expected": {"lm_head": torch.randn(V, D + 1)},
         "lm_head: expected a matrix": {"lm_head": weight[0]},
         "target: expected shape": {"target": target[:, :-1]},
-        "target: expected -100 or a word": {"target": target + V},
+        "target: expected -100 or an id": {"target": target + V},
         "temperature: expected": {"temperature": 0.0},
         "plan: expected": {"plan": "small"},
         "memory_budget: expected": {"memory_budget": 0},

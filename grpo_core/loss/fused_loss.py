@@ -1,4 +1,4 @@
-"""The public loss: from logits to a scalar whose gradient is already there.
+"""The public loss: from logits to a scalar whose gradient is computed with it.
 
 A token-level objective is one pass: `row_loss` reads every row, evaluates the loss and writes
 dlogits; backward only multiplies by grad_output. A sequence-level ratio takes two phases: row
@@ -99,7 +99,7 @@ def fused_loss(
             the logits are gone after the call, and backward runs once. The `.grad` of logits
             that are a leaf is then the same memory. Not for logits whose producer keeps its
             output for its own backward (a tanh soft cap): torch then raises. Not inside
-            `torch.compile`, see `operators`.
+            `torch.compile`, see `compile`.
         backend: "triton", "torch", or None for triton on a GPU and torch elsewhere.
         validate: look at values for bad targets, sequence ids and rewards. None means on the CPU
             only: on a GPU the host would wait, so there a bad row gets weight 0 and is counted.
@@ -205,10 +205,10 @@ def logp_from_logits(
 ) -> TokenLogp:
     """`token_logp` outside of `torch.compile`."""
     check_logits(logits, temperature, LOGIT_DTYPES)
-    shape, flat = target.shape, flatten_target(check_target(logits, target, mask, validate))
+    flat = flatten_target(check_target(logits, target, mask, validate))
     if mask is not None:
         flat = torch.where(mask.reshape(-1) != 0, flat, IGNORE)
     # a row whose target is outside [0, V) is not read
     rows = Rows.of(make_readable(logits))
     stats = choose_backend(backend, logits).row_stats(rows, flat, float(temperature))
-    return TokenLogp(stats.logp.view(shape), stats.entropy.view(shape))
+    return TokenLogp(stats.logp.view(target.shape), stats.entropy.view(target.shape))

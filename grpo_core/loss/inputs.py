@@ -42,7 +42,6 @@ LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class LossInputs:
     """The arguments of a loss beside its logits, as the caller gave them; see `fused_loss`."""
 
-    target: Tensor
     objective: Objective
     advantage: Tensor | None
     rewards: Tensor | None
@@ -52,6 +51,7 @@ class LossInputs:
     ref_logp: Tensor | None
     ref_logits: Tensor | None = None
     sampler_logp: Tensor | None
+    target: Tensor
     mask: Tensor | None
     sequence_id: Tensor | None
     normalizer: Tensor | float | None
@@ -403,7 +403,7 @@ def check_target(
     if must_validate(validate, logits):
         bad = find_unmasked(target, mask) & ((target < 0) | (target >= V)).reshape(-1)
         if bad.any():
-            raise_first("target", f"{IGNORE} or a word in [0, V = {V})", target.reshape(-1), bad)
+            raise_first("target", f"{IGNORE} or an id in [0, V = {V})", target.reshape(-1), bad)
     return target
 
 

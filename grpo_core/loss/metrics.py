@@ -1,7 +1,7 @@
-"""What one looks at while training, from the vectors a loss leaves behind; 0-dim tensors all.
+"""Metrics of a loss, from the vectors that it returns; 0-dim tensors.
 
-Nothing here enters the loss and nothing waits for the device. `METRICS` names how each figure is
-put together over micro-batches and ranks, and `merge_metrics` does so.
+Nothing here enters the loss and nothing waits for the device. `METRICS` says how each metric is
+merged over micro-batches and ranks, and `merge_metrics` does so.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.loss.inputs import Tokens
-from grpo_core.objective.estimators import equal_reward_groups
+from grpo_core.objective.advantage import equal_reward_groups
 from grpo_core.objective.validation import check_tensor
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ METRICS: dict[str, Metric] = {
     "zero_variance_groups": Metric("mean", "groups", "share of groups whose rewards are all equal"),
     "nonfinite_rows": Metric("sum", "", "left out because a term is NaN or infinite"),
     "skipped_rows": Metric("sum", "", "whose logits were never made, masked ones included"),
-    "bad_target_rows": Metric("sum", "", "left out because the target is no word"),
+    "bad_target_rows": Metric("sum", "", "left out because the target is outside [0, V)"),
 }
 
 

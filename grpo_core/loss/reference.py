@@ -1,7 +1,7 @@
 """The same loss, dense and plain: log_softmax, gather, autograd; any floating dtype.
 
-What the kernels are measured against, and the path to read first. It shares with `fused_loss` the
-door, the weights and the value of each scalar formula; the softmax, every derivative and every
+What the kernels are measured against, and the file to read first. It shares with `fused_loss` the
+checks, the weights and the value of each scalar formula; the softmax, every derivative and every
 reduction are PyTorch's own.
 """
 
@@ -16,6 +16,7 @@ from grpo_core.loss.fused_loss import LossOutput
 from grpo_core.loss.inputs import LOGIT_DTYPES, LossInputs, Tokens
 from grpo_core.objective.objective import Objective
 from grpo_core.objective.recipes import find_objective
+from grpo_core.objective.validation import check_tensor
 
 
 def reference_loss(
@@ -66,6 +67,7 @@ def reference_loss(
         backend=backend,
         validate=validate,
     )
+    check_tensor("logits", logits)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     tokens = inputs.tokens(logits, dtype=dtype, logit_dtypes=(*LOGIT_DTYPES, torch.float64))
     rows, ref = (
