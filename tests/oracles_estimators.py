@@ -170,17 +170,10 @@ def off_policy(new: Array, old: Array, A: Array, mask: Array, delta: float) -> A
     return M
 
 
-def dpo(h: float, beta: float, loss: str, smoothing: float) -> float:
-    """DPO (arXiv 2305.18290), eq. 7; IPO (2310.12036), eq. 17; SLiC-HF (2305.10425), eq. 1."""
-
-    def log_sigmoid(x: float) -> float:
-        return -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
-
-    return {
-        "sigmoid": -(1 - smoothing) * log_sigmoid(beta * h) - smoothing * log_sigmoid(-beta * h),
-        "hinge": max(0.0, 1 - beta * h),
-        "ipo": (h - 1 / (2 * beta)) ** 2,
-    }[loss]
+def dpo(h: float, beta: float) -> float:
+    """DPO (arXiv 2305.18290), eq. 7: −log σ(βh)."""
+    z = beta * h
+    return math.log1p(math.exp(-z)) if z > 0 else math.log1p(math.exp(z)) - z
 
 
 def value_loss(V: Array, old: Array, R: Array, w: Array, eps: float) -> float:

@@ -32,11 +32,10 @@ from grpo_core import (
     merge_metrics,
     token_logp,
 )
-from grpo_core.linear.scores import linear_scores
+from grpo_core.integrations.trl_scores import linear_scores
 from grpo_core.loss.dpo_loss import dpo_loss, sequence_logp
 from grpo_core.loss.reference import reference_loss
-from grpo_core.objective.estimators import decoupled_advantages, relative_advantages
-from grpo_core.objective.sampler import off_policy_mask, sampler_correction
+from grpo_core.objective.advantage import decoupled_advantages, relative_advantages
 from grpo_core.objective.value import explained_variance, gae, rewards_with_kl, value_loss, whiten
 from tests.conftest import HAS_GPU
 
@@ -70,8 +69,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"target": (B, T + 1)},
         "target: expected shape [4, 3] for logits [4, 3, 11], got [4, 4]; position t predicts",
     ),
-    ({"target": torch.full((B, T), V)}, "target: expected -100 or a word in [0, V = 11), got 11"),
-    ({"target": torch.full((B, T), -1)}, "target: expected -100 or a word in [0, V = 11), got -1"),
+    ({"target": torch.full((B, T), V)}, "target: expected -100 or an id in [0, V = 11), got 11"),
+    ({"target": torch.full((B, T), -1)}, "target: expected -100 or an id in [0, V = 11), got -1"),
     ({"mask": (B,)}, "mask: expected shape [4, 3], got [4]"),
     ({"mask": [1, 0]}, "mask: expected a tensor, got list"),
     ({"advantage": (T,)}, "advantage: expected shape [4, 3] or [4], got [3]"),
@@ -256,7 +255,7 @@ def test_narrow_targets_that_are_no_words_are_refused(dtype: torch.dtype, bad: i
         lambda: linear_logp(torch.randn(1, 8), matrix, target),
         lambda: linear_scores(torch.randn(1, 8), matrix, target),
     ):
-        with pytest.raises(ValueError, match=r"target: expected -100 or a word in \[0, V = 150\)"):
+        with pytest.raises(ValueError, match=r"target: expected -100 or an id in \[0, V = 150\)"):
             call()
 
 
@@ -273,15 +272,6 @@ def test_narrow_ids_are_ids(dtype: torch.dtype) -> None:
     found = relative_advantages(rewards, ids, Estimator(epsilon=0.0))
     assert torch.allclose(found.abs(), torch.full((300,), 0.5 / (150 * 0.25 / 149) ** 0.5))
     assert torch.equal(found > 0, rewards > 0)
-    correction = sampler_correction(
-        torch.zeros(300),
-        torch.full((300,), -0.01),
-        torch.ones(300),
-        level="sequence",
-        high=10.0,
-        sequence_id=ids,
-    )
-    assert torch.allclose(correction.factor, torch.full((300,), math.exp(1.5)))
     below = (ids.long() - 1).to(torch.int8)
     sums = sequence_logp(torch.ones(300), torch.ones(300), ids, sequences=2)
     assert sums.tolist() == [150.0, 150.0]
@@ -369,7 +359,7 @@ def test_token_logp_checks_too() -> None:
     logits = torch.zeros(B, T, V)
     with pytest.raises(ValueError, match=r"target: expected shape \[4, 3\], got \[4\]"):
         token_logp(logits, torch.zeros(B, dtype=LONG))
-    with pytest.raises(ValueError, match=r"target: expected -100 or a word"):
+    with pytest.raises(ValueError, match=r"target: expected -100 or an id"):
         token_logp(logits, torch.full((B, T), V))
     with pytest.raises(ValueError, match="temperature: expected a finite Python number >="):
         token_logp(logits, torch.zeros(B, T, dtype=LONG), temperature=-1)
@@ -523,21 +513,6 @@ FUNCTIONS: dict[Any, dict[str, Any]] = {
         "tokens": mask,
         "mask": mask,
     },
-    sampler_correction: {
-        "old_logp": vector,
-        "sampler_logp": vector,
-        "mask": mask,
-        "sequence_id": ids,
-        "level": "sequence",
-    },
-    off_policy_mask: {
-        "logp": vector,
-        "old_logp": vector,
-        "advantage": vector,
-        "mask": mask,
-        "sequence_id": ids,
-        "delta": 0.5,
-    },
     dpo_loss: {
         "logp_chosen": vector,
         "logp_rejected": vector,
@@ -545,7 +520,6 @@ FUNCTIONS: dict[Any, dict[str, Any]] = {
         "ref_rejected": vector,
         "weight": vector,
         "beta": 0.5,
-        "label_smoothing": 0.25,
     },
     sequence_logp: {"logp": vector, "mask": mask, "sequence_id": ids, "sequences": 2},
     gae: {"rewards": padded, "values": padded, "mask": padded, "gamma": 0.5, "lam": 0.5},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -12,7 +12,10 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from grpo_core import LinearHead, LossOutput, fused_linear_loss, linear_token_logp
-from grpo_core.linear import operators as linear_operators
+from grpo_core.linear.logp import logp_from_hidden
+from grpo_core.linear.loss import loss_from_hidden
+from grpo_core.loss import compile
+from grpo_core.loss.inputs import LossInputs
 from tests.test_fused_loss import OBJECTIVES
 from tests.test_linear_loss import FEW, HEADS, case, make_head, needed
 from tests.test_torch_compile import SHOWN
@@ -73,7 +76,6 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "all logp": ("dapo", "soft cap", {"all_logp": True}),
     "exact KL": ("exact KL", "adapter", {}),
     "sampler": ("sampler, mask, entropy, exact KL", "padded", {}),
-    "temperatures": ("grpo", "matrix", {"temperature": 0.5 + torch.arange(36.0).view(4, 9) / 36}),
     "narrow logits": ("entropy", "scale", {"logits_dtype": torch.bfloat16}),
 }
 
@@ -139,7 +141,7 @@ def test_other_policies_and_log_probabilities(compiler: str) -> None:
         "rewards": arguments["rewards"],
         "group_size": 2,
         "sequence_id": torch.arange(B).repeat_interleave(T),
-        "old_hidden": hidden.flatten(0, 1) + 0.1,
+        "old_logp": arguments["old_logp"].flatten(),
         "ref_hidden": hidden.flatten(0, 1) - 0.1,
         "ref_lm_head": make_head(),
         "temperature": 0.9,
@@ -187,27 +189,26 @@ def test_bad_input_is_told_as_ever() -> None:
 
 def test_the_operators_keep_their_promises() -> None:
     """Schema, fake results and autograd, by torch's own check."""
-    spec, head = OBJECTIVES["dapo"], make_head(bias=True, lora=2)
+    head = make_head(bias=True, lora=2)
     hidden, arguments = case(head)
-    values = dict.fromkeys(linear_operators.ARGUMENTS) | {
-        "hidden": hidden.requires_grad_(),
-        **{name: getattr(head, name).requires_grad_() for name in TENSORS},
+    head = replace(head, **{name: getattr(head, name).requires_grad_() for name in TENSORS})
+    given = dict.fromkeys(field.name for field in fields(LossInputs)) | {
         "target": arguments["target"],
+        "objective": OBJECTIVES["dapo"],
         "advantage": torch.randn(len(hidden)),
         "old_logp": arguments["old_logp"],
-        "numbers": torch.tensor(
-            [0.9, 1.0] + [float("nan"), 1.0, 1.0] * 3 + list(spec.numbers)
-        ).double(),
-        "wanted": [True] * 5,
-        "objective": spec.key,
-        "divides": False,
-        "all_logp": False,
+        "temperature": 0.9,
         "backend": "torch",
         # a fake target has no values
         "validate": False,
     }
-    torch.library.opcheck(linear_operators.fused_linear_loss, tuple(values.values()))
-    values = {k: values.get(k) for k in linear_operators.LOGP_ARGUMENTS}
-    values |= {k: v.detach() for k, v in values.items() if isinstance(v, torch.Tensor)}
-    values["numbers"] = torch.tensor([0.9, float("nan"), 1.0, 1.0]).double()
-    torch.library.opcheck(linear_operators.linear_token_logp, tuple(values.values()))
+    names = ("ref_hidden", "ref_lm_head", "plan", "memory_budget", "logits_dtype", "all_logp")
+    values = (hidden.requires_grad_(), head, LossInputs(**given))
+    call = compile._flatten(loss_from_hidden, [True] * 5, True, values, dict.fromkeys(names))
+    torch.library.opcheck(compile._run, call)
+    head = replace(head, **{name: getattr(head, name).detach() for name in TENSORS})
+    names = ("mask", "plan", "memory_budget", "logits_dtype")
+    options = dict.fromkeys(names) | {"temperature": 0.9, "backend": "torch", "validate": False}
+    values = (hidden.detach(), head, arguments["target"])
+    call = compile._flatten(logp_from_hidden, [False], False, values, options)
+    torch.library.opcheck(compile._run, call)

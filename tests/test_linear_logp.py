@@ -275,7 +275,7 @@ def test_nothing_to_do() -> None:
     [
         ({"temperature": 0.0}, "temperature: expected a finite Python number"),
         ({"target": torch.zeros(B, T + 1, dtype=torch.int64)}, "target: expected shape"),
-        ({"target": torch.full((B, T), V)}, "target: expected -100 or a word in"),
+        ({"target": torch.full((B, T), V)}, "target: expected -100 or an id in"),
         ({"mask": torch.ones(B)}, "mask: expected shape"),
         ({"plan": "thrifty"}, "plan: expected one of"),
         ({"memory_budget": 0}, "memory_budget: expected an int >= 1"),

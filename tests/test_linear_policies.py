@@ -1,4 +1,4 @@
-"""Old and reference policy from hidden states: in the loss's own sweep, bit for bit."""
+"""A reference policy from hidden states: the bits of `ref_logp`, and one product more."""
 
 from __future__ import annotations
 
@@ -53,24 +53,14 @@ OBJECTIVES = {
 }
 
 
-def policies(head: LinearHead, hidden: Tensor, words: int = 0) -> dict[str, Any]:
-    """Old and reference policy near the one; the reference's head has `words` more."""
+def reference(head: LinearHead, hidden: Tensor, words: int = 0) -> dict[str, Any]:
+    """A policy near the trained one, with `words` more entries in its vocabulary."""
     more = torch.randn(max(words, 0), D)
     wider = torch.cat([head.weight[: head.V], more])[: head.V + words]
     return {
-        "old_hidden": hidden + 0.1 * torch.randn(hidden.shape),
         "ref_hidden": hidden - 0.1 * torch.randn(hidden.shape),
         "ref_lm_head": wider + 0.02 * torch.randn(wider.shape),
     }
-
-
-def apart(given: dict[str, Any], head: LinearHead, exact: bool, **options: Any) -> dict[str, Any]:
-    """The same policies as log-probabilities, each by a sweep of its own."""
-    found = {"old_logp": linear_token_logp(given["old_hidden"], head, **options).logp}
-    if exact:
-        return found | {name: given[name] for name in ("ref_hidden", "ref_lm_head")}
-    ref = linear_token_logp(given["ref_hidden"], given["ref_lm_head"], **options)
-    return found | {"ref_logp": ref.logp}
 
 
 def everything(head: LinearHead, hidden: Tensor, frozen: bool, **arguments: Any) -> list[Tensor]:
@@ -84,31 +74,29 @@ def everything(head: LinearHead, hidden: Tensor, frozen: bool, **arguments: Any)
 
 
 def check(name: str, head: LinearHead, frozen: bool, words: int = 0, **changes: Any) -> None:
-    """The same bits in one sweep as in sweeps apart, in every plan."""
+    """The same bits from hidden states as from `ref_logp`, in every plan."""
     objective = OBJECTIVES[name]
     hidden, arguments = case(head)
-    temperature = arguments["temperature"] = changes.pop("temperature", 0.9)
-    del arguments["old_logp"], arguments["ref_logp"]
+    del arguments["ref_logp"]
     arguments |= {"objective": objective, "backend": "torch", **changes}
-    given = policies(head, hidden, words)
-    arguments["target"] = arguments["target"].clamp(max=head.V + min(words, 0) - 1)
-    where = {"target": arguments["target"], "temperature": temperature}
-    where["backend"] = arguments["backend"]
-    found_apart = apart(given, head, objective.kl == "exact", **where)
+    given = reference(head, hidden, words)
+    target = arguments["target"].clamp(max=head.V + min(words, 0) - 1)
+    arguments["target"] = target
+    states, matrix = given.values()
+    ref = linear_token_logp(states, matrix, target, temperature=0.9, backend="torch")
     if objective.factor.needs_sampler:
-        noise = 0.2 * torch.randn(B, T)
-        arguments["sampler_logp"] = found_apart["old_logp"] + noise
-    for plan in arguments.pop("plans", PLANS):
+        arguments["sampler_logp"] = arguments["old_logp"] + 0.2 * torch.randn(B, T)
+    for plan in PLANS:
         together = everything(head, hidden, frozen, **arguments, **given, **plan)
-        separate = everything(head, hidden, frozen, **arguments, **found_apart, **plan)
-        assert together[3].std() > 0, "the policies differ"
-        for k, (one, other) in enumerate(zip(together, separate, strict=True)):
+        apart = everything(head, hidden, frozen, **arguments, ref_logp=ref.logp, **plan)
+        assert together[4].std() > 0, "the policies differ"
+        for k, (one, other) in enumerate(zip(together, apart, strict=True)):
             assert torch.equal(one.nan_to_num(7), other.nan_to_num(7)), (plan, k)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_one_sweep_gives_the_bits_of_sweeps_apart(name: str, frozen: bool) -> None:
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "exact KL"])
+def test_hidden_states_give_the_bits_of_ref_logp(name: str, frozen: bool) -> None:
     """Chunks that hold a sequence and chunks that do not, rows left out and rows that are not."""
     check(name, make_head(), frozen)
     check(name, make_head(**HEADS["everything"]), frozen, all_logp=True)
@@ -116,14 +104,12 @@ def test_one_sweep_gives_the_bits_of_sweeps_apart(name: str, frozen: bool) -> No
 
 @pytest.mark.parametrize("words", [-20, 20])
 @pytest.mark.parametrize("name", ["token", "sequence"])
-def test_a_reference_of_other_words(name: str, words: int) -> None:
-    """Fewer fit into the buffer; for more there is a sweep before; temperatures of the rows."""
-    head = make_head(vocabulary=V - 25)
-    check(name, head, False, words, temperature=0.5 + torch.rand(B, T))
+def test_a_reference_of_another_vocabulary(name: str, words: int) -> None:
+    check(name, make_head(vocabulary=V - 25), False, words)
 
 
 def test_by_the_kernels(backend: str, device: str) -> None:
-    """A chunk of each policy after the other: the ratio is 1 where the old policy is this one."""
+    """Over several chunks."""
     head = changed(make_head(), lambda x: x.to(device))
     hidden = torch.randn(1, 20, D, device=device)
     target = torch.randint(0, V, (1, 20), device=device)
@@ -134,14 +120,12 @@ def test_by_the_kernels(backend: str, device: str) -> None:
         target,
         objective=OBJECTIVES["token"],
         advantage=torch.ones(1, device=device),
-        old_hidden=hidden,
         ref_hidden=hidden[..., :3],
         ref_lm_head=ref,
         memory_budget=FEW,
         backend=backend,
     )
     ref_logp = linear_token_logp(hidden[..., :3], ref, target, backend=backend).logp
-    assert torch.equal(out.ratio, torch.ones_like(out.ratio))
     gap = (ref_logp - out.logp).double()
     assert torch.allclose(out.kl.double(), gap.exp() - gap - 1, rtol=1e-5)
 
@@ -158,47 +142,41 @@ class Products(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.addmm.out:
             *_, right = args
-            home, name = kwargs["out"], self.names.get(right.data_ptr(), "rows")
-            if name != "rows" and home.shape[1] == V:
-                self.buffers.add(home.untyped_storage().data_ptr())
+            out, name = kwargs["out"], self.names.get(right.data_ptr(), "rows")
+            if name != "rows" and out.shape[1] == V:
+                self.buffers.add(out.untyped_storage().data_ptr())
             elif name != "rows":
                 name = "dhidden"
             self.seen.append(name)
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["token", "sequence", "exact KL"])
-def test_all_policies_of_a_chunk_come_before_the_next_chunk(name: str) -> None:
-    """Into one buffer; the exact KL takes a second one, for the logits of its reference."""
-    head, hidden = make_head(), torch.randn(4, 8, D)
-    old, ref = torch.randn(V, D), torch.randn(V, D)
+def test_the_exact_kl_takes_two_buffers_for_all_chunks() -> None:
+    """The logits of policy and reference of a chunk, its gradients, then the next chunk."""
+    head, hidden, ref = make_head(), torch.randn(4, 8, D), torch.randn(V, D)
     leaf, states = leaves(head, hidden, lambda x: x, False)
-    with Products(policy=leaf.weight, old=old, ref=ref) as seen:
+    with Products(policy=leaf.weight, ref=ref) as seen:
         fused_linear_loss(
             states,
             leaf,
             torch.randint(0, V, (4, 8)),
-            objective=OBJECTIVES[name],
+            objective=OBJECTIVES["exact KL"],
             advantage=torch.ones(4),
-            old_hidden=hidden,
-            old_lm_head=old,
             ref_hidden=hidden,
             ref_lm_head=ref,
             plan="fast",
-            memory_budget=FEW * (2 if name == "exact KL" else 1),
+            memory_budget=2 * FEW,
             backend="torch",
         )
-    logits = ["old", "policy", "ref"] if name == "exact KL" else ["old", "ref", "policy"]
-    assert seen.seen == [*logits, "dhidden", "rows"] * 2
-    assert len(seen.buffers) == (2 if name == "exact KL" else 1)
+    assert seen.seen == ["policy", "ref", "dhidden", "rows"] * 2
+    assert len(seen.buffers) == 2
 
 
 def test_products_are_counted() -> None:
-    """One for each other policy and row that is made, whatever the plan; none in a backward."""
+    """One for the reference and each row that is made, whatever the plan; none in a backward."""
     head, rows = make_head(), 4 * 32
     hidden, target = torch.randn(4, 32, D), torch.randint(0, V, (4, 32))
-    others = {"old_hidden": hidden, "ref_hidden": hidden.clone()}
-    common = {"target": target, "backend": "torch", **others}
+    common = {"target": target, "backend": "torch", "ref_hidden": hidden.clone()}
 
     def count(name: str, frozen: bool = False, again: bool = False, **options: Any) -> float:
         def call() -> None:
@@ -214,15 +192,15 @@ def test_products_are_counted() -> None:
 
     half, long = 64 * V * 4, FEW
     for name in ("token", "sequence"):
-        assert count(name, plan="fast", memory_budget=half) == 3 + 2
-        assert count(name, plan="lean") == 4 + 2
-        assert count(name, frozen=True, memory_budget=half) == 2 + 2
-        # the second makes its chunks again, the other policies are known by then
-        assert count(name, plan="fast", again=True) == 2 * 3 + 2
-    assert count("sequence", plan="fast", memory_budget=long) == 4 + 2
-    # half of the sequences have no gradient, and nobody asks for their ratio
+        assert count(name, plan="fast", memory_budget=half) == 3 + 1
+        assert count(name, plan="lean") == 4 + 1
+        assert count(name, frozen=True, memory_budget=half) == 2 + 1
+        # the second makes its chunks again, the reference is known by then
+        assert count(name, plan="fast", again=True) == 2 * 3 + 1
+    assert count("sequence", plan="fast", memory_budget=long) == 4 + 1
+    # half of the sequences have no gradient: their KL is not measured
     still = torch.tensor([0.0, 1.0, 0.0, 1.0])
-    assert count("no KL", plan="fast", advantage=still) == (3 + 2) / 2
+    assert count("no KL", plan="fast", advantage=still) == (3 + 1) / 2
 
 
 def test_the_peak_is_that_of_the_loss_alone() -> None:
@@ -234,30 +212,31 @@ def test_the_peak_is_that_of_the_loss_alone() -> None:
         "target": torch.randint(0, words, (N,)),
         "sequence_id": torch.arange(N) // 32,
         "advantage": torch.randn(N),
+        "plan": "fast",
         "memory_budget": 2**20,
         "objective": OBJECTIVES["token"],
         "backend": "torch",
     }
-    others = {"old_hidden": hidden.detach(), "ref_hidden": hidden.detach(), "ref_lm_head": ref}
-    for given in ({"ref_logp": torch.zeros(N), "old_logp": torch.zeros(N)}, others):
+    others = {"ref_hidden": hidden.detach(), "ref_lm_head": ref}
+    for given in ({"ref_logp": torch.zeros(N)}, others):
         call = lambda g=given: fused_linear_loss(hidden, weight, **arguments, **g).loss  # noqa: E731
         peaks.append(peak_extra_bytes(lambda c=call: c().backward(), "cpu"))
     assert peaks[1] <= peaks[0] + 2 * 4 * N + 2**12
 
 
-def test_the_other_policies_have_no_gradient() -> None:
-    """Policy and old policy by one matrix: its gradient is that of the policy alone."""
+def test_the_reference_has_no_gradient() -> None:
+    """Policy and reference by one matrix: its gradient is that of the policy alone."""
     head = make_head(bias=True)
     hidden, arguments = case(head)
-    del arguments["old_logp"], arguments["ref_logp"]
-    arguments |= {"objective": OBJECTIVES["no KL"], "backend": "torch"}
-    old = linear_token_logp(hidden, head, arguments["target"], temperature=0.9).logp
-    found = []
-    for other in ({"old_logp": old}, {"old_hidden": hidden}):
+    del arguments["ref_logp"]
+    arguments |= {"objective": OBJECTIVES["token"], "backend": "torch"}
+    other = hidden + 0.1 * torch.randn(hidden.shape)
+    ref = linear_token_logp(other, head, arguments["target"], temperature=0.9).logp
+    results = []
+    for given in ({"ref_logp": ref}, {"ref_hidden": other}):
         leaf = changed(head, lambda x: x.clone().requires_grad_())
-        states = hidden.clone()
-        if "old_hidden" in other:
-            other = {"old_hidden": states.requires_grad_(), "old_lm_head": leaf}
-        fused_linear_loss(states, leaf, **arguments, **other).loss.backward()
-        found.append([leaf.weight.grad, leaf.bias.grad])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        if "ref_hidden" in given:
+            given = {"ref_hidden": other.clone().requires_grad_(), "ref_lm_head": leaf}
+        fused_linear_loss(hidden.clone(), leaf, **arguments, **given).loss.backward()
+        results.append([leaf.weight.grad, leaf.bias.grad])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from grpo_core import LinearHead, linear_logp, linear_token_logp
-from grpo_core.linear.scores import FURTHER, linear_scores
+from grpo_core.integrations.trl_scores import FURTHER, linear_scores
 from tests.accuracy import assert_no_worse
 from tests.test_linear_loss import D, V, changed, make_head, materialised, products
 
@@ -237,7 +237,7 @@ def test_no_rows_at_all() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"further": ["varentropy"]}, "further: expected names out of"),
+        ({"further": ["varentropy"]}, "further: expected names among"),
         ({"target": torch.full((N,), V)}, "target: expected"),
         ({"hidden": torch.randn(2, N, D)}, "hidden: expected"),
         ({"temperature": 0.0}, "temperature: expected"),

@@ -1,4 +1,4 @@
-"""DPO, IPO and hinge against their papers; the closed gradient against autograd."""
+"""DPO against its paper; the closed gradient against autograd."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from torch import Tensor
 from grpo_core.loss.dpo_loss import dpo_loss, sequence_logp
 from tests import oracles_estimators as oracles
 
-LOSSES = [("sigmoid", 0.0), ("sigmoid", 0.1), ("hinge", 0.0), ("ipo", 0.0)]
-
 
 def pairs(B: int = 64, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """Sums of log-probabilities: hundreds of nats, the policy some nats from its reference."""
@@ -26,15 +24,14 @@ def pairs(B: int = 64, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     ]
 
 
-@pytest.mark.parametrize(("loss", "smoothing"), LOSSES)
 @pytest.mark.parametrize("beta", [0.1, 1.0])
-def test_loss_and_gradient_are_the_papers(loss: str, smoothing: float, beta: float) -> None:
+def test_loss_and_gradient_are_the_papers(beta: float) -> None:
     given_logp = pairs()
     chosen, rejected = (x.requires_grad_() for x in given_logp[:2])
     weight = torch.rand(64)
-    out = dpo_loss(*given_logp, beta=beta, loss=loss, label_smoothing=smoothing, weight=weight)  # type: ignore[arg-type]
+    out = dpo_loss(*given_logp, beta=beta, weight=weight)
     h = (given_logp[0] - given_logp[2] - given_logp[1] + given_logp[3]).tolist()
-    each = [oracles.dpo(x, beta, loss, smoothing) for x in h]
+    each = [oracles.dpo(x, beta) for x in h]
     truth = math.fsum(w * x for w, x in zip(weight.tolist(), each, strict=True))
     assert math.isclose(out.loss.item(), truth, rel_tol=1e-9)
 
@@ -43,31 +40,21 @@ def test_loss_and_gradient_are_the_papers(loss: str, smoothing: float, beta: flo
         assert leaf.grad is not None
         assert torch.allclose(leaf.grad, closed, rtol=1e-12, atol=1e-300)
         assert not closed.requires_grad
-    slope = [
-        (
-            oracles.dpo(x + 1e-5, beta, loss, smoothing)
-            - oracles.dpo(x - 1e-5, beta, loss, smoothing)
-        )
-        / 2e-5
-        for x in h
-    ]
+    slope = [(oracles.dpo(x + 1e-5, beta) - oracles.dpo(x - 1e-5, beta)) / 2e-5 for x in h]
     expected = weight.double() * torch.tensor(slope, dtype=torch.float64)
     assert torch.allclose(out.dlogp_chosen, expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize(("loss", "smoothing"), LOSSES)
-def test_far_from_the_reference(loss: str, smoothing: float) -> None:
+def test_far_from_the_reference() -> None:
     """Margins of thousands of nats, either way: finite, and the right limit of the gradient."""
     chosen = torch.tensor([4000.0, -4000.0], requires_grad=True)
     zeros = torch.zeros(2)
-    out = dpo_loss(chosen, zeros, zeros, zeros, beta=1.0, loss=loss, label_smoothing=smoothing)  # type: ignore[arg-type]
+    out = dpo_loss(chosen, zeros, zeros, zeros, beta=1.0)
     out.loss.backward()
     assert out.loss.isfinite()
     assert chosen.grad is not None
     assert torch.equal(chosen.grad, out.dlogp_chosen)
-    if loss != "ipo":
-        slopes = torch.tensor([smoothing, -(1 - smoothing)]) / 2
-        assert torch.allclose(chosen.grad, slopes)
+    assert torch.allclose(chosen.grad, torch.tensor([0.0, -0.5]))
 
 
 def test_metrics() -> None:
@@ -88,23 +75,19 @@ def test_on_the_reference_every_pair_costs_log_2() -> None:
 
 
 @given(order=st.permutations(range(6)), shift=st.floats(-50, 50), cut=st.integers(1, 5))
-@pytest.mark.parametrize(("loss", "smoothing"), LOSSES)
-def test_order_shift_and_split_of_the_batch(
-    loss: str, smoothing: float, order: list[int], shift: float, cut: int
-) -> None:
+def test_order_shift_and_split_of_the_batch(order: list[int], shift: float, cut: int) -> None:
     """A constant on a policy and on its reference cancels; micro-batches with 1/6 add up."""
     torch.manual_seed(0)
-    options = {"beta": 0.2, "loss": loss, "label_smoothing": smoothing}
     all_pairs = pairs(6)
-    whole = dpo_loss(*all_pairs, **options)  # type: ignore[arg-type]
+    whole = dpo_loss(*all_pairs, beta=0.2)
     sign = (1, -1, 1, -1)
     moved = [(x + k * shift)[list(order)] for x, k in zip(all_pairs, sign, strict=True)]
-    mixed = dpo_loss(*moved, **options)  # type: ignore[arg-type]
+    mixed = dpo_loss(*moved, beta=0.2)
     assert torch.allclose(mixed.loss, whole.loss, rtol=1e-9)
     assert torch.allclose(mixed.dlogp_chosen, whole.dlogp_chosen[list(order)], rtol=1e-6, atol=1e-9)
     sixth = torch.full((6,), 1 / 6, dtype=torch.float64)
     parts = [
-        dpo_loss(*(x[part] for x in all_pairs), weight=sixth[part], **options)  # type: ignore[arg-type]
+        dpo_loss(*(x[part] for x in all_pairs), weight=sixth[part], beta=0.2)
         for part in (slice(0, cut), slice(cut, 6))
     ]
     assert torch.allclose(parts[0].loss + parts[1].loss, whole.loss, rtol=1e-12)
@@ -154,24 +137,14 @@ def test_nothing_waits_for_the_device() -> None:
     """A tensor without values refuses every question about them."""
     x, ids = torch.zeros(6, device="meta"), torch.zeros(6, dtype=torch.int64, device="meta")
     sums = sequence_logp(x, x, ids, sequences=2)
-    for loss, smoothing in LOSSES:
-        out = dpo_loss(sums, sums, sums, sums, beta=0.1, loss=loss, label_smoothing=smoothing)  # type: ignore[arg-type]
-        assert out.loss.shape == out.accuracy.shape == ()
+    out = dpo_loss(sums, sums, sums, sums, beta=0.1)
+    assert out.loss.shape == out.accuracy.shape == ()
 
 
 def test_bad_input_is_named() -> None:
     x, ids = torch.zeros(4), torch.zeros(4, dtype=torch.int64)
     calls = [
         (lambda: dpo_loss(x, x, x, x, beta=0.0), r"beta: expected a finite number > 0, got 0.0"),
-        (lambda: dpo_loss(x, x, x, x, beta=1, loss="kto"), r"loss: expected one of .*'kto'"),  # type: ignore[arg-type]
-        (
-            lambda: dpo_loss(x, x, x, x, beta=1, label_smoothing=0.5),
-            r"label_smoothing: expected a number in \[0, 0.5\), got 0.5",
-        ),
-        (
-            lambda: dpo_loss(x, x, x, x, beta=1, loss="ipo", label_smoothing=0.1),
-            r"label_smoothing: expected 0 for loss='ipo', got 0.1",
-        ),
         (lambda: dpo_loss(x[None], x, x, x, beta=1), r"logp_chosen: .* got \[1, 4\]"),
         (
             lambda: dpo_loss(x, x[:3], x, x, beta=1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 
 from grpo_core import RECIPES, LossOutput, fused_loss, token_logp
-from grpo_core.loss import operators
+from grpo_core.loss import compile
+from grpo_core.loss.fused_loss import logp_from_logits, loss_from_logits
+from grpo_core.loss.inputs import LossInputs
 from grpo_core.objective.objective import Objective, Surrogate, objective_of
 from tests.test_fused_loss import OBJECTIVES, case, moved, needed
 
@@ -160,26 +163,22 @@ def test_token_logp_compiles(backend: str, device: str, compiler: str) -> None:
 
 def test_the_operators_keep_their_promises(backend: str, device: str) -> None:
     """Schema, fake results and autograd, by torch's own check."""
+    empty = dict.fromkeys(field.name for field in fields(LossInputs))
     for name in ("grpo", "exact KL, entropy", "gspo"):
         spec = OBJECTIVES[name]
         buffer, arguments = case("padded", torch.float32)
         arguments = moved(needed(spec, buffer, arguments), device)
-        temperature = arguments.pop("temperature")
-        given = dict.fromkeys(operators.ARGUMENTS) | arguments
-        given |= {
-            "logits": buffer.to(device, copy=True).requires_grad_(),
-            "numbers": torch.tensor([temperature, 1.0, *spec.numbers], dtype=torch.float64),
-            "objective": spec.key,
-            "divides": False,
-            "backend": backend,
-            # a fake target has no values
-            "validate": False,
-        }
-        torch.library.opcheck(torch.ops.grpo_core.fused_loss.default, tuple(given.values()))
-    numbers = torch.tensor([0.9], dtype=torch.float64)
+        # a fake target has no values
+        given = empty | arguments | {"objective": spec, "backend": backend, "validate": False}
+        logits, inputs = buffer.to(device, copy=True), LossInputs(**given)
+        call = compile._flatten(loss_from_logits, [True], False, (logits, inputs), {})
+        torch.library.opcheck(compile._differentiate, (*call, torch.tensor(2.0, device=device)))
+        leaf = logits.clone().requires_grad_()
+        call = compile._flatten(loss_from_logits, [True], False, (leaf, inputs), {})
+        torch.library.opcheck(compile._run, call)
+    given = (buffer.to(device), arguments["target"], 0.9, None, backend, False)
     torch.library.opcheck(
-        torch.ops.grpo_core.token_logp.default,
-        (buffer.to(device), arguments["target"], numbers, None, backend, False),
+        compile._run, compile._flatten(logp_from_logits, [False], False, given, {})
     )
 
 

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from grpo_core.integrations.trl_scores import FURTHER, linear_scores
 from grpo_core.linear.head import LinearHead
-from grpo_core.linear.scores import FURTHER, linear_scores
 
 INSTALL = "pip install 'trl==1.16.0'"
 NAME = "_ChunkedLogProbFunction"

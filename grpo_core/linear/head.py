@@ -1,4 +1,4 @@
-"""What turns hidden states into logits: an output matrix, and what models put around it.
+"""What turns hidden states into logits, and the checks of both.
 
 logits = cap(scale · (hidden @ weightᵀ + bias + lora_scaling · (hidden @ lora_Aᵀ) @ lora_Bᵀ))
 cap(x) = softcap · tanh(x / softcap)
@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from grpo_core.loss.compile import register_record
 from grpo_core.objective.validation import (
     check_concrete,
     check_floats,
+    check_integers,
     check_tensor,
     is_int,
     is_number,
@@ -23,17 +25,18 @@ from grpo_core.objective.validation import (
 HEAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@register_record
 @dataclass(frozen=True)
 class LinearHead:
-    """An output matrix with all that a model does between it and its logits.
+    """An output matrix, and what the model does between its product and the logits.
 
     Args:
         weight: `lm_head`, [rows, D]; it and the others float32, bfloat16 or float16.
         bias: [rows], or None.
         softcap: c > 0 of c·tanh(x/c) (Gemma), or None.
         scale: the logits are multiplied by it (Cohere; Granite divides: give the inverse).
-        vocabulary: V, the true number of words of a padded matrix; the further rows take no part
-            in the softmax and get a zero gradient. None means all rows.
+        vocabulary: V, the true size of the vocabulary if the matrix is padded; the further rows
+            take no part in the softmax and get a zero gradient. None means all rows.
         lora_A, lora_B: [r, D] and [rows, r], an adapter of the matrix itself, or None.
         lora_scaling: the product of the two is multiplied by it.
 
@@ -82,11 +85,11 @@ class LinearHead:
         if self.vocabulary is not None and not (
             is_int(self.vocabulary) and 1 <= self.vocabulary <= rows
         ):
-            raise ValueError(f"vocabulary: expected 1 to {rows} words, got {self.vocabulary!r}")
+            raise ValueError(f"vocabulary: expected 1 to {rows}, got {self.vocabulary!r}")
 
     @property
     def V(self) -> int:
-        """Number of words."""
+        """Size of the vocabulary."""
         return self.weight.shape[0] if self.vocabulary is None else self.vocabulary
 
     @property
@@ -100,13 +103,17 @@ class LinearHead:
         return self.weight, self.bias, self.lora_A, self.lora_B
 
     def of(self, weight: Tensor, *others: Tensor | None) -> LinearHead:
-        """The same head with other `tensors`, none of them part of a graph."""
+        """The same head with other `tensors`, detached."""
         bias, lora_A, lora_B = (None if x is None else x.detach() for x in others)
         return replace(self, weight=weight.detach(), bias=bias, lora_A=lora_A, lora_B=lora_B)
 
+    def without_tensors(self) -> LinearHead:
+        """The numbers alone: tensors are kept by `save_for_backward`."""
+        return self.of(torch.empty(self.weight.shape, device="meta"), None, None, None)
+
 
 def check_head(name: str, lm_head: Tensor | LinearHead, hidden: Tensor) -> LinearHead:
-    """The head as a record, once it fits the hidden states.
+    """The head as a record, checked against the hidden states.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
@@ -115,8 +122,7 @@ def check_head(name: str, lm_head: Tensor | LinearHead, hidden: Tensor) -> Linea
         if check_floats(name, lm_head).ndim != 2 or not lm_head.numel():
             raise ValueError(f"{name}: expected a matrix [V, D], got {list(lm_head.shape)}")
         lm_head = LinearHead(lm_head)
-    head = lm_head
-    D = hidden.shape[-1]
+    head, D = lm_head, hidden.shape[-1]
     if D != head.D:
         raise ValueError(
             f"{name}: expected [V, D = {D}] for hidden {list(hidden.shape)}, got "
@@ -132,7 +138,7 @@ def check_head(name: str, lm_head: Tensor | LinearHead, hidden: Tensor) -> Linea
 
 
 def check_hidden(name: str, hidden: object, like: Tensor | None = None) -> Tensor:
-    """The hidden states themselves, once they are a batch or packed rows, shaped as `like`.
+    """The hidden states, checked to be a batch or packed rows, shaped as `like`.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
@@ -150,3 +156,37 @@ def check_hidden(name: str, hidden: object, like: Tensor | None = None) -> Tenso
     if like is not None and hidden.device != like.device:
         raise ValueError(f"{name}: expected device {like.device}, got {hidden.device}")
     return hidden
+
+
+def check_target_shape(target: Tensor, hidden: Tensor) -> Tensor:
+    """The target as int64, checked to have one entry for every hidden state.
+
+    Raises:
+        ValueError, NotImplementedError: naming the argument, what was expected and what came.
+    """
+    shape, target = hidden.shape[:-1], check_integers("target", target)
+    if target.shape != shape:
+        raise ValueError(
+            f"target: expected shape {list(shape)} for hidden {list(hidden.shape)}, got "
+            f"{list(target.shape)}; position t predicts token t + 1: give hidden[:, :-1], or pad "
+            "the shifted target with -100"
+        )
+    return target
+
+
+def logits_like(hidden: Tensor, V: int) -> Tensor:
+    """A tensor of the logits' shape that takes no memory, for checks."""
+    return hidden.detach().new_zeros(()).expand(*hidden.shape[:-1], V)
+
+
+def dtype_of_logits(dtype: torch.dtype | None) -> torch.dtype:
+    """The argument `logits_dtype`; float32 by default."""
+    if dtype is not None and dtype not in HEAD_DTYPES:
+        raise ValueError(f"logits_dtype: expected one of {HEAD_DTYPES} or None, got {dtype!r}")
+    return dtype or torch.float32
+
+
+def autocast_dtype(hidden: Tensor) -> torch.dtype | None:
+    """The dtype of products under torch.autocast; None outside of it."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -1,8 +1,8 @@
-"""Log-probability and entropy from hidden states, differentiable: for losses that are not ours.
+"""Log-probability and entropy from hidden states, differentiable, for losses of other libraries.
 
 A trainer that keeps its own loss asks for logp and entropy of every target and sends both gradients
-back later. The logits of all tokens exist in neither direction: chunks of rows go through the
-product and the row kernel, and once more in the backward, followed by the gradient products.
+back later. Chunks of rows go through the product and the row kernel in the forward, and once more
+in the backward, followed by the gradient products.
 
     dL/dx_j = (dlogp·(δ_{j,y} − p_j) − dentropy·p_j·(log p_j + H)) / T
 
@@ -12,14 +12,17 @@ product and the row kernel, and once more in the backward, followed by the gradi
 | gradients, head trained, either plan   | 1, and 3 in the backward over rows that have some    |
 | gradients, head frozen                 | 1, and 2 in the backward over rows that have some    |
 | the same, `ahead`, of logp alone       | 2, both in the forward: dlogp only scales rows       |
-| the same, `ahead`, of entropy, too     | 2, and 2 in the backward                             |
+| the same, `ahead`, of entropy as well  | 2, and 2 in the backward                             |
 
-The backward reads no statistics again: those of the forward are kept, a few numbers a row. Where
-the loss is one of ours, `fused_linear_loss` knows it beforehand and makes no logits twice.
+The backward keeps the statistics of the forward, a few numbers a row. `fused_linear_loss` makes no
+logits twice, because it knows the loss in the forward.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,15 +30,29 @@ from torch import Tensor
 
 from grpo_core.backends import Backend, choose_backend
 from grpo_core.kernels.records import RowStats, Slopes
-from grpo_core.linear.call import spread
-from grpo_core.linear.checks import autocast_dtype, stand_in
-from grpo_core.linear.head import HEAD_DTYPES, LinearHead, check_head, check_hidden
-from grpo_core.linear.memory import Plan
-from grpo_core.linear.reading import ScoreCall, of_finite, score_rows
-from grpo_core.linear.vocab_slices import Words, log_sum_exp, sliced_gradients
-from grpo_core.linear.walk import Walk
-from grpo_core.loss.fused_loss import TokenLogp
-from grpo_core.loss.inputs import check_logits, check_target, present, words_of
+from grpo_core.linear.chunks import (
+    Gradients,
+    LinearCall,
+    Workspace,
+    only_finite,
+    read_chunks,
+    scatter_rows,
+)
+from grpo_core.linear.head import (
+    HEAD_DTYPES,
+    LinearHead,
+    autocast_dtype,
+    check_head,
+    check_hidden,
+    check_target_shape,
+    dtype_of_logits,
+    logits_like,
+)
+from grpo_core.linear.matmuls import Plan
+from grpo_core.linear.vocab_slices import SoftmaxRows, add_gradients_of_slices, logits_at
+from grpo_core.loss.compile import register_function
+from grpo_core.loss.inputs import check_logits, check_target, find_unmasked, flatten_target
+from grpo_core.loss.outputs import TokenLogp
 from grpo_core.objective.validation import check_concrete
 
 
@@ -57,7 +74,7 @@ def linear_logp(
     the same outputs (retain_graph) makes the chunks again and is right; a gradient of the gradient
     (create_graph) is refused. Bit for bit the values of `linear_token_logp`.
 
-    A row whose log-probability is not finite shows so, and passes no gradient on.
+    A row whose log-probability is not finite returns it as it is, and passes no gradient on.
 
     Args:
         hidden: [B, T, D], or packed [N, D]; float32, bfloat16 or float16, also as a view.
@@ -79,48 +96,106 @@ def linear_logp(
         NotImplementedError: a backend asked for by name that cannot run here.
     """
     check_concrete(hidden=hidden, lm_head=lm_head, target=target, mask=mask)
+    options: dict[str, Any] = {
+        "temperature": temperature,
+        "mask": mask,
+        "plan": plan,
+        "memory_budget": memory_budget,
+        # rounding logits to 16 bits costs up to 0.05 nats
+        "logits_dtype": torch.float32,
+        "backend": backend,
+        "validate": validate,
+    }
+    return TokenLogp(*logp_from_hidden(hidden, lm_head, target, **options))
+
+
+@register_function
+def logp_from_hidden(
+    hidden: Tensor,
+    lm_head: Tensor | LinearHead,
+    target: Tensor,
+    *,
+    temperature: float,
+    mask: Tensor | None,
+    plan: Plan | None,
+    memory_budget: int | None,
+    logits_dtype: torch.dtype | None,
+    backend: Backend | None,
+    validate: bool | None,
+    ahead: bool = False,
+    also: Callable[[Tensor, Tensor], list[Tensor]] = lambda logits, target: [],
+    gathered: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> list[Tensor]:
+    """logp and entropy, shaped like target, then the vectors of `also`; see `linear_logp`.
+
+    Args:
+        ahead: with a frozen head, makes dhidden of Σ logp in the forward: dlogp only scales it.
+        also: further vectors [n], from a chunk's logits [n, V] and targets [n].
+        gathered: a context that the backward enters to use the head.
+    """
     head = check_head("lm_head", lm_head, check_hidden("hidden", hidden))
-    kernels = choose_backend(backend, hidden)
-    logits = stand_in(hidden, head.V)
+    target, logits = check_target_shape(target, hidden), logits_like(hidden, head.V)
     check_logits(logits, temperature, HEAD_DTYPES)
-    target = check_target(logits, target, mask, validate)
-    flat = words_of(target)
-    call = ScoreCall(
+    check_target(logits, target, mask, validate)
+    flat = flatten_target(target)
+    call = LinearCall(
         target=flat,
-        valid=present(target, mask) & (flat >= 0) & (flat < head.V),
         temperature=float(temperature),
         plan=plan,
         memory_budget=memory_budget,
-        # rounding logits to 16 bits costs up to 0.05 nats
-        logits_dtype=torch.float32,
+        logits_dtype=dtype_of_logits(logits_dtype),
         autocast=autocast_dtype(hidden),
-        kernels=kernels,
+        kernels=choose_backend(backend, hidden),
     )
-    logp, entropy = LinearLogp.apply(call, head, hidden, *head.tensors)
-    return TokenLogp(logp.view(target.shape), entropy.view(target.shape))
+    valid = find_unmasked(target, mask) & (flat >= 0) & (flat < head.V)
+    if not valid.all():
+        call = call.at(valid.nonzero().squeeze(1))
+    trained = any(tensor is not None and tensor.requires_grad for tensor in head.tensors)
+    ahead = ahead and not trained and torch.is_grad_enabled() and hidden.requires_grad
+    call = replace(call, wanted=(ahead, False, False, False, False))
+    logp, entropy, *others = LinearLogp.apply(also, gathered, call, head, hidden, *head.tensors)
+    return [logp.view(target.shape), entropy.view(target.shape), *others]
 
 
 class LinearLogp(torch.autograd.Function):
-    """logp, entropy and what else is wanted, `[N]`; gradients of the first two."""
+    """logp and entropy `[N]`, differentiable, and the vectors of `also`, which are not."""
 
     @staticmethod
     def forward(
-        ctx: Any, call: ScoreCall, head: LinearHead, hidden: Tensor, *tensors: Tensor | None
+        ctx: Any,
+        also: Callable[[Tensor, Tensor], list[Tensor]],
+        gathered: Callable[[], AbstractContextManager[object]],
+        call: LinearCall,
+        head: LinearHead,
+        hidden: Tensor,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         weight, *others = tensors
         assert weight is not None
+        # the lean plan needs the logits at the targets in the backward
         lean = call.plan != "fast"
-        found = score_rows(hidden, head.of(weight, *others), call, at_target=lean)
-        ctx.call = call
-        # the record without its tensors: those are saved where autograd looks after them
-        ctx.head = head.of(torch.empty(weight.shape, device="meta"), None, None, None)
-        logp, entropy, _, state = found.stats
-        kept = (found.rows, logp, entropy, state, found.at_target, found.dhidden)
-        # not the outputs, which their owner may write over
+        with torch.autocast(hidden.device.type, enabled=False):
+            work = Workspace(hidden, head.of(weight, *others), call)
+
+            def vectors_of(chunk: slice) -> list[Tensor]:
+                target = call.target[chunk]
+                vectors = [logits_at(work.logits, target)] if lean else []
+                return vectors + also(work.logits[: len(target)], target)
+
+            stats, vectors = read_chunks(work, ahead=work.differentiates, also=vectors_of)
+        at_target = vectors.pop(0) if lean else None
+        ctx.call, ctx.head, ctx.gathered = call, head.without_tensors(), gathered
+        # not the outputs, which a caller may overwrite
+        kept = (stats.logp, stats.entropy, stats.state, at_target, work.dhidden)
         ctx.save_for_backward(hidden, *tensors, *kept)
-        ctx.mark_non_differentiable(*found.further)
+        outputs = []
+        for vector in (stats.logp, stats.entropy, *vectors):
+            # not views of one tensor: autograd forbids in-place operations on those
+            outputs.append(vector.new_zeros(hidden.shape[:-1].numel()))
+            outputs[-1][slice(None) if call.rows is None else call.rows] = vector
+        ctx.mark_non_differentiable(*outputs[2:])
         ctx.set_materialize_grads(False)
-        return *found.over(call.target.numel()), *found.further
+        return tuple(outputs)
 
     @staticmethod
     def backward(
@@ -132,47 +207,47 @@ class LinearLogp(torch.autograd.Function):
             if dentropy is None:
                 return (None,) * len(ctx.needs_input_grad)
             dlogp = torch.zeros_like(dentropy)
-        hidden, *tensors, rows, logp, entropy, state, at_target, ahead = ctx.saved_tensors
+        hidden, *tensors, logp, entropy, state, at_target, ahead = ctx.saved_tensors
+        call = ctx.call
         stats = RowStats(logp, entropy, None, state)
         slopes = Slopes(dlogp, dentropy, None)
-        slopes = of_finite(slopes if rows is None else slopes.at(rows), stats)
+        slopes = only_finite(slopes if call.rows is None else slopes.at(call.rows), stats)
         if ahead is not None and dentropy is None:
-            still = slopes.dlogp == 0
-            dhidden = (ahead * slopes.dlogp[:, None]).masked_fill_(still[:, None], 0.0)
-            return None, None, spread(dhidden.to(hidden.dtype), rows, hidden), *[None] * 4
+            zero = slopes.dlogp == 0
+            dhidden = (ahead * slopes.dlogp[:, None]).masked_fill_(zero[:, None], 0.0)
+            dhidden = scatter_rows(dhidden.to(hidden.dtype), call.rows, hidden)
+            return None, None, None, None, dhidden, *[None] * len(tensors)
+        # the rows that have a gradient
         some = slopes.any.nonzero().squeeze(1)
         slopes = slopes.at(some)
         stats = RowStats(logp[some], entropy[some], None, state[:, some].contiguous())
         at_target = None if at_target is None else at_target[some]
-        rows = some if rows is None else rows[some]
-        rows = None if rows.numel() == len(ctx.call.target) else rows
-        wanted = ctx.needs_input_grad[2:]
-        with ctx.call.gathered(), torch.autocast(hidden.device.type, enabled=False):
-            head = ctx.head.of(*tensors)
-            walk = Walk(hidden, head, ctx.call.pass_over(rows, hidden, head, wanted))
-            dhidden, *rest = _gradients(walk, slopes, stats, at_target)
+        call = call if len(some) == hidden.shape[:-1].numel() else call.at(some)
+        with ctx.gathered(), torch.autocast(hidden.device.type, enabled=False):
+            call = replace(call, wanted=ctx.needs_input_grad[4:])
+            work = Workspace(hidden, ctx.head.of(*tensors), call)
+            dhidden, *rest = _gradients(work, slopes, stats, at_target)
         if dhidden is not None:
-            dhidden = spread(dhidden.to(hidden.dtype), rows, hidden)
+            dhidden = scatter_rows(dhidden.to(hidden.dtype), call.rows, hidden)
         pairs = zip(rest, tensors, strict=True)
-        return None, None, dhidden, *(None if d is None else d.to(x.dtype) for d, x in pairs)
+        dtensors = (None if d is None else d.to(x.dtype) for d, x in pairs)
+        return None, None, None, None, dhidden, *dtensors
 
 
 def _gradients(
-    walk: Walk, slopes: Slopes, stats: RowStats, at_target: Tensor | None
-) -> list[Tensor | None]:
-    """Of hidden `[n, D]` and the head's tensors, by the plan of the walk."""
-    call = walk.call
-    size = slopes.dlogp.abs()
+    work: Workspace, slopes: Slopes, stats: RowStats, at_target: Tensor | None
+) -> Gradients:
+    """Of hidden `[n, D]` and the head's tensors, by the plan of the workspace."""
+    call, size = work.call, slopes.dlogp.abs()
     size = size if slopes.dentropy is None else torch.maximum(size, slopes.dentropy.abs())
-    walk.lift_by(size)
-    slopes = walk.lifted(slopes)
-    if call.layout.plan == "lean":
+    work.choose_loss_scale(size)
+    slopes = work.scaled(slopes)
+    if work.lean:
         assert at_target is not None
-        del walk.buffer
-        lse = log_sum_exp(stats, at_target, call.temperature)
-        words = Words(call.target, call.temperature, slopes, stats, lse)
-        return sliced_gradients(walk, words)
-    for chunk in call.chunks:
-        walk.make_logits(chunk)
-        walk.differentiate(chunk, call.target[chunk], slopes.at(chunk), stats.at(chunk))
-    return walk.gradients()
+        softmax = SoftmaxRows(call.target, call.temperature, slopes, stats, at_target)
+        add_gradients_of_slices(work, softmax)
+        return work.gradients()
+    for chunk in work.chunks:
+        work.make_logits(chunk)
+        work.differentiate(chunk, call.target[chunk], slopes.at(chunk), stats.at(chunk))
+    return work.gradients()

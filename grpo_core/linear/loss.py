@@ -1,23 +1,51 @@
-"""The public loss from hidden states: the output matrix is part of it, logits are never all there.
+"""The public functions from hidden states, and the autograd function of the loss.
 
-Chunks of rows go through the product, the kernels of `fused_loss`, and the gradient products; see
-`linear_plans` for how many products that takes. Rows that cannot have a gradient take no part.
+Rows whose weight is 0 or that can have no gradient (`Tokens.has_no_gradient`) are left out before
+the first product. The gradients of the others are made in the forward, see `chunks`, and returned
+by the first backward; a second backward makes them again. In float16 they stay float32 until
+grad_output, a loss scale, is known.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grpo_core.backends import Backend
-from grpo_core.linear.door import logp_from_hidden, loss_from_hidden
-from grpo_core.linear.head import LinearHead
-from grpo_core.linear.in_graph import logp_in_graph, loss_in_graph
-from grpo_core.linear.memory import Plan
-from grpo_core.loss.fused_loss import LossOutput, TokenLogp
+from grpo_core.backends import Backend, choose_backend
+from grpo_core.kernels.records import Rows
+from grpo_core.linear.chunks import (
+    Gradients,
+    LinearCall,
+    Workspace,
+    loss_over_chunks,
+    loss_with_frozen_head,
+    scatter_rows,
+)
+from grpo_core.linear.head import (
+    HEAD_DTYPES,
+    LinearHead,
+    autocast_dtype,
+    check_head,
+    check_hidden,
+    check_target_shape,
+    dtype_of_logits,
+    logits_like,
+)
+from grpo_core.linear.logp import logp_from_hidden
+from grpo_core.linear.matmuls import Plan
+from grpo_core.linear.vocab_slices import loss_over_slices
+from grpo_core.loss.compile import (
+    logp_in_graph,
+    loss_in_graph,
+    register_function,
+)
+from grpo_core.loss.inputs import LossInputs, Tokens
+from grpo_core.loss.outputs import LossOutput, TokenLogp
 from grpo_core.objective.objective import Objective
+from grpo_core.objective.recipes import find_objective
 from grpo_core.objective.validation import check_concrete
 
 
@@ -32,8 +60,6 @@ def fused_linear_loss(
     group_size: int | None = None,
     group_id: Tensor | None = None,
     old_logp: Tensor | None = None,
-    old_hidden: Tensor | None = None,
-    old_lm_head: Tensor | LinearHead | None = None,
     ref_logp: Tensor | None = None,
     ref_hidden: Tensor | None = None,
     ref_lm_head: Tensor | LinearHead | None = None,
@@ -41,12 +67,11 @@ def fused_linear_loss(
     mask: Tensor | None = None,
     sequence_id: Tensor | None = None,
     normalizer: Tensor | float | None = None,
-    temperature: float | Tensor = 1.0,
+    temperature: float = 1.0,
     plan: Plan | None = None,
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,
     all_logp: bool = False,
-    accumulate_into: Tensor | None = None,
     backend: Backend | None = None,
     validate: bool | None = None,
 ) -> LossOutput:
@@ -55,7 +80,7 @@ def fused_linear_loss(
     Differentiated with respect to `hidden` and the tensors of `lm_head` that require a gradient.
     Rows of weight 0 are left out before the product, and so are rows that cannot have a gradient:
     advantage 0 (with a ratio of sequences: of the whole sequence), no KL term, no entropy bonus.
-    Those read 0 in logp, entropy, ratio and kl and are in no metric but `skipped_rows`, which
+    Their logp, entropy, ratio and kl are 0, and they are in no metric but `skipped_rows`, which
     counts all rows left out; they still count in the divisor of a mean.
 
     Args:
@@ -65,14 +90,10 @@ def fused_linear_loss(
         target, objective, advantage, rewards, group_size, group_id, old_logp, ref_logp,
         sampler_logp, mask, sequence_id, normalizer, backend, validate: see `fused_loss`; with
             [B, T, D] for [B, T, V].
-        temperature: T > 0, the logits are divided by it; or one for every token, shaped like
-            target, which costs a pass over the logits and one over their gradient.
-        old_hidden, old_lm_head: instead of `old_logp`, hidden states of the old policy, shaped like
-            target with any D, and its matrix (None: `lm_head`); one product more, of the chunk
-            that the loss is at, into the same memory. Where weights of other rows follow from it
-            (a sampler correction), or its matrix has more words, the product comes beforehand.
-        ref_hidden, ref_lm_head: the same for the reference policy, instead of `ref_logp`; what
-            kl="exact" needs.
+        temperature: T > 0, the logits are divided by it.
+        ref_hidden, ref_lm_head: instead of `ref_logp`, hidden states of the reference policy,
+            shaped like target with any D, and its matrix (None: `lm_head`); one product more.
+            kl="exact" needs them.
         plan: "fast" takes 3 products with a trained head and holds a float32 sum of its gradient;
             "lean" takes 4 and does not. None means fast, unless it would not fit.
         memory_budget: bytes to hold beyond inputs and returned gradients, as far as that is
@@ -80,12 +101,7 @@ def fused_linear_loss(
             MiB on a CPU.
         logits_dtype: of a chunk's logits; None means float32. bfloat16 halves their memory and
             costs up to 0.05 nats.
-        all_logp: make the logits of unmasked rows that have no gradient, too: their
-            log-probability is wanted.
-        accumulate_into: float32, shaped as the matrix of `lm_head`: its `.grad`, or a `main_grad`.
-            The matrix's gradient is added to it while the loss is made, which saves a sum of its
-            size, and autograd gets none. The loss is then to be differentiated once, as it is: a
-            factor belongs into `normalizer`. Fast plan only; not in float16, nor with an adapter.
+        all_logp: also return the log-probabilities of unmasked rows that have no gradient.
 
     Returns:
         `LossOutput`, as `fused_loss`; loss differentiable, everything else detached.
@@ -96,34 +112,35 @@ def fused_linear_loss(
 
     Source: see `fused_loss`; gradients in the forward of a fused head: Liger (arXiv 2410.10989).
     """
-    arguments: dict[str, Any] = {
-        "objective": objective,
-        "advantage": advantage,
-        "rewards": rewards,
-        "group_size": group_size,
-        "group_id": group_id,
-        "old_logp": old_logp,
-        "old_hidden": old_hidden,
-        "old_lm_head": old_lm_head,
-        "ref_logp": ref_logp,
+    inputs = LossInputs(
+        target=target,
+        objective=find_objective(objective),
+        advantage=advantage,
+        rewards=rewards,
+        group_size=group_size,
+        group_id=group_id,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        sampler_logp=sampler_logp,
+        mask=mask,
+        sequence_id=sequence_id,
+        normalizer=normalizer,
+        temperature=temperature,
+        backend=backend,
+        validate=validate,
+    )
+    options: dict[str, Any] = {
         "ref_hidden": ref_hidden,
         "ref_lm_head": ref_lm_head,
-        "sampler_logp": sampler_logp,
-        "mask": mask,
-        "sequence_id": sequence_id,
-        "normalizer": normalizer,
-        "temperature": temperature,
         "plan": plan,
         "memory_budget": memory_budget,
         "logits_dtype": logits_dtype,
         "all_logp": all_logp,
-        "accumulate_into": accumulate_into,
-        "backend": backend,
-        "validate": validate,
     }
-    check_concrete(hidden=hidden, lm_head=lm_head, target=target, **arguments)
-    run = loss_in_graph if torch.compiler.is_compiling() else loss_from_hidden
-    return run(hidden, lm_head, target, **arguments)
+    if torch.compiler.is_compiling():
+        return loss_in_graph(loss_from_hidden, (hidden, lm_head), inputs, ahead=True, **options)
+    check_concrete(hidden=hidden, lm_head=lm_head, **vars(inputs), **options)
+    return loss_from_hidden(hidden, lm_head, inputs, **options)
 
 
 @torch.no_grad()
@@ -132,7 +149,7 @@ def linear_token_logp(
     lm_head: Tensor | LinearHead,
     target: Tensor,
     *,
-    temperature: float | Tensor = 1.0,
+    temperature: float = 1.0,
     mask: Tensor | None = None,
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,
@@ -153,12 +170,210 @@ def linear_token_logp(
     """
     arguments: dict[str, Any] = {
         "temperature": temperature,
+        "plan": "fast",
         "mask": mask,
         "memory_budget": memory_budget,
         "logits_dtype": logits_dtype,
         "backend": backend,
         "validate": validate,
     }
+    if torch.compiler.is_compiling():
+        return TokenLogp(*logp_in_graph(logp_from_hidden, hidden, lm_head, target, **arguments))
     check_concrete(hidden=hidden, lm_head=lm_head, target=target, **arguments)
-    run = logp_in_graph if torch.compiler.is_compiling() else logp_from_hidden
-    return run(hidden, lm_head, target, **arguments)
+    return TokenLogp(*logp_from_hidden(hidden, lm_head, target, **arguments))
+
+
+@register_function
+def loss_from_hidden(
+    hidden: Tensor,
+    lm_head: Tensor | LinearHead,
+    inputs: LossInputs,
+    *,
+    ref_hidden: Tensor | None,
+    ref_lm_head: Tensor | LinearHead | None,
+    plan: Plan | None,
+    memory_budget: int | None,
+    logits_dtype: torch.dtype | None,
+    all_logp: bool,
+) -> LossOutput:
+    """`fused_linear_loss` outside of `torch.compile`."""
+    head = check_head("lm_head", lm_head, check_hidden("hidden", hidden))
+    target = check_target_shape(inputs.target, hidden)
+    logits = logits_like(hidden, head.V)
+    reference = _check_reference(inputs, head, hidden, ref_hidden, ref_lm_head)
+    exact = reference is not None and inputs.objective.kl == "exact"
+    if exact:
+        # of the same shape, which is all that is checked
+        inputs = replace(inputs, ref_logits=logits)
+    elif reference is not None:
+        # filled in once it is known which rows are made
+        inputs = replace(inputs, ref_logp=torch.zeros(target.shape, device=hidden.device))
+    tokens = inputs.tokens(logits, logit_dtypes=HEAD_DTYPES)
+    without_gradient = tokens.has_no_gradient()
+    if reference is not None and not exact:
+        made = tokens.valid if all_logp else tokens.valid & ~without_gradient
+        with torch.no_grad():
+            ref_logp, _ = logp_from_hidden(
+                *reference,
+                target,
+                temperature=inputs.temperature,
+                mask=made.view(target.shape),
+                plan="fast",
+                memory_budget=memory_budget,
+                logits_dtype=logits_dtype,
+                backend=inputs.backend,
+                validate=False,
+            )
+        tokens = replace(tokens, ref_logp=ref_logp.view(-1))
+    tensors, enabled = (hidden, *head.tensors), torch.is_grad_enabled()
+    call = LinearCall(
+        target=tokens.target,
+        tokens=tokens,
+        reference=reference if exact else None,
+        temperature=float(inputs.temperature),
+        plan=plan,
+        memory_budget=memory_budget,
+        logits_dtype=dtype_of_logits(logits_dtype),
+        autocast=autocast_dtype(hidden),
+        kernels=choose_backend(inputs.backend, hidden),
+        wanted=tuple(enabled and x is not None and x.requires_grad for x in tensors),
+    )
+    first = _call_of_rows(call, tokens, tokens.valid & ~without_gradient)
+    loss, *results = FusedLinearLoss.apply(first, head, *tensors)
+    parts = [(first, results)]
+    if all_logp and bool(without_gradient.any()):
+        rest = replace(_call_of_rows(call, tokens, without_gradient), wanted=(False,) * 5)
+        parts.append((rest, list(evaluate_call(rest, head, tensors)[0][1:])))
+    return _output(loss, tokens, target.shape, parts)
+
+
+def _call_of_rows(call: LinearCall, tokens: Tokens, made: Tensor) -> LinearCall:
+    """The call over the rows marked in `made` [N] bool, sequence after sequence if one waits."""
+    rows, lengths = made.nonzero().squeeze(1), None
+    if tokens.needs_statistics and not tokens.couples_sequences:
+        rows = rows[tokens.sequence[rows].argsort(stable=True)]
+        counts = torch.unique_consecutive(tokens.sequence[rows], return_counts=True)[1]
+        lengths = tuple(counts.tolist())
+    in_order = lengths is None or bool((rows[1:] > rows[:-1]).all())
+    some = call if len(rows) == len(made) and in_order else call.at(rows)
+    return replace(some, lengths=lengths)
+
+
+def _output(
+    loss: Tensor, tokens: Tokens, shape: torch.Size, parts: list[tuple[LinearCall, list[Tensor]]]
+) -> LossOutput:
+    """The output over all rows, from the vectors of those that were made; 0 elsewhere."""
+    like, N = tokens.advantage, len(tokens.target)
+    logp, entropy, ratio, kl = like.new_zeros(4, N)
+    factor = torch.ones_like(like)
+    dropped, valid = like.new_zeros(2, N, dtype=torch.bool)
+    whole = (logp, entropy, ratio, kl, dropped, factor, valid)
+    made = 0
+    for call, results in parts:
+        place = slice(None) if call.rows is None else call.rows
+        for vector, result in zip(whole, results, strict=True):
+            vector[place] = result
+        made += len(call.target)
+    logp, entropy, ratio, kl, factor = (v.view(shape) for v in (logp, entropy, ratio, kl, factor))
+    return LossOutput(
+        loss, logp, entropy, ratio, kl, factor, tokens, valid, dropped, _skipped=N - made
+    )
+
+
+def _check_reference(
+    inputs: LossInputs,
+    head: LinearHead,
+    hidden: Tensor,
+    ref_hidden: Tensor | None,
+    ref_lm_head: Tensor | LinearHead | None,
+) -> tuple[Tensor, LinearHead] | None:
+    """Hidden states and head of the reference policy, detached; None if they are not given.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+    spec = inputs.objective
+    if ref_hidden is None:
+        if ref_lm_head is not None:
+            raise ValueError("ref_lm_head: expected None without ref_hidden")
+        if spec.kl == "exact" and spec.beta:
+            raise ValueError(
+                f"ref_hidden: expected a tensor for kl = 'exact' and beta = {spec.beta}, got None"
+            )
+        return None
+    if inputs.ref_logp is not None:
+        raise ValueError("ref_hidden: expected None with ref_logp, got both")
+    check_hidden("ref_hidden", ref_hidden, hidden)
+    ref = check_head("ref_lm_head", head if ref_lm_head is None else ref_lm_head, ref_hidden)
+    if spec.kl == "exact" and ref.V != head.V:
+        raise ValueError(f"ref_lm_head: expected V = {head.V} as in lm_head, got {ref.V}")
+    return ref_hidden.detach(), ref.of(*ref.tensors)  # type: ignore[arg-type]
+
+
+class FusedLinearLoss(torch.autograd.Function):
+    """Loss and all gradients in the forward; grad_output in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: LinearCall, head: LinearHead, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        results, ctx.gradients = evaluate_call(call, head, tensors)
+        ctx.call, ctx.head = call, head.without_tensors()
+        ctx.save_for_backward(*tensors)
+        ctx.mark_non_differentiable(*results[1:])
+        ctx.set_materialize_grads(False)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "fused_linear_loss: its gradient cannot be differentiated (create_graph)"
+            )
+        tensors, gradients, ctx.gradients = ctx.saved_tensors, ctx.gradients, None
+        if gradients is None:
+            gradients = evaluate_call(ctx.call, ctx.head, tensors)[1]
+        for k, tensor in enumerate(tensors):
+            gradient = gradients[k]
+            if gradient is not None and gradient.numel():
+                rows = Rows.of(gradient.view(-1, gradient.shape[-1]))
+                ctx.call.kernels.row_scale(rows, grad_output)
+                gradients[k] = gradient.to(tensor.dtype)
+        return None, None, *gradients
+
+
+@torch.no_grad()
+def evaluate_call(
+    call: LinearCall, head: LinearHead, tensors: tuple[Tensor | None, ...]
+) -> tuple[tuple[Tensor, ...], Gradients]:
+    """The loss and vectors `[n]` of `LossRows`; gradients shaped like `tensors`."""
+    hidden, weight, *others = tensors
+    tokens = call.tokens
+    assert hidden is not None and weight is not None and tokens is not None
+    only_dhidden = call.wanted == (True, False, False, False, False)
+    only_logp = tokens.entropy_weight is None and not call.exact_beta
+    # products are in the dtypes that the call names
+    with torch.autocast(hidden.device.type, enabled=False):
+        work = Workspace(hidden, head.of(weight, *others), call)
+        if work.lean:
+            rows = loss_over_slices(work, tokens)
+        elif only_dhidden and only_logp and tokens.needs_statistics:
+            rows = loss_with_frozen_head(work, tokens)
+        else:
+            rows = loss_over_chunks(work, tokens)
+        dhidden, *rest = work.gradients()
+    # the buffers are freed before gradients are rounded
+    del work
+    gradients: Gradients = [None]
+    if dhidden is not None:
+        gradients = [scatter_rows(_rounded(dhidden, hidden), call.rows, hidden)]
+    for k, tensor in enumerate(tensors[1:]):
+        gradient, rest[k] = rest[k], None
+        gradients.append(None if gradient is None or tensor is None else _rounded(gradient, tensor))
+    loss, *vectors = rows
+    return (loss.sum(), *vectors), gradients
+
+
+def _rounded(gradient: Tensor, like: Tensor) -> Tensor:
+    """In the tensor's dtype, but for float16, which waits for the loss scale."""
+    return gradient if like.dtype == torch.float16 else gradient.to(like.dtype)

@@ -1,12 +1,13 @@
-"""A model whose own forward ends in the loss: logits are made in the head, chunk by chunk.
+"""A causal language model whose own forward computes the loss.
 
     with_fused_head(model)
     out = model(input_ids=ids, attention_mask=mask, request=LossRequest(target, rewards=rewards))
 
-The model and its head change their class for a subclass, as under FSDP2: the model's forward keeps
-the request for its thread while it runs, and the head's answers it. So hooks fire as usual,
-DistributedDataParallel, FSDP, ZeRO and PEFT need nothing, and a copy of the model, pickled or not,
-has a fused head as well. Without a request, nothing is different.
+The model and its output embedding change their class for a subclass, as under FSDP2. The model's
+forward keeps the request for its thread while it runs; the output embedding answers it instead of
+returning logits. Hooks run as usual, DistributedDataParallel, FSDP, ZeRO and PEFT need nothing
+else, and a copy of the model, pickled or not, has a fused head as well. Without a request nothing
+changes.
 """
 
 from __future__ import annotations
@@ -16,38 +17,179 @@ import inspect
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from types import MethodType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from grpo_core.linear.model_probe import Around, Probe
-from grpo_core.linear.requests import Call, HeadOutput, Request
+from grpo_core.linear.loss import fused_linear_loss, linear_token_logp
+from grpo_core.linear.model_probe import Around, Probe, read_head
+from grpo_core.loss.outputs import LossOutput, TokenLogp
+from grpo_core.objective.validation import check_tensor
 
 Model = TypeVar("Model", bound=nn.Module)
 # tokens of the probe
 PROBED = 4
-# `call`: the request that the forward of this thread is to answer; torch.compile can trace this,
-# but no ContextVar
+# `call`: the pending request of this thread's forward; torch.compile can trace this, but no
+# ContextVar
 _PENDING = threading.local()
+
+
+class Sealed:
+    """Hides its content from wrappers: mixed precision rounds all floats in tuples and records."""
+
+    __slots__ = ("content",)
+
+    def __init__(self, content: LossOutput | TokenLogp) -> None:
+        self.content = content
+
+
+class HeadOutput(NamedTuple):
+    """The answer to a request: `LossOutput` or `TokenLogp`; wrappers see the loss alone.
+
+    Attributes:
+        loss: 0-dim float32, differentiable; None for a `LogpRequest`.
+    """
+
+    loss: Tensor | None
+    sealed: Sealed
+
+    # properties, because torch.compile does not trace __getattr__ of a tuple
+
+    @property
+    def logp(self) -> Tensor:
+        """log π(target), nats, shaped like target, float32, detached like all that follow."""
+        return self.sealed.content.logp
+
+    @property
+    def entropy(self) -> Tensor:
+        """Of the distribution at the request's temperature, nats."""
+        return self.sealed.content.entropy
+
+    @property
+    def ratio(self) -> Tensor:
+        """π / π_old."""
+        return self._of_loss.ratio
+
+    @property
+    def kl(self) -> Tensor:
+        """The objective's estimate of KL(π ‖ π_ref), nats."""
+        return self._of_loss.kl
+
+    @property
+    def factor(self) -> Tensor:
+        """The factor of the surrogate."""
+        return self._of_loss.factor
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """Figures of this call, see `metrics.METRICS`."""
+        return self._of_loss.metrics
+
+    @property
+    def _of_loss(self) -> LossOutput:
+        if isinstance(self.sealed.content, TokenLogp):
+            raise AttributeError("expected the answer to a LossRequest, got a LogpRequest's")
+        return self.sealed.content
+
+
+class Request:
+    """A target, and the other arguments of a function of hidden states, head and target.
+
+    Args:
+        target: [B, T], the tokens that the hidden states predict: `input_ids` shifted by one and
+            padded with -100; or [N] with `rows`.
+        rows: [B, T] bool, N of them true: these hidden states become packed rows [N, D], in order;
+            the arguments are then those of packed rows.
+        arguments: of the function.
+
+    Raises:
+        TypeError: an argument that the function does not have.
+    """
+
+    __slots__ = ("arguments", "rows", "target")
+
+    def __init__(self, target: Tensor, *, rows: Tensor | None = None, **arguments: Any) -> None:
+        if not torch.compiler.is_compiling():
+            inspect.signature(self._function).bind(None, None, target, **arguments)
+        self.target, self.rows, self.arguments = target, rows, arguments
+
+    @staticmethod
+    def _function(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError
+
+    def of(self, hidden: Tensor, module: nn.Module, around: Around) -> Any:
+        """The function's result for hidden states [B, T, D] and the module's head."""
+        if self.rows is not None:
+            check_tensor("rows", self.rows)
+            if self.rows.dtype != torch.bool or self.rows.shape != hidden.shape[:-1]:
+                raise ValueError(
+                    f"rows: expected bool of shape {list(hidden.shape[:-1])}, got "
+                    f"{self.rows.dtype} of shape {list(self.rows.shape)}"
+                )
+            hidden = hidden[self.rows]
+        return self._function(hidden, read_head(module, around), self.target, **self.arguments)
+
+
+class LossRequest(Request):
+    """Asks a model with a fused head for its loss; arguments of `fused_linear_loss`."""
+
+    __slots__ = ()
+    _function = staticmethod(fused_linear_loss)
+
+
+class LogpRequest(Request):
+    """Asks for log-probabilities and entropies alone; arguments of `linear_token_logp`."""
+
+    __slots__ = ()
+    _function = staticmethod(linear_token_logp)
+
+
+class PendingRequest:
+    """A request during a model's forward, and its answer.
+
+    Args:
+        request: to be answered by `module`, the output embedding.
+        around: the model's operations on its logits.
+    """
+
+    def __init__(self, request: Request | Probe, module: nn.Module, around: Around) -> None:
+        self.request, self.module, self.around = request, module, around
+        self.waits = True
+        self.output: HeadOutput | None = None
+
+    def answer(self, hidden: Tensor, plain: Callable[..., Tensor]) -> Tensor:
+        """Computes `output`; returns a small tensor in place of logits."""
+        self.waits = False
+        if isinstance(self.request, Probe):
+            return self.request.answer(hidden, self.module, plain(hidden))
+        content = self.request.of(hidden, self.module, self.around)
+        if isinstance(content, TokenLogp):
+            self.output = HeadOutput(None, Sealed(content))
+            return content.logp.new_zeros(1, 1, 1)
+        # part of the graph, so that hooks on the output run in the backward
+        seen = content.loss.reshape(1, 1, 1).clone()
+        content = replace(content, loss=seen.sum())
+        self.output = HeadOutput(content.loss, Sealed(content))
+        return seen
 
 
 def with_fused_head(model: Model, *, vocabulary: int | None = None) -> Model:
     """Gives a causal language model's forward the argument `request`; returns the same model.
 
-    Puts a few tokens through the model once, to see that its logits are what will be computed here.
-    Before or after `fully_shard`, `DistributedDataParallel` (of the module inside), a PEFT adapter
-    of the backbone; after an adapter of the head itself.
+    Runs a few tokens through the model once, to check that its logits are those of `LinearHead`.
+    Call it before or after `fully_shard`, `DistributedDataParallel` (of the module inside) and a
+    PEFT adapter of the backbone, but after an adapter of the head itself.
 
     Args:
         model: of transformers, or PEFT's around one; on every rank alike.
-        vocabulary: V, the true number of words where the matrix has more rows; None means what the
-            model's logits show.
+        vocabulary: V, if the matrix has more rows; None means the size of the model's logits.
 
     Raises:
-        ValueError: a model whose logits are more than cap(scale · lm_head(hidden)), or that has a
-            fused head already.
+        ValueError: a model whose logits are not cap(scale · lm_head(hidden)), or that has a fused
+            head already.
     """
     inner: Any = _inner(model)
     module = _output_embedding(model)
@@ -76,13 +218,13 @@ def without_fused_head(model: Model) -> Model:
 
 
 def has_fused_head(model: nn.Module) -> bool:
-    """Whether a request may be made of the model."""
+    """Whether the model accepts requests."""
     module = _output_embedding(model)
     return "fused_head" in _inner(model).__dict__ and isinstance(module, _Fused)
 
 
 def _model_forward(plain: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The model's forward, or what comes of its head's answer to a request."""
+    """The model's forward; with a request, the answer of its head."""
     request = kwargs.pop("request", None)
     if request is None:
         return plain(*args, **kwargs)
@@ -100,22 +242,22 @@ def _model_forward(plain: Callable, self: Any, *args: Any, **kwargs: Any) -> Any
     if kwargs.get("labels") is not None:
         raise ValueError("labels: expected None with a request, whose target they are")
     before = getattr(_PENDING, "call", None)
-    call = _PENDING.call = Call(request, module, around)
+    call = _PENDING.call = PendingRequest(request, module, around)
     try:
         outputs = plain(*args, **kwargs)
     finally:
         _PENDING.call = before
     if isinstance(request, Probe):
         return outputs
-    if call.found is None:
+    if call.output is None:
         raise ValueError("model: expected a forward that calls its get_output_embeddings()")
     if getattr(outputs, "aux_loss", None) is not None:
         raise ValueError("model: expected no loss of its own (output_router_logits), got aux_loss")
-    return call.found
+    return call.output
 
 
 def _head_forward(plain: Callable, self: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The head's logits, or a stand-in for them while a request for it waits."""
+    """The head's logits, or a small tensor in their place while a request waits."""
     call = getattr(_PENDING, "call", None)
     if call is None or call.module is not self or not call.waits:
         return plain(hidden, *args, **kwargs)
@@ -123,25 +265,25 @@ def _head_forward(plain: Callable, self: Any, hidden: Tensor, *args: Any, **kwar
 
 
 def _probed(model: Any) -> Around:
-    """What the model does to a few tokens' logits; leaves random generators as they were."""
+    """The model's operations on its logits, from a few tokens; keeps the generators' states."""
     probe, device = Probe(model.config), next(model.parameters()).device
     ids = torch.arange(PROBED, device=device)[None]
     devices = [device] if device.type == "cuda" else []
-    # what a probe finds are numbers, which no graph has
+    # a probe reads values, which a traced graph does not have
     with torch.no_grad(), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
         outputs = model(input_ids=ids, use_cache=False, request=probe)
     return probe.around(outputs.logits)
 
 
 def _inner(model: Any) -> nn.Module:
-    """The model of transformers itself, which an adapter's or a compiled one calls."""
+    """The transformers model inside an adapter or a compiled model."""
     while hasattr(model, "_orig_mod"):
         model = model._orig_mod
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _output_embedding(model: Any) -> nn.Module:
-    """The module that makes logits."""
+    """The module that computes logits."""
     module = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if module is None:
         raise ValueError(f"model: expected get_output_embeddings() of {type(model).__name__}")
@@ -152,9 +294,9 @@ class _Fused(nn.Module):
     """Base of the classes that `_fused_class` makes.
 
     Attributes:
-        plain_class: what the module was of.
-        intercept: what its forward has become.
-        outer: the same around a forward of the module's own, `forward_before`.
+        plain_class: the class of the module before.
+        intercept: the new forward, a function of the old one, the module and its arguments.
+        outer: the same around a forward that was set on the module itself, `forward_before`.
     """
 
     plain_class: type[nn.Module]
@@ -172,14 +314,14 @@ class _Fused(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced, kind = super().__reduce_ex__(protocol), type(self)
-        # where fully_shard has made another class of it, its rules hold
+        # fully_shard makes a class of its own, with its own rules
         if "plain_class" not in vars(kind):
             return reduced
         return _blank, (kind.plain_class, kind.intercept), *reduced[2:]
 
 
 def _blank(plain_class: Any, intercept: Callable) -> nn.Module:
-    """What a copy's state is put into."""
+    """An empty module of the fused class, for a copy."""
     kind = _fused_class(plain_class, intercept)
     return kind.__new__(kind)
 
@@ -201,7 +343,7 @@ def _fused_class(plain_class: Any, intercept: Callable) -> type[_Fused]:
         function.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]
         # a method is pickled by its name
         function.__name__ = "forward"
-    # accelerate unwraps a forward down to where there is no __wrapped__
+    # accelerate unwraps a forward as long as there is a __wrapped__
     outer.__wrapped__ = forward  # type: ignore[attr-defined]
     del forward.__wrapped__  # type: ignore[attr-defined]
     members = {name: getattr(plain_class, name) for name in ("__module__", "__qualname__")}
@@ -211,7 +353,7 @@ def _fused_class(plain_class: Any, intercept: Callable) -> type[_Fused]:
 
 
 def _fuse(module: Any, intercept: Callable) -> None:
-    """Changes the class of a module, whose own forward, if it has one, is wrapped."""
+    """Changes the class of a module; wraps a forward that was set on the module itself."""
     kind: Any = type(module)
     if not issubclass(kind, _Fused):
         module.__class__ = kind = _fused_class(kind, intercept)
@@ -222,7 +364,7 @@ def _fuse(module: Any, intercept: Callable) -> None:
 
 
 def _restore(*modules: Any) -> None:
-    """Undoes `_fuse`; a class or a forward that has been wrapped since passes everything on."""
+    """Undoes `_fuse`; a class or a forward that was wrapped since stays and does nothing."""
     for module in modules:
         module.__dict__.pop("fused_head", None)
         own = module.__dict__.get("forward")
@@ -236,6 +378,6 @@ def _restore(*modules: Any) -> None:
 
 
 def _is_ours(own: Any, module: Any) -> bool:
-    """Whether a module's own forward is that of its fused class."""
+    """Whether the forward set on a module is that of its fused class."""
     kind, function = type(module), getattr(own, "__func__", None)
     return isinstance(module, _Fused) and function in (kind.forward, kind.outer)

@@ -1,9 +1,9 @@
-"""What a transformers model does between its last hidden states and its logits, as a `LinearHead`.
+"""The head of a transformers model as a `LinearHead`.
 
-The matrix, its bias and an adapter of it are read from the module at every call, where wrappers
-have gathered them. What follows the module is in the model's forward: the config names the numbers,
-and a probe shows which of them it applies, and how (Granite divides by `logits_scaling`, HyperCLOVA
-multiplies). Where a model cannot be probed, `stated` takes the config's word for what is sure.
+The matrix, its bias and an adapter of it are read from the module at every call, when wrappers have
+gathered them. What follows is in the model's forward: the config names the numbers, and a probe
+finds out which of them are applied, and how (Granite divides by `logits_scaling`, HyperCLOVA
+multiplies). For a model that cannot be probed, `stated` takes from the config what is certain.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from grpo_core.linear.head import LinearHead
 
 CAPS = ("final_logit_softcapping",)
 SCALES = ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
-# logits of the probe where nothing is known of a soft cap, and in soft caps where one is
+# largest logit of the probe: without a soft cap, and as a multiple of one
 REACH, REACH_CAPS = 60.0, 2.0
-# roundings of the model's dtype, of the largest number that is compared
+# tolerance, in roundings of the largest number that is compared
 ROUNDINGS = 16
 
 
 class Around(NamedTuple):
-    """What stands around the module; see `LinearHead`."""
+    """The model's operations on its logits; see `LinearHead`."""
 
     softcap: float | None = None
     scale: float = 1.0
@@ -35,15 +35,15 @@ class Around(NamedTuple):
 
 
 def text_config(config: Any) -> Any:
-    """That of the language model, where a config has several parts."""
+    """The config of the language model, if a config has several parts."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def stated(config: Any) -> Around:
-    """What a config says for sure, of a model that cannot be probed.
+    """What is certain from a config, for a model that cannot be probed.
 
     Raises:
-        NotImplementedError: a scale of which it is not known whether it multiplies or divides.
+        NotImplementedError: a scale that may multiply or divide.
     """
     text, scale = text_config(config), 1.0
     for name in SCALES:
@@ -61,7 +61,7 @@ def stated(config: Any) -> Around:
 
 
 def candidates(config: Any) -> Iterator[Around]:
-    """Everything that a config may mean."""
+    """All operations that a config may mean."""
     text = text_config(config)
     caps = [None, *(float(cap) for name in CAPS if (cap := getattr(text, name, None)))]
     scales = [1.0]
@@ -75,7 +75,7 @@ def read_head(module: Any, around: Around, *, adapters: bool = True) -> LinearHe
     """The head as it is now.
 
     Raises:
-        ValueError: a module without a matrix, a sharded matrix that nobody has gathered, or an
+        ValueError: a module without a matrix, a sharded matrix that is not gathered, or an
             adapter that is more than two matrices.
         NotImplementedError: any adapter, without `adapters`.
     """
@@ -96,7 +96,7 @@ def read_head(module: Any, around: Around, *, adapters: bool = True) -> LinearHe
 
 
 def _adapter(module: Any) -> dict[str, Any]:
-    """The low-rank matrices of PEFT's `lora.Linear` that are in force."""
+    """The active low-rank matrices of PEFT's `lora.Linear`."""
     names = [name for name in module.active_adapters if name in module.lora_A]
     if module.disable_adapters or module.merged or not names:
         return {}
@@ -117,21 +117,21 @@ def _adapter(module: Any) -> dict[str, Any]:
 
 
 class Probe:
-    """A request that puts known logits in the place of the head's own, and looks what becomes of
-    them; meanwhile the head's own are compared with those of `read_head`."""
+    """A request that replaces the head's logits by known ones, and sees what the model makes of
+    them. The head's own logits are compared with those of `read_head`."""
 
     def __init__(self, config: Any) -> None:
         self.candidates = list(candidates(config))
         caps = [one.softcap for one in self.candidates if one.softcap]
         self.reach = REACH_CAPS * max(caps) if caps else REACH
-        self.put: Tensor | None = None
+        self.ramp: Tensor | None = None
 
     @torch.no_grad()
     def answer(self, hidden: Tensor, module: nn.Module, logits: Tensor) -> Tensor:
-        """What stands for the head's `logits` of `hidden`.
+        """Known logits in place of the head's `logits` of `hidden`.
 
         Raises:
-            ValueError: they are not what `read_head` makes of `hidden`.
+            ValueError: `logits` are not those of `read_head`.
         """
         head = read_head(module, Around())
         dtype = torch.promote_types(hidden.dtype, head.weight.dtype)
@@ -143,23 +143,23 @@ class Probe:
         if logits.shape != ours.shape or distance(logits, ours) > ROUNDINGS:
             raise ValueError(
                 "lm_head: expected a matrix, a bias and LoRA at most, got "
-                f"{type(module).__name__}, whose outputs are others"
+                f"{type(module).__name__}, whose outputs differ"
             )
         ramp = torch.linspace(-self.reach, self.reach, ours.shape[-1], device=ours.device)
-        self.put = ramp.to(logits.dtype).float()
-        return self.put.to(logits.dtype).expand_as(logits).clone()
+        self.ramp = ramp.to(logits.dtype).float()
+        return self.ramp.to(logits.dtype).expand_as(logits).clone()
 
     def around(self, logits: Tensor) -> Around:
-        """What the model has done to the logits that were put in, from what it returned.
+        """The model's operations, from the logits that it returned.
 
         Raises:
-            ValueError: nothing that the config names.
+            ValueError: they are none that the config names.
         """
-        if self.put is None:
+        if self.ramp is None:
             raise ValueError("model: expected a forward that calls its get_output_embeddings()")
         V = logits.shape[-1]
-        put = self.put[:V]
-        expected = [(one, around(put, one)) for one in self.candidates]
+        ramp = self.ramp[:V]
+        expected = [(one, around(ramp, one)) for one in self.candidates]
         errors = [distance(logits[0, 0], value) for _, value in expected]
         best = min(range(len(errors)), key=errors.__getitem__)
         if not errors[best] <= ROUNDINGS:
@@ -167,7 +167,7 @@ class Probe:
                 "model: expected logits = cap(scale · lm_head(hidden)) with the config's "
                 f"{', '.join((*CAPS, *SCALES))}; got something else done to them"
             )
-        return expected[best][0]._replace(vocabulary=V if len(self.put) > V else None)
+        return expected[best][0]._replace(vocabulary=V if len(self.ramp) > V else None)
 
 
 def around(logits: Tensor, what: Around) -> Tensor:
@@ -180,5 +180,5 @@ def distance(value: Tensor, like: Tensor) -> float:
     """Largest difference, in roundings of the coarser dtype at the largest number; inf for NaN."""
     eps = max(torch.finfo(value.dtype).eps, torch.finfo(like.dtype).eps)
     value, like = value.double(), like.double()
-    found = float((value - like).abs().amax() / (eps * like.abs().amax().clamp(min=1e-30)))
-    return math.inf if math.isnan(found) else found
+    error = float((value - like).abs().amax() / (eps * like.abs().amax().clamp(min=1e-30)))
+    return math.inf if math.isnan(error) else error

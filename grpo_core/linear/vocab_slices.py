@@ -1,9 +1,9 @@
 """The lean plan: no float32 sum of the size of lm_head; one product more than the fast plan.
 
-First the statistics of every row, in small chunks; then, a slice of the vocabulary at a time, its
-logits once more for all rows, their gradient, and both gradient products. dweight of the slice is
-complete then and rounded at once. The softmax is found again from the anchor M and the sum S
-that the first reading left behind, see `online_softmax`; logp itself is rounded too coarsely:
+First the statistics of every row, in small chunks; then, for one slice of the vocabulary after the
+other, the logits of all rows once more, their gradient, and both gradient products. dweight of the
+slice is complete then and rounded at once. The softmax is recomputed from the anchor M and the sum
+S of the first reading, see `online_softmax`; logp itself is rounded too coarsely:
 
     lse = M·log 2 + log(S + exp(x_y/T − M·log 2)),  p_j = exp(x_j/T − lse),  1 − p_y = −expm1(logp)
     dL/dx_j = (dlogp·(δ_{j,y} − p_j) − dentropy·p_j·(log p_j + H) + dkl·p_j·(log p_j/q_j − KL)) / T
@@ -17,117 +17,109 @@ import torch
 from torch import Tensor
 
 from grpo_core.kernels.records import RowStats, Slopes
-from grpo_core.linear.call import Swept, joined
-from grpo_core.linear.matmuls import LEAST_ROWS, HeadGradients
-from grpo_core.linear.plans import Sweep
-from grpo_core.linear.walk import Policy, Walk
+from grpo_core.linear.chunks import LossRows, Workspace, read_chunks
+from grpo_core.linear.matmuls import LEAST_ROWS, HeadProducts
+from grpo_core.loss.autograd import loss_of_statistics
+from grpo_core.loss.inputs import Tokens
 
 
-class LeanSweep(Sweep):
-    """Statistics of all rows, then slices of the vocabulary."""
+def loss_over_slices(work: Workspace, tokens: Tokens) -> LossRows:
+    """Loss and gradients of every row: statistics of all rows, then slices of the vocabulary."""
+    call, T = work.call, work.call.temperature
 
-    def __call__(self) -> Swept:
-        call = self.call
-        parts, x, ref_x, ref_logp = [], [], [], []
-        for chunk in call.chunks:
-            parts.append(self._stats([chunk]))
-            x.append(self.at_target(chunk, self.buffer))
-            if self.ref_buffer is not None:
-                here = self.ref_buffer.rows(slice(0, chunk.stop - chunk.start))
-                target, T = call.target[chunk], call.temperature
-                ref_logp.append(call.kernels.row_stats(here, target, T).logp)
-                ref_x.append(self.at_target(chunk, self.ref_buffer))
-        stats = joined(parts or [self._stats([])])
-        tokens, slopes = self._finish(slice(0, call.n), stats)
-        self.lift_by(tokens.weight)
-        del self.buffer, self.ref_buffer
-        empty = stats.logp.new_empty(0)
-        words = Words(
-            tokens.target,
-            call.temperature,
-            self.lifted(slopes),
-            stats,
-            log_sum_exp(stats, torch.cat([empty, *x]), call.temperature),
-            None if self.reference is None else torch.cat([empty, *ref_logp]),
-            None if self.reference is None else torch.cat([empty, *ref_x]),
-        )
-        return Swept(self.result, self.factor, self.valid, sliced_gradients(self, words))
+    def at_targets(chunk: slice) -> list[Tensor]:
+        """Logits at the targets; of the reference also logp."""
+        target, (_, ref) = call.target[chunk], work.rows_of(chunk)
+        vectors = [logits_at(work.logits, target)]
+        if ref is not None and work.ref_logits is not None:
+            ref_logp = call.kernels.row_stats(ref, target, T).logp
+            vectors += [logits_at(work.ref_logits, target), ref_logp]
+        return vectors
+
+    stats, (at_target, *of_reference) = read_chunks(work, also=at_targets)
+    result, complete = loss_of_statistics(stats, tokens, call.kernels)
+    results = LossRows.empty(len(tokens.target), tokens.target.device)
+    results.store(slice(None), result, complete)
+    work.choose_loss_scale(complete.weight)
+    slopes = work.scaled(complete.slopes(result.dlogp, result.dropped, call.exact_beta))
+    softmax = SoftmaxRows(complete.target, T, slopes, stats, at_target, *of_reference)
+    add_gradients_of_slices(work, softmax)
+    return results
 
 
-def log_sum_exp(stats: RowStats, at_target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """lse of rows whose statistics are known, and their logits at the targets.
-
-    As two addends `[n]` float64, of which the first may be so large that the second is lost in it.
-    """
-    peak, rest = stats.state[0].double(), stats.state[1].double()
-    # unscaled where S is negative
-    peak = torch.where(rest < 0, peak / temperature, peak * math.log(2))
-    rest = rest.abs()
-    return peak, torch.log(rest + torch.exp(at_target.double() / temperature - peak))
+def logits_at(logits: Tensor, target: Tensor) -> Tensor:
+    """`[n]` float32: the logits at the targets, of the first n rows."""
+    return logits[: len(target)].gather(1, target[:, None]).squeeze(1).float()
 
 
-def sliced_gradients(walk: Walk, rows: Words) -> list[Tensor | None]:
-    """Of hidden `[n, D]` and the head's tensors, a slice of the vocabulary at a time."""
-    V, width = walk.head.V, walk.call.layout.width
-    walk.still = rows.still
-    room = _room(walk)
-    for start in range(0, V, width):
-        _slice(walk, slice(start, min(start + width, V)), rows, room)
-    return walk.finished([walk.dhidden, *room])
-
-
-def _room(walk: Walk) -> list[Tensor | None]:
-    """The head's gradients, zeros; rounded slice by slice unless a loss scale is to come."""
-    room: list[Tensor | None] = []
-    for tensor, want in zip(walk.head.tensors, walk.call.wanted[1:], strict=True):
+def add_gradients_of_slices(work: Workspace, softmax: SoftmaxRows) -> None:
+    """The gradients of all rows, into `work`; frees the buffers of the first reading."""
+    del work.logits, work.ref_logits
+    work.zero, V, width = softmax.zero, work.head.V, work.layout.width
+    work.sums = []
+    for tensor, want in zip(work.head.tensors, work.call.wanted[1:], strict=True):
         if tensor is None or not want:
-            room.append(None)
+            work.sums.append(None)
             continue
-        whole = tensor is walk.head.lora_A or tensor.dtype == torch.float16
+        # rounded slice by slice, unless all slices add to it or a loss scale is to come
+        whole = tensor is work.head.lora_A or tensor.dtype == torch.float16
         dtype = torch.float32 if whole else tensor.dtype
-        room.append(torch.zeros(tensor.shape, dtype=dtype, device=tensor.device))
-    return room
+        work.sums.append(torch.zeros(tensor.shape, dtype=dtype, device=tensor.device))
+    for start in range(0, V, width):
+        _add_slice(work, softmax, slice(start, min(start + width, V)))
 
 
-def _slice(walk: Walk, words: slice, rows: Words, gradients: list[Tensor | None]) -> None:
-    """The gradients that a slice of the vocabulary brings."""
-    call, policy, device = walk.call, walk.policy, rows.target.device
-    width = words.stop - words.start
-
-    def room(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else torch.zeros(width, *tensor.shape[1:], device=device)
-
-    weight, bias, lora_A, lora_B = gradients
-    sums = HeadGradients(room(weight), room(bias), lora_A, room(lora_B))
-    step = call.layout.slice_rows
-    for start in range(0, call.n, step):
-        chunk = slice(start, min(start + step, call.n))
-        logits = _logits(policy, chunk, words)
-        ref = None
-        if walk.reference is not None and rows.slopes.dkl is not None:
-            ref = _logits(walk.reference, chunk, words)
-        before = None if walk.head.softcap is None else logits.clone()
-        dlogits = rows.dlogits(chunk, words, logits, ref)
-        still = rows.still[chunk]
-        policy.products.through(dlogits, before, call.heat_of(chunk), still)
-        dhidden = None if walk.dhidden is None else walk.dhidden[chunk]
-        dlogits = dlogits.to(policy.products.compute)
-        policy.products.gradients(policy.hidden[chunk], dlogits, dhidden, sums, still, words)
-    for home, found in zip(gradients, (sums.weight, sums.bias, None, sums.lora_B), strict=True):
-        if home is not None and found is not None:
-            home[words] = found
-
-
-def _logits(policy: Policy, chunk: slice, words: slice) -> Tensor:
-    """Logits of some rows and words, rounded as the first pass rounded them, float32."""
-    hidden, call = policy.hidden[chunk], policy.call
-    rows, width = max(hidden.shape[0], LEAST_ROWS), words.stop - words.start
-    out = torch.empty(rows, width, dtype=call.logits_dtype, device=hidden.device)
-    return policy.products.logits(hidden, out, words, call.heat_of(chunk)).float()
+def _add_slice(work: Workspace, softmax: SoftmaxRows, columns: slice) -> None:
+    """The gradients from a slice of the vocabulary."""
+    products, device = work.products, softmax.target.device
+    weight, bias, lora_A, lora_B = work.sums
+    shapes = [
+        None if x is None else (columns.stop - columns.start, *x.shape[1:])
+        for x in (weight, bias, lora_B)
+    ]
+    dweight, dbias, dlora_B = (
+        None if shape is None else torch.zeros(shape, device=device) for shape in shapes
+    )
+    step, n = work.layout.slice_rows, len(softmax.target)
+    for start in range(0, n, step):
+        chunk = slice(start, min(start + step, n))
+        logits, ref_logits = _logits(work, products, chunk, columns), None
+        if work.reference is not None and softmax.slopes.dkl is not None:
+            ref_logits = _logits(work, work.reference, chunk, columns)
+        before = None if work.head.softcap is None else logits.clone()
+        dlogits = softmax.dlogits(chunk, columns, logits, ref_logits)
+        products.through_softcap(dlogits, before)
+        products.add_gradients(
+            chunk,
+            dlogits.to(products.compute),
+            softmax.zero[chunk],
+            None if work.dhidden is None else work.dhidden[chunk],
+            [dweight, dbias, lora_A, dlora_B],
+            first=start == 0,
+            columns=columns,
+        )
+    for whole, part in ((weight, dweight), (bias, dbias), (lora_B, dlora_B)):
+        if whole is not None and part is not None:
+            whole[columns] = part
 
 
-class Words:
-    """The gradient of some words' logits, from what is known of each row."""
+def _logits(work: Workspace, products: HeadProducts, chunk: slice, columns: slice) -> Tensor:
+    """Logits of some rows and columns, rounded as the first reading rounded them, float32."""
+    rows = max(chunk.stop - chunk.start, LEAST_ROWS)
+    shape, dtype = (rows, columns.stop - columns.start), work.call.logits_dtype
+    out = torch.empty(shape, dtype=dtype, device=work.zero.device)
+    return products.logits(chunk, out, columns).float()
+
+
+class SoftmaxRows:
+    """The softmax of n rows, and the gradient of their logits.
+
+    Args:
+        target: [n] int64.
+        slopes, stats: of the rows.
+        at_target, ref_at_target: [n] float32, the logits at the targets.
+        ref_logp: [n] float32, of the reference, for the exact KL.
+    """
 
     def __init__(
         self,
@@ -135,16 +127,17 @@ class Words:
         temperature: float,
         slopes: Slopes,
         stats: RowStats,
-        lse: tuple[Tensor, Tensor],
-        ref_logp: Tensor | None = None,
+        at_target: Tensor,
         ref_at_target: Tensor | None = None,
+        ref_logp: Tensor | None = None,
     ) -> None:
         self.target, self.temperature, self.slopes, self.stats = target, temperature, slopes, stats
-        self.still = ~slopes.any
+        self.zero = ~slopes.any
+        anchor, log_sum = _log_sum_exp(stats, at_target, temperature)
         # near T·lse the logits that matter lose nothing by the subtraction
-        self.centre = ((lse[0] + lse[1]) * temperature).float()
+        self.centre = ((anchor + log_sum) * temperature).float()
         # what rounding took away goes into every log p, and into the coefficient of every p
-        rounding = (self.centre.double() / temperature - lse[0]) - lse[1]
+        rounding = (self.centre.double() / temperature - anchor) - log_sum
         self.entropy = (stats.entropy + rounding).float()
         self.correction = torch.exp(rounding).float()
         self.ref_lse = None
@@ -168,9 +161,9 @@ class Words:
         return value.float()
 
     def dlogits(
-        self, chunk: slice, words: slice, logits: Tensor, ref_logits: Tensor | None
+        self, chunk: slice, columns: slice, logits: Tensor, ref_logits: Tensor | None
     ) -> Tensor:
-        """dL by the logits `[n, words]` of some rows, over them; uses up `ref_logits`."""
+        """dL/dx `[n, columns]` of some rows; overwrites the logits and `ref_logits`."""
         T = self.temperature
         dlogp, dentropy, dkl = self.slopes.at(chunk)
         correction = self.correction[chunk]
@@ -190,10 +183,19 @@ class Words:
                 slope = log_q.neg_().add_(log_p).sub_(self.stats.kl[chunk, None])
                 factor = slope.mul_(dkl[:, None]).add_(factor)
             p = log_p.exp_().mul_(correction[:, None])
-            # 0·(−inf): a forbidden word has no gradient
+            # 0·(−inf): an entry of probability 0 has no gradient
             dlogits = factor.mul_(p).masked_fill_(~(p > 0), 0.0)
         target = self.target[chunk]
-        mine = ((target >= words.start) & (target < words.stop)).nonzero().squeeze(1)
-        dlogits[mine, target[mine] - words.start] = self.at_target[chunk][mine]
-        dlogits.index_fill_(0, self.still[chunk].nonzero().squeeze(1), 0.0)
+        here = ((target >= columns.start) & (target < columns.stop)).nonzero().squeeze(1)
+        dlogits[here, target[here] - columns.start] = self.at_target[chunk][here]
+        dlogits.index_fill_(0, self.zero[chunk].nonzero().squeeze(1), 0.0)
         return dlogits if T == 1 else dlogits.div_(T)
+
+
+def _log_sum_exp(stats: RowStats, at_target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """lse as two addends `[n]` float64: the first may be so large that the second is lost in it."""
+    anchor, others = stats.state[0].double(), stats.state[1].double()
+    # unscaled where S is negative
+    anchor = torch.where(others < 0, anchor / temperature, anchor * math.log(2))
+    others = others.abs()
+    return anchor, torch.log(others + torch.exp(at_target.double() / temperature - anchor))

@@ -1,9 +1,8 @@
-"""The autograd function of the loss, and the two plans it can follow.
+"""The autograd function of the loss, and its two plans.
 
-Gradients are made in the forward, while the logits are at hand; the backward multiplies them by
-grad_output and hands them on. A second backward computes them again from the saved logits. In
-float16 the backward makes them in the first place: there grad_output is a loss scale, without which
-they would underflow before it came.
+The forward computes the gradient while it has the logits; the backward multiplies it by
+grad_output. A second backward computes it again from the saved logits. In float16 the first
+backward computes it as well: without the loss scale, which is grad_output, it would underflow.
 """
 
 from __future__ import annotations
@@ -16,17 +15,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from grpo_core.backends import Backend, choose_backend
 from grpo_core.kernels.records import RowLoss, Rows, RowStats
-from grpo_core.loss.inputs import IGNORE, LOGIT_DTYPES, Tokens, check_logits, check_target, words_of
-from grpo_core.loss.layout import readable
+from grpo_core.loss.inputs import Tokens
 
 CONTIGUOUS = torch.contiguous_format
 
 
 @dataclass(frozen=True)
 class Call:
-    """Everything of a call that is not the logits; the one non-tensor argument of autograd."""
+    """Everything that a call needs beside the logits; constant for autograd."""
 
     tokens: Tokens
     ref_logits: Tensor | None
@@ -55,7 +52,7 @@ def _one_pass(rows: Rows, call: Call, dlogits: Tensor | None) -> tuple[RowLoss, 
 
 
 def _two_phases(rows: Rows, call: Call, dlogits: Tensor | None) -> tuple[RowLoss, Tokens]:
-    """Where a loss waits for other rows: statistics, the loss on vectors, then the gradient."""
+    """Objectives that need other rows: statistics, the loss on vectors, then the gradient."""
     kernels, T = call.kernels, call.temperature
     stats = kernels.row_stats(rows, call.tokens.target, T, call.ref_rows)
     result, tokens = loss_of_statistics(stats, call.tokens, kernels)
@@ -68,41 +65,21 @@ def _two_phases(rows: Rows, call: Call, dlogits: Tensor | None) -> tuple[RowLoss
 def loss_of_statistics(
     stats: RowStats, given: Tokens, kernels: ModuleType
 ) -> tuple[RowLoss, Tokens]:
-    """The loss on vectors, once every row it waits for has been read; tokens with their factor."""
+    """The loss on vectors, from the statistics of all rows that it needs."""
     logp, entropy = stats.logp, stats.entropy
     tokens = given.objective.factor.of_statistics(given, logp, entropy)
     result = kernels.sequence_loss(stats, tokens, given.terms)
     if tokens.valid is not given.valid:
-        # some were rejected after their row had been read
+        # some tokens were rejected after their rows had been read
         logp, entropy = (torch.where(tokens.valid, v, 0.0) for v in (logp, entropy))
         result = result._replace(logp=logp, entropy=entropy)
     return result, tokens
 
 
 def evaluate(rows: Rows, call: Call, dlogits: Tensor | None) -> tuple[RowLoss, Tokens]:
-    """The loss of every row by the plan that its objective needs, and the tokens as they ended."""
+    """The loss of every row by the plan of its objective, and the tokens with their factor."""
     plan = _two_phases if call.tokens.needs_statistics else _one_pass
     return plan(rows, call, dlogits)
-
-
-def logp_of_rows(
-    logits: Tensor,
-    target: Tensor,
-    temperature: float,
-    mask: Tensor | None,
-    backend: Backend | None,
-    validate: bool | None,
-) -> tuple[Tensor, Tensor]:
-    """(logp, entropy) `[N]` of every target, nats; arguments as in `token_logp`."""
-    check_logits(logits, temperature, LOGIT_DTYPES)
-    target = check_target(logits, target, mask, validate)
-    kernels = choose_backend(backend, logits)
-    # one that is no word is passed over where the row would be read
-    target = words_of(target)
-    if mask is not None:
-        target = torch.where(mask.reshape(-1) != 0, target, IGNORE)
-    stats = kernels.row_stats(Rows.of(readable(logits)), target, float(temperature))
-    return stats.logp, stats.entropy
 
 
 class FusedLoss(torch.autograd.Function):
@@ -112,20 +89,20 @@ class FusedLoss(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, call: Call) -> tuple[Tensor | None, ...]:
         rows = Rows.of(logits.detach())
         now = call.wants_gradient and logits.dtype != torch.float16
-        dlogits = _room_for_gradient(rows.logits, call) if now else None
+        dlogits = _allocate_gradient(rows.logits, call) if now else None
         result, tokens = evaluate(rows, call, dlogits)
         if dlogits is rows.logits:
-            # an operation upstream that saved these logits must notice that they are gone
+            # autograd must notice if an earlier operation has saved these logits
             increment_version(logits)
         ctx.call, ctx.tokens, ctx.result = call, tokens, result
         ctx.dlogits, ctx.spent = dlogits, False
         ctx.save_for_backward(*(() if dlogits is rows.logits else (logits,)))
         shown = (result.logp, result.entropy, result.ratio, result.kl, result.dropped)
-        # what the statistics have changed; None where all is as it was given
-        found = (tokens.factor, None if tokens is call.tokens else tokens.valid.clone())
-        ctx.mark_non_differentiable(*shown, *(vector for vector in found if vector is not None))
+        # None if the statistics have changed nothing
+        changed = (tokens.factor, None if tokens is call.tokens else tokens.valid.clone())
+        ctx.mark_non_differentiable(*shown, *(vector for vector in changed if vector is not None))
         ctx.set_materialize_grads(False)
-        return result.loss.sum(), *shown, *found
+        return result.loss.sum(), *shown, *changed
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: None) -> tuple[Tensor, None]:
@@ -143,7 +120,7 @@ class FusedLoss(torch.autograd.Function):
             )
         (logits,) = ctx.saved_tensors
         rows = Rows.of(logits.detach())
-        dlogits = _room_for_gradient(rows.logits, call)
+        dlogits = _allocate_gradient(rows.logits, call)
         slopes = ctx.tokens.slopes(result.dlogp, result.dropped, call.exact_beta)
         call.kernels.row_dlogits(
             rows,
@@ -160,6 +137,6 @@ class FusedLoss(torch.autograd.Function):
         return dlogits, None
 
 
-def _room_for_gradient(logits: Tensor, call: Call) -> Tensor:
+def _allocate_gradient(logits: Tensor, call: Call) -> Tensor:
     """The logits themselves, or a contiguous buffer of their shape."""
     return logits if call.inplace else torch.empty_like(logits, memory_format=CONTIGUOUS)

@@ -1,34 +1,21 @@
-"""DPO: a pair of completions, one preferred; two scalars a pair are the whole gradient.
+"""DPO: pairs of completions, one preferred. Two derivatives per pair are the whole gradient.
 
-    h = (logp_w − ref_w) − (logp_l − ref_l)          w the chosen, l the rejected; sums over tokens
+    h = (logp_w − ref_w) − (logp_l − ref_l)        w chosen, l rejected; sums over tokens
+    ℓ(h) = −log σ(βh),    dℓ/dlogp_w = −dℓ/dlogp_l = −β·σ(−βh)
 
-| loss    | ℓ(h)                                  | dℓ/dh                            | source      |
-|---------|---------------------------------------|----------------------------------|-------------|
-| sigmoid | −(1 − s)·log σ(βh) − s·log σ(−βh)     | −β·((1 − s)·σ(−βh) − s·σ(βh))    | DPO         |
-| hinge   | max(0, 1 − βh)                        | −β·[βh < 1]                      | SLiC-HF     |
-| ipo     | (h − 1/(2β))²                         | 2·(h − 1/(2β))                   | IPO, eq. 17 |
-
-dℓ/dlogp_w = dℓ/dh = −dℓ/dlogp_l. s is the label smoothing, the chance that the labels are swapped
-(conservative DPO). TRL 1.16 feeds ipo with means over tokens: give `sequence_logp(..., mean=True)`;
-its "sigmoid" knows no label smoothing.
-
-Source: DPO: arXiv 2305.18290, eq. 7; IPO: 2310.12036; hinge: SLiC-HF, 2305.10425, eq. 1;
-conservative DPO: E. Mitchell, "A note on DPO with noisy preferences" (2023).
+Source: DPO (arXiv 2305.18290, eq. 7).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from grpo_core.objective.validation import check_floats, check_ids, check_mask, is_int, is_number
-
-PreferenceLoss = Literal["sigmoid", "hinge", "ipo"]
 
 
 @dataclass(frozen=True)
@@ -37,8 +24,8 @@ class PreferenceOutput:
 
     Attributes:
         loss: 0-dim, differentiable with respect to the two log-probabilities.
-        dlogp_chosen, dlogp_rejected: [B], the derivatives of `loss`, weight included; detached. So:
-        reward_chosen, reward_rejected: [B], β·(logp − ref_logp), the reward that is implied.
+        dlogp_chosen, dlogp_rejected: [B], the derivatives of `loss`, weight included; detached.
+        reward_chosen, reward_rejected: [B], the implied reward β·(logp − ref_logp); detached.
     """
 
     loss: Tensor
@@ -65,18 +52,14 @@ def dpo_loss(
     ref_rejected: Tensor,
     *,
     beta: float,
-    loss: PreferenceLoss = "sigmoid",
-    label_smoothing: float = 0.0,
     weight: Tensor | None = None,
 ) -> PreferenceOutput:
-    """L = Σ_i weight_i · ℓ(h_i) over B pairs, see the table above.
+    """L = Σ_i weight_i · ℓ(h_i) over B pairs, with ℓ(h) = −log σ(βh).
 
     Args:
         logp_chosen, logp_rejected: [B] floating point, log π of whole completions, nats.
         ref_chosen, ref_rejected: [B], of the reference policy, nats; constants.
         beta: β > 0.
-        loss: "sigmoid", "hinge" or "ipo".
-        label_smoothing: s in [0, 0.5), for "sigmoid" only.
         weight: [B], None means 1/B each. Under gradient accumulation give 1/(global number).
 
     Returns:
@@ -87,14 +70,8 @@ def dpo_loss(
 
     Source: DPO (arXiv 2305.18290, eq. 7).
     """
-    if loss not in get_args(PreferenceLoss):
-        raise ValueError(f"loss: expected one of {get_args(PreferenceLoss)}, got {loss!r}")
     if not is_number(beta) or not 0 < beta < math.inf:
         raise ValueError(f"beta: expected a finite number > 0, got {beta!r}")
-    smooth = is_number(label_smoothing) and 0 <= label_smoothing < 0.5
-    if not smooth or (label_smoothing and loss != "sigmoid"):
-        want = "a number in [0, 0.5)" if loss == "sigmoid" else f"0 for loss={loss!r}"
-        raise ValueError(f"label_smoothing: expected {want}, got {label_smoothing!r}")
     if check_floats("logp_chosen", logp_chosen).ndim != 1:
         got = f"{list(logp_chosen.shape)} {logp_chosen.dtype}"
         raise ValueError(f"logp_chosen: expected a floating-point tensor [B], got {got}")
@@ -108,14 +85,13 @@ def dpo_loss(
     rejected = logp_rejected.double() - ref_rejected.detach().double()
     if weight is None:
         weight = torch.full_like(chosen, 1 / max(B, 1))
-    weight = weight.detach().double()
-    value, slope = _loss_and_slope(chosen - rejected, beta, loss, label_smoothing)
-    dlogp = weight * slope.detach()
-    total = (weight * value).sum()
-    kept = (dlogp, -dlogp, beta * chosen.detach(), beta * rejected.detach())
+    weight, z = weight.detach().double(), beta * (chosen - rejected)
+    total = (weight * -logsigmoid(z)).sum()
+    dlogp = weight * (-beta * torch.sigmoid(-z)).detach()
+    vectors = (dlogp, -dlogp, beta * chosen.detach(), beta * rejected.detach())
     if logp_chosen.dtype == torch.float64:
-        return PreferenceOutput(total, *kept)
-    return PreferenceOutput(total.float(), *(vector.float() for vector in kept))
+        return PreferenceOutput(total, *vectors)
+    return PreferenceOutput(total.float(), *(vector.float() for vector in vectors))
 
 
 def sequence_logp(
@@ -158,24 +134,10 @@ def sequence_logp(
         if not is_int(sequences) or sequences < 0:
             raise ValueError(f"sequences: expected an int >= 0, got {sequences!r}")
         at, known = check_ids("sequence_id", sequence_id, "sequences", sequences, logp, validate)
-        # room for ids that are unknown, whose tokens are left out
+        # tokens of unknown ids go to one more entry, which is cut off
         zeros = torch.zeros(sequences + 1, dtype=torch.float64, device=logp.device)
         at = torch.where(known, at, sequences)
         total = zeros.scatter_add(0, at, tokens)[:-1]
         length = zeros.scatter_add(0, at, present.double())[:-1]
     total = total / length.clamp(min=1) if mean else total
     return total if logp.dtype == torch.float64 else total.float()
-
-
-def _loss_and_slope(
-    h: Tensor, beta: float, loss: PreferenceLoss, smoothing: float
-) -> tuple[Tensor, Tensor]:
-    """ℓ(h), for autograd, and dℓ/dh in closed form."""
-    z = beta * h
-    if loss == "sigmoid":
-        value = -(1 - smoothing) * logsigmoid(z) - smoothing * logsigmoid(-z)
-        return value, -beta * ((1 - smoothing) * torch.sigmoid(-z) - smoothing * torch.sigmoid(z))
-    if loss == "hinge":
-        return torch.relu(1 - z), -beta * (z < 1).to(z.dtype)
-    distance = h - 1 / (2 * beta)
-    return distance.square(), 2 * distance

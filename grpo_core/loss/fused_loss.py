@@ -1,4 +1,4 @@
-"""The public loss: from logits to a scalar whose gradient is already there.
+"""The public loss: from logits to a scalar whose gradient is computed with it.
 
 A token-level objective is one pass: `row_loss` reads every row, evaluates the loss and writes
 dlogits; backward only multiplies by grad_output. A sequence-level ratio takes two phases: row
@@ -7,75 +7,28 @@ statistics, a small step over `[N]` vectors, `row_dlogits`. Both plans are in `a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor
 
 from grpo_core.backends import Backend, choose_backend
-from grpo_core.loss import in_graph
-from grpo_core.loss.autograd import Call, FusedLoss, logp_of_rows
-from grpo_core.loss.inputs import LOGIT_DTYPES, Measured, check_logits, check_loss_arguments
-from grpo_core.loss.layout import readable, readable_in_place, reference_rows
-from grpo_core.loss.metrics import loss_metrics
+from grpo_core.kernels.records import Rows
+from grpo_core.loss.autograd import Call, FusedLoss
+from grpo_core.loss.compile import logp_in_graph, loss_in_graph, register_function
+from grpo_core.loss.inputs import (
+    IGNORE,
+    LOGIT_DTYPES,
+    LossInputs,
+    check_logits,
+    check_target,
+    flatten_target,
+    is_readable,
+    make_readable,
+    prepare_reference,
+)
+from grpo_core.loss.outputs import LossOutput as LossOutput
+from grpo_core.loss.outputs import TokenLogp as TokenLogp
 from grpo_core.objective.objective import Objective
-
-
-class TokenLogp(NamedTuple):
-    """Log-probability of each target and entropy of its distribution, nats, shaped like target."""
-
-    logp: Tensor
-    entropy: Tensor
-
-
-@dataclass(frozen=True)
-class LossOutput:
-    """What `fused_loss` returns: the loss, and per token what it was made of.
-
-    Attributes:
-        loss: 0-dim float32, differentiable with respect to the logits.
-        logp: log π(target), nats, shaped like target, float32, detached, 0 where masked; so are:
-        entropy: of the distribution at temperature T, nats.
-        ratio: π / π_old; with a sequence-level objective that of the sequence.
-        kl: the objective's estimate of KL(π ‖ π_ref), nats.
-    """
-
-    loss: Tensor
-    logp: Tensor = field(repr=False)
-    entropy: Tensor = field(repr=False)
-    ratio: Tensor = field(repr=False)
-    kl: Tensor = field(repr=False)
-    _factor: Tensor | None = field(repr=False)
-    _tokens: Measured = field(repr=False)
-    _valid: Tensor = field(repr=False)
-    _dropped: Tensor = field(repr=False)
-    _skipped: int | Tensor | None = field(default=None, repr=False)
-    _metrics: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
-
-    @property
-    def factor(self) -> Tensor:
-        """What the surrogate was multiplied by, see `policy_factor`; 1 without one."""
-        return torch.ones_like(self.logp) if self._factor is None else self._factor
-
-    @property
-    def metrics(self) -> dict[str, Tensor]:
-        """Figures of this call, see `metrics.METRICS`; computed when first asked for."""
-        if not self._metrics:
-            found = loss_metrics(
-                self._tokens,
-                loss=self.loss.detach(),
-                logp=self.logp.reshape(-1),
-                entropy=self.entropy.reshape(-1),
-                ratio=self.ratio.reshape(-1),
-                kl=self.kl.reshape(-1),
-                factor=self.factor.reshape(-1),
-                valid=self._valid,
-                dropped=self._dropped,
-                skipped=self._skipped,
-            )
-            self._metrics.update(found)
-        return self._metrics
+from grpo_core.objective.recipes import find_objective
 
 
 def fused_loss(
@@ -146,7 +99,7 @@ def fused_loss(
             the logits are gone after the call, and backward runs once. The `.grad` of logits
             that are a leaf is then the same memory. Not for logits whose producer keeps its
             output for its own backward (a tanh soft cap): torch then raises. Not inside
-            `torch.compile`, see `operators`.
+            `torch.compile`, see `compile`.
         backend: "triton", "torch", or None for triton on a GPU and torch elsewhere.
         validate: look at values for bad targets, sequence ids and rewards. None means on the CPU
             only: on a GPU the host would wait, so there a bad row gets weight 0 and is counted.
@@ -160,49 +113,52 @@ def fused_loss(
 
     Source: GRPO: DeepSeekMath (arXiv 2402.03300, eq. 3); the recipes name their own.
     """
-    arguments: dict[str, Any] = {
-        "objective": objective,
-        "advantage": advantage,
-        "rewards": rewards,
-        "group_size": group_size,
-        "group_id": group_id,
-        "old_logp": old_logp,
-        "ref_logp": ref_logp,
-        "ref_logits": ref_logits,
-        "sampler_logp": sampler_logp,
-        "mask": mask,
-        "sequence_id": sequence_id,
-        "normalizer": normalizer,
-        "backend": backend,
-        "validate": validate,
-    }
+    inputs = LossInputs(
+        target=target,
+        objective=find_objective(objective),
+        advantage=advantage,
+        rewards=rewards,
+        group_size=group_size,
+        group_id=group_id,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        ref_logits=ref_logits,
+        sampler_logp=sampler_logp,
+        mask=mask,
+        sequence_id=sequence_id,
+        normalizer=normalizer,
+        temperature=temperature,
+        backend=backend,
+        validate=validate,
+    )
     if torch.compiler.is_compiling():
-        outcome, measured = in_graph.loss_in_graph(
-            logits, target, temperature=temperature, inplace=inplace, **arguments
-        )
-        shown = (vector.view(target.shape) for vector in outcome[1:6])
-        logp, entropy, ratio, kl, factor = shown
-        loss, valid, dropped = outcome.loss, outcome.valid, outcome.dropped
-        return LossOutput(loss, logp, entropy, ratio, kl, factor, measured, valid, dropped)
-    check_logits(logits, temperature, LOGIT_DTYPES)
-    kernels = choose_backend(backend, logits)
-    if inplace and not readable_in_place(logits):
+        if inplace:
+            raise NotImplementedError("inplace: expected False inside torch.compile, got True")
+        return loss_in_graph(loss_from_logits, (logits,), inputs, ahead=False)
+    return loss_from_logits(logits, inputs, inplace)
+
+
+@register_function
+def loss_from_logits(logits: Tensor, inputs: LossInputs, inplace: bool = False) -> LossOutput:
+    """`fused_loss` outside of `torch.compile`."""
+    tokens = inputs.tokens(logits)
+    if inplace and not is_readable(logits):
         raise ValueError(
             "inplace: expected logits with a contiguous last axis and separate rows, "
             f"got strides {logits.stride()}"
         )
-    tokens = check_loss_arguments(logits, target, **arguments)
     call = Call(
         tokens,
-        reference_rows(ref_logits, logits, inplace),
-        temperature=float(temperature),
+        prepare_reference(inputs.ref_logits, logits, inplace),
+        temperature=float(inputs.temperature),
         inplace=inplace,
         wants_gradient=logits.requires_grad and torch.is_grad_enabled(),
-        kernels=kernels,
+        kernels=choose_backend(inputs.backend, logits),
     )
-    loss, *four, dropped, factor, valid = FusedLoss.apply(readable(logits), call)
-    logp, entropy, ratio, kl = (vector.view(target.shape) for vector in four)
-    shaped = None if factor is None else factor.view(target.shape)
+    shape = inputs.target.shape
+    loss, *four, dropped, factor, valid = FusedLoss.apply(make_readable(logits), call)
+    logp, entropy, ratio, kl = (vector.view(shape) for vector in four)
+    shaped = None if factor is None else factor.view(shape)
     valid = tokens.valid if valid is None else valid
     return LossOutput(loss, logp, entropy, ratio, kl, shaped, tokens, valid, dropped)
 
@@ -230,8 +186,29 @@ def token_logp(
     Raises:
         ValueError, NotImplementedError: as `fused_loss`.
     """
-    arguments = (temperature, mask, backend, validate)
-    found = (in_graph.logp_in_graph if torch.compiler.is_compiling() else logp_of_rows)(
-        logits, target, *arguments
-    )
-    return TokenLogp(*(vector.view(target.shape) for vector in found))
+    arguments = (logits, target, temperature, mask, backend, validate)
+    if torch.compiler.is_compiling():
+        logp, entropy = logp_in_graph(logp_from_logits, *arguments)
+    else:
+        logp, entropy = logp_from_logits(*arguments)
+    return TokenLogp(logp, entropy)
+
+
+@register_function
+def logp_from_logits(
+    logits: Tensor,
+    target: Tensor,
+    temperature: float,
+    mask: Tensor | None,
+    backend: Backend | None,
+    validate: bool | None,
+) -> TokenLogp:
+    """`token_logp` outside of `torch.compile`."""
+    check_logits(logits, temperature, LOGIT_DTYPES)
+    flat = flatten_target(check_target(logits, target, mask, validate))
+    if mask is not None:
+        flat = torch.where(mask.reshape(-1) != 0, flat, IGNORE)
+    # a row whose target is outside [0, V) is not read
+    rows = Rows.of(make_readable(logits))
+    stats = choose_backend(backend, logits).row_stats(rows, flat, float(temperature))
+    return TokenLogp(stats.logp.view(target.shape), stats.entropy.view(target.shape))

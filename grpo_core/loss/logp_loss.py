@@ -1,8 +1,8 @@
-"""The loss from log-probabilities that somebody else has made: for loops that bring their own.
+"""The loss from log-probabilities, for training loops that compute their own.
 
-Everything `fused_loss` does after the softmax, with the same objectives, masks, weights, metrics
-and treatment of tokens that are not finite. It saves no memory of the logits' size; that is what
-`linear_logp` is for, whose outputs can be given here, and `fused_linear_loss`, which does both.
+It does what `fused_loss` does after the softmax, with the same objectives, masks, weights, metrics
+and treatment of tokens that are not finite. It does not reduce the memory of the logits; for that
+use `linear_logp`, whose outputs are valid inputs here, or `fused_linear_loss`, which does both.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from grpo_core.backends import Backend, choose_backend
 from grpo_core.kernels.records import RowStats
 from grpo_core.loss.autograd import loss_of_statistics
 from grpo_core.loss.fused_loss import LossOutput
-from grpo_core.loss.inputs import Tokens, check_loss_arguments
+from grpo_core.loss.inputs import LossInputs, Tokens
 from grpo_core.objective.objective import Objective
 from grpo_core.objective.recipes import find_objective
 from grpo_core.objective.validation import check_concrete, check_floats
@@ -51,8 +51,8 @@ def logp_loss(
         objective: an `Objective`, or the name of one in `RECIPES`; any but kl="exact", which needs
             the logits.
         entropy: shaped like logp, nats; needed by an entropy bonus and by `factor.top_entropy`.
-        factor: shaped like logp, a constant that multiplies the surrogate of each token, beside
-            what `objective.factor` finds; read where nothing is masked.
+        factor: shaped like logp, a constant that multiplies the surrogate of each unmasked token,
+            in addition to `objective.factor`.
         advantage, rewards, group_size, group_id, old_logp, ref_logp, sampler_logp, mask,
         sequence_id, normalizer, backend, validate: as in `fused_loss`.
 
@@ -65,38 +65,34 @@ def logp_loss(
 
     Source: see `fused_loss`.
     """
-    arguments: dict[str, Any] = {
-        "advantage": advantage,
-        "rewards": rewards,
-        "group_size": group_size,
-        "group_id": group_id,
-        "old_logp": old_logp,
-        "ref_logp": ref_logp,
-        "sampler_logp": sampler_logp,
-        "mask": mask,
-        "sequence_id": sequence_id,
-        "normalizer": normalizer,
-    }
-    check_concrete(logp=logp, entropy=entropy, factor=factor, **arguments)
     spec = find_objective(objective)
+    check_concrete(logp=logp, entropy=entropy, factor=factor)
     _check_logp(logp)
     _check_terms(spec, entropy)
     for name, value in (("entropy", entropy), ("factor", factor)):
         _check_like(name, value, logp)
-    kernels = choose_backend(backend, logp)
-    # a vocabulary of one word, for the door to look at
-    tokens = check_loss_arguments(
-        logp.detach()[..., None],
-        torch.zeros_like(logp, dtype=torch.int64),
+    inputs = LossInputs(
+        target=torch.zeros_like(logp, dtype=torch.int64),
         objective=spec,
-        ref_logits=None,
+        advantage=advantage,
+        rewards=rewards,
+        group_size=group_size,
+        group_id=group_id,
+        old_logp=old_logp,
+        ref_logp=ref_logp,
+        sampler_logp=sampler_logp,
+        mask=mask,
+        sequence_id=sequence_id,
+        normalizer=normalizer,
         backend=backend,
         validate=validate,
-        **arguments,
     )
+    kernels = choose_backend(backend, logp)
+    # logits of a vocabulary of size 1
+    tokens = inputs.tokens(logp.detach()[..., None], logit_dtypes=(logp.dtype,))
     if factor is not None:
         given = factor.detach().reshape(-1).float()
-        tokens = tokens.multiplied(torch.where(tokens.valid, given, 1.0))
+        tokens = tokens.scale_factor(torch.where(tokens.valid, given, 1.0))
     stats = _statistics(logp, entropy, tokens)
     found, tokens = loss_of_statistics(stats, tokens, kernels)
     slopes = tokens.slopes(found.dlogp, found.dropped, None)
@@ -114,18 +110,18 @@ def with_slopes(
     entropy: Tensor | None = None,
     dentropy: Tensor | None = None,
 ) -> Tensor:
-    """`value` with a graph back to `logp`, and `entropy`, whose derivatives are known.
+    """`value` as a function of `logp`, and of `entropy`, with known derivatives.
 
     Args:
-        value: 0-dim, or a value for each token of which it alone has a part.
-        logp, entropy: what it is a function of, the graph of the one and the other.
-        dlogp, dentropy: the derivatives, as many elements; None where there is none.
+        value: 0-dim, or a value per token that depends on that token alone.
+        logp, entropy: what it is differentiated with respect to.
+        dlogp, dentropy: the derivatives, of as many elements; None means constant.
     """
     return _WithSlopes.apply(value, logp, dlogp, entropy, dentropy)
 
 
 class _WithSlopes(torch.autograd.Function):
-    """A value and its derivatives, found together."""
+    """A value whose derivatives are computed with it."""
 
     @staticmethod
     def forward(
@@ -138,7 +134,7 @@ class _WithSlopes(torch.autograd.Function):
     ) -> Tensor:
         ctx.like = tuple(None if x is None else (x.shape, x.dtype) for x in (logp, entropy))
         ctx.save_for_backward(dlogp, dentropy)
-        # a tensor of its own, which a caller may go on adding to in place
+        # a copy, which the caller may change in place
         return value.detach().clone()
 
     @staticmethod
@@ -152,14 +148,14 @@ class _WithSlopes(torch.autograd.Function):
                 continue
             shape, dtype = like
             factor = grad_output if grad_output.ndim == 0 else grad_output.reshape(slope.shape)
-            # 0·∞: a token that has no part in the loss has no gradient
+            # not 0·∞: a token outside of the loss has gradient 0
             part = torch.where(slope == 0, 0.0, factor * slope)
             gradients.append(part.view(shape).to(dtype))
         return None, gradients[0], None, gradients[1], None
 
 
 def _statistics(logp: Tensor, entropy: Tensor | None, tokens: Tokens) -> RowStats:
-    """What a read of the logits would have left behind: 0 where masked."""
+    """The statistics that a read of the logits would give: 0 where masked."""
     vector = logp.detach().reshape(-1).float()
     if entropy is None:
         known = torch.full_like(vector, torch.nan)
@@ -170,7 +166,7 @@ def _statistics(logp: Tensor, entropy: Tensor | None, tokens: Tokens) -> RowStat
 
 
 def _check_logp(logp: object) -> None:
-    """Raises ValueError unless it is a batch or packed rows of numbers."""
+    """Raises ValueError unless it is [B, T] or [N], floating point."""
     tensor = check_floats("logp", logp)
     if tensor.ndim not in (1, 2):
         raise ValueError(f"logp: expected a tensor [B, T] or [N], got {list(tensor.shape)}")
@@ -184,7 +180,7 @@ def _check_like(name: str, value: object, logp: Tensor) -> None:
 
 
 def _check_terms(spec: Objective, entropy: Tensor | None) -> None:
-    """Raises ValueError for what log-probabilities alone cannot tell."""
+    """Raises ValueError if the objective needs more than log-probabilities."""
     if spec.kl == "exact":
         raise ValueError(
             "objective: expected any kl but 'exact', which needs logits: use fused_loss or "

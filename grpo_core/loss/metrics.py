@@ -1,20 +1,23 @@
-"""What one looks at while training, from the vectors a loss leaves behind; 0-dim tensors all.
+"""Metrics of a loss, from the vectors that it returns; 0-dim tensors.
 
-Nothing here enters the loss and nothing waits for the device. `METRICS` names how each figure is
-put together over micro-batches and ranks, and `merge_metrics` does so.
+Nothing here enters the loss and nothing waits for the device. `METRICS` says how each metric is
+merged over micro-batches and ranks, and `merge_metrics` does so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from grpo_core.loss.inputs import Measured
-from grpo_core.objective.estimators import equal_reward_groups
+from grpo_core.loss.inputs import Tokens
+from grpo_core.objective.advantage import equal_reward_groups
 from grpo_core.objective.validation import check_tensor
+
+if TYPE_CHECKING:
+    from grpo_core.loss.outputs import LossOutput
 
 
 class Metric(NamedTuple):
@@ -52,28 +55,19 @@ METRICS: dict[str, Metric] = {
     "zero_variance_groups": Metric("mean", "groups", "share of groups whose rewards are all equal"),
     "nonfinite_rows": Metric("sum", "", "left out because a term is NaN or infinite"),
     "skipped_rows": Metric("sum", "", "whose logits were never made, masked ones included"),
-    "bad_target_rows": Metric("sum", "", "left out because the target is no word"),
+    "bad_target_rows": Metric("sum", "", "left out because the target is outside [0, V)"),
 }
 
 
-def loss_metrics(
-    tokens: Measured,
-    *,
-    loss: Tensor,
-    logp: Tensor,
-    entropy: Tensor,
-    ratio: Tensor,
-    kl: Tensor,
-    factor: Tensor,
-    valid: Tensor,
-    dropped: Tensor,
-    skipped: int | Tensor | None = None,
-) -> dict[str, Tensor]:
+def loss_metrics(out: LossOutput) -> dict[str, Tensor]:
     """The figures of one call, named and explained in `METRICS`.
 
     Those of the sampler are there if `sampler_logp` was given, those of groups with `rewards`,
     `skipped_rows` for a loss from hidden states.
     """
+    tokens, valid, dropped = out._tokens, out._valid, out._dropped
+    vectors = (out.logp, out.entropy, out.ratio, out.kl, out.factor)
+    logp, entropy, ratio, kl, factor = (vector.reshape(-1) for vector in vectors)
     counts = valid & ~dropped
     count = counts.sum()
     # a ratio of 0 is one too small for float32, not one of log −∞
@@ -84,7 +78,7 @@ def loss_metrics(
     clipped = moved & (dlogp == 0) & (dlog_ratio == 0)
     ratio_mean, ratio_square = _mean(ratio, counts), _mean(ratio * ratio, counts)
     found = {
-        "loss": loss,
+        "loss": out.loss.detach(),
         "tokens": count,
         "moved_tokens": moved.sum(),
         "ratio_mean": ratio_mean,
@@ -102,8 +96,8 @@ def loss_metrics(
         "nonfinite_rows": (valid & dropped).sum(),
         "bad_target_rows": tokens.bad_target.sum(),
     }
-    if skipped is not None:
-        found["skipped_rows"] = torch.zeros_like(count) + skipped
+    if out._skipped is not None:
+        found["skipped_rows"] = torch.zeros_like(count) + out._skipped
     if tokens.sampler_logp is not None:
         found |= _sampler_metrics(tokens, logp, counts)
     if tokens.groups is not None:
@@ -147,7 +141,7 @@ def merge_metrics(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: merged[name] for name in columns}
 
 
-def _sampler_metrics(tokens: Measured, logp: Tensor, counts: Tensor) -> dict[str, Tensor]:
+def _sampler_metrics(tokens: Tokens, logp: Tensor, counts: Tensor) -> dict[str, Tensor]:
     """How far the sampler is from the trainer, over the tokens that both have scored."""
     assert tokens.sampler_logp is not None
     finite = tokens.sampler_logp.isfinite()
@@ -159,7 +153,7 @@ def _sampler_metrics(tokens: Measured, logp: Tensor, counts: Tensor) -> dict[str
         "sampler_gap_mean": _mean(gap.abs(), scored),
         "sampler_gap_max": _extreme(gap.abs(), scored, largest=True),
         "scored_tokens": scored.sum(),
-        "unscored_tokens": (tokens.given & ~finite).sum(),
+        "unscored_tokens": (tokens.unmasked & ~finite).sum(),
     }
 
 

@@ -1,7 +1,7 @@
 """The same loss, dense and plain: log_softmax, gather, autograd; any floating dtype.
 
-What the kernels are measured against, and the path to read first. It shares with `fused_loss` the
-door, the weights and the value of each scalar formula; the softmax, every derivative and every
+What the kernels are measured against, and the file to read first. It shares with `fused_loss` the
+checks, the weights and the value of each scalar formula; the softmax, every derivative and every
 reduction are PyTorch's own.
 """
 
@@ -13,8 +13,10 @@ from torch import Tensor
 from grpo_core.backends import Backend, sequence_ratio
 from grpo_core.backends.formula import as_torch
 from grpo_core.loss.fused_loss import LossOutput
-from grpo_core.loss.inputs import LOGIT_DTYPES, Tokens, check_logits, check_loss_arguments
+from grpo_core.loss.inputs import LOGIT_DTYPES, LossInputs, Tokens
 from grpo_core.objective.objective import Objective
+from grpo_core.objective.recipes import find_objective
+from grpo_core.objective.validation import check_tensor
 
 
 def reference_loss(
@@ -47,12 +49,9 @@ def reference_loss(
 
     Everything else, the exceptions and the treatment of rows that are not finite: see `fused_loss`.
     """
-    check_logits(logits, temperature, (*LOGIT_DTYPES, torch.float64))
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    tokens = check_loss_arguments(
-        logits,
-        target,
-        objective=objective,
+    inputs = LossInputs(
+        target=target,
+        objective=find_objective(objective),
         advantage=advantage,
         rewards=rewards,
         group_size=group_size,
@@ -64,10 +63,13 @@ def reference_loss(
         mask=mask,
         sequence_id=sequence_id,
         normalizer=normalizer,
+        temperature=temperature,
         backend=backend,
         validate=validate,
-        dtype=dtype,
     )
+    check_tensor("logits", logits)
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    tokens = inputs.tokens(logits, dtype=dtype, logit_dtypes=(*LOGIT_DTYPES, torch.float64))
     rows, ref = (
         None if x is None else x.reshape(-1, x.shape[-1]).to(dtype) / temperature
         for x in (logits, ref_logits)

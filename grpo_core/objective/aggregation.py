@@ -1,4 +1,4 @@
-"""Aggregation as a vector: the loss is Σ_n weight_n · ℓ_n, and no kernel knows of any other sum.
+"""Aggregation as a vector of weights: the loss is Σ_n weight_n · ℓ_n, for kernels the only sum.
 
 | aggregation     | weight of a token of sequence i | divisor when `normalizer` is None    |
 |-----------------|---------------------------------|--------------------------------------|
@@ -39,7 +39,7 @@ def token_weights(
 
     Args:
         valid: [N] bool, False for masked tokens.
-        sequence: [N] int64 in [0, sequences), which sequence a token belongs to.
+        sequence: [N] int64 in [0, sequences), the sequence of each token.
         aggregation: a row of the table above.
         sequences: upper bound on the number of sequences.
         width: padded length of a sequence, tokens; the default length of constant_length.

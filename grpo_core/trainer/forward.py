@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo_core.linear.requests import HeadOutput, LogpRequest, LossRequest
+from grpo_core.linear.model import HeadOutput, LogpRequest, LossRequest
 from grpo_core.loss.fused_loss import LossOutput, fused_loss, token_logp
 from grpo_core.loss.reference import reference_loss
 from grpo_core.trainer.batch import Batch, Rows

@@ -36,13 +36,11 @@ from grpo_core.integrations.presets.trl_options import (
     TrlOptions,
 )
 from grpo_core.loss.fused_loss import LossOutput
-from grpo_core.objective.advantage import GroupNorm
-from grpo_core.objective.estimators import Estimator, decoupled_advantages, relative_advantages
+from grpo_core.objective.advantage import decoupled_advantages, relative_advantages
 from grpo_core.objective.objective import Objective, Surrogate
-from grpo_core.objective.policy_factor import PolicyFactor, top_share
+from grpo_core.objective.off_policy import SamplerCorrection
+from grpo_core.objective.policy_factor import PolicyFactor, SequenceWeight, top_share
 from grpo_core.objective.recipes import cispo, clip, reinforce, sapo
-from grpo_core.objective.sampler import SamplerCorrection
-from grpo_core.objective.sequence_weight import SequenceWeight
 
 # TRL holds λ above this
 SMALLEST_LAMBDA = 1e-4
@@ -138,8 +136,6 @@ class TrlPreset(Preset):
         columns = rewards_per_func.nan_to_num(nan=0.0).unbind(1)
         rewards = torch.stack([w * r for w, r in zip(weights, columns, strict=True)]).sum(0)
         norm = ADVANTAGES[self.options.scaling]
-        if isinstance(norm, GroupNorm):
-            norm = Estimator("group", "group" if norm.scale else None)
         return relative_advantages(rewards, groups, norm, mask=scored.any(1))
 
     @torch.no_grad()

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from grpo_core.integrations.presets.base import choice, number, whole
-from grpo_core.objective.advantage import GroupNorm
+from grpo_core.objective.advantage import Estimator
 from grpo_core.objective.aggregation import Aggregation
-from grpo_core.objective.estimators import Estimator
 
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 AGGREGATIONS: dict[str, Aggregation] = {
@@ -28,10 +27,10 @@ SAMPLERS = {
     "sequence_truncate": ("sequence", "truncate"),
     "sequence_mask": ("sequence", "zero"),
 }
-ADVANTAGES: dict[str, GroupNorm | Estimator] = {
-    "group": GroupNorm(),
+ADVANTAGES: dict[str, Estimator] = {
+    "group": Estimator(),
     "batch": Estimator("group", "batch"),
-    "none": GroupNorm(scale=False),
+    "none": Estimator(scale=None),
 }
 # what the loss of this project leaves to the caller, and how
 INSTEAD = {

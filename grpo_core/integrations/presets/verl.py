@@ -29,6 +29,7 @@ from grpo_core.integrations.presets.verl_advantages import estimator_of, verl_ad
 from grpo_core.integrations.presets.verl_options import AGGREGATIONS, INSTEAD, KLS, VerlOptions
 from grpo_core.loss.fused_loss import LossOutput
 from grpo_core.objective.objective import Objective, Surrogate
+from grpo_core.objective.off_policy import MAX_LOG_RATIO, SamplerCorrection
 from grpo_core.objective.policy_factor import PolicyFactor
 from grpo_core.objective.recipes import (
     cispo,
@@ -40,7 +41,6 @@ from grpo_core.objective.recipes import (
     reinforce,
     sapo,
 )
-from grpo_core.objective.sampler import MAX_LOG_RATIO, SamplerCorrection
 
 # verl adds it to the weights of geo_mean before it takes their logarithm
 GEO_MEAN_TINY = 1e-10

@@ -1,4 +1,4 @@
-"""verl's advantage estimators, by the functions of `estimators` and `value`."""
+"""verl's advantage estimators, by the functions of `advantage` and `value`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.integrations.presets.base import padded
-from grpo_core.objective.advantage import GroupNorm
-from grpo_core.objective.estimators import Estimator, relative_advantages
+from grpo_core.objective.advantage import Estimator, relative_advantages
 from grpo_core.objective.value import gae, whiten
 
 if TYPE_CHECKING:
@@ -41,14 +40,9 @@ ADVANTAGES_INSTEAD = {
 }
 
 
-def estimator_of(options: VerlOptions) -> GroupNorm | Estimator:
+def estimator_of(options: VerlOptions) -> Estimator:
     """What the objective does with `rewards`, where that is all the estimator does."""
-    found = _in_groups(options)
-    if found is None:
-        return GroupNorm(epsilon=EPSILON)
-    if found.baseline == "group":
-        return GroupNorm(found.scale is not None, found.ddof, found.epsilon)
-    return found
+    return _in_groups(options) or GROUP
 
 
 def _in_groups(options: VerlOptions) -> Estimator | None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from grpo_core.integrations.presets.base import choice, padded, read_options
-from grpo_core.objective.rejection import Measure, Over, Rejection
-from grpo_core.objective.sampler import SamplerCorrection, sampler_correction
+from grpo_core.objective.off_policy import Measure, Over, Rejection, SamplerCorrection
+from grpo_core.objective.validation import check_floats
 
 MEASURES: dict[str, Measure] = {"k1": "log_ratio", "k2": "k2", "k3": "k3"}
 OVERS: dict[str, Over] = {"token": "token", "seq_sum": "sum", "seq_mean": "mean", "seq_max": "max"}
@@ -85,13 +85,15 @@ class RolloutOptions:
         valid = padded("response_mask", mask)
         B, T = valid.shape
         sequence = torch.arange(B, device=valid.device).repeat_interleave(T)
-        old, rollout, left = old_logp.reshape(-1), rollout_logp.reshape(-1), valid
+        for name, logp in (("old_log_prob", old_logp), ("rollout_log_prob", rollout_logp)):
+            check_floats(name, logp, (B, T), device=valid.device)
+        vectors = (old_logp.reshape(-1), rollout_logp.reshape(-1), valid.reshape(-1), sequence, B)
+        left = valid
         for rule in self.rejections:
-            left = left & rule.keeps(old, rollout, valid.reshape(-1), sequence, B).view(B, T)
+            left = left & rule.apply(*vectors)[1].view(B, T)
         if self.sampler is None:
             return None, left
-        found = sampler_correction(old_logp, rollout_logp, valid, **vars(self.sampler))
-        weights = found.factor.to(old_logp.dtype)
+        weights = self.sampler.apply(*vectors)[0].view(B, T).to(old_logp.dtype)
         if not self.rollout_is_batch_normalize:
             return weights, left
         counts = valid.to(weights.dtype)

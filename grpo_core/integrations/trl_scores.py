@@ -1,7 +1,7 @@
 """What TRL's hook returns, from hidden states: logp and entropy as `linear_logp`, and more.
 
-With a frozen head the gradient of logp is made ahead, see there: TRL differentiates the entropy
-only where its bonus is asked for.
+With a frozen head the gradient of logp is made in the forward, see there: TRL differentiates the
+entropy only where its bonus is asked for.
 """
 
 from __future__ import annotations
@@ -14,16 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_core.backends import Backend, choose_backend
-from grpo_core.linear.checks import autocast_dtype, dtype_of_logits, stand_in
-from grpo_core.linear.head import HEAD_DTYPES, LinearHead, check_head, check_hidden
-from grpo_core.linear.logp import LinearLogp
-from grpo_core.linear.reading import ScoreCall
-from grpo_core.loss.inputs import check_logits, check_target, words_of
-from grpo_core.objective.validation import check_concrete
+from grpo_core.backends import Backend
+from grpo_core.linear.head import LinearHead
+from grpo_core.linear.logp import logp_from_hidden
 
 FURTHER = ("log_sum_sq_probs", "mean_logits", "is_top1")
-# of the temporaries that the further outputs take: a few rows at a time, in cache
+# of temporaries for the further outputs: a few rows at a time, in cache
 BLOCK_BYTES = 2**22
 
 
@@ -61,7 +57,7 @@ def linear_scores(
         lm_head: [V, D], or a `LinearHead`.
         target: [N] integers in [0, V).
         temperature: T > 0, the logits are divided by it.
-        further: names out of log_sum_sq_probs, mean_logits and is_top1.
+        further: names among log_sum_sq_probs, mean_logits and is_top1.
         memory_budget, logits_dtype, backend, validate: as in `fused_linear_loss`.
         gathered: a context that the backward enters to use the head, for weights that are spread
             over ranks outside of it.
@@ -73,51 +69,48 @@ def linear_scores(
         ValueError: naming the argument, what was expected and what came.
         NotImplementedError: a backend asked for by name that cannot run here.
     """
-    check_concrete(hidden=hidden, lm_head=lm_head, target=target)
-    head = check_head("lm_head", lm_head, check_hidden("hidden", hidden))
-    if hidden.ndim != 2:
+    if isinstance(hidden, Tensor) and hidden.ndim != 2:
         raise ValueError(f"hidden: expected [N, D], got {list(hidden.shape)}")
     unknown = [name for name in further if name not in FURTHER]
     if unknown:
-        raise ValueError(f"further: expected names out of {FURTHER}, got {unknown[0]!r}")
-    dtype = dtype_of_logits(logits_dtype)
-    logits = stand_in(hidden, head.V)
-    check_logits(logits, temperature, HEAD_DTYPES)
-    target = check_target(logits, target, None, validate)
+        raise ValueError(f"further: expected names among {FURTHER}, got {unknown[0]!r}")
     names = [name for name in FURTHER if name in further]
-    trained = any(tensor is not None and tensor.requires_grad for tensor in head.tensors)
-    call = ScoreCall(
-        target=words_of(target),
-        temperature=float(temperature),
+    logp, entropy, *others = logp_from_hidden(
+        hidden,
+        lm_head,
+        target,
+        temperature=temperature,
+        mask=None,
         plan="fast",
         memory_budget=memory_budget,
-        logits_dtype=dtype,
-        autocast=autocast_dtype(hidden),
-        kernels=choose_backend(backend, hidden),
-        further=partial(_further, names, float(temperature)) if names else None,
-        ahead=torch.is_grad_enabled() and hidden.requires_grad and not trained,
+        logits_dtype=logits_dtype,
+        backend=backend,
+        validate=validate,
+        ahead=True,
+        also=partial(_further, names, float(temperature)),
         gathered=gathered,
     )
-    logp, entropy, *others = LinearLogp.apply(call, head, hidden, *head.tensors)
-    found = dict(zip(names, others, strict=True))
-    return LinearScores(logp, entropy, *(found.get(name) for name in FURTHER))
+    values = dict(zip(names, others, strict=True))
+    return LinearScores(logp, entropy, *(values.get(name) for name in FURTHER))
 
 
 def _further(names: list[str], temperature: float, logits: Tensor, target: Tensor) -> list[Tensor]:
     """The further outputs of those names, of the logits [n, V] of a chunk."""
+    if not names:
+        return []
     step = max(1, BLOCK_BYTES // (4 * logits.shape[1]))
     blocks = []
     for start in range(0, max(len(logits), 1), step):
         z = logits[start : start + step].float() / temperature
-        found = {}
+        values = {}
         if "is_top1" in names:
             # the first of the largest
-            found["is_top1"] = z.argmax(1) == target[start : start + step]
+            values["is_top1"] = z.argmax(1) == target[start : start + step]
         if "mean_logits" in names:
-            found["mean_logits"] = z.mean(1)
+            values["mean_logits"] = z.mean(1)
         if "log_sum_sq_probs" in names:
             p = z.sub_(z.amax(1, keepdim=True)).exp_()
             total = p.sum(1)
-            found["log_sum_sq_probs"] = p.square_().sum(1).log() - 2 * total.log()
-        blocks.append([found[name] for name in names])
+            values["log_sum_sq_probs"] = p.square_().sum(1).log() - 2 * total.log()
+        blocks.append([values[name] for name in names])
     return [torch.cat(pieces) for pieces in zip(*blocks, strict=True)]
