@@ -31,9 +31,9 @@ from trl.trainer import grpo_trainer
 from bench.trl_head import WAYS, Step
 from grpo_core import Objective, clip
 from grpo_core.integrations import trl_forward, trl_hook
-from grpo_core.integrations.presets.trl_options import AGGREGATIONS
+from grpo_core.integrations.presets.trl import AGGREGATIONS
 from grpo_core.integrations.trl import SUPPORTED, FusedGRPOTrainer, patch_log_probs
-from grpo_core.integrations.trl_forward import LossRequest
+from grpo_core.integrations.trl_forward import TrlLossRequest
 from tests.trl_training import (
     Batch,
     Outcome,
@@ -522,7 +522,7 @@ def test_another_loss_than_trls_is_noticed(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(GRPOTrainer, "_compute_loss", lambda *a: 1.05 * theirs(*a))
     with pytest.raises(RuntimeError, match="another loss"):
         outcome(ours, inputs, 1, True)
-    assert ours._answer is None
+    assert ours._token_outputs is None
 
 
 def test_options_may_change_between_steps(tmp_path: Path) -> None:
@@ -541,7 +541,7 @@ def test_options_may_change_between_steps(tmp_path: Path) -> None:
 def test_fsdp_leaves_a_request_alone() -> None:
     """It rounds every floating-point tensor that it finds among a forward's arguments."""
     exact = torch.full((1, 1), 1.001)
-    request = LossRequest(Objective(clip(0.2)), exact > 0, 1.0, {"old_logp": exact})
+    request = TrlLossRequest(Objective(clip(0.2)), exact > 0, 1.0, {"old_logp": exact})
     _, kwargs = _cast_forward_inputs(torch.bfloat16, mask=exact, request=request)
     assert kwargs["mask"].dtype == torch.bfloat16
     assert kwargs["request"] is request and request.vectors["old_logp"] is exact
