@@ -248,7 +248,7 @@ def measure(asm: dict[str, Any]) -> tuple[int | None, int | None, list[Loop] | N
     """(registers, spills, loops) of a compiled kernel; None if unknown."""
     if "amdgcn" in asm:
         registers, spills = (
-            int(re.search(rf"\.{key}:\s+(\d+)", asm["amdgcn"])[1])  # type: ignore[index]
+            int(re.findall(rf"\.{key}:\s+(\d+)", asm["amdgcn"])[0])
             for key in ("vgpr_count", "vgpr_spill_count")
         )
         return registers, spills, []
@@ -257,13 +257,13 @@ def measure(asm: dict[str, Any]) -> tuple[int | None, int | None, list[Loop] | N
         file.flush()
         usage = _output_of("cuobjdump", "-res-usage", file.name)
         code = _output_of("nvdisasm", "-c", file.name)
-    registers = spills = None
-    if usage is not None:
-        registers, stack = (
-            max(map(int, re.findall(rf"\b{key}:(\d+)", usage))) for key in ("REG", "STACK")
-        )
-        spills = -(-stack // 4)
-    return registers, spills, None if code is None else loops(sass(code))
+    found = None if code is None else loops(sass(code))
+    if usage is None:
+        return None, None, found
+    registers, stack = (
+        max(map(int, re.findall(rf"\b{key}:(\d+)", usage))) for key in ("REG", "STACK")
+    )
+    return registers, -(-stack // 4), found
 
 
 def _output_of(tool: str, *arguments: str) -> str | None:
