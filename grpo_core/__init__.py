@@ -14,14 +14,11 @@ if TYPE_CHECKING:
     from grpo_core.loss.fused_loss import LossOutput, TokenLogp, fused_loss, token_logp
     from grpo_core.loss.logp_loss import logp_loss
     from grpo_core.loss.metrics import merge_metrics
-    from grpo_core.objective.advantage import GroupNorm, group_advantages
-    from grpo_core.objective.estimators import Estimator
+    from grpo_core.objective.advantage import Estimator, GroupNorm, group_advantages
     from grpo_core.objective.objective import Objective, Surrogate
-    from grpo_core.objective.policy_factor import PolicyFactor
+    from grpo_core.objective.off_policy import Rejection, SamplerCorrection
+    from grpo_core.objective.policy_factor import PolicyFactor, SequenceWeight
     from grpo_core.objective.recipes import RECIPES, clip
-    from grpo_core.objective.rejection import Rejection
-    from grpo_core.objective.sampler import SamplerCorrection
-    from grpo_core.objective.sequence_weight import SequenceWeight
 
 __version__ = "0.1.0"
 __all__ = [
@@ -67,13 +64,10 @@ __getattr__, __dir__ = exports(
         "loss.fused_loss": "LossOutput TokenLogp fused_loss token_logp",
         "loss.logp_loss": "logp_loss",
         "loss.metrics": "merge_metrics",
-        "objective.advantage": "GroupNorm group_advantages",
-        "objective.estimators": "Estimator",
+        "objective.advantage": "Estimator GroupNorm group_advantages",
         "objective.objective": "Objective Surrogate",
-        "objective.policy_factor": "PolicyFactor",
+        "objective.off_policy": "Rejection SamplerCorrection",
+        "objective.policy_factor": "PolicyFactor SequenceWeight",
         "objective.recipes": "RECIPES clip",
-        "objective.rejection": "Rejection",
-        "objective.sampler": "SamplerCorrection",
-        "objective.sequence_weight": "SequenceWeight",
     },
 )

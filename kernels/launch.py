@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 
-from .language import triton
 from .records import Rows
 
 # the widest load of one thread, on every GPU at hand
@@ -34,16 +33,10 @@ LOAD_BYTES = 16
 TILES = 4
 # of one processor
 REGISTERS = 65536
-# one token per lane in the kernels over [N] vectors
-VECTOR_BLOCK = 256
-# the one program that walks over all tokens: two to a thread, so that nothing spills
-TOKENS_BLOCK, TOKENS_WARPS = 1024, 16
 # a program to a sequence: two tokens to a thread, of at most so many registers
 SEQUENCE_BLOCK, SEQUENCE_WARPS, SEQUENCE_REGISTERS = 512, 8, 64
 # the one pass: left alone the assembler spills to use fewer; more where 16-bit logits are written
 READING_REGISTERS, WRITING_REGISTERS = 64, 80
-# a program's last act: few registers, beside those of a row
-SUM_BLOCK = 512
 
 # rows of logits, whose strides every kernel takes
 MATRICES = ("logits_ptr", "ref_logits_ptr", "dlogits_ptr")
@@ -210,8 +203,3 @@ def launch(
 def at_most_registers(most: int) -> dict[str, Any]:
     """Lets NVIDIA's assembler use that many, where left alone it would spill to use fewer."""
     return {} if torch.version.hip else {"maxnreg": most}
-
-
-def vector_programs(N: int) -> int:
-    """Programs that cover an `[N]` vector."""
-    return triton.cdiv(N, VECTOR_BLOCK)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -50,78 +49,8 @@ class Terms:
     kl: Callable | None  # of `kl`; None without `ref_logp`
     kl_times_ratio: bool
     beta: float
-
-
-class Spans(NamedTuple):
-    """Where the tokens of each sequence of packed rows lie, `[S]` int32: not outside [first, last].
-
-    Other sequences' tokens may lie there, too, unless the rows are sorted. Without any token first
-    is above last.
-    """
-
-    first: Tensor
-    last: Tensor
-
-
-@dataclass(frozen=True)
-class Level:
-    """Whose ratio the surrogate sees, see `sequence_ratio`, and which tokens are whose."""
-
-    name: str
-    token_clip: tuple[float, float] | None
-    valid: Tensor  # [N] bool
-    sequence_id: Tensor | None  # [N] integers, of packed rows; brought into [0, sequences)
-    sequences: int  # upper bound on their number
-    width: int | None  # of a padded batch
-    spans: Spans | None = None  # of packed rows, if they are known
-
-    @cached_property
-    def sequence(self) -> Tensor:
-        """[N] int64 in [0, sequences): the sequence of each token."""
-        if self.sequence_id is not None:
-            return self.sequence_id.long().clamp(0, max(self.sequences - 1, 0))
-        tokens = torch.arange(self.valid.numel(), device=self.valid.device)
-        return tokens // max(self.width or 1, 1)
-
-    def find_spans(self) -> Spans:
-        """The spans of packed rows, where nobody has found them before."""
-        N = self.valid.numel()
-        places = torch.arange(N, device=self.valid.device)
-        first, last = places.new_full((2, self.sequences), N).unbind()
-        first = first.scatter_reduce(0, self.sequence, places, "amin")
-        last = last.fill_(-1).scatter_reduce(0, self.sequence, places, "amax")
-        return Spans(first.int(), last.int())
-
-
-@dataclass(frozen=True)
-class GivenTokens:
-    """What a caller says of the tokens, checked but as it lies."""
-
-    target: Tensor  # [B, T] or packed [N], integers
-    V: int
-    ignore: int  # the target of a masked token
-    mask: Tensor | None  # like target, 0 means masked
-    sequence_id: Tensor | None  # [N] integers, for packed tokens
-    sequences: int  # upper bound on their number
-    advantage: Tensor  # [N], or of each sequence
-    advantage_of_sequence: bool
-    aggregation: str  # see `weights`
-    normalizer: Tensor | float | None
-    entropy_coef: float  # 0 means no entropy bonus
-    wants_spans: bool
-
-
-class LaidTokens(NamedTuple):
-    """What follows from that for each of N tokens."""
-
-    target: Tensor  # [N] int64, masked where not valid
-    valid: Tensor  # [N] bool
-    bad_target: Tensor  # [N] bool, neither a word nor masked
-    weight: Tensor  # [N]
-    entropy_weight: Tensor | None  # [N]
-    advantage: Tensor  # [N]
-    spans: Spans | None = None
-    ticket: Tensor | None = None  # 0-dim int32, 0: how many programs have ended
+    ratio_level: str = "token"  # whose ratio the surrogate sees, see `sequence_ratio`
+    token_clip: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -138,7 +67,6 @@ class TokenVectors:
     ref_logp: Tensor | None = None  # nats
     factor: Tensor | None = None  # of the surrogate alone; None means 1
     entropy_weight: Tensor | None = None  # None means no entropy bonus
-    ticket: Tensor | None = None  # as in LaidTokens
 
     def at(self, place: slice | Tensor) -> TokenVectors:
         """Those of some tokens only."""
@@ -170,6 +98,24 @@ class TokenVectors:
         if exact_beta:
             dkl = exact_beta * self.weight.float().masked_fill(dropped, 0.0)
         return Slopes(dlogp, dentropy, dkl)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceTokens(TokenVectors):
+    """Tokens, and the sequence that each of them belongs to."""
+
+    valid: Tensor  # [N] bool
+    sequence_id: Tensor | None  # [N] integers, of packed rows; clamped to [0, sequences)
+    sequences: int  # upper bound on their number
+    width: int | None  # of a padded batch
+
+    @property
+    def sequence(self) -> Tensor:
+        """[N] int64 in [0, sequences): the sequence of each token."""
+        if self.sequence_id is not None:
+            return self.sequence_id.long().clamp(0, max(self.sequences - 1, 0))
+        tokens = torch.arange(self.valid.numel(), device=self.valid.device)
+        return tokens // max(self.width or 1, 1)
 
 
 class Slopes(NamedTuple):
@@ -206,11 +152,6 @@ class TokenLoss(NamedTuple):
     kl: Tensor  # nats, 0 where weight is 0
     dropped: Tensor  # bool, left out because a term is not finite
 
-    @classmethod
-    def empty(cls, N: int, device: torch.device) -> TokenLoss:
-        """Room for N tokens."""
-        return cls._make(_empty_vectors(len(cls._fields) - 1, N, device))
-
 
 class RowStats(NamedTuple):
     """What a read of the logits leaves behind, float32."""
@@ -238,13 +179,11 @@ class RowLoss(NamedTuple):
     dlogp: Tensor  # dL/dlogp, times weight
     dropped: Tensor  # bool, left out because a term is not finite
     state: Tensor  # [k, N], as in RowStats
-    total: Tensor  # 0-dim, Σ loss
 
     @classmethod
     def empty(cls, N: int, device: torch.device, state: Tensor) -> RowLoss:
         """Room for N tokens."""
-        total = (torch.empty if N else torch.zeros)((), dtype=torch.float32, device=device)
-        return cls._make((*_empty_vectors(len(cls._fields) - 3, N, device), state, total))
+        return cls._make((*_empty_vectors(len(cls._fields) - 2, N, device), state))
 
 
 def _empty_vectors(floats: int, N: int, device: torch.device) -> list[Tensor]:

@@ -19,13 +19,12 @@ import torch
 
 from .exact_kl import exact_kl, row_softmax_pair
 from .language import tl, triton
-from .launch import SUM_BLOCK, launch, row_layout
+from .launch import launch, row_layout
 from .online_softmax import LOG2E, row_softmax, sure_entropy, target_gap, token_statistics
 from .records import RowLoss, Rows, Terms, TokenVectors
 from .row_gradient import write_row_gradient, write_row_zeros
 from .row_tiles import hold_tiles, row_start
 from .scalar_math import is_finite
-from .sum_by_the_last import new_ticket, sum_by_the_last
 from .token_loss import token_terms
 
 
@@ -63,8 +62,6 @@ from .token_loss import token_terms
         "dlogp_ptr",
         "dropped_ptr",
         "state_ptr",
-        "total_ptr",
-        "ticket_ptr",
     ],
 )
 def _row_loss_kernel(
@@ -85,8 +82,6 @@ def _row_loss_kernel(
     dlogp_ptr,
     dropped_ptr,
     state_ptr,
-    total_ptr,
-    ticket_ptr,
     dlogits_ptr,
     N,
     V,
@@ -105,7 +100,6 @@ def _row_loss_kernel(
     SURROGATE: tl.constexpr,
     KL: tl.constexpr,
     KL_TIMES_RATIO: tl.constexpr,
-    SUM: tl.constexpr,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILES: tl.constexpr,
@@ -207,7 +201,6 @@ def _row_loss_kernel(
         tl.store(state_ptr + 2 * N + row, ref_peak)
         tl.store(state_ptr + 3 * N + row, ref_rest)
         ref = (ref_ptr, ref_peak, ref_rest, ref_z, kl)
-    sum_by_the_last(loss_ptr, total_ptr, ticket_ptr, N, N, SUM)
     if dlogits_ptr is not None:
         out = row_start(row, out_rows_per_batch, out_batch_stride, out_row_stride)
         if (dlogp != 0) | (dentropy != 0) | (dkl != 0):
@@ -277,8 +270,6 @@ def row_loss(
         dlogp_ptr=result.dlogp,
         dropped_ptr=result.dropped,
         state_ptr=result.state,
-        total_ptr=result.total,
-        ticket_ptr=new_ticket(result.total) if tokens.ticket is None else tokens.ticket,
         dlogits_ptr=dlogits,
         N=rows.N,
         V=rows.V,
@@ -297,7 +288,6 @@ def row_loss(
         SURROGATE=terms.surrogate,
         KL=terms.kl,
         KL_TIMES_RATIO=terms.kl_times_ratio,
-        SUM=SUM_BLOCK,
         **layout.of_two_readings(rows.V, dlogits is not None, ref_rows is not None),
     )
     return result

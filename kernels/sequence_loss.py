@@ -1,8 +1,9 @@
-"""The loss of tokens whose ratio is that of their sequence: one program to a sequence.
+"""The loss of tokens whose rows have been read: one program per sequence.
 
-It walks over its tokens three times, from the caches after the first: to sum their log-ratios, to
-evaluate surrogate and KL, and to hand the gradient back through the mean. Reads and writes a few
-floats per token, nothing of vocabulary size.
+A program reads its tokens up to three times: to sum their log-ratios, to evaluate surrogate and KL,
+and to take the gradient back through the mean. At ratio level "token" it needs the second alone,
+and a program takes any `BLOCK` neighbours. Reads and writes a few floats per token, nothing of
+vocabulary size.
 
     s_i = mean_t d_t  (or another level of `sequence_ratio`),  d_t = logp_t − old_logp_t
     dL/dlogp_t = weight_t·∂ℓ/∂logp + Σ_{u∈i} weight_u·∂ℓ_u/∂s_i · ∂s_i/∂d_t
@@ -11,28 +12,28 @@ Sums run over a sequence's own tokens in their order, so their bits do not depen
 Where the ratio is the sequence's, one token with a term that is not finite drops it whole.
 """
 
+import torch
+
 from .language import tl, triton
 from .launch import (
     SEQUENCE_BLOCK,
     SEQUENCE_REGISTERS,
     SEQUENCE_WARPS,
-    SUM_BLOCK,
     at_most_registers,
     launch,
 )
-from .records import Level, RowLoss, RowStats, Terms, TokenVectors
+from .records import RowLoss, RowStats, SequenceTokens, Terms
 from .scalar_math import is_finite
-from .sum_by_the_last import new_ticket, sum_by_the_last
 from .token_loss import vector_terms
-from .token_weights import sequence_of
 
 
 @triton.jit
-def own_tokens(at, end, sequence, sequence_ptr, valid_ptr, T, S):
+def own_tokens(at, end, sequence, sequence_ptr, valid_ptr, S):
     """Whether each token is the sequence's, and whether it counts besides."""
     mine = at < end
     if sequence_ptr is not None:
-        mine = mine & (sequence_of(at, sequence_ptr, T, S, mine) == sequence)
+        given = tl.load(sequence_ptr + at, mask=mine, other=0).to(tl.int64)
+        mine = mine & (tl.minimum(tl.maximum(given, 0), S - 1) == sequence)
     return mine, mine & (tl.load(valid_ptr + at, mask=mine, other=0) != 0)
 
 
@@ -75,8 +76,6 @@ def log_ratios(at, mine, logp_ptr, old_logp_ptr, advantage_ptr, low, high, CLIPP
         "loss_ptr",
         "dlogp_ptr",
         "dropped_ptr",
-        "total_ptr",
-        "ticket_ptr",
     ],
 )
 def _sequence_loss_kernel(
@@ -98,8 +97,6 @@ def _sequence_loss_kernel(
     loss_ptr,
     dlogp_ptr,
     dropped_ptr,
-    total_ptr,
-    ticket_ptr,
     N,
     T,
     S,
@@ -112,36 +109,36 @@ def _sequence_loss_kernel(
     KL_TIMES_RATIO: tl.constexpr,
     LEVEL: tl.constexpr,
     CLIPPED: tl.constexpr,
-    SUM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     sequence = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     # tokens, unlike logits, are counted by 32 bits
     begin = (sequence * T).to(tl.int32)
-    end = begin + T
+    end = tl.minimum(begin + T, N)
     if first_ptr is not None:
         begin = tl.load(first_ptr + sequence)
         end = tl.load(last_ptr + sequence) + 1
 
-    total = tl.zeros([BLOCK], tl.float32)
-    length = tl.zeros([BLOCK], tl.int32)
-    for start in range(begin, end, BLOCK):
-        at = start + lane
-        _, mine = own_tokens(at, end, sequence, sequence_ptr, valid_ptr, T, S)
-        logp, log_ratio, bounded = log_ratios(
-            at, mine, logp_ptr, old_logp_ptr, advantage_ptr, low, high, CLIPPED
-        )
-        total += tl.where(mine, bounded, 0.0)
-        length += mine.to(tl.int32)
-    count = tl.maximum(tl.sum(length, 0), 1).to(tl.float32)
-    level = tl.sum(total, 0) / count
+    if LEVEL != "token":
+        total = tl.zeros([BLOCK], tl.float32)
+        length = tl.zeros([BLOCK], tl.int32)
+        for start in range(begin, end, BLOCK):
+            at = start + lane
+            _, mine = own_tokens(at, end, sequence, sequence_ptr, valid_ptr, S)
+            _, _, bounded = log_ratios(
+                at, mine, logp_ptr, old_logp_ptr, advantage_ptr, low, high, CLIPPED
+            )
+            total += tl.where(mine, bounded, 0.0)
+            length += mine.to(tl.int32)
+        count = tl.maximum(tl.sum(length, 0), 1).to(tl.float32)
+        level = tl.sum(total, 0) / count
 
     through = tl.zeros([BLOCK], tl.float32)
     broken = tl.zeros([BLOCK], tl.int32)
     for start in range(begin, end, BLOCK):
         at = start + lane
-        mine, valid = own_tokens(at, end, sequence, sequence_ptr, valid_ptr, T, S)
+        mine, valid = own_tokens(at, end, sequence, sequence_ptr, valid_ptr, S)
         logp, log_ratio, bounded = log_ratios(
             at, valid, logp_ptr, old_logp_ptr, advantage_ptr, low, high, CLIPPED
         )
@@ -188,7 +185,7 @@ def _sequence_loss_kernel(
         if lost:
             for start in range(begin, end, BLOCK):
                 at = start + lane
-                _, mine = own_tokens(at, end, sequence, sequence_ptr, valid_ptr, T, S)
+                _, mine = own_tokens(at, end, sequence, sequence_ptr, valid_ptr, S)
                 alive = mine & (tl.load(weight_ptr + at, mask=mine, other=0.0) != 0)
                 tl.store(loss_ptr + at, lane * 0.0, mask=alive)
                 tl.store(dlogp_ptr + at, lane * 0.0, mask=mine)
@@ -197,57 +194,56 @@ def _sequence_loss_kernel(
             back = tl.sum(through, 0) / count
             for start in range(begin, end, BLOCK):
                 at = start + lane
-                _, mine = own_tokens(at, end, sequence, sequence_ptr, valid_ptr, T, S)
+                _, mine = own_tokens(at, end, sequence, sequence_ptr, valid_ptr, S)
                 logp, log_ratio, bounded = log_ratios(
                     at, mine, logp_ptr, old_logp_ptr, advantage_ptr, low, high, CLIPPED
                 )
                 own = bounded == log_ratio
                 dlogp = tl.load(dlogp_ptr + at, mask=mine, other=0.0)
                 tl.store(dlogp_ptr + at, dlogp + tl.where(own, back, 0.0), mask=mine)
-    sum_by_the_last(loss_ptr, total_ptr, ticket_ptr, N, tl.num_programs(0), SUM)
 
 
-def sequence_loss(stats: RowStats, tokens: TokenVectors, level: Level, terms: Terms) -> RowLoss:
-    """Loss of every token and its derivative by logp, where ratios are those of sequences.
+def sequence_loss(stats: RowStats, tokens: SequenceTokens, terms: Terms) -> RowLoss:
+    """Loss of every token and its derivative by logp, at the ratio level of `terms`.
 
     Args:
         stats: of every row.
-        tokens: weights, advantages and what else is given of each.
-        level: whose ratio the surrogate sees, and which tokens are whose.
+        tokens: weights, advantages and what else is given of each, and their sequences.
         terms: the objective's formulas.
     """
     N = stats.logp.numel()
     result = RowLoss.empty(N, stats.logp.device, stats.state)
     result = result._replace(logp=stats.logp, entropy=stats.entropy)
-    spans = level.spans or (None if level.sequence_id is None else level.find_spans())
-    low, high = level.token_clip or (0.0, 0.0)
+    programs, width, sequence_id = tokens.sequences, tokens.width or N, tokens.sequence_id
+    if terms.ratio_level == "token":
+        programs, width, sequence_id = -(-N // SEQUENCE_BLOCK), SEQUENCE_BLOCK, None
+    first, last = (None, None) if sequence_id is None else find_spans(tokens)
+    low, high = terms.token_clip or (0.0, 0.0)
     launch(
         _sequence_loss_kernel,
-        level.sequences if N else 0,
+        programs if N else 0,
         on=stats.logp,
         logp_ptr=stats.logp,
         entropy_ptr=None if tokens.entropy_weight is None else stats.entropy,
         exact_kl_ptr=stats.kl,
-        valid_ptr=level.valid,
+        valid_ptr=tokens.valid,
         weight_ptr=tokens.weight,
         advantage_ptr=tokens.advantage,
         old_logp_ptr=tokens.old_logp,
         ref_logp_ptr=tokens.ref_logp,
         factor_ptr=tokens.factor,
         entropy_weight_ptr=tokens.entropy_weight,
-        sequence_ptr=level.sequence_id,
-        first_ptr=None if spans is None else spans.first,
-        last_ptr=None if spans is None else spans.last,
+        sequence_ptr=sequence_id,
+        first_ptr=first,
+        last_ptr=last,
         ratio_ptr=result.ratio,
         kl_ptr=result.kl,
         loss_ptr=result.loss,
         dlogp_ptr=result.dlogp,
         dropped_ptr=result.dropped,
-        total_ptr=result.total,
-        ticket_ptr=new_ticket(result.total) if tokens.ticket is None else tokens.ticket,
         N=N,
-        T=level.width or N,
-        S=level.sequences,
+        T=width,
+        S=tokens.sequences,
         low=float(low),
         high=float(high),
         beta=terms.beta,
@@ -255,11 +251,23 @@ def sequence_loss(stats: RowStats, tokens: TokenVectors, level: Level, terms: Te
         SURROGATE=terms.surrogate,
         KL=terms.kl,
         KL_TIMES_RATIO=terms.kl_times_ratio,
-        LEVEL=level.name,
-        CLIPPED=level.token_clip is not None,
-        SUM=SUM_BLOCK,
+        LEVEL=terms.ratio_level,
+        CLIPPED=terms.token_clip is not None,
         BLOCK=SEQUENCE_BLOCK,
         num_warps=SEQUENCE_WARPS,
         **at_most_registers(SEQUENCE_REGISTERS),
     )
     return result
+
+
+def find_spans(tokens: SequenceTokens) -> tuple[torch.Tensor, torch.Tensor]:
+    """[S] int32: the first and the last token of each sequence of packed rows.
+
+    Tokens of other sequences may lie between them. Without any token the first is above the last.
+    """
+    N, sequence = tokens.valid.numel(), tokens.sequence
+    places = torch.arange(N, dtype=torch.int32, device=sequence.device)
+    none = places.new_full((tokens.sequences,), N)
+    first = none.scatter_reduce(0, sequence, places, "amin")
+    last = torch.full_like(none, -1).scatter_reduce(0, sequence, places, "amax")
+    return first, last

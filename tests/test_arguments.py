@@ -35,8 +35,7 @@ from grpo_core import (
 from grpo_core.linear.scores import linear_scores
 from grpo_core.loss.dpo_loss import dpo_loss, sequence_logp
 from grpo_core.loss.reference import reference_loss
-from grpo_core.objective.estimators import decoupled_advantages, relative_advantages
-from grpo_core.objective.sampler import off_policy_mask, sampler_correction
+from grpo_core.objective.advantage import decoupled_advantages, relative_advantages
 from grpo_core.objective.value import explained_variance, gae, rewards_with_kl, value_loss, whiten
 from tests.conftest import HAS_GPU
 
@@ -273,15 +272,6 @@ def test_narrow_ids_are_ids(dtype: torch.dtype) -> None:
     found = relative_advantages(rewards, ids, Estimator(epsilon=0.0))
     assert torch.allclose(found.abs(), torch.full((300,), 0.5 / (150 * 0.25 / 149) ** 0.5))
     assert torch.equal(found > 0, rewards > 0)
-    correction = sampler_correction(
-        torch.zeros(300),
-        torch.full((300,), -0.01),
-        torch.ones(300),
-        level="sequence",
-        high=10.0,
-        sequence_id=ids,
-    )
-    assert torch.allclose(correction.factor, torch.full((300,), math.exp(1.5)))
     below = (ids.long() - 1).to(torch.int8)
     sums = sequence_logp(torch.ones(300), torch.ones(300), ids, sequences=2)
     assert sums.tolist() == [150.0, 150.0]
@@ -522,21 +512,6 @@ FUNCTIONS: dict[Any, dict[str, Any]] = {
         "weights": torch.ones(2),
         "tokens": mask,
         "mask": mask,
-    },
-    sampler_correction: {
-        "old_logp": vector,
-        "sampler_logp": vector,
-        "mask": mask,
-        "sequence_id": ids,
-        "level": "sequence",
-    },
-    off_policy_mask: {
-        "logp": vector,
-        "old_logp": vector,
-        "advantage": vector,
-        "mask": mask,
-        "sequence_id": ids,
-        "delta": 0.5,
     },
     dpo_loss: {
         "logp_chosen": vector,

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from grpo_core import fused_loss
 from grpo_core.backends.formula import as_torch
-from grpo_core.backends.token_weights import token_weights
 from grpo_core.integrations.presets import VerlPreset, preset
 from grpo_core.integrations.presets.verl_options import AGGREGATIONS, KLS
 from grpo_core.kernels import kl as kl_estimators
 from grpo_core.loss.reference import reference_loss
-from grpo_core.objective.estimators import Estimator, relative_advantages
+from grpo_core.objective.advantage import Estimator, relative_advantages
+from grpo_core.objective.aggregation import token_weights
 from grpo_core.objective.value import gae, whiten
 
 Case = dict[str, Any]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_core import group_advantages
-from grpo_core.objective.estimators import Estimator, decoupled_advantages, relative_advantages
+from grpo_core.objective.advantage import Estimator, decoupled_advantages, relative_advantages
 from tests import oracles_estimators as oracles
 
 ESTIMATORS = {

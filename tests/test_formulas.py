@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import get_args
+from dataclasses import replace
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from grpo_core import clip
+from grpo_core.backends import sequence_ratio
 from grpo_core.backends.formula import as_torch
-from grpo_core.backends.sequence_ratio import RatioLevel, SequenceRatio
+from grpo_core.backends.sequence_ratio import RatioLevel
 from grpo_core.kernels import kl as kl_estimators
 from grpo_core.kernels import surrogates
-from grpo_core.kernels.records import Terms, TokenVectors
+from grpo_core.kernels.records import RowStats, SequenceTokens, Terms
 from tests import oracles
 
 CLIPS = [(0.2, 0.2, math.inf), (0.2, 0.28, math.inf), (0.1, 0.3, 3.0), (0.0, 0.0, 1.0)]
@@ -185,39 +187,55 @@ def test_k3_does_not_cancel(dtype: torch.dtype) -> None:
         assert ((naive.double() - exact).abs() / exact).max() > 0.1
 
 
+def tokens_of(
+    logp: Tensor, log_ratio: Tensor, advantage: Tensor, weight: Tensor, **changes: Any
+) -> SequenceTokens:
+    """Valid tokens of one padded sequence."""
+    given = {
+        "target": logp.long(),
+        "weight": weight.float(),
+        "advantage": advantage.float(),
+        "old_logp": logp.float() - log_ratio.float(),
+        "valid": torch.ones_like(logp, dtype=torch.bool),
+        "sequence_id": None,
+        "sequences": 1,
+        "width": logp.numel(),
+    }
+    return SequenceTokens(**given | changes)
+
+
 def test_kernels_and_torch_read_the_same_formula(backend: str, device: str) -> None:
-    """`token_loss` of either backend is the float64 formula times weight, over the whole grid."""
+    """`sequence_loss` of either backend is the float64 formula times weight on a whole grid."""
     from grpo_core.backends import choose_backend
 
     logp, log_ratio, advantage = (v.to(device) for v in grid())
+    # as the kernels see them: old_logp is a float32
+    logp = logp.float().double()
+    log_ratio = (logp.float() - (logp.float() - log_ratio.float())).double()
     ref_logp = logp + 0.5 * log_ratio.clamp(-2, 2)
     weight = torch.rand(logp.shape, dtype=torch.float64, device=device)
     weight[::7] = 0
     kernels = choose_backend(backend, logp.float())  # type: ignore[arg-type]
+    stats = RowStats(logp.float(), logp.float(), None, logp.new_empty(0, logp.numel()))
     for name, args in SURROGATES:
         surrogate = getattr(surrogates, name)
         for kl_name in (None, *KLS):
             kl: Callable | None = getattr(kl_estimators, kl_name) if kl_name else None
+            reference = ref_logp.float() if kl else None
+            tokens = tokens_of(logp, log_ratio, advantage, weight, ref_logp=reference)
             for times_ratio in (False, True):
                 terms = Terms(surrogate, args, kl, times_ratio, 0.3)
-                tokens = TokenVectors(
-                    logp.long(),
-                    weight.float(),
-                    advantage.float(),
-                    ref_logp=ref_logp.float() if kl else None,
-                )
-                vectors = (logp.float(), log_ratio.float(), tokens)
-                ours = kernels.token_loss(*vectors, logp.float(), None, terms)
+                ours = kernels.sequence_loss(stats, tokens, terms)
                 loss, dlogp, slope = as_torch(surrogate)(logp, log_ratio, advantage, *args)
                 if kl is not None:
                     value, dkl = as_torch(kl)(logp, ref_logp)
                     factor = log_ratio.exp() if times_ratio else 1.0
                     loss, dlogp = loss + 0.3 * factor * value, dlogp + 0.3 * factor * dkl
                     slope = slope + (0.3 * factor * value if times_ratio else 0.0)
-                for mine, truth in zip(ours[:3], (loss, dlogp, slope), strict=True):
+                for got, truth in ((ours.loss, loss), (ours.dlogp, dlogp + slope)):
                     # terms of the size of the ratio cancel
                     allowed = 4e-6 * (1 + log_ratio.exp()) * (1 + truth.abs())
-                    assert ((mine.double() - weight * truth).abs() <= allowed).all(), terms
+                    assert ((got.double() - weight * truth).abs() <= allowed).all(), terms
                 assert not ours.dropped.any()
 
 
@@ -227,14 +245,22 @@ def test_sequence_ratio_is_transposed_right() -> None:
     sequence = torch.randint(0, 7, (40,))
     advantage = torch.randn(40, dtype=torch.float64)
     log_ratio = torch.randn(40, dtype=torch.float64, requires_grad=True)
+    ones = torch.ones(40)
+    tokens = tokens_of(
+        ones, ones, advantage, ones, valid=valid, sequence_id=sequence, sequences=9, width=None
+    )
     for level in get_args(RatioLevel):
         for token_clip in (None, (0.4, 0.3)):
-            ratio = SequenceRatio(level, token_clip, valid, sequence, 9, advantage)
+            terms = Terms(surrogates.clip, (), None, False, 0.0, level, token_clip)
             u = torch.randn(40, dtype=torch.float64) * valid
-            (theirs,) = torch.autograd.grad((u * ratio.forward(log_ratio)).sum(), log_ratio)
-            assert torch.allclose(ratio.backward(log_ratio.detach(), u) * valid, theirs * valid)
+            image = sequence_ratio.forward(log_ratio, tokens, terms)
+            (theirs,) = torch.autograd.grad((u * image).sum(), log_ratio)
+            ours = sequence_ratio.backward(log_ratio.detach(), u, tokens, terms)
+            assert torch.allclose(ours * valid, theirs * valid)
     spoilt = torch.where(valid, log_ratio.detach(), torch.nan)
-    mean = SequenceRatio("sequence", None, valid, sequence, 9, advantage).forward(spoilt)
+    mean = sequence_ratio.forward(
+        spoilt, tokens, replace(terms, ratio_level="sequence", token_clip=None)
+    )
     assert torch.isfinite(mean[valid]).all()
     first = sequence == sequence[0]
     assert torch.isclose(mean[first & valid], spoilt[first & valid].mean()).all()

@@ -15,16 +15,12 @@ from tests.launches import launches
 from tests.test_fused_loss import OBJECTIVES
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
-DOOR, SCALE = "_token_weights_kernel", "_row_scale_kernel"
-TOKENS = [DOOR, "_row_loss_kernel", SCALE]
-SEQUENCES = [
-    DOOR,
-    "_row_stats_kernel",
-    "_sequence_loss_kernel",
-    "_row_dlogits_kernel",
-    SCALE,
-]
-# objective, what else it is given, what it launches forward and backward
+SCALE = "_row_scale_kernel"
+TOKENS = ["_row_loss_kernel", SCALE]
+SEQUENCES = ["_row_stats_kernel", "_sequence_loss_kernel", "_row_dlogits_kernel", SCALE]
+# small operations of torch over [N] vectors, at most: targets, weights, the sum of the loss
+VECTOR_OPERATIONS = 40
+# objective, what else it is given, what kernels it launches forward and backward
 STEPS: dict[str, tuple[str, list[str], list[str]]] = {
     "dapo": ("dapo", [], TOKENS),
     "grpo": ("grpo", ["ref_logp"], TOKENS),
@@ -82,7 +78,9 @@ def test_a_step_launches_no_more(name: str, packed: bool) -> None:
             **arguments,
         )
         out.loss.backward(one)
-    assert names == expected
+    assert [name for name in names if name.endswith("_kernel")] == expected
+    assert not [name for name in names if name.startswith("synchronisation")]
+    assert len(names) - len(expected) <= VECTOR_OPERATIONS, names
     assert logits.grad.abs().sum() > 0
 
 

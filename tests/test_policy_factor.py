@@ -10,9 +10,9 @@ from torch import Tensor
 
 from grpo_core import Objective, PolicyFactor, Rejection, SamplerCorrection, SequenceWeight, clip
 from grpo_core.loss.reference import reference_loss
+from grpo_core.objective.off_policy import Measure, Over
 from grpo_core.objective.policy_factor import top_share
 from grpo_core.objective.recipes import reinforce
-from grpo_core.objective.rejection import Measure, Over
 
 B, T, V = 6, 5, 11
 LENGTHS = [5, 3, 1, 4, 0, 2]

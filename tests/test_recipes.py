@@ -18,6 +18,8 @@ from torch import Tensor
 
 from grpo_core import (
     RECIPES,
+    Estimator,
+    GroupNorm,
     Objective,
     PolicyFactor,
     Rejection,
@@ -25,10 +27,9 @@ from grpo_core import (
     SequenceWeight,
     clip,
 )
-from grpo_core.backends.sequence_ratio import RatioLevel
 from grpo_core.loss.reference import reference_loss
 from grpo_core.objective import objective
-from grpo_core.objective.objective import KL, Surrogate, objective_of
+from grpo_core.objective.objective import KL, RatioLevel, Surrogate, objective_of
 from tests import oracles
 
 B, T, V = 6, 7, 23
@@ -349,6 +350,8 @@ def test_top_entropy_keeps_the_deciding_tokens(share: float, apart: bool) -> Non
 def test_objectives_are_values() -> None:
     """Hashable, comparable, changed by `replace`; nonsense is refused by name."""
     dapo = RECIPES["dapo"]
+    assert GroupNorm(True, 0, 0.5) == Estimator("group", "group", 0, 0.5)
+    assert GroupNorm(scale=False) == Estimator(scale=None) == RECIPES["dr_grpo"].advantage
     assert dapo.replace(beta=0.0) == dapo
     assert len({dapo, dapo.replace(beta=0.0), dapo.replace(kl="k3", beta=0.1)}) == 2
     for changes, message in (
@@ -358,7 +361,7 @@ def test_objectives_are_values() -> None:
             "kl_times_ratio: expected False for kl = 'exact'",
         ),
         ({"entropy_aggregation": "mean"}, "entropy_aggregation: expected one of .*got 'mean'"),
-        ({"factor": 2.0}, "factor: expected a PolicyFactor, got 2.0"),
+        ({"factor": 2.0}, "factor: expected an instance of PolicyFactor, got 2.0"),
         ({"beta": -1.0}, "beta: expected a finite number >= 0, got -1"),
         ({"kl": "k9"}, "kl: expected one of .*got 'k9'"),
         ({"ratio_level": "word"}, "ratio_level: expected one of .*got 'word'"),
@@ -369,7 +372,7 @@ def test_objectives_are_values() -> None:
     for changes, message in (
         ({"top_entropy": 1.5}, r"top_entropy: expected a share in \[0, 1\], got 1.5"),
         ({"off_policy_delta": math.nan}, "off_policy_delta: expected a number, got nan"),
-        ({"sampler": "TIS"}, "sampler: expected a SamplerCorrection, got 'TIS'"),
+        ({"sampler": "TIS"}, "sampler: expected an instance of SamplerCorrection, got 'TIS'"),
     ):
         with pytest.raises(ValueError, match=message):
             PolicyFactor(**changes)  # type: ignore[arg-type]
@@ -383,6 +386,7 @@ def linear(logp: Tensor, log_ratio: Tensor, advantage: Tensor) -> Any:
 VALUES: dict[str, Any] = RECIPES | {
     "a user's": Objective(Surrogate(linear), token_clip=(0.5, 0.25)),
     "surrogate": clip(0.1, 0.3),
+    "advantage": GroupNorm(False, 0, 1e-6),
     "factor": PolicyFactor(
         sampler=SamplerCorrection(),
         off_policy_delta=0.5,
@@ -437,7 +441,7 @@ def test_a_function_that_has_no_name_is_not_pickled(monkeypatch: pytest.MonkeyPa
     for function, name in ((local, "<locals>.<lambda>"), (linear, "linear")):
         value = Objective(Surrogate(function))
         monkeypatch.setattr(f"{__name__}.linear", local)
-        with pytest.raises(pickle.PicklingError, match=f"to be found as {__name__}:.*{name}"):
+        with pytest.raises(pickle.PicklingError, match=f"importable as {__name__}:.*{name}"):
             pickle.dumps(value)
         assert copy.deepcopy(value) == copy.copy(value) == value
         monkeypatch.undo()

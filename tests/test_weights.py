@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_core.backends.token_weights import token_weights
+from grpo_core.objective.aggregation import token_weights
 
 AGGREGATIONS = ["sequence_mean", "token_mean", "constant_length", "sequence_sum", "token_sum"]
 VALID = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)

@@ -10,17 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grpo_core.backends import sequence_ratio
 from grpo_core.backends.formula import as_torch
 from grpo_core.backends.pytorch_rows import Chunk, for_each_chunk
 from grpo_core.backends.pytorch_softmax import FREE_BLOCKS, RowSoftmax, blocks_at_once
-from grpo_core.backends.sequence_ratio import SequenceRatio
-from grpo_core.backends.token_weights import lay_out as lay_out
 from grpo_core.kernels.kl import times_ratio
 from grpo_core.kernels.records import (
-    Level,
     RowLoss,
     Rows,
     RowStats,
+    SequenceTokens,
     Slopes,
     Terms,
     TokenLoss,
@@ -81,7 +80,7 @@ def row_loss(
     for_each_chunk(pass_over, rows, target, wanted, dlogits, ref_rows, blocks=blocks)
     logp, entropy, ratio, kl, loss, dlogp, dropped = vectors
     state = vectors.new_empty(0, rows.N)
-    return RowLoss(logp, entropy, ratio, kl, loss, dlogp, dropped.bool(), state, loss.sum())
+    return RowLoss(logp, entropy, ratio, kl, loss, dlogp, dropped.bool(), state)
 
 
 def row_dlogits(
@@ -152,19 +151,18 @@ def token_loss(
     return TokenLoss(loss, dlogp, dlog_ratio, kl_value, dropped=alive & unused)
 
 
-def sequence_loss(stats: RowStats, tokens: TokenVectors, level: Level, terms: Terms) -> RowLoss:
-    """Loss of every token and its derivative by logp, where ratios are those of sequences."""
+def sequence_loss(stats: RowStats, tokens: SequenceTokens, terms: Terms) -> RowLoss:
+    """Loss of every token and its derivative by logp, at the ratio level of `terms`."""
     logp, entropy, exact_kl, state = stats
-    token_ratio = logp - (logp if tokens.old_logp is None else tokens.old_logp)
-    ratios = SequenceRatio.of(level, tokens.advantage)
-    log_ratio = ratios.forward(token_ratio)
+    d = logp - (logp if tokens.old_logp is None else tokens.old_logp)
+    log_ratio = sequence_ratio.forward(d, tokens, terms)
     token = token_loss(logp, log_ratio, tokens, entropy, exact_kl, terms)
-    lost = ratios.spread(token.dropped)
-    dlogp = token.dlogp + ratios.backward(token_ratio, token.dlog_ratio)
-    dlogp, loss = (torch.where(lost, 0.0, vector) for vector in (dlogp, token.loss))
-    dropped = lost & level.valid & (tokens.weight != 0)
-    ratio = torch.where(level.valid, log_ratio.exp(), 0.0)
-    return RowLoss(logp, entropy, ratio, token.kl, loss, dlogp, dropped, state, loss.sum())
+    dlogp = token.dlogp + sequence_ratio.backward(d, token.dlog_ratio, tokens, terms)
+    dropped = sequence_ratio.spread(token.dropped, tokens, terms)
+    dlogp, loss = (vector.masked_fill(dropped, 0.0) for vector in (dlogp, token.loss))
+    dropped = dropped & tokens.valid & (tokens.weight != 0)
+    ratio = torch.where(tokens.valid, log_ratio.exp(), 0.0)
+    return RowLoss(logp, entropy, ratio, token.kl, loss, dlogp, dropped, state)
 
 
 def _readable(target: Tensor, V: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Ratios of whole sequences: what becomes of the tokens' log-ratios, and the way back.
+"""Ratios of sequences: what a ratio level makes of the log-ratio of every token, and the transpose.
 
 | ratio level    | log-ratio of every token of sequence i | its gradient                     |
 |----------------|----------------------------------------|----------------------------------|
@@ -14,87 +14,57 @@ Source: sequence and sequence_token: GSPO (arXiv 2507.18071, sec. 4); token_clip
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from grpo_core.kernels.records import Level
+from grpo_core.kernels.records import SequenceTokens, Terms
 
 RatioLevel = Literal["token", "sequence", "sequence_token"]
 
 
-@dataclass(frozen=True)
-class SequenceRatio:
-    """The map from tokens' log-ratios to those of a level, and its transpose.
+def forward(log_ratio: Tensor, tokens: SequenceTokens, terms: Terms) -> Tensor:
+    """[N] log-ratios of tokens, nats -> [N] log-ratios of the level; differentiable."""
+    clipped = _clipped(log_ratio, tokens, terms)
+    if terms.ratio_level == "token":
+        return clipped
+    mean = _means(clipped, tokens)
+    if terms.ratio_level == "sequence_token":
+        return mean.detach() + (clipped - clipped.detach())
+    return mean
 
-    Args:
-        level: a row of the table above.
-        token_clip: (low, high) or None.
-        valid: [N] bool, tokens that count.
-        sequence: [N] int64 in [0, sequences).
-        sequences: upper bound on the number of sequences.
-        advantage: [N], only its sign is looked at.
-    """
 
-    level: str
-    token_clip: tuple[float, float] | None
-    valid: Tensor
-    sequence: Tensor
-    sequences: int
-    advantage: Tensor
+def backward(log_ratio: Tensor, gradient: Tensor, tokens: SequenceTokens, terms: Terms) -> Tensor:
+    """The transpose at `log_ratio`: dL by the level's log-ratios -> dL by the tokens'."""
+    if terms.ratio_level == "sequence":
+        gradient = _means(gradient, tokens)
+    return torch.where(_clipped(log_ratio, tokens, terms) == log_ratio, gradient, 0.0)
 
-    @classmethod
-    def of(cls, level: Level, advantage: Tensor) -> SequenceRatio:
-        """The map of a level over its tokens."""
-        return cls(
-            level.name,
-            level.token_clip,
-            level.valid,
-            level.sequence,
-            level.sequences,
-            advantage,
-        )
 
-    def forward(self, log_ratio: Tensor) -> Tensor:
-        """[N] log-ratios of tokens, nats -> [N] log-ratios of the level; differentiable."""
-        bounded = self._bounded(log_ratio)
-        if self.level == "token":
-            return bounded
-        mean = self._means(bounded)
-        if self.level == "sequence_token":
-            return mean.detach() + (bounded - bounded.detach())
-        return mean
+def spread(dropped: Tensor, tokens: SequenceTokens, terms: Terms) -> Tensor:
+    """[N] bool: the dropped tokens and all tokens that share their ratio."""
+    if terms.ratio_level == "token":
+        return dropped
+    count = torch.zeros(tokens.sequences, dtype=torch.int32, device=dropped.device)
+    return count.index_add_(0, tokens.sequence, dropped.int())[tokens.sequence] > 0
 
-    def backward(self, log_ratio: Tensor, gradient: Tensor) -> Tensor:
-        """The transpose at `log_ratio`: dL by the level's log-ratios -> dL by the tokens'."""
-        if self.level == "sequence":
-            gradient = self._means(gradient)
-        return torch.where(self._bounded(log_ratio) == log_ratio, gradient, 0.0)
 
-    def spread(self, dropped: Tensor) -> Tensor:
-        """[N] bool tokens -> those and all tokens that share their ratio."""
-        if self.level == "token":
-            return dropped
-        lost = torch.zeros(self.sequences, dtype=torch.int32, device=dropped.device)
-        return lost.index_add_(0, self.sequence, dropped.int())[self.sequence] > 0
+def _clipped(log_ratio: Tensor, tokens: SequenceTokens, terms: Terms) -> Tensor:
+    """The log-ratios after `token_clip`."""
+    if terms.token_clip is None:
+        return log_ratio
+    low, high = terms.token_clip
+    return torch.where(tokens.advantage > 0, log_ratio.clamp(max=high), log_ratio.clamp(min=-low))
 
-    def _bounded(self, log_ratio: Tensor) -> Tensor:
-        """The log-ratios after `token_clip`."""
-        if self.token_clip is None:
-            return log_ratio
-        low, high = self.token_clip
-        gains = self.advantage > 0
-        return torch.where(gains, log_ratio.clamp(max=high), log_ratio.clamp(min=-low))
 
-    def _sums(self, vector: Tensor) -> Tensor:
-        """Sum over the valid tokens of a sequence, given back to each of them; symmetric."""
-        total = vector.new_zeros(self.sequences)
-        present = torch.where(self.valid, vector, torch.zeros_like(vector))
-        return total.scatter_add(0, self.sequence, present)[self.sequence] * self.valid
+def _means(vector: Tensor, tokens: SequenceTokens) -> Tensor:
+    """For each valid token the mean over the valid tokens of its sequence; symmetric."""
+    return _sums(vector, tokens) / _sums(torch.ones_like(vector), tokens).clamp(min=1)
 
-    def _means(self, vector: Tensor) -> Tensor:
-        """Mean over the valid tokens of a sequence, given back to each of them; symmetric."""
-        lengths = self._sums(torch.ones_like(vector)).clamp(min=1)
-        return self._sums(vector) / lengths
+
+def _sums(vector: Tensor, tokens: SequenceTokens) -> Tensor:
+    """For each valid token the sum over the valid tokens of its sequence; symmetric."""
+    total = vector.new_zeros(tokens.sequences)
+    present = torch.where(tokens.valid, vector, torch.zeros_like(vector))
+    return total.scatter_add(0, tokens.sequence, present)[tokens.sequence] * tokens.valid

@@ -6,16 +6,12 @@ from grpo_core.kernels.row_loss import row_loss
 from grpo_core.kernels.row_scale import row_scale
 from grpo_core.kernels.row_stats import row_stats
 from grpo_core.kernels.sequence_loss import sequence_loss
-from grpo_core.kernels.token_loss import token_loss
-from grpo_core.kernels.token_weights import lay_out
 
 __all__ = [
     "group_norm",
-    "lay_out",
     "row_dlogits",
     "row_loss",
     "row_scale",
     "row_stats",
     "sequence_loss",
-    "token_loss",
 ]

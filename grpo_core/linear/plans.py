@@ -155,6 +155,6 @@ class Sweep(Walk):
 
     def _keep(self, place: slice, found: RowLoss) -> None:
         """Files what is known of some rows."""
-        # neither the state, which no one reads again, nor a total of part of the rows
-        for vector, value in zip(self.result[:-2], found[:-2], strict=True):
+        # but the state, which no one reads again
+        for vector, value in zip(self.result[:-1], found[:-1], strict=True):
             vector[place] = value

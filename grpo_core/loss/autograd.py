@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from grpo_core.backends import Backend, choose_backend
-from grpo_core.kernels.records import RowLoss, Rows, RowStats, Terms
+from grpo_core.kernels.records import RowLoss, Rows, RowStats
 from grpo_core.loss.inputs import IGNORE, LOGIT_DTYPES, Tokens, check_logits, check_target, words_of
 from grpo_core.loss.layout import readable
 
@@ -69,28 +69,14 @@ def loss_of_statistics(
     stats: RowStats, given: Tokens, kernels: ModuleType
 ) -> tuple[RowLoss, Tokens]:
     """The loss on vectors, once every row it waits for has been read; tokens with their factor."""
-    spec, logp, entropy = given.objective, stats.logp, stats.entropy
-    tokens = spec.factor.of_statistics(given, logp, entropy)
-    if spec.is_token_level:
-        result = _of_tokens(stats, tokens, given.terms, kernels)
-    else:
-        result = kernels.sequence_loss(stats, tokens, tokens.level, given.terms)
+    logp, entropy = stats.logp, stats.entropy
+    tokens = given.objective.factor.of_statistics(given, logp, entropy)
+    result = kernels.sequence_loss(stats, tokens, given.terms)
     if tokens.valid is not given.valid:
         # some were rejected after their row had been read
         logp, entropy = (torch.where(tokens.valid, v, 0.0) for v in (logp, entropy))
         result = result._replace(logp=logp, entropy=entropy)
     return result, tokens
-
-
-def _of_tokens(stats: RowStats, tokens: Tokens, terms: Terms, kernels: ModuleType) -> RowLoss:
-    """The loss of tokens whose ratio is their own."""
-    logp, entropy, exact_kl, state = stats
-    log_ratio = logp - (logp if tokens.old_logp is None else tokens.old_logp)
-    found = kernels.token_loss(logp, log_ratio, tokens, entropy, exact_kl, terms)
-    dlogp = found.dlogp + found.dlog_ratio
-    ratio = torch.where(tokens.valid, log_ratio.exp(), 0.0)
-    loss, total = found.loss, found.loss.sum()
-    return RowLoss(logp, entropy, ratio, found.kl, loss, dlogp, found.dropped, state, total)
 
 
 def evaluate(rows: Rows, call: Call, dlogits: Tensor | None) -> tuple[RowLoss, Tokens]:
@@ -139,7 +125,7 @@ class FusedLoss(torch.autograd.Function):
         found = (tokens.factor, None if tokens is call.tokens else tokens.valid.clone())
         ctx.mark_non_differentiable(*shown, *(vector for vector in found if vector is not None))
         ctx.set_materialize_grads(False)
-        return result.total, *shown, *found
+        return result.loss.sum(), *shown, *found
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: None) -> tuple[Tensor, None]:

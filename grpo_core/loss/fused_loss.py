@@ -191,7 +191,7 @@ def fused_loss(
             "inplace: expected logits with a contiguous last axis and separate rows, "
             f"got strides {logits.stride()}"
         )
-    tokens = check_loss_arguments(logits, target, **arguments, lay_out=kernels.lay_out)
+    tokens = check_loss_arguments(logits, target, **arguments)
     call = Call(
         tokens,
         reference_rows(ref_logits, logits, inplace),

@@ -7,7 +7,6 @@ masked tokens marked once, by `valid`, and a weight for every token.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,18 +14,9 @@ import torch
 from torch import Tensor
 
 from grpo_core.backends import Backend
-from grpo_core.backends import token_weights as weights
-from grpo_core.backends.sequence_ratio import SequenceRatio
-from grpo_core.backends.token_weights import Aggregation, token_weights
-from grpo_core.kernels.records import (
-    GivenTokens,
-    LaidTokens,
-    Level,
-    Spans,
-    Terms,
-    TokenVectors,
-)
+from grpo_core.kernels.records import SequenceTokens, Terms
 from grpo_core.objective.advantage import estimate_advantages
+from grpo_core.objective.aggregation import Aggregation, token_weights
 from grpo_core.objective.objective import Objective
 from grpo_core.objective.recipes import find_objective
 from grpo_core.objective.validation import (
@@ -62,15 +52,10 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tokens(Measured, TokenVectors):
+class Tokens(Measured, SequenceTokens):
     """Everything a loss needs beside the logits, as vectors over N tokens."""
 
-    valid: Tensor  # [N] bool
-    sequence_id: Tensor | None  # [N] integers, of packed rows
-    sequences: int  # upper bound on their number
-    width: int | None  # of a padded batch
     normalizer: Tensor | float | None
-    spans: Spans | None = None
 
     @property
     def needs_statistics(self) -> bool:
@@ -95,6 +80,8 @@ class Tokens(Measured, TokenVectors):
             kl=spec.kl_function if self.ref_logp is not None else None,
             kl_times_ratio=spec.kl_times_ratio,
             beta=float(spec.beta),
+            ratio_level=spec.ratio_level,
+            token_clip=spec.token_clip,
         )
 
     def still(self) -> Tensor:
@@ -122,30 +109,7 @@ class Tokens(Measured, TokenVectors):
         vectors = {k: v for k, v in given.items() if isinstance(v, Tensor) and v.ndim == 1}
         some: dict[str, Any] = {k: v[place] for k, v in vectors.items()}
         some["sequence_id"] = self.sequence[place]
-        return replace(self, spans=None, **some)
-
-    @property
-    def level(self) -> Level:
-        """Whose ratio the objective's surrogate sees."""
-        spec = self.objective
-        return Level(
-            spec.ratio_level,
-            spec.token_clip,
-            self.valid,
-            self.sequence_id,
-            self.sequences,
-            self.width,
-            self.spans,
-        )
-
-    @property
-    def sequence(self) -> Tensor:
-        """[N] int64 in [0, sequences): the sequence of each token."""
-        return self.level.sequence
-
-    def sequence_ratio(self) -> SequenceRatio:
-        """The objective's map from tokens' log-ratios to those of its level."""
-        return SequenceRatio.of(self.level, self.advantage)
+        return replace(self, **some)
 
     def multiplied(self, factor: Tensor) -> Tokens:
         """With another factor of the surrogate."""
@@ -254,11 +218,8 @@ def check_loss_arguments(
     backend: Backend | None,
     validate: bool | None,
     dtype: torch.dtype = torch.float32,
-    lay_out: Callable[[GivenTokens], LaidTokens] = weights.lay_out,
 ) -> Tokens:
     """The token vectors and their objective, in `dtype`; arguments as in `fused_loss`.
-
-    `lay_out` computes them, by one kernel where the backend has one.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
@@ -304,48 +265,57 @@ def check_loss_arguments(
         shapes = (shape,) if packed else (shape, shape[:1])
         advantage = _floats("advantage", advantage, shapes, logits, dtype)
         assert advantage is not None
-    given = GivenTokens(
-        target=target,
-        V=logits.shape[-1],
-        ignore=IGNORE,
-        mask=mask,
-        sequence_id=sequence_id,
-        sequences=shape[0],
-        advantage=advantage,
-        advantage_of_sequence=rewards is not None or advantage.numel() != target.numel(),
-        aggregation=spec.aggregation,
-        normalizer=normalizer,
-        entropy_coef=spec.entropy_coef,
-        wants_spans=not spec.is_token_level,
+    target, valid, bad_target, advantage = _flattened(
+        target, mask, sequence_id, advantage, rewards is not None, logits
     )
-    laid = lay_out(given)
-    entropy_weight = laid.entropy_weight
-    if spec.entropy_coef and spec.entropy_aggregation is not None:
-        apart = replace(given, aggregation=spec.entropy_aggregation, normalizer=None)
-        entropy_weight = lay_out(apart).entropy_weight
     tokens = Tokens(
         objective=spec,
-        target=laid.target,
-        valid=laid.valid,
-        given=laid.valid,
-        bad_target=laid.bad_target,
-        weight=laid.weight,
-        entropy_weight=entropy_weight,
-        advantage=laid.advantage,
+        target=target,
+        valid=valid,
+        given=valid,
+        bad_target=bad_target,
+        weight=advantage,  # replaced by `weighed`
+        advantage=advantage,
         old_logp=old_logp,
         ref_logp=ref_logp,
-        ticket=laid.ticket,
         sequence_id=sequence_id,
         sequences=shape[0],
         width=None if packed else shape[1],
         normalizer=normalizer,
-        spans=laid.spans,
         sampler_logp=sampler_logp,
         groups=groups,
-    )
+    ).weighed()
     if old_logp is None or spec.factor.waits_for_logp(old_logp):
         return tokens
     return spec.factor.of_sampler(tokens, old_logp)
+
+
+def _flattened(
+    target: Tensor,
+    mask: Tensor | None,
+    sequence_id: Tensor | None,
+    advantage: Tensor,
+    per_sequence: bool,
+    logits: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(target, valid, bad_target, advantage), `[N]` each; a target that is not valid is IGNORE.
+
+    `per_sequence`: an advantage is that of a sequence although there are as many as tokens.
+    """
+    valid = present(target, mask)
+    target = target.reshape(-1)
+    bad_target = valid & ((target < 0) | (target >= logits.shape[-1]))
+    valid = valid & ~bad_target
+    per_sequence = per_sequence or advantage.numel() != target.numel()
+    known = advantage.numel() if per_sequence else logits.shape[0]
+    sequence = sequence_id
+    if sequence is not None:
+        valid = valid & (sequence >= 0) & (sequence < min(known, logits.shape[0]))
+    else:
+        sequence = torch.arange(target.numel(), device=target.device) // max(logits.shape[1], 1)
+    if per_sequence:
+        advantage = advantage[sequence.clamp(0, max(known - 1, 0))]
+    return torch.where(valid, target, IGNORE), valid, bad_target, advantage
 
 
 def _check_references(

@@ -92,7 +92,6 @@ def logp_loss(
         ref_logits=None,
         backend=backend,
         validate=validate,
-        lay_out=kernels.lay_out,
         **arguments,
     )
     if factor is not None:
@@ -101,7 +100,7 @@ def logp_loss(
     stats = _statistics(logp, entropy, tokens)
     found, tokens = loss_of_statistics(stats, tokens, kernels)
     slopes = tokens.slopes(found.dlogp, found.dropped, None)
-    loss = with_slopes(found.total, logp, slopes.dlogp, entropy, slopes.dentropy)
+    loss = with_slopes(found.loss.sum(), logp, slopes.dlogp, entropy, slopes.dentropy)
     vectors = (found.logp, found.entropy, found.ratio, found.kl)
     values, known, ratio, kl = (vector.view(logp.shape) for vector in vectors)
     shaped = None if tokens.factor is None else tokens.factor.view(logp.shape)

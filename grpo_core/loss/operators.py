@@ -96,14 +96,14 @@ def fused_loss(*arguments: Any) -> tuple[Tensor, ...]:
     given["objective"] = objective_of(given["objective"], others)
     logits = given["logits"]
     kernels = choose_backend(given["backend"], logits)
-    tokens = check_loss_arguments(**given, lay_out=kernels.lay_out)
+    tokens = check_loss_arguments(**given)
     ref_logits = reference_rows(given["ref_logits"], logits, False)
     call = Call(tokens, ref_logits, temperature, False, False, kernels)
     result, tokens = evaluate(Rows.of(readable(logits).detach()), call, None)
     none = result.logp.new_empty(0)
     slopes = tokens.slopes(result.dlogp, result.dropped, call.exact_beta)
     outcome = Outcome(
-        loss=result.total,
+        loss=result.loss.sum(),
         logp=result.logp,
         entropy=result.entropy,
         ratio=result.ratio,

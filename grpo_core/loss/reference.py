@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_core.backends import Backend
+from grpo_core.backends import Backend, sequence_ratio
 from grpo_core.backends.formula import as_torch
 from grpo_core.loss.fused_loss import LossOutput
 from grpo_core.loss.inputs import LOGIT_DTYPES, Tokens, check_logits, check_loss_arguments
@@ -109,7 +109,7 @@ def _evaluate(
     elif tokens.needs_statistics:
         tokens = spec.factor.of_statistics(tokens, logp.detach(), entropy.detach())
     log_ratio = logp - (logp.detach() if tokens.old_logp is None else tokens.old_logp)
-    log_ratio = tokens.sequence_ratio().forward(log_ratio)
+    log_ratio = sequence_ratio.forward(log_ratio, tokens, tokens.terms)
     loss, kl = _token_loss(logp, log_ratio, exact_kl, tokens, at)
     ratio = log_ratio.exp()
     weight = tokens.weight[at]
@@ -119,7 +119,7 @@ def _evaluate(
         loss = weight * loss - tokens.entropy_weight[at] * entropy[at]
     finite = logp[at].isfinite() & ratio[at].float().isfinite() & loss.isfinite()
     if constant is None:
-        finite = finite & ~tokens.sequence_ratio().spread(tokens.valid & ~finite)
+        finite = finite & ~sequence_ratio.spread(tokens.valid & ~finite, tokens, tokens.terms)
     total = torch.where(tokens.valid[at] & finite, loss, 0.0).sum()
     return total, (logp, entropy, ratio, kl), finite, tokens
 

@@ -1,6 +1,7 @@
-"""What is minimised: five axes, and the published methods as values of them.
+"""The objective: advantage, ratio level, surrogate, KL, aggregation; published methods as values.
 
-Read `objective` first, then `recipes`. `advantage` and `estimators` turn rewards into advantages;
-`policy_factor` and what it reads correct for a sampler that differs from the policy; `value` is
-PPO's other half; `catalogue` prints all methods.
+Read `objective` first, then `recipes`. `advantage` turns rewards into advantages, `aggregation`
+weighs tokens. `policy_factor` scales the surrogate of a token; its rules for tokens of another
+policy are in `off_policy`. `value` has GAE and the value loss of PPO, `catalogue` the table of
+methods, `validation` the checks of arguments.
 """

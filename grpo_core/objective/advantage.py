@@ -1,53 +1,90 @@
-"""Rewards of a group of completions -> advantage of each, relative to its group.
+"""Rewards to advantages: each completion compared with others, by a baseline and a scale.
 
-    A_i = (R_i − mean R) / (std R + ε)      (GRPO)
-    A_i = R_i − mean R                      (Dr. GRPO)
+    A_i = (R_i − baseline_i) / (std + ε)
 
-Source: DeepSeekMath (arXiv 2402.03300, sec. 4.1.2); without the divisor: Dr. GRPO (2503.20783).
-The papers leave the estimator of std open; the defaults here are TRL's: n − 1 and ε = 1e-4.
+| method                            | baseline      | scale   | the std is that of            |
+|-----------------------------------|---------------|---------|-------------------------------|
+| GRPO, arXiv 2402.03300            | group         | group   | the rewards of the group      |
+| Dr. GRPO, 2503.20783              | group         | None    |                               |
+| RLOO, 2402.14740                  | leave_one_out | None    |                               |
+| "Tricks or Traps", 2508.08221     | group         | batch   | all rewards                   |
+| REINFORCE++ baseline, 2501.03262  | group         | centred | all R_i − baseline_i          |
+| REINFORCE++, 2501.03262           | batch         | batch   | all rewards                   |
+| GDPO, 2601.05242                  | `decoupled_advantages`: GRPO per reward function, summed  |
+
+"batch" means all rewards of one call: under data parallelism, gather the rewards first. Advantages
+per token (PPO) are in `value`.
+
+Where the papers are silent: a group of one, a group of equal rewards and a masked completion get
+exactly 0, and a masked completion counts in no mean. Compared with the frameworks:
+
+- TRL 1.16: the same numbers by default (ddof 1, ε = 1e-4). A completion that no function could
+  score is NaN there and `mask` here. RLOO with normalize_advantages is leave_one_out with centred.
+- verl 0.9.1: ddof 1, ε = 1e-6. A group of one keeps its raw reward as advantage there (grpo, rloo,
+  reinforce_plus_plus_baseline; 0 in rloo_vectorized). Batch statistics are over tokens there, with
+  1e-8 added to the variance: give `tokens`; ε = 0 is within 5e-7 of it for std >= 0.1.
+
+Computed in float64, where the order of atomic additions on a GPU changes no float32 result. Equal
+groups of neighbours go to a float32 kernel where the backend has one.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from grpo_core.backends import Backend, choose_backend
-from grpo_core.objective.estimators import Estimator, relative_advantages
 from grpo_core.objective.validation import (
+    check_choice,
     check_concrete,
+    check_finite,
     check_floats,
     check_ids,
+    check_mask,
+    check_not_negative,
+    check_type,
     is_int,
-    is_number,
-    must_validate,
 )
+
+Baseline = Literal["group", "leave_one_out", "batch"]
+Scale = Literal["group", "batch", "centred"]
 
 
 @dataclass(frozen=True)
-class GroupNorm:
-    """How rewards are made relative to their group.
+class Estimator:
+    """Baseline and scale of an advantage, see the table above.
 
     Args:
-        scale: divide by the group's standard deviation.
-        ddof: degrees of freedom taken off in the standard deviation, 0 or 1.
-        epsilon: added to the standard deviation, in units of reward.
+        baseline: the mean of the group, of the others in the group, or of the batch.
+        scale: the standard deviation to divide by, or None.
+        ddof: degrees of freedom subtracted in it, 0 or 1.
+        epsilon: added to it, in units of reward.
     """
 
-    scale: bool = True
+    baseline: Baseline = "group"
+    scale: Scale | None = "group"
     ddof: int = 1
     epsilon: float = 1e-4
 
     def __post_init__(self) -> None:
-        if not isinstance(self.scale, bool):
-            raise ValueError(f"scale: expected True or False, got {self.scale!r}")
+        check_choice("baseline", self.baseline, get_args(Baseline))
+        check_choice("scale", self.scale, (*get_args(Scale), None))
         if not is_int(self.ddof) or self.ddof not in (0, 1):
             raise ValueError(f"ddof: expected 0 or 1, got {self.ddof!r}")
-        if not is_number(self.epsilon) or not 0 <= self.epsilon < math.inf:
-            raise ValueError(f"epsilon: expected a finite number >= 0, got {self.epsilon!r}")
+        check_not_negative(epsilon=self.epsilon)
+
+
+GROUP_MEAN_STD = Estimator()
+
+
+def GroupNorm(scale: bool = True, ddof: int = 1, epsilon: float = 1e-4) -> Estimator:
+    """The estimator of GRPO, or of Dr. GRPO with `scale=False`; others as in `Estimator`."""
+    check_type("scale", scale, bool)
+    return Estimator("group", "group" if scale else None, ddof, epsilon)
 
 
 def group_advantages(
@@ -60,46 +97,39 @@ def group_advantages(
     backend: Backend | None = None,
     validate: bool | None = None,
 ) -> Tensor:
-    """Advantage of every completion relative to the others of its prompt.
+    """Advantage of every completion relative to its group.
 
-    Groups of equal rewards, and groups of one, get exactly 0; a constant added to the rewards
+    Groups of equal rewards, and groups of one, get exactly 0. A constant added to the rewards
     changes nothing.
 
     Args:
         rewards: [B], the completions of one prompt next to each other.
         group_size: G, completions per prompt; divides B.
         scale, ddof, epsilon: see `GroupNorm`.
-        backend: "triton", "torch", or None for triton on a GPU and torch elsewhere.
-        validate: look for NaN and infinity among the rewards; None means on the CPU only, since
-            on a GPU the host would have to wait for the answer.
+        backend: as in `fused_loss`.
+        validate: check for NaN and infinity; None means on the CPU only.
 
     Returns:
         [B] float32.
 
-    Raises:
-        ValueError: naming the argument, what was expected and what came.
-
     Source: DeepSeekMath (arXiv 2402.03300, sec. 4.1.2).
     """
     norm = GroupNorm(scale, ddof, epsilon)
-    advantage = estimate_advantages(
+    return estimate_advantages(
         rewards, norm, group_size, None, backend=backend, validate=validate
-    )
-    return advantage.float()
+    ).float()
 
 
 def estimate_advantages(
     rewards: Tensor,
-    norm: GroupNorm | Estimator,
+    norm: Estimator,
     group_size: int | None,
     group_id: Tensor | None,
     *,
     backend: Backend | None = None,
     validate: bool | None = None,
 ) -> Tensor:
-    """Advantages as an objective wants them: neighbours by kernel, all else by `estimators`.
-
-    Rewards of float64 are all else, too: they may be of any size.
+    """Advantages for an objective: by a kernel where one serves, else by `relative_advantages`.
 
     Args:
         rewards: [B] floating point.
@@ -110,44 +140,236 @@ def estimate_advantages(
 
     Returns:
         [B] float32, or float64 for float64 rewards.
-
-    Raises:
-        ValueError: naming the argument, what was expected and what came.
     """
-    B = check_rewards(rewards, validate)
-    kernels = choose_backend(backend, rewards)
+    check_concrete(rewards=rewards)
+    B = len(_check_vector("rewards", rewards))
     groups: int | Tensor
-    known: Tensor | None = None
+    inside: Tensor | None = None
     if group_id is None:
         if not is_int(group_size) or group_size < 1 or B % group_size:
             raise ValueError(
                 f"group_size: expected an int that divides B = {B}, or group_id, got {group_size!r}"
             )
         groups = group_size
-        kernel = getattr(kernels, "group_norm", None)
-        if kernel and isinstance(norm, GroupNorm) and rewards.dtype != torch.float64:
-            advantage: Tensor = kernel(rewards.detach().contiguous(), group_size, **vars(norm))
-            return advantage
     elif group_size is not None:
         raise ValueError("group_size: expected exactly one of it and group_id, got both")
     else:
-        groups, known = check_ids("group_id", group_id, "B", B, rewards, validate)
-    if isinstance(norm, GroupNorm):
-        norm = Estimator("group", "group" if norm.scale else None, norm.ddof, norm.epsilon)
-    return relative_advantages(rewards.detach(), groups, norm, mask=known, validate=validate)
+        groups, inside = check_ids("group_id", group_id, "B", B, rewards, validate)
+    kernel = getattr(choose_backend(backend, rewards), "group_norm", None)
+    within_groups = norm.baseline == "group" and norm.scale in ("group", None)
+    # float64 rewards may exceed the range of float32
+    if kernel is None or not within_groups or inside is not None or rewards.dtype == torch.float64:
+        return relative_advantages(rewards.detach(), groups, norm, mask=inside, validate=validate)
+    check_finite("rewards", rewards, torch.ones_like(rewards, dtype=torch.bool), validate)
+    advantage: Tensor = kernel(
+        rewards.detach().contiguous(),
+        groups,
+        scale=norm.scale is not None,
+        ddof=norm.ddof,
+        epsilon=norm.epsilon,
+    )
+    return advantage
 
 
-def check_rewards(rewards: Tensor, validate: bool | None) -> int:
-    """B, once `rewards` is [B] of finite numbers.
+@torch.no_grad()
+def relative_advantages(
+    rewards: Tensor,
+    groups: int | Tensor,
+    estimator: Estimator = GROUP_MEAN_STD,
+    *,
+    tokens: Tensor | None = None,
+    mask: Tensor | None = None,
+    validate: bool | None = None,
+) -> Tensor:
+    """A_i = (R_i − baseline_i) / (std + ε); nothing waits for the device.
 
-    Raises:
-        ValueError, NotImplementedError: naming the argument, what was expected and what came.
+    Args:
+        rewards: [B] floating point, one per completion.
+        groups: completions per prompt, neighbours in `rewards`, a divisor of B; or [B] integer ids
+            in [0, B), in any order, groups of any size.
+        estimator: baseline and scale.
+        tokens: [B], the length of each completion: batch statistics are then over tokens. With
+            scale "centred" the mean over tokens is subtracted as well, and a group of equal
+            rewards is then not 0.
+        mask: [B], 0 for completions that do not count, whatever their reward; None means all do.
+        validate: check for NaN, infinity and wrong ids; None means on the CPU only. Unchecked, a
+            NaN spreads over its group (or batch), and a completion with a wrong id is masked.
+
+    Returns:
+        [B] float32, or float64 for float64 rewards.
     """
-    check_concrete(rewards=rewards)
-    if check_floats("rewards", rewards).ndim != 1:
+    values, group = _read_rewards("rewards", rewards, groups, mask, validate)
+    return _advantages(values, group, tokens, estimator).to(_result_dtype(rewards))
+
+
+@torch.no_grad()
+def decoupled_advantages(
+    rewards: Tensor,
+    groups: int | Tensor,
+    weights: Tensor | None = None,
+    estimator: Estimator = GROUP_MEAN_STD,
+    *,
+    tokens: Tensor | None = None,
+    mask: Tensor | None = None,
+    validate: bool | None = None,
+) -> Tensor:
+    """A_i = Z_i / (std Z + ε), Z_i = Σ_f w_f·A_if: every reward function is normalised alone.
+
+    Args:
+        rewards: [B, F] floating point, one column per reward function.
+        weights: [F], None means 1 each.
+        estimator: of every A_f; its ddof and epsilon also apply to std Z.
+        mask: [B], 0 for completions that do not count; or [B, F], 0 where a function gave no
+            score: A_if is then 0, and a completion without any score does not count.
+        groups, tokens, validate: as in `relative_advantages`.
+
+    Returns:
+        [B] float32, or float64 for float64 rewards.
+
+    Source: GDPO (arXiv 2601.05242); TRL's multi_objective_aggregation="normalize_then_sum".
+    """
+    if check_floats("rewards", rewards).ndim != 2 or not rewards.shape[1]:
+        got = list(rewards.shape)
+        raise ValueError(f"rewards: expected a floating-point tensor [B, F >= 1], got {got}")
+    B, F = rewards.shape
+    if weights is None:
+        weights = torch.ones(F, device=rewards.device)
+    check_mask("weights", weights, (F,), device=rewards.device)
+    scored: list[Tensor | None] = [mask] * F
+    if mask is not None and check_mask("mask", mask, (B,), (B, F), device=rewards.device).ndim == 2:
+        scored, mask = list((mask != 0).unbind(1)), (mask != 0).any(1)
+    total = torch.zeros(B, dtype=torch.float64, device=rewards.device)
+    for f in range(F):
+        name = f"rewards[:, {f}]"
+        values, group = _read_rewards(name, rewards[:, f], groups, scored[f], validate)
+        total += weights[f].double() * _advantages(values, group, tokens, estimator)
+    _, group = _read_rewards("rewards", total, groups, mask, validate)
+    return _scale_by_batch(total, group, tokens, estimator).to(_result_dtype(rewards))
+
+
+@torch.no_grad()
+def equal_reward_groups(rewards: Tensor, groups: int | Tensor) -> tuple[Tensor, Tensor]:
+    """(number of groups whose rewards are all equal, number of groups), 0-dim int64.
+
+    Args:
+        rewards: [B] floating point.
+        groups: as in `relative_advantages`, where they are checked.
+    """
+    B = len(rewards)
+    if not isinstance(groups, Tensor):
+        groups = torch.arange(B, device=rewards.device) // groups
+    index = groups.long().clamp(0, max(B - 1, 0))
+    extremes = torch.full((2, B), -math.inf, dtype=torch.float64, device=rewards.device)
+    for extreme, sign in zip(extremes, (1, -1), strict=True):
+        extreme.scatter_reduce_(0, index, sign * rewards.double(), "amax")
+    present = extremes[0] > -math.inf
+    return (present & (extremes[0] == -extremes[1])).sum(), present.sum()
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """The group of each of B numbers, and its weight there."""
+
+    index: Tensor  # [B] int64 in [0, B)
+    weight: Tensor  # [B] float64, 0 for a number that does not count
+
+    def merge(self, tokens: Tensor | None) -> _Groups:
+        """One group of all; a number weighs 1, or its number of tokens."""
+        weight = self.weight
+        if tokens is not None:
+            check_mask("tokens", tokens, tuple(weight.shape), device=weight.device)
+            weight = weight * tokens.double()
+        return _Groups(torch.zeros_like(self.index), weight)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Weighted sum over the group of each: [B]."""
+        zeros = torch.zeros_like(self.weight)
+        return zeros.scatter_add(0, self.index, self.weight * values)[self.index]
+
+    def size(self) -> Tensor:
+        """Sum of the weights in the group of each: [B]."""
+        return self.sum(torch.ones_like(self.weight))
+
+    def centre(self, values: Tensor) -> Tensor:
+        """Each less the mean of its group: [B], exactly 0 where all of a group are equal."""
+        present = self.weight > 0
+        # relative to the largest of the group, so that equal values leave no rounding error
+        values = torch.where(present, values - self.largest(values), 0.0)
+        return torch.where(present, values - self.sum(values) / self.size(), 0.0)
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest value in the group of each: [B], −inf where none counts."""
+        values = torch.where(self.weight > 0, values, -math.inf)
+        lowest = torch.full_like(values, -math.inf)
+        return lowest.scatter_reduce(0, self.index, values, "amax")[self.index]
+
+    def scale(self, values: Tensor, centred: Tensor, estimator: Estimator) -> Tensor:
+        """values / (std + ε) with the std of `centred`; 0 where the std is 0, even for ε = 0."""
+        freedom = (self.size() - estimator.ddof).clamp(min=1)
+        # in units of the largest, whose square neither overflows nor underflows
+        unit = self.largest(centred.abs())
+        unit = torch.where(unit > 0, unit, 1.0)
+        std = (self.sum((centred / unit).square()) / freedom).sqrt()
+        scaled = (values / unit) / (std + estimator.epsilon / unit)
+        return torch.where(std == 0, 0.0, scaled)
+
+
+def _advantages(
+    values: Tensor, group: _Groups, tokens: Tensor | None, estimator: Estimator
+) -> Tensor:
+    """[B] float64, 0 where a reward does not count."""
+    batch = group.merge(tokens)
+    centred = (batch if estimator.baseline == "batch" else group).centre(values)
+    if estimator.baseline == "leave_one_out":
+        # R_i − Σ_{j≠i} R_j / (n − 1) = (R_i − mean R)·n / (n − 1)
+        size = group.size()
+        centred = centred * size / (size - 1).clamp(min=1)
+    if estimator.scale == "group":
+        return group.scale(centred, group.centre(values), estimator)
+    if estimator.scale == "batch":
+        return batch.scale(centred, batch.centre(values), estimator)
+    if estimator.scale == "centred":
+        return _scale_by_batch(centred, group, tokens, estimator)
+    return centred
+
+
+def _scale_by_batch(
+    centred: Tensor, group: _Groups, tokens: Tensor | None, estimator: Estimator
+) -> Tensor:
+    """Values of mean 0 over their std in the batch; over tokens, their mean is subtracted first."""
+    batch = group.merge(tokens)
+    if tokens is not None:
+        centred = batch.centre(centred)
+    return batch.scale(centred, centred, estimator)
+
+
+def _result_dtype(rewards: Tensor) -> torch.dtype:
+    """float32, or float64 for float64."""
+    return torch.float64 if rewards.dtype == torch.float64 else torch.float32
+
+
+def _check_vector(name: str, rewards: Tensor) -> Tensor:
+    """The rewards, once they are floating point and [B]."""
+    if check_floats(name, rewards).ndim != 1:
         got = f"{list(rewards.shape)} {rewards.dtype}"
-        raise ValueError(f"rewards: expected a floating-point tensor [B], got {got}")
-    if must_validate(validate, rewards) and not torch.isfinite(rewards).all():
-        bad = int((~torch.isfinite(rewards)).nonzero()[0, 0])
-        raise ValueError(f"rewards: expected finite numbers, got {rewards[bad]} at index {bad}")
-    return rewards.numel()
+        raise ValueError(f"{name}: expected a floating-point tensor [B], got {got}")
+    return rewards
+
+
+def _read_rewards(
+    name: str, rewards: Tensor, groups: int | Tensor, mask: Tensor | None, validate: bool | None
+) -> tuple[Tensor, _Groups]:
+    """(rewards [B] float64, not masked, their groups), checked."""
+    B = len(_check_vector(name, rewards))
+    present = torch.ones_like(rewards, dtype=torch.bool)
+    if mask is not None:
+        present = check_mask("mask", mask, (B,), device=rewards.device) != 0
+    if isinstance(groups, Tensor):
+        index, inside = check_ids("groups", groups, "B", B, rewards, validate)
+        present = present & inside
+    elif not is_int(groups) or groups < 1 or B % groups:
+        raise ValueError(f"groups: expected ids or a divisor of B = {B}, got {groups!r}")
+    else:
+        index = torch.arange(B, device=rewards.device) // groups
+    check_finite(name, rewards, present, validate)
+    return rewards.double(), _Groups(index, present.double())

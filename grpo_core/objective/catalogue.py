@@ -1,6 +1,6 @@
-"""What each recipe is, in words: its paper, its formula, and what frameworks call it.
+"""The table of recipes: formula, paper, and the options of a framework that mean the same.
 
-The one source of the table that `python -m grpo_core.recipes` prints and docs/objectives.md shows.
+`python -m grpo_core.recipes` prints it, docs/objectives.md shows it.
 """
 
 from __future__ import annotations
@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from grpo_core.objective.advantage import GroupNorm
 from grpo_core.objective.objective import Objective
 from grpo_core.objective.recipes import RECIPES
 
 Options = Mapping[str, object]
 
-# ℓ of a token by the surrogate's name; its parameters are filled in
+# ℓ of a token, by the name of the surrogate's function; {0}, {1}, ... are its parameters
 FORMULAS = {
     "clip": "−min(min(r, {2})·A, clip(r, 1−{0}, 1+{1})·A)",
     "importance": "−r·A",
@@ -34,7 +33,7 @@ LEVELS = {
 
 
 class Origin(NamedTuple):
-    """Where a method comes from, and the options of a framework that mean the same."""
+    """A method's paper, and the options of a framework that mean the same."""
 
     paper: str  # arXiv id, "" without a paper
     trl: Options | None = None  # of TRL 1.16's GRPOConfig; None where it has no such method
@@ -116,7 +115,7 @@ FRAMEWORKS = ("TRL 1.16", "verl 0.9.1")
 
 
 def formula(objective: Objective) -> str:
-    """ℓ of a token, with the objective's numbers in it."""
+    """ℓ of a token with the objective's numbers."""
     name = objective.surrogate.function.__name__
     text = FORMULAS[name].format(*(f"{number:g}" for number in objective.surrogate.args))
     text = text.replace("min(r, inf)", "r")
@@ -140,11 +139,10 @@ def kl_term(objective: Objective) -> str:
 
 def advantage(objective: Objective) -> str:
     """How rewards become advantages."""
-    how = objective.advantage
-    if isinstance(how, GroupNorm):
-        return "group mean, std" if how.scale else "group mean"
-    scale = "" if how.scale is None else f", std of {how.scale}"
-    return how.baseline.replace("_", " ") + scale
+    baseline, scale = objective.advantage.baseline, objective.advantage.scale
+    if baseline == "group" and scale in ("group", None):
+        return "group mean, std" if scale else "group mean"
+    return baseline.replace("_", " ") + (f", std of {scale}" if scale else "")
 
 
 def row(name: str, *, frameworks: bool) -> tuple[str, ...]:
@@ -189,7 +187,7 @@ def as_markdown() -> str:
 
 
 def _options(options: Options | None) -> str:
-    """Options as they would be written."""
+    """Options as on a command line."""
     return ", ".join(f"{name}={value}" for name, value in (options or {}).items())
 
 

@@ -1,15 +1,15 @@
-"""A method is a value: five independent axes, and checks that they make sense together.
+"""An objective is a value: five independent axes, and checks that they make sense together.
 
     L = Σ_n weight_n · (factor_n · surrogate(logp_n, log_ratio_n, A_n) + beta · kl_n)
         − entropy_coef · Σ_n entropy_weight_n · H_n
 
-| axis         | field                      | where it is computed                  |
-|--------------|----------------------------|---------------------------------------|
-| advantage    | `advantage`                | advantages.py, estimators.py          |
-| ratio level  | `ratio_level, token_clip`  | sequence_ratio.py                     |
-| surrogate    | `surrogate`, `factor`      | kernels/surrogates.py, policy_factor.py |
-| KL estimator | `kl, kl_times_ratio, beta` | kernels/kl.py, kernels/exact_kl.py    |
-| aggregation  | `aggregation`, `entropy_*` | weights.py                            |
+| axis         | field                      | where it is computed                       |
+|--------------|----------------------------|--------------------------------------------|
+| advantage    | `advantage`                | advantage.py                               |
+| ratio level  | `ratio_level, token_clip`  | backends/sequence_ratio.py                 |
+| surrogate    | `surrogate`, `factor`      | kernels/surrogates.py, policy_factor.py    |
+| KL estimator | `kl, kl_times_ratio, beta` | kernels/kl.py, kernels/exact_kl.py         |
+| aggregation  | `aggregation`, `entropy_*` | aggregation.py                             |
 """
 
 from __future__ import annotations
@@ -29,17 +29,21 @@ import torch
 
 from grpo_core.backends.formula import as_torch
 from grpo_core.backends.sequence_ratio import RatioLevel
-from grpo_core.backends.token_weights import Aggregation
 from grpo_core.kernels import kl as kl_estimators
-from grpo_core.objective.advantage import GroupNorm
-from grpo_core.objective.estimators import Estimator
+from grpo_core.objective.advantage import Estimator
+from grpo_core.objective.aggregation import Aggregation
 from grpo_core.objective.policy_factor import PolicyFactor
-from grpo_core.objective.validation import is_number
+from grpo_core.objective.validation import (
+    check_choice,
+    check_not_negative,
+    check_type,
+    is_number,
+)
 
-# an objective for each structure that is in use, by its key
+# one objective of each structure in use, by its key
 _STRUCTURES: weakref.WeakValueDictionary[str, Objective] = weakref.WeakValueDictionary()
 _LOCK = threading.Lock()
-# those that a compiled graph names
+# those that a compiled graph refers to
 _IN_GRAPHS: dict[str, Objective] = {}
 
 KL = Literal["k1", "absolute", "k2", "k3", "k1_plus", "absolute_plus", "k3_plus", "exact"]
@@ -47,13 +51,18 @@ KL = Literal["k1", "absolute", "k2", "k3", "k1_plus", "absolute_plus", "k3_plus"
 
 @dataclass(frozen=True)
 class Surrogate:
-    """A function of kernels/surrogates.py and its parameters, floats all.
+    """The policy term: a function of kernels/surrogates.py, or your own, and its parameters.
 
-    `homogeneous` promises that it scales with the advantage: where that is 0, so are value and
-    gradient, and the row need not be read. It is pickled by the name of its function.
+    It is pickled by the name of its function.
+
+    Args:
+        function: of a token's logp, log_ratio, advantage and `args`.
+        args: its parameters, floats.
+        homogeneous: promises that the value scales with the advantage: where that is 0, so are
+            value and gradient, and the row need not be read.
 
     Attributes:
-        plain: the function over tensors; bound here, since a graph cannot trace the binding.
+        plain: the function over tensors; made here, since a graph cannot trace how.
     """
 
     function: Callable
@@ -67,9 +76,8 @@ class Surrogate:
             raise ValueError(f"function: expected a function, got {self.function!r}")
         if not isinstance(self.args, (tuple, list)) or not all(map(is_number, self.args)):
             raise ValueError(f"args: expected a tuple of numbers, got {self.args!r}")
-        if not isinstance(self.homogeneous, bool):
-            raise ValueError(f"homogeneous: expected True or False, got {self.homogeneous!r}")
-        # an int would become a constant of the kernel, and every new one a compilation
+        check_type("homogeneous", self.homogeneous, bool)
+        # an int would become a constant of the kernel, and every new value compile it again
         object.__setattr__(self, "args", tuple(float(number) for number in self.args))
         object.__setattr__(self, "plain", as_torch(self.function))
 
@@ -82,48 +90,49 @@ class Surrogate:
     def __reduce__(self) -> tuple[Callable, tuple[Any, ...]]:
         name = _name(self.function)
         try:
-            found = pkgutil.resolve_name(name)
+            named = pkgutil.resolve_name(name)
         except (ImportError, AttributeError, ValueError):
-            found = None
-        if found is not self.function:
-            raise pickle.PicklingError(f"surrogate: expected a function to be found as {name}")
+            named = None
+        if named is not self.function:
+            raise pickle.PicklingError(f"surrogate: expected a function importable as {name}")
         return _named_surrogate, (name, self.args, self.homogeneous)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised. Immutable and hashable; `replace` makes a variant.
+    """A loss as a value: immutable, hashable; `replace` makes a variant.
 
     Args:
         surrogate: the policy term, for example `clip(0.2, 0.28)`.
-        kl: estimator of the KL to the reference policy from its log-probability of the token,
-            "exact" for the KL over the whole vocabulary from its logits, or None.
-        beta: weight of the KL term; with 0 a given `ref_logp` is only measured, by k3 if there is
-            no `kl`.
-        ratio_level: whose ratio the surrogate sees, see `sequence_ratio`.
+        kl: estimator of the KL to the reference policy from the token's log-probabilities, "exact"
+            for the KL over the whole vocabulary from logits, or None.
+        beta: weight of the KL term; with 0 a given `ref_logp` only enters the metrics, by k3 if
+            `kl` is None.
+        ratio_level: the ratio that the surrogate sees: the token's, the sequence's (GSPO), or the
+            sequence's with the gradient of the token's.
         advantage: how `rewards` become advantages when the loss is given rewards.
-        aggregation: how tokens are averaged, see `weights.token_weights`.
-        kl_times_ratio: weight the KL by the ratio, and differentiate that too: unbiased off policy
+        aggregation: how tokens are averaged, see `aggregation`.
+        kl_times_ratio: multiply the KL by the ratio and differentiate both: unbiased off policy
             (DeepSeek-V3.2, arXiv 2512.02556; TRL's default).
         entropy_coef: weight of the entropy bonus.
         entropy_aggregation: how the entropies are averaged, over this call; None means with the
             weights of the policy term, `normalizer` included.
-        factor: what scales the surrogate of a token, and nothing else; see `policy_factor`.
+        factor: scales the surrogate of a token, and nothing else; see `policy_factor`.
         token_clip: (low, high), bounds of a token's log-ratio before its sequence's mean (GMPO).
 
     Attributes:
-        key: what stands for the objective, but for its `numbers`, in a compiled graph.
+        key: names the structure (everything but `numbers`) in a compiled graph.
 
     Raises:
-        ValueError: an unknown name, a negative or infinite beta, beta without a KL estimator, a
-            ratio times the exact KL (which has no sampled token).
+        ValueError: a wrong type, name or range; beta without a KL estimator; the exact KL times a
+            ratio (it has no sampled token).
     """
 
     surrogate: Surrogate
     kl: KL | None = None
     beta: float = 0.0
     ratio_level: RatioLevel = "token"
-    advantage: GroupNorm | Estimator = field(default_factory=GroupNorm)
+    advantage: Estimator = field(default_factory=Estimator)
     aggregation: Aggregation = "token_mean"
     kl_times_ratio: bool = False
     entropy_coef: float = 0.0
@@ -133,26 +142,21 @@ class Objective:
     key: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.surrogate, Surrogate):
-            raise ValueError(f"surrogate: expected a Surrogate, got {self.surrogate!r}")
-        if not isinstance(self.advantage, (GroupNorm, Estimator)):
-            raise ValueError(
-                f"advantage: expected a GroupNorm or an Estimator, got {self.advantage!r}"
-            )
-        _one_of("kl", self.kl, (*get_args(KL), None))
-        _one_of("ratio_level", self.ratio_level, get_args(RatioLevel))
-        if not isinstance(self.factor, PolicyFactor):
-            raise ValueError(f"factor: expected a PolicyFactor, got {self.factor!r}")
-        _one_of("aggregation", self.aggregation, get_args(Aggregation))
-        _one_of("entropy_aggregation", self.entropy_aggregation, (*get_args(Aggregation), None))
-        if not is_number(self.beta) or not 0 <= self.beta < math.inf:
-            raise ValueError(f"beta: expected a finite number >= 0, got {self.beta!r}")
+        check_type("surrogate", self.surrogate, Surrogate)
+        check_type("advantage", self.advantage, Estimator)
+        check_type("factor", self.factor, PolicyFactor)
+        check_type("kl_times_ratio", self.kl_times_ratio, bool)
+        check_choice("kl", self.kl, (*get_args(KL), None))
+        check_choice("ratio_level", self.ratio_level, get_args(RatioLevel))
+        check_choice("aggregation", self.aggregation, get_args(Aggregation))
+        check_choice(
+            "entropy_aggregation", self.entropy_aggregation, (*get_args(Aggregation), None)
+        )
+        check_not_negative(beta=self.beta)
         if not is_number(self.entropy_coef) or not math.isfinite(self.entropy_coef):
             raise ValueError(f"entropy_coef: expected a finite number, got {self.entropy_coef!r}")
         if self.beta and self.kl is None:
             raise ValueError(f"kl: expected an estimator for beta = {self.beta}, got None")
-        if not isinstance(self.kl_times_ratio, bool):
-            raise ValueError(f"kl_times_ratio: expected True or False, got {self.kl_times_ratio!r}")
         if self.kl == "exact" and self.kl_times_ratio:
             raise ValueError("kl_times_ratio: expected False for kl = 'exact', got True")
         if self.token_clip is not None:
@@ -164,27 +168,27 @@ class Objective:
             object.__setattr__(self, "token_clip", tuple(bounds))
         key, same = _register(self)
         object.__setattr__(self, "key", key)
-        # held, so that the key stays known
+        # a reference, so that the key stays in the weak table
         object.__setattr__(self, "_same", same)
 
     def __reduce__(self) -> tuple[Callable, tuple[Any, ...]]:
-        # by the constructor, since a key is known where it was made
+        # by the constructor, since a key belongs to one process
         fields = (each.name for each in dataclasses.fields(self) if each.init)
         return type(self), tuple(getattr(self, name) for name in fields)
 
     @property
     def numbers(self) -> tuple[float, ...]:
-        """What may change from call to call: beta, entropy_coef, the surrogate's parameters."""
+        """The numbers that compile nothing new: beta, entropy_coef, the surrogate's parameters."""
         return (self.beta, self.entropy_coef, *self.surrogate.args)
 
     @property
     def is_token_level(self) -> bool:
-        """Whether a token's loss needs nothing of the other tokens of its sequence."""
+        """Whether a token's ratio is independent of the other tokens of its sequence."""
         return self.ratio_level == "token" and self.token_clip is None
 
     @property
     def kl_function(self) -> Callable:
-        """The estimator of kernels/kl.py for a given `ref_logp`; k3 where none is named."""
+        """The estimator of kernels/kl.py for a given `ref_logp`; k3 where `kl` is None."""
         assert self.kl != "exact"
         return getattr(kl_estimators, self.kl or "k3")
 
@@ -194,7 +198,7 @@ class Objective:
 
 
 def objective_of(key: str, numbers: Sequence[float] | None = None) -> Objective:
-    """The objective of a key that a graph names, with other numbers if they are given."""
+    """The objective of a key in a graph, with other numbers if they are given."""
     objective = _IN_GRAPHS.setdefault(key, _STRUCTURES[key])
     if numbers is None or tuple(numbers) == objective.numbers:
         return objective
@@ -204,9 +208,9 @@ def objective_of(key: str, numbers: Sequence[float] | None = None) -> Objective:
 
 
 def _register(objective: Objective) -> tuple[str, Objective | None]:
-    """The key of an objective's structure, and the other objective that is found by it, if any.
+    """The key of an objective's structure, and the other objective that has it, if any.
 
-    The key is "" inside a graph, whose effects come too late.
+    The key is "" while a graph is traced, where a global cannot be written.
     """
     if torch.compiler.is_compiling():
         return "", None
@@ -217,27 +221,20 @@ def _register(objective: Objective) -> tuple[str, Objective | None]:
     values |= {"beta": objective.beta != 0, "entropy_coef": objective.entropy_coef != 0}
     key = ", ".join(f"{name}={value}" for name, value in values.items())
     with _LOCK:
-        # a function may be defined anew under its name
+        # another function may have the same name, as when a notebook cell is run again
         while (
-            found := _STRUCTURES.setdefault(key, objective)
+            first := _STRUCTURES.setdefault(key, objective)
         ).surrogate.function is not surrogate.function:
             key += "'"
-    return key, None if found is objective else found
+    return key, None if first is objective else first
 
 
 def _name(function: Callable) -> str:
-    """module:name of a function, or of what Triton made of one."""
+    """module:name of a function, also of one that Triton has wrapped."""
     plain = getattr(function, "fn", function)
     return f"{plain.__module__}:{plain.__qualname__}"
 
 
 def _named_surrogate(name: str, args: tuple[float, ...], homogeneous: bool) -> Surrogate:
-    """What `Surrogate` is pickled as."""
+    """Unpickles a `Surrogate`."""
     return Surrogate(pkgutil.resolve_name(name), args, homogeneous)
-
-
-def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """Raises ValueError unless `value` is one of `choices`."""
-    # equality with what is no name, such as a tensor, may be anything
-    if not (value is None or isinstance(value, str)) or value not in choices:
-        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")

@@ -1,21 +1,21 @@
-"""Which tokens the policy term trusts, and how far: a detached factor of the surrogate alone.
+"""A detached factor of each token's surrogate, and of nothing else.
 
     L = Σ_n weight_n · (factor_n · ℓ_n + beta · kl_n) − entropy_weight_n · H_n
 
 | part              | factor of a token                                                       |
 |-------------------|-------------------------------------------------------------------------|
-| `sampler`         | π_old / π_sampler, bounded, see `sampler`                               |
+| `sampler`         | π_old / π_sampler, bounded, see `off_policy`                            |
 | `off_policy_delta`| 0 where A < 0 and the sequence has moved by more than δ nats a token    |
 | `top_entropy`     | 0 below the (1 − ρ)-quantile of the entropies of this call's tokens     |
-| `sequence_weight` | φ(W) of the sequence's ratio, see there; `sampler` is then part of W    |
+| `sequence_weight` | φ(W) of the sequence's ratio; `sampler` is then part of W               |
 
-The factors multiply. The KL and every mean keep such tokens; the entropy bonus leaves out those of
-low entropy, as in TRL. Only `rejections`, and `sampler` with action "reject", take tokens out of
-the mask: each looks at what was there before all of them. With an `old_logp` the sampler's parts
-are known before the logits are read; everything else takes two phases.
+The factors multiply each other. Only `rejections`, and `sampler` with action "reject", take tokens
+out of the mask; each of them sees the tokens that were there before all of them. All other parts
+leave the KL and every mean unchanged, except that tokens of low entropy get no entropy bonus, as in
+TRL. With an `old_logp`, `sampler` and `rejections` are computed before the logits are read. The
+other parts need two phases.
 
-Source: sampler, rejections, sequence_weight: see there; off_policy_delta: DeepSeek-V3.2 (arXiv
-2512.02556, sec. 3.1); top_entropy: "Beyond the 80/20 rule" (2506.01939).
+Source: top_entropy: "Beyond the 80/20 rule" (arXiv 2506.01939); the others: where they are defined.
 """
 
 from __future__ import annotations
@@ -27,18 +27,53 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from grpo_core.objective.rejection import Rejection
-from grpo_core.objective.sampler import (
-    Correction,
+from grpo_core.objective.off_policy import (
+    Rejection,
     SamplerCorrection,
-    off_policy_mask,
-    sampler_correction,
+    combine,
+    find_off_policy,
 )
-from grpo_core.objective.sequence_weight import SequenceWeight
-from grpo_core.objective.validation import is_number
+from grpo_core.objective.validation import check_not_negative, check_type, is_number
 
 if TYPE_CHECKING:
     from grpo_core.loss.inputs import Tokens
+
+# e²⁰ is far above any ratio of use, and far below what overflows
+LARGEST_LOG_RATIO = 20.0
+# a less likely sequence has no weight left
+SMALLEST_LOG_RATIO = math.log(1e-8)
+
+
+@dataclass(frozen=True)
+class SequenceWeight:
+    """φ(W) = W^k · e^{λ(1 − W)}, a smooth weight of each sequence instead of a clip; φ(1) = 1.
+
+    W = Π_t π(t) / π_old(t), times the sampler's π_old / π_sampler where that is given. In log W a
+    token is clamped to ±20, its sampler's ratio to [log 1e-8, 20], and so is the sum. A token with
+    a ratio that is not finite, which the loss leaves out, is not part of it.
+
+    Args:
+        k_pos, lambda_pos: exponent k and decay λ where the advantage is >= 0.
+        k_neg, lambda_neg: the same where it is below.
+
+    Source: VESPO (arXiv 2602.10693); the bounds: its authors' code, and TRL's.
+    """
+
+    k_pos: float = 2.0
+    lambda_pos: float = 3.0
+    k_neg: float = 3.0
+    lambda_neg: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_not_negative(**vars(self))
+
+    def weigh(self, log_w: Tensor, advantage: Tensor) -> Tensor:
+        """φ of log W [N]; of the advantage [N] only the sign is used."""
+        log_w = log_w.clamp(SMALLEST_LOG_RATIO, LARGEST_LOG_RATIO)
+        gains = advantage >= 0
+        k = torch.where(gains, self.k_pos, self.k_neg)
+        decay = torch.where(gains, self.lambda_pos, self.lambda_neg)
+        return (k * log_w - decay * torch.expm1(log_w)).exp()
 
 
 @dataclass(frozen=True)
@@ -46,18 +81,17 @@ class PolicyFactor:
     """The parts of the factor; by default it is 1.
 
     Args:
-        sampler: correction for tokens that another program sampled; needs `sampler_logp`.
-        off_policy_delta: δ, nats per token; infinite means that no sequence is left out. The
-            distance is from `sampler_logp` if that is given, else from `old_logp`.
+        sampler: correction for tokens that another policy sampled; needs `sampler_logp`.
+        off_policy_delta: δ, nats per token; with infinity no sequence is left out. The distance is
+            from `sampler_logp` if that is given, else from `old_logp`.
         top_entropy: ρ in [0, 1], the share of the tokens, those of the highest entropy, that the
             surrogate acts on; with 0 the highest alone.
         sequence_weight: a smooth weight of each sequence.
         rejections: which tokens and sequences to leave out; they need `sampler_logp`.
-        current: `sampler` and `rejections` look at π/π_sampler, not at π_old/π_sampler.
+        current: `sampler` and `rejections` compare π, not π_old, with π_sampler.
 
     Raises:
-        ValueError: a share outside [0, 1], a δ that is NaN, another record than named here, a
-            `sampler` that is not of tokens beside a `sequence_weight`.
+        ValueError: a wrong type or range, or a `sampler` of sequences beside a `sequence_weight`.
     """
 
     sampler: SamplerCorrection | None = None
@@ -69,14 +103,13 @@ class PolicyFactor:
 
     def __post_init__(self) -> None:
         weight, rules = self.sequence_weight, self.rejections
-        if self.sampler is not None and not isinstance(self.sampler, SamplerCorrection):
-            raise ValueError(f"sampler: expected a SamplerCorrection, got {self.sampler!r}")
-        if weight is not None and not isinstance(weight, SequenceWeight):
-            raise ValueError(f"sequence_weight: expected a SequenceWeight, got {weight!r}")
+        if self.sampler is not None:
+            check_type("sampler", self.sampler, SamplerCorrection)
+        if weight is not None:
+            check_type("sequence_weight", weight, SequenceWeight)
         if not isinstance(rules, tuple) or not all(isinstance(rule, Rejection) for rule in rules):
             raise ValueError(f"rejections: expected a tuple of Rejection, got {rules!r}")
-        if not isinstance(self.current, bool):
-            raise ValueError(f"current: expected True or False, got {self.current!r}")
+        check_type("current", self.current, bool)
         delta = self.off_policy_delta
         if not is_number(delta) or not -math.inf < delta <= math.inf:
             raise ValueError(f"off_policy_delta: expected a number, got {delta!r}")
@@ -88,7 +121,7 @@ class PolicyFactor:
 
     @property
     def needs_sampler(self) -> bool:
-        """Whether the log-probabilities of another program are part of the factor."""
+        """Whether a part compares with the sampler's log-probabilities."""
         return self.sampler is not None or bool(self.rejections)
 
     def waits_for_logp(self, old_logp: Tensor | None) -> bool:
@@ -96,7 +129,7 @@ class PolicyFactor:
         return old_logp is None or self.current
 
     def needs_statistics(self, tokens: Tokens) -> bool:
-        """Whether the factor follows from the logits that are about to be read."""
+        """Whether the factor depends on the logits that are about to be read."""
         drifts = tokens.old_logp is not None or tokens.sampler_logp is not None
         return (
             self.top_entropy < 1
@@ -106,77 +139,62 @@ class PolicyFactor:
 
     @torch.no_grad()
     def of_sampler(self, tokens: Tokens, old_logp: Tensor) -> Tokens:
-        """The tokens with the factor of `sampler`, and without those that are rejected."""
+        """The tokens with the factor of `sampler`, and without those that a rule rejects."""
         if not self.needs_sampler:
             return tokens
-        left, sampler_logp = tokens.valid, tokens.sampler_logp
-        assert sampler_logp is not None
+        assert tokens.sampler_logp is not None
         # the loss itself drops a token whose own log-probability is not finite
-        old_logp = torch.where(old_logp.isfinite(), old_logp, sampler_logp)
-        weighed = tokens
+        old_logp = torch.where(old_logp.isfinite(), old_logp, tokens.sampler_logp)
+        vectors = (old_logp, tokens.sampler_logp, tokens.valid, tokens.sequence, tokens.sequences)
+        left, weighted = tokens.valid, tokens
         if self.sampler is not None:
-            found = self._correction(self.sampler, tokens, old_logp)
-            left = left & found.mask
+            factor, kept = self.sampler.apply(*vectors)
+            left = left & kept
             if self.sequence_weight is None:
-                weighed = tokens.multiplied(found.factor)
+                weighted = tokens.multiplied(factor)
         for rule in self.rejections:
-            where = (tokens.valid, tokens.sequence, tokens.sequences)
-            left = left & rule.keeps(old_logp, sampler_logp, *where)
-        return weighed.without(tokens.valid & ~left)
+            left = left & rule.apply(*vectors)[1]
+        return weighted.without(tokens.valid & ~left)
 
     @torch.no_grad()
     def of_statistics(self, tokens: Tokens, logp: Tensor, entropy: Tensor) -> Tokens:
-        """The tokens with every factor that had to wait for their log-probability or entropy."""
+        """The tokens with every factor that depends on their log-probability or entropy."""
         if self.waits_for_logp(tokens.old_logp):
             tokens = self.of_sampler(tokens, logp)
         if self.sequence_weight is not None:
             tokens = tokens.multiplied(self.of_sequences(tokens, logp))
         before = tokens.old_logp if tokens.sampler_logp is None else tokens.sampler_logp
         if self.off_policy_delta < math.inf and before is not None:
-            found = off_policy_mask(
+            drifted = find_off_policy(
                 logp,
                 before,
                 tokens.advantage,
                 tokens.valid,
-                delta=self.off_policy_delta,
-                sequence_id=tokens.sequence,
-                validate=False,
+                tokens.sequence,
+                tokens.sequences,
+                self.off_policy_delta,
             )
-            # a log-probability that is not finite is no evidence: its token is judged elsewhere
-            tokens = tokens.multiplied(1 - (found.mask & (found.factor == 0)).to(logp.dtype))
+            tokens = tokens.multiplied((~drifted).to(logp.dtype))
         if self.top_entropy < 1:
             tokens = tokens.only_entropy_of(top_share(entropy, tokens.valid, self.top_entropy))
         return tokens
 
     @torch.no_grad()
     def of_sequences(self, tokens: Tokens, logp: Tensor) -> Tensor:
-        """[N] what `sequence_weight` makes of each token's sequence, masked tokens included."""
+        """[N] φ of each token's sequence, masked tokens included."""
         assert self.sequence_weight is not None
+        sequence, sequences = tokens.sequence, tokens.sequences
         old_logp = logp if tokens.old_logp is None else tokens.old_logp
-        ratio = None
+        log_ratio = logp - old_logp
+        counted = tokens.valid & log_ratio.isfinite()
+        log_ratio = log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
         if self.sampler is not None:
-            ratio = self._correction(self.sampler, tokens, old_logp).factor
-        return self.sequence_weight.of(
-            logp - old_logp,
-            ratio,
-            tokens.advantage,
-            tokens.valid,
-            tokens.sequence,
-            tokens.sequences,
-        )
-
-    @staticmethod
-    def _correction(rule: SamplerCorrection, tokens: Tokens, old_logp: Tensor) -> Correction:
-        """The rule applied to the valid tokens."""
-        assert tokens.sampler_logp is not None
-        return sampler_correction(
-            old_logp,
-            tokens.sampler_logp,
-            tokens.valid,
-            **vars(rule),
-            sequence_id=None if rule.level == "token" else tokens.sequence,
-            validate=False,
-        )
+            assert tokens.sampler_logp is not None
+            vectors = (old_logp, tokens.sampler_logp, tokens.valid, sequence, sequences)
+            log_w = self.sampler.apply(*vectors)[0].to(log_ratio.dtype).log()
+            log_ratio = log_ratio + log_w.clamp(SMALLEST_LOG_RATIO, LARGEST_LOG_RATIO)
+        total = combine(log_ratio, counted, "sum", sequence, sequences)
+        return self.sequence_weight.weigh(total, tokens.advantage)
 
 
 def top_share(values: Tensor, valid: Tensor, share: float) -> Tensor:
@@ -186,9 +204,9 @@ def top_share(values: Tensor, valid: Tensor, share: float) -> Tensor:
     """
     if not values.numel():
         return valid
-    known = valid & values.isfinite()
-    ordered = torch.where(known, values, math.inf).sort().values
-    last = (known.sum() - 1).clamp(min=0)
+    finite = valid & values.isfinite()
+    ordered = torch.where(finite, values, math.inf).sort().values
+    last = (finite.sum() - 1).clamp(min=0)
     place = torch.full_like(values[:1], 1 - share) * last
     below = place.long()
     low, high = ordered.gather(0, below), ordered.gather(0, torch.minimum(below + 1, last[None]))

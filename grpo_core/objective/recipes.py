@@ -1,7 +1,7 @@
-"""The published methods as objectives: the only place in the library where their names occur.
+"""The surrogates, and the published methods as objectives; defaults are those of the papers.
 
-Defaults are the papers'. One more method is one function in kernels/surrogates.py if it needs one,
-a line here, and its oracle in tests/oracles.py.
+A new method is a function in kernels/surrogates.py if its formula is new, a line in `RECIPES`, and
+its oracle in tests/oracles.py. No other library code contains the name of a method.
 """
 
 from __future__ import annotations
@@ -9,22 +9,20 @@ from __future__ import annotations
 import math
 
 from grpo_core.kernels import surrogates
-from grpo_core.objective.advantage import GroupNorm
-from grpo_core.objective.estimators import Estimator
+from grpo_core.objective.advantage import Estimator
 from grpo_core.objective.objective import Objective, Surrogate
-from grpo_core.objective.policy_factor import PolicyFactor
-from grpo_core.objective.sequence_weight import SequenceWeight
-from grpo_core.objective.validation import is_number
+from grpo_core.objective.policy_factor import PolicyFactor, SequenceWeight
+from grpo_core.objective.validation import check_not_negative, is_number
 
 
 def clip(eps_low: float, eps_high: float | None = None, delta: float = math.inf) -> Surrogate:
     """PPO's clipped ratio: bounds 1 − eps_low and 1 + eps_high (eps_low if None), outer bound δ.
 
     Raises:
-        ValueError: a negative bound, or δ < 1 + eps_high (there δ and dual clip would differ).
+        ValueError: a negative bound, or δ < 1 + eps_high, where δ and dual clip would differ.
     """
     eps_high = eps_low if eps_high is None else eps_high
-    _at_least_zero(eps_low=eps_low, eps_high=eps_high)
+    check_not_negative(eps_low=eps_low, eps_high=eps_high)
     if not is_number(delta) or not delta >= 1 + eps_high:
         raise ValueError(f"delta: expected >= 1 + eps_high = {1 + eps_high}, got {delta!r}")
     return Surrogate(
@@ -33,7 +31,7 @@ def clip(eps_low: float, eps_high: float | None = None, delta: float = math.inf)
 
 
 def importance() -> Surrogate:
-    """The ratio without a bound; with `Objective.token_clip` GMPO's."""
+    """The ratio without a bound; with `Objective.token_clip`, that of GMPO."""
     return Surrogate(surrogates.importance, homogeneous=True)
 
 
@@ -43,8 +41,8 @@ def reinforce() -> Surrogate:
 
 
 def cispo(high: float, low: float = 0.0) -> Surrogate:
-    """Bounded importance weight, absolute bounds of the ratio (TRL's reading; verl's are 1 ± ε)."""
-    _at_least_zero(low=low)
+    """Detached ratio with absolute bounds, as in TRL (verl's bounds are 1 ± ε)."""
+    check_not_negative(low=low)
     if not is_number(high) or not high > low:
         raise ValueError(f"high: expected more than low = {low}, got {high!r}")
     return Surrogate(surrogates.cispo, (float(low), float(high)), homogeneous=True)
@@ -59,40 +57,33 @@ def sapo(tau_pos: float = 1.0, tau_neg: float = 1.05) -> Surrogate:
 
 
 def dro(beta: float) -> Surrogate:
-    """Squared log-ratio in place of a clip."""
-    _at_least_zero(beta=beta)
+    """A penalty on the squared log-ratio instead of a clip."""
+    check_not_negative(beta=beta)
     return Surrogate(surrogates.dro, (float(beta),))
 
 
 def dppo_tv(delta_low: float, delta_high: float, cap: float = 20.0) -> Surrogate:
     """Trust region on the difference of probabilities."""
-    _at_least_zero(delta_low=delta_low, delta_high=delta_high, cap=cap)
+    check_not_negative(delta_low=delta_low, delta_high=delta_high, cap=cap)
     return Surrogate(
         surrogates.dppo_tv, (float(delta_low), float(delta_high), float(cap)), homogeneous=True
     )
 
 
 def dppo_kl(delta_low: float, delta_high: float, cap: float = 20.0) -> Surrogate:
-    """Trust region on the KL between the two ways to see a token: it, or any other."""
-    _at_least_zero(delta_low=delta_low, delta_high=delta_high, cap=cap)
+    """Trust region on the KL of two Bernoulli variables: this token, or any other."""
+    check_not_negative(delta_low=delta_low, delta_high=delta_high, cap=cap)
     return Surrogate(
         surrogates.dppo_kl, (float(delta_low), float(delta_high), float(cap)), homogeneous=True
     )
 
 
 def topr() -> Surrogate:
-    """REINFORCE on gains, a truncated ratio on losses."""
+    """REINFORCE for positive advantages, a truncated ratio for the others."""
     return Surrogate(surrogates.topr, homogeneous=True)
 
 
-def _at_least_zero(**numbers: float) -> None:
-    """Raises ValueError for the first that is negative or not finite."""
-    for name, number in numbers.items():
-        if not is_number(number) or not 0 <= number < math.inf:
-            raise ValueError(f"{name}: expected a finite number >= 0, got {number!r}")
-
-
-MEAN_ONLY = GroupNorm(scale=False)
+MEAN_ONLY = Estimator(scale=None)
 
 RECIPES: dict[str, Objective] = {
     # arXiv 1707.06347; advantages are given (GAE)
@@ -127,7 +118,7 @@ RECIPES: dict[str, Objective] = {
     "rloo": Objective(
         reinforce(), advantage=Estimator("leave_one_out", None), aggregation="sequence_sum"
     ),
-    # arXiv 2501.03262: normalised over the batch; its KL belongs into the rewards (`value`)
+    # arXiv 2501.03262: normalised over the batch; its KL belongs in the rewards (`value`)
     "reinforce_plus_plus": Objective(clip(0.2), advantage=Estimator("batch", "batch")),
     # the same paper's variant with groups
     "reinforce_plus_plus_baseline": Objective(clip(0.2), advantage=Estimator("group", "centred")),

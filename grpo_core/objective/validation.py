@@ -1,7 +1,12 @@
-"""What arguments are checked for: dense tensors, ids, numbers; and when values are looked at."""
+"""Checks of arguments: dense tensors, shapes, ids and numbers, and when values are read.
+
+Every `check_` function raises ValueError "name: expected ..., got ..." for what it refuses, and
+NotImplementedError for a tensor that no function here can read.
+"""
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 from typing import TypeGuard
 
@@ -12,10 +17,9 @@ from torch.autograd import forward_ad
 
 
 def must_validate(validate: bool | None, tensor: Tensor) -> bool:
-    """Whether the values of `tensor` are to be checked; None means on the CPU only.
+    """Whether the values of `tensor` are checked; None means on the CPU only.
 
-    On a GPU the host would have to wait for the answer; inside a transform of torch.func there is
-    none.
+    On a GPU the host would have to wait for them. Inside a transform of torch.func there are none.
     """
     if validate is None:
         return tensor.device.type == "cpu" and not _is_transformed(tensor)
@@ -32,13 +36,28 @@ def is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def check_tensor(name: str, value: object, device: torch.device | None = None) -> Tensor:
-    """The tensor itself, once it is dense and on the device, if one is given.
+def check_type(name: str, value: object, kind: type) -> None:
+    """Refuses what is not an instance of `kind`."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name}: expected an instance of {kind.__name__}, got {value!r}")
 
-    Raises:
-        ValueError: it is no tensor, or elsewhere.
-        NotImplementedError: it is sparse or nested.
-    """
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Refuses what is neither a string nor None, or not among the choices."""
+    # `in` compares by ==, which a tensor answers with a tensor
+    if not (value is None or isinstance(value, str)) or value not in choices:
+        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+
+
+def check_not_negative(**numbers: object) -> None:
+    """Refuses what is no number, or negative, or not finite."""
+    for name, number in numbers.items():
+        if not is_number(number) or not 0 <= number < math.inf:
+            raise ValueError(f"{name}: expected a finite number >= 0, got {number!r}")
+
+
+def check_tensor(name: str, value: object, device: torch.device | None = None) -> Tensor:
+    """The value itself, a dense tensor, on the device if one is given."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.is_nested or value.layout != torch.strided:
@@ -50,10 +69,10 @@ def check_tensor(name: str, value: object, device: torch.device | None = None) -
 
 
 def check_concrete(**tensors: object) -> None:
-    """Raises NotImplementedError for tensors whose memory a kernel cannot read.
+    """Refuses tensors whose memory a kernel cannot read; what is no tensor passes.
 
-    Those are on the meta device, inside a transform of torch.func (vmap, grad, jvp), or dual ones
-    of forward-mode differentiation.
+    Those are on the meta device, inside a transform of torch.func (vmap, grad, jvp), or dual
+    tensors of forward-mode differentiation.
     """
     if torch.compiler.is_compiling():
         return
@@ -67,21 +86,24 @@ def check_concrete(**tensors: object) -> None:
             )
         if value.is_meta:
             raise NotImplementedError(f"{name}: expected a tensor with values, got one on meta")
-        # outside of a dual level nothing has a tangent
+        # outside of a dual level no tensor has a tangent
         if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
             raise NotImplementedError(
                 f"{name}: expected a tensor without a forward-mode derivative, got a dual one"
             )
 
 
+def check_shape(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:
+    """Refuses a tensor that has none of the shapes; without shapes every tensor passes."""
+    if shapes and tuple(tensor.shape) not in shapes:
+        expected = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"{name}: expected shape {expected}, got {list(tensor.shape)}")
+
+
 def check_floats(
     name: str, value: object, *shapes: tuple[int, ...], device: torch.device | None = None
 ) -> Tensor:
-    """The tensor itself, once it is floating point and has one of the shapes, if there are any.
-
-    Raises:
-        ValueError, NotImplementedError: naming the argument, what was expected and what came.
-    """
+    """The value itself, a floating-point tensor of one of the shapes."""
     tensor = check_tensor(name, value, device)
     check_shape(name, tensor, *shapes)
     if not tensor.is_floating_point():
@@ -92,11 +114,7 @@ def check_floats(
 def check_mask(
     name: str, value: object, *shapes: tuple[int, ...], device: torch.device | None = None
 ) -> Tensor:
-    """The tensor itself, once it is real and has one of the shapes.
-
-    Raises:
-        ValueError, NotImplementedError: naming the argument, what was expected and what came.
-    """
+    """The value itself, a real tensor of one of the shapes."""
     tensor = check_tensor(name, value, device)
     check_shape(name, tensor, *shapes)
     if tensor.is_complex():
@@ -104,22 +122,12 @@ def check_mask(
     return tensor
 
 
-def check_shape(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:
-    """Raises ValueError unless the tensor has one of the shapes, if there are any."""
-    if shapes and tuple(tensor.shape) not in shapes:
-        expected = " or ".join(str(list(shape)) for shape in shapes)
-        raise ValueError(f"{name}: expected shape {expected}, got {list(tensor.shape)}")
-
-
 def check_integers(
     name: str, value: object, *shapes: tuple[int, ...], device: torch.device | None = None
 ) -> Tensor:
-    """As int64, once it is an integer tensor and has one of the shapes, if there are any.
+    """An integer tensor of one of the shapes, as int64.
 
     A narrower type would compare wrongly with -100, or with a number that it cannot hold.
-
-    Raises:
-        ValueError, NotImplementedError: naming the argument, what was expected and what came.
     """
     tensor = check_tensor(name, value, device)
     check_shape(name, tensor, *shapes)
@@ -133,14 +141,11 @@ def check_integers(
 def check_ids(
     name: str, ids: object, bound: str, count: int, like: Tensor, validate: bool | None
 ) -> tuple[Tensor, Tensor]:
-    """(ids brought into [0, count), whether they were there): int64 and bool, one for each number.
+    """(ids clamped into [0, count) as int64, whether they were inside as bool).
 
     Args:
         bound: the name of `count` in a message.
-        like: [N], whose ids they are.
-
-    Raises:
-        ValueError, NotImplementedError: naming the argument, what was expected and what came.
+        like: [N, ...], a tensor with one row per id.
     """
     given = check_integers(name, ids, tuple(like.shape[:1]), device=like.device)
     inside = (given >= 0) & (given < count)
@@ -149,8 +154,21 @@ def check_ids(
     return given.clamp(0, max(count - 1, 0)), inside
 
 
+def check_finite(name: str, tensor: Tensor, present: Tensor, validate: bool | None) -> None:
+    """Refuses NaN and infinity where `present`, if values are checked."""
+    if not must_validate(validate, tensor):
+        return
+    bad = present & ~tensor.isfinite()
+    if bad.any():
+        at = bad.nonzero()[0].tolist()
+        index = at[0] if len(at) == 1 else at
+        raise ValueError(
+            f"{name}: expected finite numbers, got {tensor[tuple(at)]} at index {index}"
+        )
+
+
 def raise_first(name: str, expected: str, vector: Tensor, bad: Tensor) -> None:
-    """Raises ValueError showing the first bad element."""
+    """Raises ValueError with the first bad element of a vector."""
     at = int(bad.nonzero()[0, 0])
     raise ValueError(f"{name}: expected {expected}, got {vector[at].item()} at row {at}")
 

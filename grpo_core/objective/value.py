@@ -1,16 +1,16 @@
-"""PPO's side of the house: rewards and advantages per token, and the loss of the value head.
+"""PPO: advantages per token (GAE), the KL in the reward, and the loss of the value head.
 
-    r_t = −beta·kl_t, and the completion's reward on top at its last token
+    r_t = −beta·kl_t, plus the completion's reward at its last token
     δ_t = r_t + γ·V_{t+1} − V_t;  A_t = Σ_l (γλ)^l·δ_{t+l};  return_t = A_t + V_t
     L   = Σ_t weight_t · ½·max((V_t − return_t)², (clip(V_t, V_old ± ε) − return_t)²)
 
-Padded `[B, T]` throughout. A masked token, at the end or in the middle (the answer of a tool), is
-jumped over: the next token of t is the next valid one, and no discount is paid for the gap.
+Batches are padded, `[B, T]`. Masked tokens, at the end or in the middle (a tool's answer), are
+skipped: t + 1 is the next valid token, and the gap costs no discount.
 
-As verl 0.9.1, but for: where a token is masked advantage and return are 0 and not what was carried
-past; k3 is not cut at 10; an all-masked batch gives 0 and not an error. TRL's PPOTrainer (to 0.29;
-1.16 has none) knows no masks in the middle, and adds the completion's reward one token later, on
-the first of the padding, which has a value there.
+Differences from verl 0.9.1: advantage and return of a masked token are 0, not the last value
+carried along; k3 is not clamped at 10; a batch without a valid token gives 0, not an error. TRL's
+PPOTrainer (up to 0.29; 1.16 has none) has no masks in the middle, and adds the completion's reward
+one token later, at the first padding token, which has a value there.
 
 Source: GAE: arXiv 1506.02438, eq. 16; KL in the reward: 1909.08593, eq. 2; the clipped value loss
 is not in the PPO paper (1707.06347) but in its code (openai/baselines, ppo2).
@@ -18,16 +18,22 @@ is not in the PPO paper (1707.06347) but in its code (openai/baselines, ppo2).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from grpo_core.objective.validation import check_floats, check_mask, is_number, must_validate
+from grpo_core.objective.validation import (
+    check_choice,
+    check_finite,
+    check_floats,
+    check_mask,
+    check_not_negative,
+    is_number,
+)
 
-KL = Literal["k1", "k2", "k3", "abs"]
+KLPenalty = Literal["k1", "k2", "k3", "abs"]
 # added to the variance, as in verl and TRL
 WHITENING = 1e-8
 # above this exponent float32 overflows
@@ -42,33 +48,28 @@ def rewards_with_kl(
     mask: Tensor,
     *,
     beta: float,
-    kl: KL = "k1",
+    kl: KLPenalty = "k1",
     validate: bool | None = None,
 ) -> Tensor:
     """r_t = −beta·kl(logp_t, ref_logp_t), plus the completion's reward at its last valid token.
 
     Args:
-        rewards: [B] floating point, one per completion; lost for one without a valid token.
+        rewards: [B] floating point; that of a completion without a valid token is not used.
         logp: [B, T], of the policy that sampled, nats.
         ref_logp: [B, T], nats.
         mask: [B, T], 0 means masked.
-        beta: price of a nat, >= 0.
-        kl: with d = logp − ref_logp, "k1" is d, "abs" |d|, "k2" d²/2, "k3" e⁻ᵈ − 1 + d (−d not
-            above 80, where float32 would overflow).
-        validate: look for NaN and infinity; None means on the CPU only.
+        beta: reward per nat, >= 0.
+        kl: with d = logp − ref_logp, "k1" is d, "abs" |d|, "k2" d²/2, "k3" e⁻ᵈ − 1 + d (with −d
+            clamped to 80, since float32 would overflow).
+        validate: check for NaN and infinity; None means on the CPU only.
 
     Returns:
         [B, T] float32 (float64 for float64 logp), 0 where masked.
 
-    Raises:
-        ValueError: naming the argument, what was expected and what came.
-
     Source: Ziegler et al. (arXiv 1909.08593, eq. 2); the estimators: Schulman (2020).
     """
-    if kl not in get_args(KL):
-        raise ValueError(f"kl: expected one of {get_args(KL)}, got {kl!r}")
-    if not is_number(beta) or not 0 <= beta < math.inf:
-        raise ValueError(f"beta: expected a finite number >= 0, got {beta!r}")
+    check_choice("kl", kl, get_args(KLPenalty))
+    check_not_negative(beta=beta)
     present = _present(mask, "logp", logp)
     _check_floats("logp", logp, tuple(logp.shape), present, validate)
     _check_floats("ref_logp", ref_logp, tuple(logp.shape), present, validate)
@@ -80,8 +81,8 @@ def rewards_with_kl(
         "k2": lambda: d * d / 2,
         "k3": lambda: torch.expm1((-d).clamp(max=MAX_EXPONENT)) + d,
     }[kl]()
-    still_to_come = present.flip(1).cumsum(1).flip(1)
-    last = present & (still_to_come == 1)
+    remaining = present.flip(1).cumsum(1).flip(1)
+    last = present & (remaining == 1)
     return _like(logp, torch.where(last, rewards.double()[:, None], 0.0) - beta * penalty)
 
 
@@ -98,24 +99,21 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """(A_t, A_t + V_t) with A_t = δ_t + γλ·A_{t+1} and δ_t = r_t + γ·V_{t+1} − V_t.
 
-    With values 0 and λ = 1 this is the discounted reward to come (REINFORCE++, arXiv 2501.03262).
+    With values 0 and λ = 1 this is the discounted future reward (REINFORCE++, arXiv 2501.03262).
 
     Args:
-        rewards: [B, T] floating point, those of masked tokens are not read.
+        rewards: [B, T] floating point; those of masked tokens are not read.
         values: [B, T]: completions end where their mask ends, V = 0 after that. Or [B, T + 1]: the
-            last column is V after the last valid token, 0 for what ended, V of the state for what
-            was cut off.
-        mask: [B, T], 0 means masked; anywhere.
+            last column is V after the last valid token: 0 for a completion that ended, V of the
+            state for one that was cut off.
+        mask: [B, T], 0 means masked, anywhere.
         gamma, lam: γ and λ in [0, 1].
-        whitened: advantages less their mean and over √(variance + 1e-8), by all valid tokens of
-            this call; returns stay as they are.
-        validate: look for NaN and infinity; None means on the CPU only.
+        whitened: subtract the mean of the advantages and divide by √(variance + 1e-8), over all
+            valid tokens of this call; returns are not changed.
+        validate: check for NaN and infinity; None means on the CPU only.
 
     Returns:
         advantage and return, both [B, T] float32 (float64 for float64 values), 0 where masked.
-
-    Raises:
-        ValueError: naming the argument, what was expected and what came.
 
     Source: GAE (arXiv 1506.02438, eq. 16).
     """
@@ -133,11 +131,11 @@ def gae(
     _check_floats("values", values, (B, T), present, validate)
 
     r, v = (torch.where(present, vector.double(), 0.0) for vector in (rewards, values))
-    # the value of the first valid token from t on; that of the next one stands a column further
+    # V of the first valid token at or after t; one column further, V of the next one
     upcoming = _backward_scan(v, (~present).double(), bootstrap)
     following = torch.cat([upcoming, bootstrap[:, None]], dim=1)[:, 1:]
     delta = torch.where(present, r + gamma * following - v, 0.0)
-    # not two plain numbers, which would meet in float32
+    # ones_like keeps float64; two Python numbers would give float32
     carried = torch.where(present, gamma * lam, torch.ones_like(delta))
     advantage = _backward_scan(delta, carried, torch.zeros_like(bootstrap))
     advantage = torch.where(present, advantage, 0.0)
@@ -149,7 +147,7 @@ def gae(
 
 @torch.no_grad()
 def whiten(vector: Tensor, mask: Tensor) -> Tensor:
-    """(x − mean) / √(variance + 1e-8) by the valid entries, n − 1 in the variance; 0 elsewhere."""
+    """(x − mean) / √(variance + 1e-8) of the valid entries, n − 1 in the variance; else 0."""
     shape = tuple(check_floats("vector", vector).shape)
     present = check_mask("mask", mask, shape, device=vector.device) != 0
     count = present.sum()
@@ -161,11 +159,11 @@ def whiten(vector: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ValueLoss:
-    """Loss of the value head and how good its values are; all 0-dim.
+    """Loss and quality of the value head; all 0-dim.
 
     Attributes:
         loss: differentiable with respect to the values.
-        clip_fraction: share of the valid tokens whose loss is the clipped one.
+        clip_fraction: share of the valid tokens with the clipped loss.
         explained_variance: 1 − Var(return − V) / Var(return); NaN where returns do not vary.
     """
 
@@ -188,12 +186,9 @@ def value_loss(
     Args:
         values: any shape, floating point; differentiated.
         old_values, returns: shaped like values; constants.
-        weight: shaped like values, 0 where masked, see `weights.token_weights`.
+        weight: shaped like values, 0 where masked, see `aggregation.token_weights`.
         eps: ε > 0, in units of reward; infinity for the plain squared error.
-        validate: look for NaN and infinity; None means on the CPU only.
-
-    Raises:
-        ValueError: naming the argument, what was expected and what came.
+        validate: check for NaN and infinity; None means on the CPU only.
 
     Source: openai/baselines, ppo2 (PPO, arXiv 1707.06347); TRL and verl: the same.
     """
@@ -234,13 +229,13 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 
 def _backward_scan(addend: Tensor, factor: Tensor, last: Tensor) -> Tensor:
-    """x_t = addend_t + factor_t·x_{t+1} with x_T = last: [B, T], in log₂ T steps and not T."""
+    """x_t = addend_t + factor_t·x_{t+1} with x_T = last: [B, T], in log₂ T steps."""
     T = addend.shape[1]
     total = torch.cat([addend, last[:, None]], dim=1)
     factor = torch.cat([factor, torch.zeros_like(last)[:, None]], dim=1)
     stride = 1
     while stride <= T:
-        # the partial sum from t now reaches as far as it did, and as far again
+        # doubles the number of terms in the partial sum at t
         total = torch.cat(
             [total[:, :-stride] + factor[:, :-stride] * total[:, stride:], total[:, -stride:]], 1
         )
@@ -250,7 +245,7 @@ def _backward_scan(addend: Tensor, factor: Tensor, last: Tensor) -> Tensor:
 
 
 def _like(model: Tensor, result: Tensor) -> Tensor:
-    """In float32, or float64 when `model` is."""
+    """The result in float32, or in float64 if `model` is."""
     return result if model.dtype == torch.float64 else result.float()
 
 
@@ -265,11 +260,5 @@ def _present(mask: Tensor, name: str, padded: Tensor) -> Tensor:
 def _check_floats(
     name: str, tensor: Tensor, shape: tuple[int, ...], present: Tensor, validate: bool | None
 ) -> None:
-    """Raises ValueError unless `tensor` has that shape and finite numbers where present."""
-    check_floats(name, tensor, shape, device=present.device)
-    if not must_validate(validate, tensor):
-        return
-    bad = present & ~tensor.isfinite()
-    if bad.any():
-        at = tuple(bad.nonzero()[0].tolist())
-        raise ValueError(f"{name}: expected finite numbers, got {tensor[at]} at {list(at)}")
+    """Refuses another shape, and NaN or infinity where present."""
+    check_finite(name, check_floats(name, tensor, shape, device=present.device), present, validate)

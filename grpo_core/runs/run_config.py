@@ -239,7 +239,7 @@ class RunConfig(TrainingOptions):
 
     def trainer(self, sampling: Sampling) -> TrainerConfig:
         """The part that the trainer needs."""
-        from grpo_core.objective.sampler import SamplerCorrection
+        from grpo_core.objective.off_policy import SamplerCorrection
 
         objective = find_objective(self.objective, self.beta)
         if self.sampler_correction != "none":

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from grpo_core.loss.inputs import IGNORE
 from grpo_core.objective.objective import Objective
+from grpo_core.objective.off_policy import SamplerCorrection
 from grpo_core.objective.policy_factor import PolicyFactor
 from grpo_core.objective.recipes import RECIPES
-from grpo_core.objective.sampler import SamplerCorrection
 
 TEMPERATURE = 0.9
 # confident rows: the target's logit above the log-sum-exp of all others, nats

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from grpo_core.loss.fused_loss import LossOutput
 from grpo_core.loss.inputs import Tokens
-from grpo_core.objective.advantage import GroupNorm
-from grpo_core.objective.estimators import Estimator
 from grpo_core.objective.objective import Objective
 
 Options = TypeVar("Options")
@@ -175,13 +173,6 @@ def padded_mask(name: str, mask: Tensor) -> Tensor:
         got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"{name}: expected a tensor [B, T], got {got}")
     return mask != 0
-
-
-def objective_advantage(estimator: Estimator) -> GroupNorm | Estimator:
-    """Returns the estimator as an `Objective` names it."""
-    if estimator.baseline == "group" and estimator.scale in ("group", None):
-        return GroupNorm(estimator.scale is not None, estimator.ddof, estimator.epsilon)
-    return estimator
 
 
 class TokenMeans:

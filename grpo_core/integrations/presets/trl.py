@@ -25,24 +25,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_core.backends.token_weights import Aggregation
 from grpo_core.integrations.presets.base import (
     Preset,
     TokenMeans,
     check_options,
     number,
-    objective_advantage,
     option,
     padded_mask,
     read_options,
 )
 from grpo_core.loss.fused_loss import LossOutput
-from grpo_core.objective.estimators import Estimator, decoupled_advantages, relative_advantages
+from grpo_core.objective.advantage import Estimator, decoupled_advantages, relative_advantages
+from grpo_core.objective.aggregation import Aggregation
 from grpo_core.objective.objective import Objective, Surrogate
-from grpo_core.objective.policy_factor import PolicyFactor, top_share
+from grpo_core.objective.off_policy import SamplerCorrection
+from grpo_core.objective.policy_factor import PolicyFactor, SequenceWeight, top_share
 from grpo_core.objective.recipes import cispo, clip, reinforce, sapo
-from grpo_core.objective.sampler import SamplerCorrection
-from grpo_core.objective.sequence_weight import SequenceWeight
 
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 AGGREGATIONS: dict[str, Aggregation] = {
@@ -309,7 +307,7 @@ def _preset(options: TrlOptions, *, evaluation: bool) -> TrlPreset:
         kl="k3" if options.beta else None,
         beta=options.beta,
         ratio_level="sequence" if options.importance_sampling_level == "sequence" else "token",
-        advantage=objective_advantage(options.estimator),
+        advantage=options.estimator,
         aggregation=AGGREGATIONS[options.loss_type],
         kl_times_ratio=bool(options.beta) and options.use_bias_correction_kl,
         entropy_coef=options.entropy_coef / window,

@@ -27,7 +27,6 @@ from grpo_core.backends.formula import as_torch
 from grpo_core.integrations.presets.base import (
     Preset,
     TokenMeans,
-    objective_advantage,
     padded_mask,
     read_options,
 )
@@ -39,8 +38,9 @@ from grpo_core.integrations.presets.verl_options import (
     VerlOptions,
 )
 from grpo_core.loss.fused_loss import LossOutput
-from grpo_core.objective.estimators import relative_advantages
+from grpo_core.objective.advantage import relative_advantages
 from grpo_core.objective.objective import Objective, Surrogate
+from grpo_core.objective.off_policy import MAX_LOG_RATIO, SamplerCorrection
 from grpo_core.objective.policy_factor import PolicyFactor
 from grpo_core.objective.recipes import (
     cispo,
@@ -52,7 +52,6 @@ from grpo_core.objective.recipes import (
     reinforce,
     sapo,
 )
-from grpo_core.objective.sampler import MAX_LOG_RATIO, SamplerCorrection
 from grpo_core.objective.value import gae, whiten
 
 # verl adds this to the weights of geo_mean before taking their logarithm
@@ -253,7 +252,7 @@ def _preset(options: VerlOptions, *, weighted: bool) -> VerlPreset:
         kl=KLS[options.kl_loss_type] if options.use_kl_loss else None,
         beta=options.kl_loss_coef if options.use_kl_loss else 0.0,
         ratio_level=level,  # type: ignore[arg-type]
-        advantage=objective_advantage(options.estimator or GROUP),
+        advantage=options.estimator or GROUP,
         aggregation=AGGREGATIONS[options.aggregation],
         entropy_coef=options.entropy_coeff,
         factor=_factor(options, weighted),

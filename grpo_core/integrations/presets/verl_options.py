@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_core.backends.token_weights import Aggregation
 from grpo_core.integrations.presets.base import (
     check_options,
     choice,
@@ -19,10 +18,11 @@ from grpo_core.integrations.presets.base import (
     padded_mask,
     read_options,
 )
-from grpo_core.objective.estimators import Estimator
+from grpo_core.objective.advantage import Estimator
+from grpo_core.objective.aggregation import Aggregation
 from grpo_core.objective.objective import KL
-from grpo_core.objective.rejection import Measure, Over, Rejection
-from grpo_core.objective.sampler import SamplerCorrection, sampler_correction
+from grpo_core.objective.off_policy import Measure, Over, Rejection, SamplerCorrection
+from grpo_core.objective.validation import check_floats
 
 AGGREGATIONS: dict[str, Aggregation] = {
     "token-mean": "token_mean",
@@ -159,13 +159,15 @@ class RolloutOptions:
         valid = padded_mask("response_mask", mask)
         B, T = valid.shape
         sequence = torch.arange(B, device=valid.device).repeat_interleave(T)
-        old, rollout, kept = old_logp.reshape(-1), rollout_logp.reshape(-1), valid
+        for name, logp in (("old_log_prob", old_logp), ("rollout_log_prob", rollout_logp)):
+            check_floats(name, logp, (B, T), device=valid.device)
+        vectors = (old_logp.reshape(-1), rollout_logp.reshape(-1), valid.reshape(-1), sequence, B)
+        kept = valid
         for rule in self.rejections:
-            kept = kept & rule.keeps(old, rollout, valid.reshape(-1), sequence, B).view(B, T)
+            kept = kept & rule.apply(*vectors)[1].view(B, T)
         if self.sampler is None:
             return None, kept
-        correction = sampler_correction(old_logp, rollout_logp, valid, **vars(self.sampler))
-        weights = correction.factor.to(old_logp.dtype)
+        weights = self.sampler.apply(*vectors)[0].view(B, T).to(old_logp.dtype)
         if not self.rollout_is_batch_normalize:
             return weights, kept
         counts = valid.to(weights.dtype)

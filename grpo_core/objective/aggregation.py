@@ -1,4 +1,4 @@
-"""Aggregation as a vector: the loss is Σ_n weight_n · ℓ_n, and no kernel knows of any other sum.
+"""Aggregation as a vector of weights: the loss is Σ_n weight_n · ℓ_n, for kernels the only sum.
 
 | aggregation     | weight of a token of sequence i | divisor when `normalizer` is None    |
 |-----------------|---------------------------------|--------------------------------------|
@@ -22,8 +22,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from grpo_core.kernels.records import GivenTokens, LaidTokens, Level
-
 Aggregation = Literal["sequence_mean", "token_mean", "constant_length", "sequence_sum", "token_sum"]
 
 
@@ -41,7 +39,7 @@ def token_weights(
 
     Args:
         valid: [N] bool, False for masked tokens.
-        sequence: [N] int64 in [0, sequences), which sequence a token belongs to.
+        sequence: [N] int64 in [0, sequences), the sequence of each token.
         aggregation: a row of the table above.
         sequences: upper bound on the number of sequences.
         width: padded length of a sequence, tokens; the default length of constant_length.
@@ -65,42 +63,3 @@ def token_weights(
     if aggregation == "sequence_mean":
         weight = weight / lengths.clamp(min=1)[sequence]
     return weight / normalizer
-
-
-def lay_out(given: GivenTokens) -> LaidTokens:
-    """Everything a loss needs to know of its tokens, in the dtype of `given.advantage`.
-
-    Args:
-        given: targets, mask, sequences and advantages, and how they are weighed.
-    """
-    target, advantage = given.target.reshape(-1).long(), given.advantage
-    valid = target != given.ignore
-    if given.mask is not None:
-        valid = valid & (given.mask.reshape(-1) != 0)
-    bad_target = valid & ((target < 0) | (target >= given.V))
-    valid = valid & ~bad_target
-    width = None if given.sequence_id is not None else given.target.shape[1]
-    level = Level("token", None, valid, given.sequence_id, given.sequences, width)
-    sequence = level.sequence
-    if given.sequence_id is not None:
-        known = len(advantage) if given.advantage_of_sequence else given.sequences
-        valid = valid & (given.sequence_id == sequence) & (sequence < known)
-    if given.advantage_of_sequence:
-        advantage = advantage[sequence.clamp(max=max(len(advantage) - 1, 0))]
-    weight = token_weights(
-        valid,
-        sequence,
-        given.aggregation,
-        sequences=given.sequences,
-        width=width,
-        normalizer=given.normalizer,
-        dtype=advantage.dtype,
-    )
-    return LaidTokens(
-        target=torch.where(valid, target, given.ignore),
-        valid=valid,
-        bad_target=bad_target,
-        weight=weight,
-        entropy_weight=given.entropy_coef * weight if given.entropy_coef else None,
-        advantage=advantage,
-    )
