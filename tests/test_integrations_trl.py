@@ -7,6 +7,7 @@ makes them.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import sys
 import warnings
@@ -545,6 +546,18 @@ def test_fsdp_leaves_a_request_alone() -> None:
     _, kwargs = _cast_forward_inputs(torch.bfloat16, mask=exact, request=request)
     assert kwargs["mask"].dtype == torch.bfloat16
     assert kwargs["request"] is request and request.vectors["old_logp"] is exact
+
+
+def test_a_copied_model_computes_its_own_loss(tmp_path: Path) -> None:
+    """Its loss has no gradient for the original's parameters."""
+    _, ours = pair(tmp_path)
+    copied = copy.deepcopy(ours.model)
+    ids, mask = torch.tensor([[2, 3, 4, 5]]), torch.ones(1, 2, dtype=torch.bool)
+    request = TrlLossRequest(Objective(clip(0.2)), mask, 2.0, {"advantage": torch.ones(1, 2)})
+    output = copied(input_ids=ids, labels=request.labels(ids), grpo_core_request=request)
+    output.loss.backward()
+    assert any(parameter.grad is not None for parameter in copied.parameters())
+    assert all(parameter.grad is None for parameter in ours.model.parameters())
 
 
 def test_generate_and_the_plain_forward_are_untouched(tmp_path: Path) -> None:

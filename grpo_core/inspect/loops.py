@@ -163,24 +163,19 @@ def _order(successors: list[list[int]]) -> list[int]:
 
 
 def _natural_loops(successors: list[list[int]], order: list[int]) -> dict[int, set[int]]:
-    """Head -> body: the blocks on paths back to a head that dominates them."""
+    """Head -> body: the blocks from which a jump backwards to the head can be reached.
+
+    In the code of a compiler such a head is the only entry of its loop.
+    """
     predecessors: dict[int, list[int]] = {block: [] for block in order}
     for block in order:
         for after in successors[block]:
             predecessors[after].append(block)
-    dominators = {block: set(order) for block in order}
-    dominators[0] = {0}
-    changed = True
-    while changed:
-        changed = False
-        for block in order[1:]:
-            above = set.intersection(*(dominators[p] for p in predecessors[block])) | {block}
-            changed |= above != dominators[block]
-            dominators[block] = above
+    place = {block: index for index, block in enumerate(order)}
     bodies: dict[int, set[int]] = {}
     for block in order:
         for head in successors[block]:
-            if head not in dominators[block]:
+            if place[head] > place[block]:
                 continue
             body = bodies.setdefault(head, {head})
             waiting = [block]

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from grpo_core.integrations.presets import VerlPreset, preset
 from grpo_core.integrations.presets.base import TokenMeans
-from grpo_core.integrations.presets.verl_options import AGGREGATIONS, LOSSES, VerlOptions
+from grpo_core.integrations.presets.verl_options import AGGREGATIONS, MODES, VerlOptions
 from grpo_core.integrations.verl_head import (
     FusedLinear,
     forward_with_torch_backend,
@@ -54,8 +54,6 @@ __all__ = [
 PolicyLoss = Callable[..., tuple[Tensor, dict[str, Any]]]
 # options of verl's actor that affect the policy term
 OPTIONS = ("clip_ratio", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "tau_pos", "tau_neg")
-# verl's trainer selects bypass_mode itself, by verl's name
-MODES = tuple(mode for mode in LOSSES if mode != "bypass_mode")
 
 
 def register(name: str, objective: str | Objective) -> PolicyLoss:

@@ -55,12 +55,7 @@ AGGREGATIONS: dict[str, Aggregation] = {
 }
 # loss types that divide by a count over the whole generation batch
 GLOBAL = ("dapo", "cispo", "vespo")
-SAMPLERS = {
-    "token_truncate": ("token", "truncate"),
-    "token_mask": ("token", "zero"),
-    "sequence_truncate": ("sequence", "truncate"),
-    "sequence_mask": ("sequence", "zero"),
-}
+SAMPLERS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 ESTIMATORS = {
     "group": Estimator(),
     "batch": Estimator("group", "batch"),
@@ -332,11 +327,11 @@ def _factor(options: TrlOptions) -> PolicyFactor:
     """The factors of the policy term."""
     sampler = weight = None
     if options.corrects:
-        level, action = SAMPLERS[options.vllm_importance_sampling_mode]
+        level, _, action = options.vllm_importance_sampling_mode.partition("_")
         high = options.vllm_importance_sampling_clip_max
         sampler = SamplerCorrection(
             level,  # type: ignore[arg-type]
-            action,  # type: ignore[arg-type]
+            "zero" if action == "mask" else "truncate",
             options.vllm_importance_sampling_clip_min or 0.0,
             math.inf if high is None else high,
         )

@@ -47,10 +47,9 @@ KLS: dict[str, KL] = {
     "low_var_kl+": "k3_plus",
     "k3+": "k3_plus",
 }
-LOSSES = (
-    *("vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "geo_mean", "dro", "cispo"),
-    "bypass_mode",
-)
+MODES = ("vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "geo_mean", "dro", "cispo")
+# verl's trainer selects bypass_mode itself
+LOSSES = (*MODES, "bypass_mode")
 # loss modes that ignore loss_agg_mode
 OWN_AGGREGATION = ("sapo", "geo_mean")
 # the epsilon that verl adds to a standard deviation
