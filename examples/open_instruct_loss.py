@@ -1,14 +1,9 @@
-"""open-instruct's GRPO step with our loss: python examples/open_instruct_loss.py
+"""open-instruct's GRPO step with the loss of open_instruct_adapter.
 
-open-instruct itself takes ours by one assignment:
+    python examples/open_instruct_loss.py
 
-    import open_instruct.grpo_utils as grpo_utils
-    from grpo_core.integrations.open_instruct import compute_grpo_loss
-
-    grpo_utils.compute_grpo_loss = compute_grpo_loss
-
-It need not be installed here: the loop below hands the function what `grpo_fast.py` does, masks and
-averages what comes back as that does, and compares every value with the formula.
+open-instruct need not be installed. The loop passes the arguments that `grpo_fast.py` passes, masks
+and averages the results in the same way, and compares every loss with the formula.
 """
 
 from __future__ import annotations
@@ -16,19 +11,19 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import torch
+from open_instruct_adapter import compute_grpo_loss
 from torch import Tensor
 from toy_task import build_model, build_tokenizer, rollout
 from transformers import LlamaForCausalLM
 
 from grpo_core import group_advantages, linear_logp
-from grpo_core.integrations.open_instruct import compute_grpo_loss
 
 G, STEPS, BETA = 8, 12, 0.05
 CONFIG = SimpleNamespace(loss_fn="dapo", clip_lower=0.2, clip_higher=0.272, kl_estimator=2)
 
 
 def log_probs(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
-    """[B, T − 1] of every next token, differentiable, without logits."""
+    """[B, T − 1] log-probabilities of the next tokens, differentiable."""
     hidden = model.model(ids).last_hidden_state[:, :-1]
     return linear_logp(hidden, model.lm_head.weight, ids[:, 1:]).logp
 

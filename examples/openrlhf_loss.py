@@ -1,39 +1,34 @@
-"""OpenRLHF's actor step with our loss: python examples/openrlhf_loss.py
+"""OpenRLHF's actor step with the loss of openrlhf_adapter.
 
-OpenRLHF itself takes ours by one assignment, before the actor's trainer is built:
+    python examples/openrlhf_loss.py
 
-    import openrlhf.trainer.ray.ppo_actor as ppo_actor
-    from grpo_core.integrations.openrlhf import PolicyLoss
-
-    ppo_actor.PolicyLoss = PolicyLoss
-
-It need not be installed here: the loop below hands the loss what `ActorPPOTrainer.training_step`
-does, and compares every value with the formula. Log-probabilities come from `linear_logp`, which
-makes no logits; that part works for any loss that is given log-probabilities.
+OpenRLHF need not be installed. The loop passes the arguments that `ActorPPOTrainer.training_step`
+passes, and compares every loss with the formula. Log-probabilities come from `linear_logp`, which
+never stores all logits; this works with any loss that takes log-probabilities.
 """
 
 from __future__ import annotations
 
 import torch
+from openrlhf_adapter import PolicyLoss
 from torch import Tensor
 from toy_task import PROMPT_LENGTH, build_model, build_tokenizer, rollout
 from transformers import LlamaForCausalLM
 
 from grpo_core import group_advantages, linear_logp
-from grpo_core.integrations.openrlhf import PolicyLoss
 
 G, STEPS = 8, 12
 LOW, HIGH, BOUNDS = 0.2, 0.28, (0.5, 2.0)
 
 
 def action_log_probs(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
-    """[B, R] of the tokens that the model wrote, differentiable, without logits."""
+    """[B, R] log-probabilities of the completion tokens, differentiable."""
     hidden = model.model(ids).last_hidden_state[:, PROMPT_LENGTH - 1 : -1]
     return linear_logp(hidden, model.lm_head.weight, ids[:, PROMPT_LENGTH:]).logp
 
 
 def formula(log_probs: Tensor, old: Tensor, rollout: Tensor, A: Tensor, mask: Tensor) -> Tensor:
-    """PPO's clipped loss, weighed by truncated importance sampling, averaged over tokens."""
+    """PPO's clipped loss, weighted by truncated importance sampling, averaged over tokens."""
     ratio, weight = (log_probs - old).exp(), (old - rollout).exp().clamp(*BOUNDS)
     policy = torch.minimum(ratio * A, ratio.clamp(1 - LOW, 1 + HIGH) * A)
     return -(weight * policy * mask).sum() / mask.sum()
@@ -58,7 +53,7 @@ def main() -> None:
         advantages = group_advantages(rewards, G)[:, None].expand(action_mask.shape)
         with torch.no_grad():
             old = action_log_probs(model, ids)
-        # an inference engine that is not quite the policy
+        # a sampling engine that differs slightly from the policy
         sampled = old + 0.05 * torch.randn_like(old)
         for _ in range(2):
             log_probs = action_log_probs(model, ids)

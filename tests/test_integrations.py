@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_core.integrations.open_instruct import compute_grpo_loss
-from grpo_core.integrations.openrlhf import PolicyLoss
+from examples.open_instruct_adapter import compute_grpo_loss
+from examples.openrlhf_adapter import PolicyLoss
 from grpo_core.integrations.verl_head import FusedLinear, linear_cross_entropy
 from tests.oracles import dual_clip, logp_and_entropy, ppo_clip
 
@@ -232,7 +232,7 @@ def test_openrlhf_needs_what_its_correction_is_of() -> None:
 def test_openrlhf_of_another_version_is_refused(
     found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import grpo_core.integrations.openrlhf as module
+    import examples.openrlhf_adapter as module
 
     monkeypatch.setattr(module, "version", lambda name: found)
     with pytest.raises(ImportError, match=rf"expected openrlhf 0\.11\.2, got {found}"):

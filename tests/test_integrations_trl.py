@@ -7,6 +7,7 @@ makes them.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import sys
 import warnings
@@ -31,9 +32,9 @@ from trl.trainer import grpo_trainer
 from bench.trl_head import WAYS, Step
 from grpo_core import Objective, clip
 from grpo_core.integrations import trl_forward, trl_hook
-from grpo_core.integrations.presets.trl_options import AGGREGATIONS
+from grpo_core.integrations.presets.trl import AGGREGATIONS
 from grpo_core.integrations.trl import SUPPORTED, FusedGRPOTrainer, patch_log_probs
-from grpo_core.integrations.trl_forward import LossRequest
+from grpo_core.integrations.trl_forward import TrlLossRequest
 from tests.trl_training import (
     Batch,
     Outcome,
@@ -522,7 +523,7 @@ def test_another_loss_than_trls_is_noticed(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(GRPOTrainer, "_compute_loss", lambda *a: 1.05 * theirs(*a))
     with pytest.raises(RuntimeError, match="another loss"):
         outcome(ours, inputs, 1, True)
-    assert ours._answer is None
+    assert ours._token_outputs is None
 
 
 def test_options_may_change_between_steps(tmp_path: Path) -> None:
@@ -541,10 +542,22 @@ def test_options_may_change_between_steps(tmp_path: Path) -> None:
 def test_fsdp_leaves_a_request_alone() -> None:
     """It rounds every floating-point tensor that it finds among a forward's arguments."""
     exact = torch.full((1, 1), 1.001)
-    request = LossRequest(Objective(clip(0.2)), exact > 0, 1.0, {"old_logp": exact})
+    request = TrlLossRequest(Objective(clip(0.2)), exact > 0, 1.0, {"old_logp": exact})
     _, kwargs = _cast_forward_inputs(torch.bfloat16, mask=exact, request=request)
     assert kwargs["mask"].dtype == torch.bfloat16
     assert kwargs["request"] is request and request.vectors["old_logp"] is exact
+
+
+def test_a_copied_model_computes_its_own_loss(tmp_path: Path) -> None:
+    """Its loss has no gradient for the original's parameters."""
+    _, ours = pair(tmp_path)
+    copied = copy.deepcopy(ours.model)
+    ids, mask = torch.tensor([[2, 3, 4, 5]]), torch.ones(1, 2, dtype=torch.bool)
+    request = TrlLossRequest(Objective(clip(0.2)), mask, 2.0, {"advantage": torch.ones(1, 2)})
+    output = copied(input_ids=ids, labels=request.labels(ids), grpo_core_request=request)
+    output.loss.backward()
+    assert any(parameter.grad is not None for parameter in copied.parameters())
+    assert all(parameter.grad is None for parameter in ours.model.parameters())
 
 
 def test_generate_and_the_plain_forward_are_untouched(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ from grpo_core.trainer.config import TrainerConfig
 from grpo_core.trainer.rollout import Sampling
 from grpo_core.verify import __main__ as verify_command
 from grpo_core.verify.inputs import OBJECTIVES
-from grpo_core.verify.table import DTYPES, dtype_name
+from grpo_core.verify.report import DTYPES, dtype_name
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = sorted(

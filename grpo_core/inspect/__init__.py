@@ -1,4 +1,4 @@
-"""What the kernels compile to, without a GPU: registers, spills, loads, instructions per logit.
+"""The compiled kernels, without a GPU: registers, spills, loads, instructions per logit.
 
 Read `compile_ahead` first (compiles), then `sass` and `loops` (read the machine code).
 """

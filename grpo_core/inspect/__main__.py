@@ -1,10 +1,10 @@
-"""What the kernels compile to, for cards that are not here: `python -m grpo_core.inspect`.
+"""Compiles the kernels for GPUs that are not present: `python -m grpo_core.inspect`.
 
-Prints registers, spills, shared memory and, for every loop over the vocabulary, how wide it loads
-and stores and what one logit costs: instructions, operations of the special-function units (MUFU),
-and the share of both that is used when the logits come at the card's full memory speed. A loop that
-stays well below 100 % can be limited by memory; one above cannot. How a loop is counted:
-`hot_loops`. Which layout a vocabulary gives is the kernels' own choice: `kernels/launch`.
+Prints registers, spills and shared memory and, for every loop over the vocabulary, the width of
+loads and stores and the cost of one logit: instructions, operations of the special-function units
+(MUFU), and both as a share of what the GPU can issue while the logits arrive at its full memory
+bandwidth. A loop far below 100 % can be limited by memory; one above cannot. AMD GPUs have no loops
+here: their compiled kernels are checked for spills only. `loops` says how a loop is counted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from grpo_core.cli.options import Parser, check_package, new_file, vocabulary
@@ -25,10 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a card can issue while one byte comes from its memory.
+    """What a GPU can issue while one byte arrives from its memory.
 
     An SM issues one instruction for 32 threads on each of its four schedulers per cycle, and has 16
-    special-function lanes. Read-only, per bfloat16 logit (2 bytes):
+    special-function lanes. Reading bfloat16 logits (2 bytes), per logit:
 
         H100: 132 · 128 · 1.755 GHz / 3.0 TB/s · 2 = 19.8 instructions, 2.5 MUFU
         B200: 148 · 128 · 1.85 GHz / 7.0 TB/s · 2 = 10.0 instructions, 1.25 MUFU
@@ -45,12 +44,12 @@ class Budget:
 
     @property
     def instructions(self) -> float:
-        """Issued for one thread, per byte."""
+        """Instructions per thread and byte."""
         return self.processors * 128 * self.gigahertz / self.terabytes / 1000
 
     @property
     def special(self) -> float:
-        """Special-function operations per byte."""
+        """Special-function operations per thread and byte."""
         return self.instructions / 8
 
 
@@ -64,10 +63,10 @@ DTYPES = ("bfloat16", "float16", "float32")
 # Qwen 2.5 and 3
 VOCABULARY = 151_936
 
-# 256 threads of 128 registers are half of what an SM has: two programs run side by side
+# 256 threads of 128 registers are half of an SM: two programs run side by side
 MOST_REGISTERS = 128
-# Instructions per two bytes of logits read (a bfloat16 logit, half a float32 one), at most, at any
-# vocabulary: the aim is 8 in both loops, and what has been reached below it is held.
+# Most instructions per two bytes of logits read (a bfloat16 logit, half a float32 logit), at any
+# vocabulary. The goal is 8 in both loops; lower values hold what the kernels have reached.
 LIMITS = {
     "forward": 7.0,
     "forward, exact KL": 8.5,
@@ -82,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the tables; returns the exit status."""
     parser = Parser(
         "grpo_core.inspect",
-        description="Compiles every kernel for cards that are not here; prints what came out.",
+        description="Compiles every kernel for GPUs that are not present; prints the figures.",
     )
     parser.add_argument(
         "cards", nargs="*", help=f"sm_NUMBER or gfxNAME; default: {' '.join(CARDS)}"
@@ -91,8 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--dtype", action="append", choices=DTYPES, help="dtype of the logits; may be repeated")
     add("--vocabulary", action="append", type=vocabulary, metavar="V", help="may be repeated")
     add("--all", action="store_true", help="every surrogate and every KL estimator")
-    add("--opcodes", action="store_true", help="list the instructions of each loop")
-    add("--json", type=new_file, metavar="FILE", help="also write the figures to FILE")
+    add("--json", type=new_file, metavar="FILE", help="also write all figures to FILE")
     add("--gate", action="store_true", help="exit with 1 and a list if a limit is exceeded")
     options = parser.parse_args(arguments)
     cards = options.cards or CARDS
@@ -111,9 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for card in cards:
         for dtype in options.dtype or ["bfloat16"]:
             for V in options.vocabulary or [VOCABULARY]:
-                made = list(compile_kernels(card, getattr(torch, dtype), V, options.all))
-                kernels += made
-                print("\n".join(table(made, options.opcodes)), end="\n\n", flush=True)
+                compiled = list(compile_kernels(card, getattr(torch, dtype), V, options.all))
+                kernels += compiled
+                print("\n".join(kernel_table(compiled)), end="\n\n", flush=True)
     if options.json:
         options.json.write_text(json.dumps([record(k) for k in kernels], indent=1) + "\n", "utf-8")
     if not options.gate:
@@ -124,9 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def shares(kernel: Compiled, loop: Loop) -> tuple[float, float] | None:
-    """(issue slots, MUFU) used of what passes while the loop's bytes come; None if unknown.
+    """(instructions, MUFU) of a loop as shares of the budget; None if the budget is unknown.
 
-    The bytes are those it reads or, where it reads none, those it writes: the read-only budget.
+    The budget is that of the bytes read or, in a loop without loads, of the bytes written.
     """
     if (budget := BUDGETS.get(kernel.card)) is None:
         return None
@@ -138,15 +136,16 @@ def shares(kernel: Compiled, loop: Loop) -> tuple[float, float] | None:
 
 
 def exceeded(kernels: Iterable[Compiled]) -> Iterator[str]:
-    """A line for every limit that is broken or cannot be checked."""
+    """A line for every limit that is exceeded or cannot be checked."""
     for kernel in kernels:
         where = f"{kernel.card} {kernel.dtype} V={kernel.vocabulary} {kernel.name}"
-        if kernel.registers is None or kernel.spills is None or kernel.loops is None:
-            yield f"{where}: not all could be measured, a tool is missing"
         if kernel.spills:
             yield f"{where}: {kernel.spills} registers spilled"
-        on_nvidia = kernel.card.startswith("sm_")
-        if on_nvidia and kernel.registers and kernel.registers > MOST_REGISTERS:
+        if not kernel.card.startswith("sm_"):
+            continue
+        if kernel.registers is None or kernel.spills is None or kernel.loops is None:
+            yield f"{where}: not all could be measured, a tool is missing"
+        if kernel.registers and kernel.registers > MOST_REGISTERS:
             yield f"{where}: {kernel.registers} registers, more than {MOST_REGISTERS}"
         for loop in kernel.loops or []:
             if loop.waits:
@@ -160,26 +159,26 @@ def exceeded(kernels: Iterable[Compiled]) -> Iterator[str]:
             if min(loop.stores, default=WIDE) < WIDE:
                 yield f"{where}: the {loop.role} loop stores {min(loop.stores)} bytes at a time"
             count = 2 * loop.instructions / sum(loop.loads)
-            if on_nvidia and count > (most := limit(kernel, loop)):
+            if count > (most := limit(kernel, loop)):
                 yield f"{where}: {count:.2f} instructions in the {loop.role} loop, limit {most}"
 
 
 def limit(kernel: Compiled, loop: Loop) -> float:
-    """Instructions per two bytes of logits, at most."""
+    """Most instructions per two bytes of logits."""
     parts = ("exact KL",) if loop.role == "forward" else ("exact KL", "entropy")
     name = ", ".join([loop.role, *(part for part in parts if part in kernel.variant)])
     return LIMITS[name]
 
 
 def hottest(loops: Iterable[Loop]) -> list[Loop]:
-    """Of each role the loop that moves most in an iteration: others beside it treat remainders."""
+    """The loop of each role that moves most bytes per iteration; the others handle remainders."""
     ascending = sorted(loops, key=lambda loop: sum(loop.loads) + sum(loop.stores))
     of_role = {loop.role: loop for loop in ascending}
     return [of_role[role] for role in ("forward", "gradient", "scale", "zeros") if role in of_role]
 
 
-def table(kernels: Sequence[Compiled], opcodes: bool = False) -> Iterator[str]:
-    """Lines of at most 100 columns; one card, dtype and vocabulary."""
+def kernel_table(kernels: Sequence[Compiled]) -> Iterator[str]:
+    """Lines of at most 100 columns for one card, dtype and vocabulary."""
     first = kernels[0]
     budget = BUDGETS.get(first.card)
     card = f"{first.card} ({budget.name})" if budget else first.card
@@ -192,35 +191,22 @@ def table(kernels: Sequence[Compiled], opcodes: bool = False) -> Iterator[str]:
             f"budget at {budget.terabytes} TB/s, reading: {instructions:.1f} instructions and "
             f"{special:.2f} MUFU per logit"
         )
-    else:
-        yield "budget: none is known for this card"
     yield ""
     yield f"{'':59}bytes each     per logit    of budget"
-    yield _line("kernel", "regs", "spills", "shared", "loop", "load store  instr  MUFU issue  MUFU")
+    row = "{:30}{:>4} {:>6} {:>6}  {:8} {}".format
+    yield row("kernel", "regs", "spills", "shared", "loop", "load store  instr  MUFU issue  MUFU")
     order = list(dict.fromkeys(kernel.kernel for kernel in kernels))
     for kernel in sorted(kernels, key=lambda kernel: order.index(kernel.kernel)):
-        figures = (_shown(kernel.registers), _shown(kernel.spills), str(kernel.shared))
-        head = (kernel.name, *figures)
-        found: list[Loop | None] = [*hottest(kernel.loops or [])]
-        for loop in found or [None]:
-            role = loop.role if loop else "?" if kernel.loops is None else ""
-            yield _line(*head, role, _figures(kernel, loop) if loop else "").rstrip()
-            if loop and opcodes:
-                text = ", ".join(f"{count}×{name}" for name, count in loop.opcodes.most_common())
-                yield fill(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
-            head = ("", "", "", "")
+        figures = (kernel.registers, kernel.spills, kernel.shared)
+        head = [kernel.name, *("?" if figure is None else str(figure) for figure in figures)]
+        hot = hottest(kernel.loops or [])
+        if not hot:
+            yield row(*head, "?" if kernel.loops is None else "", "").rstrip()
+        for loop in hot:
+            yield row(*head, loop.role, _figures(kernel, loop)).rstrip()
+            head = [""] * 4
     if any(kernel.registers is None or kernel.loops is None for kernel in kernels):
         yield "?: cuobjdump (registers, spills) or nvdisasm (loops) was not found"
-
-
-def _line(kernel: str, registers: str, spills: str, shared: str, loop: str, rest: str) -> str:
-    """One line of the table."""
-    return f"{kernel:30}{registers:>4} {spills:>6} {shared:>6}  {loop:8} {rest}"
-
-
-def _shown(figure: int | None) -> str:
-    """A figure, or that it is unknown."""
-    return "?" if figure is None else str(figure)
 
 
 def _figures(kernel: Compiled, loop: Loop) -> str:
@@ -234,24 +220,22 @@ def _figures(kernel: Compiled, loop: Loop) -> str:
 
 
 def record(kernel: Compiled) -> dict[str, Any]:
-    """A kernel's figures as JSON takes them."""
+    """The figures of a kernel for JSON."""
     loops = None
     if kernel.loops is not None:
         loops = []
         for loop in kernel.loops:
             logits, used = kernel.logits(loop), shares(kernel, loop)
-            loops.append(
-                vars(loop)
-                | {
-                    "role": loop.role,
-                    "logits": logits,
-                    "instructions": loop.instructions,
-                    "instructions_per_logit": loop.instructions / logits,
-                    "special_per_logit": loop.special / logits,
-                    "issue_share": used and used[0],
-                    "special_share": used and used[1],
-                }
-            )
+            derived = {
+                "role": loop.role,
+                "logits": logits,
+                "instructions": loop.instructions,
+                "instructions_per_logit": loop.instructions / logits,
+                "special_per_logit": loop.special / logits,
+                "issue_share": used and used[0],
+                "special_share": used and used[1],
+            }
+            loops.append(vars(loop) | derived)
     return vars(kernel) | {"name": kernel.name, "loops": loops}
 
 

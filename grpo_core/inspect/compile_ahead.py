@@ -1,9 +1,8 @@
-"""Compiles the kernels that a call would launch, for a card that is not here.
+"""Compiles the kernels that the public functions launch, for a GPU that is not present.
 
-The public functions are called on a few rows of zeros while everything that asks is told that the
-card is present. Each launch on the way compiles its kernel as it would there, with the same types,
-alignments, constants and warps, and then does not run. So the layout is the one that a model's
-vocabulary and dtype give, and no list of signatures has to be kept here.
+The public functions are called on a few rows of zeros while Triton is told that the GPU is present.
+Every launch compiles its kernel with the types, alignments, constants and warps that it would have
+on that GPU, and does not run it. So no list of signatures is needed.
 """
 
 from __future__ import annotations
@@ -27,19 +26,16 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from grpo_core.inspect.loops import Loop, loops
-from grpo_core.inspect.sass import amdgcn, sass
+from grpo_core.inspect.sass import sass
 from grpo_core.loss.fused_loss import fused_loss, token_logp
 from grpo_core.objective.advantage import group_advantages
 from grpo_core.objective.objective import KL, Objective
 from grpo_core.objective.policy_factor import PolicyFactor
 from grpo_core.objective.recipes import RECIPES, dppo_kl
 
-# registers, spills and loops; None is unknown
-Figures = tuple[int | None, int | None, list[Loop] | None]
-
 
 class Launch(NamedTuple):
-    """A kernel, what it was launched with, and what Triton compiled."""
+    """A kernel, its arguments, and the result of Triton's compiler."""
 
     kernel: JITFunction
     keywords: dict[str, Any]
@@ -48,15 +44,16 @@ class Launch(NamedTuple):
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of one kernel; None where a tool to find out is missing.
+    """The figures of a compiled kernel; None if a tool to read them is missing.
 
     Attributes:
-        variant: which of the kernel's forms, "" for the plain one.
+        variant: the variant of the kernel, "" for the plain one.
         constants: the compile-time arguments.
-        rows_read: rows of logits that a program reads: two with those of a reference policy.
-        registers: 32-bit registers of a thread.
-        spills: registers of a thread that live in memory instead; on AMD vector registers.
-        shared: bytes of shared memory of a program.
+        rows_read: rows of logits that a program reads: two with reference logits.
+        registers: 32-bit registers per thread; on AMD vector registers.
+        spills: registers per thread that are spilled to memory.
+        shared: bytes of shared memory per program.
+        loops: loops that access global memory; on AMD not read, [].
     """
 
     card: str
@@ -79,13 +76,13 @@ class Compiled:
         return f"{self.kernel}, {self.variant}" if self.variant else self.kernel
 
     def logits(self, loop: Loop) -> float:
-        """Logits of one thread and iteration: those it writes, if any, else those it reads."""
+        """Logits per thread and iteration: those written, or else those read."""
         bytes_of_one = self.itemsize * (1 if loop.stores else self.rows_read)
         return sum(loop.stores or loop.loads) / bytes_of_one
 
 
 def target(card: str) -> GPUTarget:
-    """What Triton calls a card: sm_90 or gfx942.
+    """Triton's name of a card such as sm_90 or gfx942.
 
     Raises:
         ValueError: neither of the form sm_NUMBER nor gfxNAME.
@@ -93,13 +90,13 @@ def target(card: str) -> GPUTarget:
     if number := re.fullmatch(r"sm_(\d+)", card):
         return GPUTarget("cuda", int(number[1]), 32)
     if re.fullmatch(r"gfx\w+", card):
-        # the data-centre cards compute in wavefronts of 64
+        # data-centre GPUs have wavefronts of 64 threads
         return GPUTarget("hip", card, 64 if card.startswith("gfx9") else 32)
     raise ValueError(f"card: expected a name such as sm_90 or gfx942, got {card!r}")
 
 
 def must_compile() -> None:
-    """Raises RuntimeError where Triton interprets its kernels: those cannot be compiled."""
+    """Raises RuntimeError if Triton interprets kernels instead of compiling them."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: interpreted kernels cannot be compiled")
 
@@ -107,12 +104,12 @@ def must_compile() -> None:
 def compile_kernels(
     card: str, dtype: torch.dtype, V: int, every_formula: bool = False
 ) -> Iterator[Compiled]:
-    """Every kernel in its variants, each once.
+    """Compiles every kernel in its variants, each once.
 
     Args:
         card: as for `target`.
         dtype, V: of the logits.
-        every_formula: every surrogate and every estimator of the KL, not only clip and k3.
+        every_formula: all surrogates and KL estimators, not only clip and k3.
 
     Raises:
         ValueError, RuntimeError: as `target` and `must_compile`.
@@ -130,7 +127,7 @@ def compile_kernels(
 def _calls(
     dtype: torch.dtype, V: int, every_formula: bool
 ) -> Iterator[tuple[str, Callable[[], object]]]:
-    """(variant, call) such that together they launch everything."""
+    """(variant, call) pairs that together launch every kernel."""
     logits = torch.zeros(4, V, dtype=dtype)
     index = torch.zeros(4, dtype=torch.int64)
     vector = torch.zeros(4)
@@ -169,9 +166,9 @@ def _calls(
 
 
 def _formulas() -> Iterator[tuple[str, dict[str, Any]]]:
-    """(variant, changes of an objective): every surrogate, and with clip every KL estimator."""
+    """(variant, changes of an objective): every surrogate, and every KL estimator with clip."""
     used = [recipe.surrogate for recipe in RECIPES.values()]
-    # the one surrogate that no recipe has
+    # the only surrogate that no recipe uses
     used.append(dppo_kl(0.05, 0.05))
     surrogates = {surrogate.function: surrogate for surrogate in used}
     for function, surrogate in surrogates.items():
@@ -187,7 +184,7 @@ def _formulas() -> Iterator[tuple[str, dict[str, Any]]]:
 
 @contextmanager
 def as_if_on(card: str) -> Iterator[list[Launch]]:
-    """Within it every launch of any kernel is collected instead of run.
+    """Collects the launches of all kernels, compiled for a card, instead of running them.
 
     Raises:
         ValueError, RuntimeError: as `target` and `must_compile`.
@@ -197,7 +194,7 @@ def as_if_on(card: str) -> Iterator[list[Launch]]:
     run = JITFunction.run
 
     def compile_only(kernel: JITFunction, *args: Any, warmup: bool, **keywords: Any) -> Any:
-        """Triton's own `run`, told to stop before the launch."""
+        """Triton's `run`, which with `warmup` stops before the launch."""
         compiled = run(kernel, *args, warmup=True, **keywords)
         launches.append(Launch(kernel, keywords, compiled))
         return compiled
@@ -212,20 +209,20 @@ def as_if_on(card: str) -> Iterator[list[Launch]]:
     with (
         patch.object(driver, "_active", device),
         patch.object(JITFunction, "run", compile_only),
-        # what the dispatch and `row_keywords` look at
+        # read by `choose_backend` and `row_keywords`
         patch.object(Tensor, "is_cuda", True),
         patch.object(torch.version, "hip", hip),
         patch("grpo_core.kernels.launch.architecture", lambda device: card),
         triton.knobs.amd.scope(),
     ):
-        # four rows are less than the 2 GiB from which on AMD's compiler addresses differently
+        # AMD's compiler addresses tensors of 2 GiB and more differently
         triton.knobs.amd.use_buffer_ops = False
         yield launches
 
 
 def examine(card: str, variant: str, dtype: torch.dtype, V: int, launch: Launch) -> Compiled:
-    """Reads what came out."""
-    registers, spills, found = measure(launch.compiled.asm)
+    """Reads the figures of a launch."""
+    registers, spills, code = measure(launch.compiled.asm)
     given = launch.keywords
     constants = {p.name: given[p.name] for p in launch.kernel.params if p.is_constexpr}
     read = ("logits_ptr", "ref_logits_ptr")
@@ -242,43 +239,35 @@ def examine(card: str, variant: str, dtype: torch.dtype, V: int, launch: Launch)
         registers=registers,
         spills=spills,
         shared=launch.compiled.metadata.shared,
-        # vectors of [N] are small beside a vocabulary: their loops are nobody's concern
-        loops=found if found is None or "THREADS" in constants else [],
+        # loops of kernels over vectors [N] do not matter
+        loops=code if code is None or "THREADS" in constants else [],
     )
 
 
-def measure(asm: dict[str, Any]) -> Figures:
-    """(registers, spills, loops) of what Triton compiled."""
-    return _measure_amd(asm["amdgcn"]) if "amdgcn" in asm else _measure_nvidia(asm["cubin"])
-
-
-def _measure_nvidia(cubin: bytes) -> Figures:
-    """By the disassembler that comes with Triton."""
+def measure(asm: dict[str, Any]) -> tuple[int | None, int | None, list[Loop] | None]:
+    """(registers, spills, loops) of a compiled kernel; None if unknown."""
+    if "amdgcn" in asm:
+        registers, spills = (
+            int(re.findall(rf"\.{key}:\s+(\d+)", asm["amdgcn"])[0])
+            for key in ("vgpr_count", "vgpr_spill_count")
+        )
+        return registers, spills, []
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(asm["cubin"])
         file.flush()
         usage = _output_of("cuobjdump", "-res-usage", file.name)
         code = _output_of("nvdisasm", "-c", file.name)
-    registers = spills = None
-    if usage is not None:
-        registers, stack = (
-            max(map(int, re.findall(rf"\b{of}:(\d+)", usage))) for of in ("REG", "STACK")
-        )
-        spills = -(-stack // 4)
-    return registers, spills, None if code is None else loops(sass(code))
-
-
-def _measure_amd(text: str) -> Figures:
-    """From the assembly and its metadata."""
-    registers, spills = (
-        int(found[1]) if (found := re.search(rf"\.{key}:\s+(\d+)", text)) else None
-        for key in ("vgpr_count", "vgpr_spill_count")
+    found = None if code is None else loops(sass(code))
+    if usage is None:
+        return None, None, found
+    registers, stack = (
+        max(map(int, re.findall(rf"\b{key}:(\d+)", usage))) for key in ("REG", "STACK")
     )
-    return registers, spills, loops(amdgcn(text))
+    return registers, -(-stack // 4), found
 
 
 def _output_of(tool: str, *arguments: str) -> str | None:
-    """What one of Triton's tools prints; None if it is not there."""
+    """The output of a tool of Triton; None if it is missing."""
     try:
         path = getattr(triton.knobs.nvidia, tool).path
     except RuntimeError:

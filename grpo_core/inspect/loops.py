@@ -1,24 +1,19 @@
-"""Reads the loops of a kernel out of its machine code: what one iteration issues, loads, stores.
+"""Counts what one iteration of a kernel's loops issues, loads and stores.
 
-The text of `nvdisasm -c` (SASS) or of the amdgcn assembly is cut into basic blocks; loops are the
-natural loops of the graph of these blocks. A loop over the vocabulary has two ways through: whole
-tiles, nearly always taken, and the masked tile at an end of the row or at the target. So the
-instructions between a label and the jump back to it are not what an iteration costs. Counted is
-what the *common path* issues, from the head of the loop back to the head:
+The machine code is cut into basic blocks; the loops are the natural loops of their graph. A loop
+over the vocabulary has two paths: full tiles, nearly always taken, and the masked tile at an end of
+the row or at the target. The counts are those of the *common path* from the head of the loop back
+to the head:
 
-- Masks leave traces. In SASS a masked load or store carries a predicate, `@P0 LDG`; in amdgcn it
-  stands where the execution mask is narrowed, after `saveexec`. Whole tiles are read and written
-  by accesses without either. The common path is the one with the most bytes of such certain
-  accesses and, among these, with the fewest instructions.
-- An access under the predicate of the branch that ends its block is certain on the one way out of
-  the block, and does not happen on the other.
-- In a loop without certain accesses it is the path of the fewest instructions that has any access.
-- Jumps over code for which no thread is left (execz), or for a warp out of step (BRA.DIV), are not
-  taken.
-- Instructions whose predicate is false take their turn all the same, and are counted. Those of an
-  inner loop belong to the inner loop.
+- A masked load or store carries a predicate, `@P0 LDG`; full tiles are accessed without. The common
+  path has the most bytes of unmasked accesses and, among equals, the fewest instructions.
+- A block may end in a branch. An access with the predicate of this branch is unmasked on one way
+  out of the block, and does not happen on the other.
+- In a loop without unmasked accesses it is the path with the fewest instructions and any access.
+- Instructions whose predicate is false are issued and counted. Those of an inner loop belong to the
+  inner loop.
 
-Bytes are those of one thread; they tell how many logits an iteration handles.
+Bytes are per thread; they give the number of logits of an iteration.
 """
 
 from __future__ import annotations
@@ -36,7 +31,7 @@ WIDE = 16
 
 @dataclass(frozen=True)
 class Loop:
-    """One iteration of a loop's common path; of the whole loop only `waits`."""
+    """One iteration of the common path of a loop; `waits` counts the whole loop."""
 
     opcodes: Counter[str]
     loads: tuple[int, ...]  # bytes of each
@@ -46,17 +41,17 @@ class Loop:
 
     @property
     def instructions(self) -> int:
-        """How many an iteration issues."""
+        """Instructions issued per iteration."""
         return self.opcodes.total()
 
     @property
     def role(self) -> str:
-        """What the loop is for, by what it reads, writes and computes."""
+        """The purpose of the loop, from what it reads, writes and computes."""
         if not self.stores:
-            # what reads a vocabulary raises two to its logits; the sum of the losses does not
+            # a loop over the vocabulary computes exponentials, a sum of losses does not
             if not self.special:
                 return "sum"
-            # the few rows that are read again are read narrowly
+            # the few rows that are read again have narrow loads
             return "forward" if max(self.loads, default=0) >= WIDE else "again"
         if not self.loads:
             return "zeros"
@@ -65,25 +60,21 @@ class Loop:
 
 @dataclass
 class Block:
-    """Instructions that are entered at the first and left behind the last."""
+    """A basic block: entered at its first instruction and left after its last."""
 
     labels: list[str] = field(default_factory=list)
     instructions: list[Instruction] = field(default_factory=list)
 
-    def may(self, jump: bool) -> bool:
-        """Whether it is commonly left by its jump, or else without."""
-        return not self.instructions or self.instructions[-1].expected in (None, jump)
-
     def issued(self, jumps: bool) -> list[Instruction]:
-        """Its instructions when it is left by its jump, or when it is not.
+        """The instructions if the block is left by its jump, or without.
 
-        The predicate of the jump is known then: accesses under it are certain, or void.
+        The value of the jump's predicate is then known: accesses with it are unmasked, or void.
         """
         last = self.instructions[-1] if self.instructions else Instruction("")
         if not last.targets or not last.guard:
             return self.instructions
         guard = last.guard
-        # with a second predicate among its operands, not jumping says nothing of the first
+        # with a second predicate as an operand, not jumping does not determine the first
         holds = guard if jumps else "unknown" if "," in last.operands else _negated(guard)
         result: list[Instruction] = []
         for instruction in reversed(self.instructions):
@@ -92,7 +83,7 @@ class Block:
             elif instruction.guard == _negated(holds):
                 instruction = replace(instruction, loads=0, stores=0)
             result.append(instruction)
-            # further up the predicate may have had another value; results are written first
+            # before this write the predicate had another value; operands begin with the results
             if guard.lstrip("!") in re.split(r"[,\s]+", instruction.operands)[:2]:
                 holds = "unknown"
         return result[::-1]
@@ -104,21 +95,21 @@ def loops(code: Iterable[str | Instruction]) -> list[Loop]:
     successors = _successors(blocks)
     order = _order(successors)
     bodies = _natural_loops(successors, order)
-    found = []
+    result = []
     for head, body in bodies.items():
         own = body.difference(*(b for h, b in bodies.items() if h in body and h != head))
         steps = {
             (block, after): blocks[block].issued(jumps=after != block + 1) if block in own else []
             for block in body
             for after in successors[block]
-            if after in body and blocks[block].may(jump=after != block + 1)
+            if after in body
         }
         path = _common_path(head, steps, order)
         waits = sum(i.waits for block in own for i in blocks[block].instructions)
         loop = _counted(path, waits)
         if loop.loads or loop.stores:
-            found.append(loop)
-    return found
+            result.append(loop)
+    return result
 
 
 def _negated(guard: str) -> str:
@@ -127,7 +118,7 @@ def _negated(guard: str) -> str:
 
 
 def _blocks(code: Iterable[str | Instruction]) -> list[Block]:
-    """Cuts at labels and behind jumps."""
+    """Cuts the code at labels and after jumps."""
     blocks = [Block()]
     for item in code:
         if isinstance(item, str):
@@ -142,7 +133,7 @@ def _blocks(code: Iterable[str | Instruction]) -> list[Block]:
 
 
 def _successors(blocks: list[Block]) -> list[list[int]]:
-    """Where each block may lead."""
+    """The successors of each block."""
     at = {label: index for index, block in enumerate(blocks) for label in block.labels}
     result = []
     for index, block in enumerate(blocks):
@@ -155,7 +146,7 @@ def _successors(blocks: list[Block]) -> list[list[int]]:
 
 
 def _order(successors: list[list[int]]) -> list[int]:
-    """Blocks that can be reached, each before those it leads to but by jumping back."""
+    """The reachable blocks in reverse postorder."""
     finished: list[int] = []
     seen = {0}
     stack = [(0, iter(successors[0]))]
@@ -172,24 +163,19 @@ def _order(successors: list[list[int]]) -> list[int]:
 
 
 def _natural_loops(successors: list[list[int]], order: list[int]) -> dict[int, set[int]]:
-    """Head -> body: all that leads back to a head through which it must have come."""
+    """Head -> body: the blocks from which a jump backwards to the head can be reached.
+
+    In the code of a compiler such a head is the only entry of its loop.
+    """
     predecessors: dict[int, list[int]] = {block: [] for block in order}
     for block in order:
         for after in successors[block]:
             predecessors[after].append(block)
-    dominators = {block: set(order) for block in order}
-    dominators[0] = {0}
-    changed = True
-    while changed:
-        changed = False
-        for block in order[1:]:
-            above = set.intersection(*(dominators[p] for p in predecessors[block])) | {block}
-            changed |= above != dominators[block]
-            dominators[block] = above
+    place = {block: index for index, block in enumerate(order)}
     bodies: dict[int, set[int]] = {}
     for block in order:
         for head in successors[block]:
-            if head not in dominators[block]:
+            if place[head] > place[block]:
                 continue
             body = bodies.setdefault(head, {head})
             waiting = [block]
@@ -203,9 +189,9 @@ def _natural_loops(successors: list[list[int]], order: list[int]) -> dict[int, s
 def _common_path(
     head: int, steps: dict[tuple[int, int], list[Instruction]], order: list[int]
 ) -> list[Instruction]:
-    """What is issued from the head back to it: most certain bytes, then fewest instructions."""
+    """The path from the head back to it: most unmasked bytes, then fewest instructions."""
     place = {block: index for index, block in enumerate(order)}
-    # (block, whether anything was accessed) -> (certain bytes, −instructions), the best way there
+    # (block, whether anything was accessed) -> (unmasked bytes, −instructions) of the best path
     reached: dict[tuple[int, bool], tuple[tuple[int, int], list[Instruction]]]
     reached = {(head, False): ((0, 0), [])}
     rounds: list[tuple[tuple[bool, int, int], list[Instruction]]] = [((False, 0, 0), [])]
@@ -227,7 +213,7 @@ def _common_path(
 
 
 def _counted(path: list[Instruction], waits: int) -> Loop:
-    """The figures of a path; masked accesses only where there are no others."""
+    """Counts a path; masked accesses only if there are no others."""
     loads = [i for i in path if i.loads]
     stores = [i for i in path if i.stores]
     return Loop(

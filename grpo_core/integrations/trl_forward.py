@@ -1,8 +1,8 @@
-"""The loss of a micro-batch inside the model's forward, where DDP and FSDP have their hooks.
+"""The loss of a micro-batch inside the model's forward, so that the hooks of DDP and FSDP run.
 
-TRL's own forward for per-token outputs runs: backbone, gathered head, soft cap and scale are its.
-Only at the hook, where it would ask for log-probabilities, `fused_linear_loss` makes loss and
-gradients; the wrapper then puts that loss into the output.
+TRL's forward for per-token outputs runs the backbone and gathers the head. At the hook where TRL
+computes log-probabilities, `fused_linear_loss` computes loss and gradients instead. The wrapped
+forward puts the loss into the output.
 """
 
 from __future__ import annotations
@@ -23,21 +23,20 @@ from grpo_core.objective.objective import Objective
 KEYWORD = "grpo_core_request"
 
 
-class LossRequest:
-    """What the loss of a padded micro-batch needs, and then its result.
+class TrlLossRequest:
+    """The arguments of the loss of a padded micro-batch, and its result.
 
-    A plain object: FSDP rounds all floating-point tensors that it finds among a forward's
-    arguments, in lists, mappings and dataclasses, and looks into nothing else.
+    Not a dataclass: FSDP casts the floating-point tensors in lists, mappings and dataclasses among
+    the arguments of a forward.
 
     Args:
         objective: what is minimised.
-        mask: [B, T] bool, the tokens of the loss; T the last positions of the model's input.
-        normalizer: as in `fused_linear_loss`.
-        vectors: [B, T] each, by their names there: advantage, old_logp, ref_logp, sampler_logp.
-        memory_budget: bytes, as there.
+        mask: [B, T] bool, the tokens of the loss: the last T positions of the model's input.
+        normalizer, memory_budget: as in `fused_linear_loss`.
+        vectors: its arguments of shape [B, T]: advantage, old_logp, ref_logp, sampler_logp.
 
     Attributes:
-        out: what the loss was made of, once the forward has run.
+        out: the result; None before the forward.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class LossRequest:
         self.out: LossOutput | None = None
 
     def labels(self, input_ids: Tensor) -> Tensor:
-        """[B, P + T], -100 outside of the mask."""
+        """Returns [B, P + T] labels, -100 outside the mask."""
         labels = torch.full_like(input_ids, -100)
         T = self.mask.shape[1]
         labels[:, -T:] = torch.where(self.mask, input_ids[:, -T:], -100)
@@ -71,9 +70,9 @@ class LossRequest:
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = (),
     ) -> tuple[Tensor | None, ...]:
-        """Stands at TRL's hook: loss and gradients of its rows; their logp and entropy, detached.
+        """Replaces TRL's function: computes the loss; returns logp and entropy without gradients.
 
-        The rows are all positions but each sequence's last, or those of the mask alone.
+        The rows are all positions except the last of each sequence, or those of the mask.
         """
         B, T = self.mask.shape
         n, device = hidden.shape[0], hidden.device
@@ -94,7 +93,7 @@ class LossRequest:
         if is_padded:
             sequence = torch.arange(n, device=device) // (before + T)
         else:
-            # ids below the number of rows, whatever sequences are empty
+            # consecutive ids, since sequences may be empty
             new = nn.functional.pad(sequence[1:] != sequence[:-1], (1, 0))
             sequence = new[:n].cumsum(0)
         self.out = fused_linear_loss(
@@ -107,30 +106,31 @@ class LossRequest:
             normalizer=self.normalizer,
             temperature=temperature,
             memory_budget=self.memory_budget,
-            # TRL's metrics are of all tokens
+            # TRL's metrics include masked tokens
             all_logp=True,
             **vectors,
         )
         return self.out.logp, self.out.entropy, None, None, None
 
 
-def answer_requests(model: nn.Module) -> None:
-    """Wraps the forward of a model, already given TRL's fused head, so that requests are answered.
+def add_fused_loss(model: nn.Module) -> None:
+    """Wraps the forward of a model that has TRL's fused head.
 
-    A forward with the keyword `grpo_core_request` returns TRL's output with our loss in it.
+    With the keyword `grpo_core_request` the forward returns TRL's output with the fused loss.
     """
-    inner = model.forward
+    # unbound, so that a copy of the model calls its own forward
+    inner = model.forward.__func__  # type: ignore[attr-defined]
 
-    # generate looks at the signature
+    # `generate` reads the signature
     @functools.wraps(type(model).forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        request: LossRequest | None = kwargs.pop(KEYWORD, None)
+        request: TrlLossRequest | None = kwargs.pop(KEYWORD, None)
         if request is None:
-            return inner(*args, **kwargs)
+            return inner(self, *args, **kwargs)
         with LogProbPatch(request.apply, known_hook()):
-            output = inner(*args, fused_lm_head=True, **kwargs)
+            output = inner(self, *args, fused_lm_head=True, **kwargs)
         if request.out is None:
-            raise RuntimeError("forward: expected TRL's to ask for log-probabilities, it did not")
+            raise RuntimeError("forward: expected TRL's forward to compute log-probabilities")
         output.loss = request.out.loss
         return output
 

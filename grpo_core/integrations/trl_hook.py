@@ -1,8 +1,7 @@
-"""Where TRL looks up its log-probabilities from hidden states, and what we put there.
+"""The hook: the function of TRL that computes log-probabilities from hidden states.
 
-TRL's trainers call `_ChunkedLogProbFunction.apply` by a name of `trl.trainer.utils`, anew each
-time. Which TRL does so, and with which arguments, is written down in `HOOKS`; another one is
-refused, as nothing is known of what it does.
+TRL's trainers look up `_ChunkedLogProbFunction` in `trl.trainer.utils` at every call. `HOOKS` lists
+the versions of TRL and the parameters of the function; other versions are refused.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,21 +28,15 @@ _SINCE_1_15 = ("ctx", "hidden", *_FIRST, *_LAST, "outputs")
 _BEFORE = ("ctx", "last_hidden", *_FIRST, *_LAST)
 
 
-class LogProbs(Protocol):
-    """What can stand at the hook."""
-
-    def apply(self, *args: Any) -> tuple[Tensor | None, ...]: ...
-
-
 @dataclass(frozen=True)
 class Hook:
-    """The hook of one TRL.
+    """The hook of a version of TRL.
 
     Attributes:
-        parameters: of TRL's own function there.
-        outputs: what `apply` returns: 5 tensors or Nones, or logp and entropy.
-        modules: that look the name up, beside `trl.trainer.utils`.
-        unserved: which trainers do not, and when; "" if all do.
+        parameters: parameters of TRL's function.
+        outputs: number of results of `apply`: logp and entropy, or these and three more.
+        modules: modules besides `trl.trainer.utils` that look up the function.
+        unserved: the trainers that do not call the function; "" if all do.
     """
 
     parameters: tuple[str, ...]
@@ -59,9 +52,9 @@ HOOKS = {
         _BEFORE,
         2,
         tuple(f"trl.trainer.{name}_trainer" for name in ("grpo", "dpo", "kto")),
-        "RLOO and SFT not at all, and GRPO, DPO and KTO only with use_liger_kernel=True",
+        "not RLOO and SFT; GRPO, DPO and KTO only with use_liger_kernel=True",
     ),
-    "1.13": Hook(_BEFORE, 2, (), "no trainer but AsyncGRPO: all others make full logits"),
+    "1.13": Hook(_BEFORE, 2, (), "only AsyncGRPO; the other trainers compute full logits"),
 }
 
 
@@ -80,11 +73,11 @@ def trl_utils() -> Any:
 
 
 def known_hook() -> Hook:
-    """The hook of the installed TRL, once it is one we know.
+    """The hook of the installed TRL.
 
     Raises:
         ImportError: without TRL.
-        RuntimeError: another version, or one whose function has other parameters.
+        RuntimeError: an unknown version, or a function with other parameters.
     """
     utils = trl_utils()
     version = import_module("trl").__version__
@@ -93,14 +86,14 @@ def known_hook() -> Hook:
         known = ", ".join(HOOKS)
         raise RuntimeError(f"trl: expected one of the versions {known}, got {version}; {INSTALL}")
     present = getattr(utils, NAME, None)
-    if present is None or isinstance(present, _Ours):
+    if present is None or isinstance(present, _Replacement):
         if present is None:
             raise RuntimeError(f"trl: expected trl.trainer.utils.{NAME}, got none; {INSTALL}")
         return hook
     if not str(getattr(present, "__module__", "")).startswith("trl."):
         raise RuntimeError(
-            f"trl: expected TRL's own trl.trainer.utils.{NAME}, got {present!r}, which something "
-            "else put there"
+            f"trl: expected TRL's trl.trainer.utils.{NAME}, got {present!r}, which something else "
+            "put there"
         )
     parameters = tuple(inspect.signature(present.forward).parameters)
     if parameters != hook.parameters:
@@ -111,42 +104,42 @@ def known_hook() -> Hook:
     return hook
 
 
-class _Ours:
-    """Something of ours that stands at the hook."""
+class _Replacement:
+    """The object at the hook while a patch is active."""
 
     def __init__(self, apply: Callable[..., tuple[Tensor | None, ...]]) -> None:
-        # the host decides how many rows to make, which no graph can
+        # the number of rows depends on data, which a compiled graph cannot follow
         self.apply = torch.compiler.disable(apply)
 
 
 class LogProbPatch:
-    """A replacement in place; `undo`, or leaving the `with` block, takes it back."""
+    """An active replacement at the hook; `undo`, or leaving the `with` block, removes it."""
 
     def __init__(self, apply: Callable[..., tuple[Tensor | None, ...]], hook: Hook) -> None:
         utils = trl_utils()
-        self._ours, self._before = _Ours(apply), getattr(utils, NAME)
+        self._replacement, self._before = _Replacement(apply), getattr(utils, NAME)
         modules = [import_module(name) for name in hook.modules]
         if hook.modules:
-            # whoever has imported the name from there
+            # modules that have imported the name
             modules = [m for n, m in list(sys.modules.items()) if n.startswith("trl.")]
         self._homes = [utils, *(m for m in modules if m is not utils and self._is_home(m))]
         for home in self._homes:
-            setattr(home, NAME, self._ours)
+            setattr(home, NAME, self._replacement)
         self._active = True
 
     def _is_home(self, module: Any) -> bool:
         return vars(module).get(NAME) is self._before
 
     def undo(self) -> None:
-        """Puts back what was there before; a second time does nothing.
+        """Restores the previous object; a second call does nothing.
 
         Raises:
-            RuntimeError: something else has been put there since.
+            RuntimeError: a later patch is still active.
         """
         if not self._active:
             return
         for home in self._homes:
-            if getattr(home, NAME) is not self._ours:
+            if getattr(home, NAME) is not self._replacement:
                 raise RuntimeError(
                     f"undo: expected this patch at {home.__name__}.{NAME}, got "
                     f"{getattr(home, NAME)!r}; undo patches in the reverse order"
@@ -163,29 +156,29 @@ class LogProbPatch:
 
 
 def patch_log_probs(*, memory_budget: int | None = None) -> LogProbPatch:
-    """Puts our log-probabilities from hidden states where TRL looks its own up.
+    """Replaces TRL's log-probabilities from hidden states by `linear_scores`.
 
-    Same outputs and gradients; the loss stays TRL's. GRPO, RLOO, DPO, KTO, SFT and AsyncGRPO of
-    TRL 1.15 and 1.16 then use it, in 1.13 and 1.14 those that ask there (a warning names the rest).
+    Outputs and gradients are the same; TRL computes the loss. This affects GRPO, RLOO, DPO, KTO,
+    SFT and AsyncGRPO in TRL 1.15 and 1.16; for 1.13 and 1.14 a warning names the exceptions.
 
         with patch_log_probs():
             trainer.train()
 
-    or `patch = patch_log_probs()` and later `patch.undo()`. What was computed inside may be
-    differentiated outside.
+    or `patch = patch_log_probs()` and later `patch.undo()`. Results may be differentiated after
+    the patch is removed.
 
     Args:
         memory_budget: bytes for the logits of a chunk, as in `fused_linear_loss`.
 
     Raises:
         ImportError: without TRL.
-        RuntimeError: a TRL that we do not know, or one that something else has changed.
+        RuntimeError: an unknown TRL, or a hook that something else has changed.
     """
     hook = known_hook()
     if hook.unserved:
         version = import_module("trl").__version__
         warnings.warn(
-            f"patch_log_probs: TRL {version} asks the function in few places: {hook.unserved}; "
+            f"patch_log_probs: TRL {version} calls the function in few trainers: {hook.unserved}; "
             f"{INSTALL} for all trainers",
             stacklevel=2,
         )
@@ -204,7 +197,7 @@ def patch_log_probs(*, memory_budget: int | None = None) -> LogProbPatch:
         unknown = set(outputs) - {"log_probs", "entropy", *FURTHER}
         if unknown:
             raise ValueError(f"outputs: expected TRL's names, got {sorted(unknown)}")
-        found = linear_scores(
+        scores = linear_scores(
             hidden,
             LinearHead(weight, bias, final_logit_softcapping, logit_scale),
             targets,
@@ -214,8 +207,8 @@ def patch_log_probs(*, memory_budget: int | None = None) -> LogProbPatch:
             gathered=lambda: trl_utils().maybe_gather_lm_head_ctx(weight, bias),
         )
         if hook.outputs == 2:
-            return found.logp, found.entropy
-        entropy = found.entropy if "entropy" in outputs else None
-        return found.logp, entropy, *found[2:]
+            return scores.logp, scores.entropy
+        entropy = scores.entropy if "entropy" in outputs else None
+        return scores.logp, entropy, *scores[2:]
 
     return LogProbPatch(apply, hook)

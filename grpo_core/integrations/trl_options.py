@@ -1,4 +1,4 @@
-"""What the fast level can do of `GRPOConfig`'s options, and which preset they make."""
+"""The options of `GRPOConfig` that `FusedGRPOTrainer` supports, and the preset of a trainer."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import dataclasses
 import functools
 from typing import Any
 
-from grpo_core.integrations.presets.trl import TrlPreset, trl_preset
-from grpo_core.integrations.presets.trl_options import TrlOptions
+from grpo_core.integrations.presets.trl import TrlOptions, TrlPreset, trl_preset
 
 _LOSS = frozenset(field.name for field in dataclasses.fields(TrlOptions))
-# these are TRL's own doing: before the loss, around it, or in its metrics
+# options that act before the loss, after it, or in TRL's metrics
 _AROUND = (
     "cache_implementation, cast_lm_head_to_fp32, chat_template_kwargs, disable_dropout, "
     "ds3_gather_for_generation, "
@@ -27,9 +26,9 @@ _AROUND = (
     "vllm_server_port, vllm_server_timeout, vllm_structured_outputs_regex, "
     "vllm_tensor_parallel_size"
 )
-# options of GRPOConfig with which the fast level is used, but for the values in `refused`
+# options of GRPOConfig that the fast level supports, except for the values in `unsupported_option`
 SUPPORTED = _LOSS | frozenset(_AROUND.split(", "))
-# entries of a micro-batch that the fast level knows of
+# entries of a micro-batch that the fast level reads
 _INPUTS = (
     "prompt_ids, prompt_mask, completion_ids, completion_mask, tool_mask, advantages, "
     "num_items_in_batch, old_per_token_logps, ref_per_token_logps, importance_sampling_ratio, "
@@ -38,8 +37,8 @@ _INPUTS = (
 INPUTS = frozenset(_INPUTS.split(", "))
 
 
-def refused(trainer: Any) -> tuple[str, str] | None:
-    """(option, why) of the first option that keeps a trainer from the fast level, or None."""
+def unsupported_option(trainer: Any) -> tuple[str, str] | None:
+    """(name, reason) of the first option that the fast level does not support, or None."""
     args = trainer.args
     theirs = {field.name: field for field in dataclasses.fields(type(args))}
     inherited = {field.name for field in dataclasses.fields(_training_arguments(type(args)))}
@@ -47,13 +46,13 @@ def refused(trainer: Any) -> tuple[str, str] | None:
         if getattr(args, name) != theirs[name].default:
             return name, "not known here"
     if args.torch_compile:
-        return "torch_compile", "the loss cannot be part of a compiled forward"
+        return "torch_compile", "a compiled forward cannot contain the loss"
     try:
         options_of(trainer)
     except ValueError as error:
         return str(error).partition(":")[0], str(error)
     if trainer.top_entropy_quantile < 1 and trainer.accelerator.num_processes > 1:
-        return "top_entropy_quantile", "TRL's threshold is of the tokens of all processes"
+        return "top_entropy_quantile", "TRL takes the threshold over the tokens of all processes"
     if trainer.loss_type == "vespo" and options_of(trainer).corrects:
         low, high = args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max
         if (low is not None and low > 1) or (high is not None and high < 1):
@@ -67,14 +66,14 @@ def refused(trainer: Any) -> tuple[str, str] | None:
 
 
 def options_of(trainer: Any) -> TrlOptions:
-    """The options of the loss as the trainer has them now; callbacks may change some.
+    """The current options of the loss; callbacks may change them during training.
 
     Raises:
         ValueError: a value that `preset("trl", ...)` refuses.
     """
     values = {name: getattr(trainer.args, name) for name in _LOSS}
-    held = _LOSS & vars(trainer).keys() - {"epsilon_high", "reward_weights", "scale_rewards"}
-    values |= {name: getattr(trainer, name) for name in held}
+    attributes = _LOSS & vars(trainer).keys() - {"epsilon_high", "reward_weights", "scale_rewards"}
+    values |= {name: getattr(trainer, name) for name in attributes}
     values |= {"epsilon": trainer.epsilon_low, "epsilon_high": trainer.epsilon_high}
     if trainer.use_adaptive_entropy and trainer._last_world_entropy > trainer.args.entropy_target:
         values["entropy_coef"] = 0.0
@@ -84,17 +83,17 @@ def options_of(trainer: Any) -> TrlOptions:
 
 
 def preset_of(trainer: Any, *, training: bool) -> TrlPreset:
-    """The preset of the trainer's options, in its present window."""
+    """The preset of the trainer's current options and accumulation window."""
     window = trainer.current_gradient_accumulation_steps if training else None
     return _preset(options_of(trainer), window)
 
 
 @functools.lru_cache(maxsize=64)
 def _preset(options: TrlOptions, window: int | None) -> TrlPreset:
-    found = trl_preset(**vars(options))
-    return found.in_evaluation() if window is None else found.accumulating(window)
+    preset = trl_preset(**vars(options))
+    return preset.in_evaluation() if window is None else preset.accumulating(window)
 
 
 def _training_arguments(kind: type) -> type:
-    """transformers' `TrainingArguments` among the bases."""
+    """Returns transformers' `TrainingArguments` among the base classes."""
     return next(base for base in kind.__mro__ if base.__name__ == "TrainingArguments")

@@ -1,21 +1,21 @@
-"""verl 0.9.1 with our losses, and with log-probabilities that need no logits.
+"""verl 0.9.1 with the losses of grpo_core, and with log-probabilities without logits.
 
     VERL_USE_EXTERNAL_MODULES=grpo_core.integrations.verl python -m verl.trainer.main_ppo \\
         actor_rollout_ref.actor.policy_loss.loss_mode=grpo_core_verl_vanilla ...
 
-To import this module is to register, in the process that does:
+Importing this module registers, in this process:
 
-- `grpo_core_verl_<loss_mode>` for verl's own modes: its options, aggregation, weights and metrics;
-- `grpo_core_<recipe>` for every method of `RECIPES`: surrogate, ratio and numbers are the recipe's.
+- `grpo_core_verl_<loss_mode>`: verl's modes with their options, aggregation, weights and metrics;
+- `grpo_core_<recipe>`: every method of `RECIPES` with the numbers of the recipe.
 
-`register` adds an objective of your own. KL and entropy terms stay verl's (`use_kl_loss`,
-`entropy_coeff`), and so do advantages (`adv_estimator`). The other half, from hidden states, is
-`patch_log_probs`, which `grpo_core.integrations.verl_log_probs` calls for those who load it.
+`register` adds another objective. verl still computes the KL and entropy terms (`use_kl_loss`,
+`entropy_coeff`) and the advantages (`adv_estimator`). `patch_log_probs` replaces verl's operators
+for log-probabilities; `grpo_core.integrations.verl_log_probs` calls it on import.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from grpo_core.integrations.presets import VerlPreset, preset
-from grpo_core.integrations.presets.base import Tally
-from grpo_core.integrations.presets.verl_options import AGGREGATIONS, LOSSES, VerlOptions
+from grpo_core.integrations.presets.base import TokenMeans
+from grpo_core.integrations.presets.verl_options import AGGREGATIONS, MODES, VerlOptions
 from grpo_core.integrations.verl_head import (
     FusedLinear,
     forward_with_torch_backend,
@@ -50,39 +50,37 @@ __all__ = [
     "register",
 ]
 
-# what verl calls; all tensors [B, T]
+# the function that verl calls; its tensors are [B, T]
 PolicyLoss = Callable[..., tuple[Tensor, dict[str, Any]]]
-# options of verl's actor that say what a policy term is
+# options of verl's actor that affect the policy term
 OPTIONS = ("clip_ratio", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "tau_pos", "tau_neg")
-# the trainer itself chooses that mode, and then by its own name
-MODES = tuple(mode for mode in LOSSES if mode != "bypass_mode")
 
 
 def register(name: str, objective: str | Objective) -> PolicyLoss:
-    """Makes an objective a policy loss of verl, to be chosen as `policy_loss.loss_mode=name`.
+    """Registers an objective as a policy loss of verl, selected by `policy_loss.loss_mode=name`.
 
-    Its KL and entropy bonus are left out: verl adds those that its own options ask for, averaged by
-    `loss_agg_mode`, which therefore must say what the objective's aggregation says. Options that
-    only verl's own modes read must be at their defaults, lest someone think that they act.
+    Its KL and entropy terms are left out. verl adds its own, averaged by `loss_agg_mode`, which
+    must match the aggregation of the objective. Options that only verl's modes read must have their
+    defaults.
 
     Args:
-        name: of the loss mode; one that exists is replaced.
-        objective: an `Objective`, or the name of one in `RECIPES`.
+        name: name of the loss mode; an existing one is replaced.
+        objective: an `Objective`, or a name in `RECIPES`.
 
     Returns:
         The function that verl calls.
 
     Raises:
-        ValueError: an objective that needs what verl does not hand to a policy loss.
+        ValueError: an objective that needs what verl does not pass to a policy loss.
     """
     spec = RECIPES[objective] if isinstance(objective, str) else objective
     if spec.factor.needs_sampler:
         raise ValueError(
             "objective: expected no factor.sampler and no factor.rejections, whose log-"
-            "probabilities verl does not hand on; use algorithm.rollout_correction"
+            "probabilities verl does not pass on; use algorithm.rollout_correction"
         )
     if spec.factor.top_entropy < 1:
-        raise ValueError("objective: expected factor.top_entropy = 1, verl gives no entropy")
+        raise ValueError("objective: expected factor.top_entropy = 1, verl passes no entropy")
     spec = spec.replace(kl=None, beta=0.0, kl_times_ratio=False, entropy_coef=0.0)
 
     def policy_loss(
@@ -94,9 +92,9 @@ def register(name: str, objective: str | Objective) -> PolicyLoss:
         config: Any = None,
         rollout_is_weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """The policy term of the objective; arguments and results are those of verl's losses."""
+        """The policy term of the objective, with the arguments and results of verl's losses."""
         _check_config(name, spec, loss_agg_mode, config)
-        options = _preset("vanilla", loss_agg_mode, _options(config), weighted=False)
+        normalizer = _preset("vanilla", loss_agg_mode, _options(config), weighted=False).normalizer
         out = logp_loss(
             log_prob,
             objective=spec,
@@ -104,15 +102,15 @@ def register(name: str, objective: str | Objective) -> PolicyLoss:
             old_logp=old_log_prob,
             factor=rollout_is_weights,
             mask=response_mask,
-            normalizer=options.normalizer(response_mask, **config.global_batch_info),
+            normalizer=normalizer(response_mask, **config.global_batch_info),
         )
-        return out.loss, _numbers(_figures(out))
+        return out.loss, _floats(_metrics(out), out)
 
     return register_policy_loss(name)(policy_loss)
 
 
 def _register_mode(mode: str) -> PolicyLoss:
-    """Makes verl's own loss mode, by our code, the one named `grpo_core_verl_<mode>`."""
+    """Registers verl's loss mode, computed by grpo_core, as `grpo_core_verl_<mode>`."""
 
     def policy_loss(
         old_log_prob: Tensor,
@@ -123,7 +121,7 @@ def _register_mode(mode: str) -> PolicyLoss:
         config: Any = None,
         rollout_is_weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """verl's policy term; arguments and results are those of its own function."""
+        """verl's policy term, with the arguments and results of verl's function."""
         _check_present(config)
         ours = _preset(mode, loss_agg_mode, _options(config), rollout_is_weights is not None)
         sampler_logp = None
@@ -138,7 +136,7 @@ def _register_mode(mode: str) -> PolicyLoss:
             mask=response_mask,
             normalizer=ours.normalizer(response_mask, **config.global_batch_info),
         )
-        return out.loss, _numbers(ours.metrics(out) | _left_out(out))
+        return out.loss, _floats(ours.metrics(out), out)
 
     return register_policy_loss(f"grpo_core_verl_{mode}")(policy_loss)
 
@@ -147,7 +145,7 @@ def _register_mode(mode: str) -> PolicyLoss:
 def _preset(
     mode: str, loss_agg_mode: str, options: tuple[tuple[str, Any], ...], weighted: bool
 ) -> VerlPreset:
-    """The preset of a configuration, made once."""
+    """The preset of a configuration."""
     given = dict(options)
     if mode != "dro":
         given.pop("dro_beta")
@@ -156,7 +154,7 @@ def _preset(
 
 
 def _options(config: Any) -> tuple[tuple[str, Any], ...]:
-    """What of verl's actor config a policy term depends on."""
+    """The options in verl's actor config that affect a policy term."""
     named = [(name, getattr(config, name)) for name in OPTIONS]
     return (*named, ("dro_beta", config.policy_loss.dro_beta))
 
@@ -188,28 +186,26 @@ def _check_config(name: str, spec: Objective, loss_agg_mode: str, config: Any) -
 
 
 @torch.no_grad()
-def _figures(out: LossOutput) -> dict[str, Tensor]:
-    """What verl's losses log, for any objective: the clipped share is of all tokens, as there."""
-    tally, metrics = Tally(out), out.metrics
+def _metrics(out: LossOutput) -> dict[str, Tensor]:
+    """The metrics of verl's losses for any objective; as in verl, shares are of all tokens."""
+    means, metrics = TokenMeans(out), out.metrics
     moved = metrics["moved_tokens"] / metrics["tokens"].clamp(min=1)
     return {
         "actor/pg_clipfrac": metrics["clip_fraction"] * moved,
-        "actor/ppo_kl": tally.mean(-tally.log_ratio),
+        "actor/ppo_kl": means.mean(-means.log_ratio),
         "actor/pg_clipfrac_lower": metrics["clip_fraction_low"] * moved,
         "actor/ratio_mean": metrics["ratio_mean"],
-        **_left_out(out),
     }
 
 
-def _left_out(out: LossOutput) -> dict[str, Tensor]:
-    """How many tokens are left out because a term is NaN or infinite, where verl's loss is NaN."""
-    return {"actor/nonfinite_tokens": (out._valid & out._dropped).sum()}
+def _floats(metrics: dict[str, Tensor], out: LossOutput) -> dict[str, float]:
+    """Python numbers, as verl's losses return; the host waits for the device once.
 
-
-def _numbers(figures: Mapping[str, Tensor]) -> dict[str, float]:
-    """Python numbers, as verl's losses return; the host waits for the device once."""
-    values = torch.stack([value.double() for value in figures.values()]).tolist()
-    return dict(zip(figures, values, strict=True))
+    Adds the number of tokens left out because a term is not finite; verl's loss is NaN then.
+    """
+    metrics = metrics | {"actor/nonfinite_tokens": (out._valid & out._dropped).sum()}
+    values = torch.stack([value.double() for value in metrics.values()]).tolist()
+    return dict(zip(metrics, values, strict=True))
 
 
 for _mode in MODES:

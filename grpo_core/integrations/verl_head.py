@@ -1,18 +1,18 @@
-"""verl's log-probabilities and entropies from hidden states, by our operator.
+"""verl's log-probabilities and entropies from hidden states, by `linear_logp`.
 
-verl 0.9.1 with `model.use_fused_kernels=True` gets both from one of two operators: the module
+verl 0.9.1 with `model.use_fused_kernels=True` computes both by one of two operators: the module
 `FusedLinearForPPO` (`fused_kernel_options.impl_backend=torch`) or `linear_cross_entropy` (triton),
-called by forwards of its own. `patch_log_probs` puts ours in their places:
+called by its own forwards. `patch_log_probs` replaces them:
 
-| where                                  | what differs from verl's                               |
+| replaced                               | differences from verl                                  |
 |----------------------------------------|--------------------------------------------------------|
-| either operator, every model family    | dweight summed in float32, logits in float32, entropy  |
-|                                        | float32; rows without a gradient take no product       |
-| forward of text models, `dense_common` | bias, soft cap and scale of the head take part, which  |
-|                                        | verl's leave out; a head that FSDP2 shards apart (not  |
-|                                        | tied) is gathered, where verl's fails                  |
+| either operator, every model family    | dweight summed in float32; float32 logits and entropy; |
+|                                        | no product for rows without a gradient                 |
+| forward of text models, `dense_common` | applies the bias, soft cap and scale of the head, which|
+|                                        | verl ignores; gathers a head that FSDP2 shards apart   |
+|                                        | (not tied), where verl fails                           |
 
-Kept are arguments, shapes, and the wrapped label of the last position.
+Arguments, shapes and the wrapped label of the last position are the same.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ INSTALL = (
 FORWARDS = "verl.models.transformers.dense_common"
 OPERATORS = "verl.utils.experimental.torch_functional"
 KERNEL = "verl.utils.kernel.linear_cross_entropy"
-# these have taken the function's name for themselves where they are loaded
+# modules that import the function by name
 MEGATRON = ("verl.models.mcore.model_forward_fused", "verl.models.mcore.model_forward_1f1b_overlap")
 
 
 def require_verl() -> None:
-    """Raises ImportError, with the command that helps, unless verl 0.9.1 can be imported."""
+    """Raises ImportError with an install command unless verl 0.9.1 can be imported."""
     try:
         found = import_module("verl").__version__
     except ImportError as missing:
@@ -64,8 +64,8 @@ class FusedLinear(nn.Module):
     """`FusedLinearForPPO` of verl: hidden states and a matrix -> (log_probs, entropy).
 
     Args:
-        chunk_size: without effect; chunks follow from a budget of memory.
-        impl_backend: "torch". verl's "liger" is another program: do not patch then.
+        chunk_size: ignored; the memory budget decides.
+        impl_backend: "torch". With verl's "liger", do not patch.
     """
 
     def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
@@ -83,10 +83,10 @@ class FusedLinear(nn.Module):
         input_ids: Tensor,
         temperature: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """Log-probability and entropy of every label, float32, shaped like `input_ids`."""
-        _check_whole("vocab_weights", vocab_weights)
+        """Returns log-probability and entropy of every label, float32, shaped like `input_ids`."""
+        _check_gathered("vocab_weights", vocab_weights)
         found = linear_logp(
-            hidden_states, vocab_weights, input_ids, temperature=_number(temperature)
+            hidden_states, vocab_weights, input_ids, temperature=_temperature(temperature)
         )
         return found.logp, found.entropy
 
@@ -99,23 +99,23 @@ def linear_cross_entropy(
     reduction: str = "none",
     dist_process_group: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    """verl's function of that name: (log-probabilities, entropies) [N] of N labels, float32.
+    """verl's function of this name: (log-probabilities, entropies) [N] of N labels, float32.
 
     Raises:
-        ValueError: any `reduction` but "none".
-        NotImplementedError: a matrix in parts, of tensor parallelism.
+        ValueError: a `reduction` other than "none".
+        NotImplementedError: a matrix split by tensor parallelism.
     """
     if reduction != "none":
         raise ValueError(f"reduction: expected 'none', got {reduction!r}")
     if dist_process_group is not None and torch.distributed.get_world_size(dist_process_group) > 1:
         size = torch.distributed.get_world_size(dist_process_group)
         raise NotImplementedError(
-            f"dist_process_group: a head in {size} parts is not supported; use "
+            f"dist_process_group: a head split over {size} ranks is not supported; use "
             "tensor_model_parallel_size=1, or verl's own kernel without patch_log_probs"
         )
-    _check_whole("weight", weight)
+    _check_gathered("weight", weight)
     rows = hidden.reshape(-1, hidden.shape[-1])
-    found = linear_logp(rows, weight, labels.reshape(-1), temperature=_number(temperature))
+    found = linear_logp(rows, weight, labels.reshape(-1), temperature=_temperature(temperature))
     return found.logp, found.entropy
 
 
@@ -137,15 +137,15 @@ def forward_with_torch_backend(
     shift_labels: Tensor | None = None,
     **loss_kwargs: Any,
 ) -> Any:
-    """The forward that verl gives a text model whose head is fused; arguments are verl's.
+    """verl's forward of a text model with a fused head; the arguments are verl's.
 
     Returns:
-        verl's `CausalLMOutputForPPO` with `log_probs` and `entropy`, [B, T] float32, each position
-        predicting the next; the last one's label is the first, as in verl.
+        verl's `CausalLMOutputForPPO` with `log_probs` and `entropy`, [B, T] float32. Each position
+        predicts the next; the label of the last position is the first token, as in verl.
 
     Raises:
         ValueError: neither `shift_labels` nor `labels` nor `input_ids`.
-        NotImplementedError: without `return_dict`, or a head that is more than `head_of` reads.
+        NotImplementedError: no `return_dict`, or a head that `head_of` cannot read.
     """
     verl = import_module(FORWARDS)
     if not return_dict:
@@ -167,13 +167,13 @@ def forward_with_torch_backend(
         output_hidden_states=output_hidden_states,
         cache_position=cache_position,
     )
-    target, T = shift_labels, _number(temperature)
+    target, T = shift_labels, _temperature(temperature)
 
     def scored(hidden: Tensor) -> tuple[Tensor, Tensor]:
         found = linear_logp(hidden, head_of(self), target, temperature=T)
         return found.logp, found.entropy
 
-    # as the head's own forward: where FSDP shards it apart, its hooks gather the matrix
+    # called as the head's forward, so that the hooks of FSDP gather its matrix
     with patch.object(self.lm_head, "forward", scored):
         logp, entropy = self.lm_head(outputs[0])
     return verl.CausalLMOutputForPPO(
@@ -185,30 +185,31 @@ def forward_with_torch_backend(
     )
 
 
-# where tensors are decides what computes, not the name of the backend
+# the device of the tensors decides the backend, not its name
 forward_with_triton_backend = forward_with_torch_backend
 
 
 def head_of(model: Any) -> LinearHead:
-    """A model's output matrix with the bias, soft cap and scale that its config names.
+    """Returns a model's output matrix with the bias, soft cap and scale in its config.
 
     Raises:
-        NotImplementedError: an adapter on the head, or a scale whose meaning is not known.
+        NotImplementedError: an adapter on the head, or an unknown kind of scale.
     """
     return read_head(model.lm_head, stated(model.config), adapters=False)
 
 
 def patch_log_probs() -> ExitStack:
-    """Puts our operator where verl looks its own up, in this process.
+    """Replaces verl's operators in this process.
 
         with patch_log_probs(): ...          # or
         undo = patch_log_probs(); ...; undo.close()
 
-    A model takes its forward when verl builds it: patch before, and closing leaves it as it is.
+    verl sets the forward of a model when it builds the model: patch before that. Closing does not
+    change existing models.
 
     Raises:
         ImportError: verl is missing, or not 0.9.1.
-        RuntimeError: something of verl's does not look as it does there.
+        RuntimeError: a function of verl has other parameters.
     """
     require_verl()
     places: list[tuple[str, str, Callable]] = [
@@ -231,8 +232,8 @@ def patch_log_probs() -> ExitStack:
 
 
 def _check_parameters(name: str, theirs: Any, ours: Any) -> None:
-    """Raises RuntimeError unless both are called in the same way."""
-    # the `apply` of an autograd function shows no names, its forward does
+    """Raises RuntimeError unless both have the same parameters."""
+    # `apply` of an autograd function has no named parameters, its forward does
     theirs = getattr(getattr(theirs, "__self__", None), "forward", theirs)
     found, expected = (list(inspect.signature(called).parameters) for called in (theirs, ours))
     found = found[1:] if found[:1] == ["ctx"] else found
@@ -240,18 +241,18 @@ def _check_parameters(name: str, theirs: Any, ours: Any) -> None:
         raise RuntimeError(f"{name}: expected the parameters {expected}, got {found}")
 
 
-def _check_whole(name: str, weight: Tensor) -> None:
-    """Raises NotImplementedError for a matrix that FSDP2 has not gathered."""
+def _check_gathered(name: str, weight: Tensor) -> None:
+    """Raises NotImplementedError for a matrix sharded by FSDP2."""
     if isinstance(weight, DTensor):
         raise NotImplementedError(
             f"{name}: expected a gathered matrix, got a DTensor: this forward of verl reads a head "
-            "that FSDP2 shards apart from the model, where its own operator fails, too; set "
+            "that FSDP2 shards apart from the model; verl's own operator also fails; set "
             "use_fused_kernels=False"
         )
 
 
-def _number(temperature: Any) -> float:
-    """A temperature as the operator takes it; verl's engine gives no tensor to a fused head."""
+def _temperature(temperature: Any) -> float:
+    """The temperature as a float; verl's engine passes one number to a fused head."""
     if isinstance(temperature, Tensor) and temperature.numel() > 1:
         raise NotImplementedError(
             "temperature: expected one number for all tokens with a fused head, got "

@@ -1,4 +1,4 @@
-"""Verifies the kernels on this machine: python -m grpo_core.verify."""
+"""Checks the kernels on this machine: python -m grpo_core.verify."""
 
 from __future__ import annotations
 
@@ -7,32 +7,31 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from grpo_core.cli.options import RECIPE_NAMES, Parser, new_file, vocabulary
 
-# those of `backends.Backend`, `inputs.OBJECTIVES` and `table.DTYPES`
+# the names in `backends.Backend`, `inputs.OBJECTIVES` and `report.DTYPES`, without importing torch
 BACKENDS = ("triton", "torch")
 OBJECTIVES = (*RECIPE_NAMES, "exact KL", "entropy bonus", "exact KL, entropy", "sampler")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parses the command line, compares, prints.
+    """Parses the command line, runs the checks, prints the report.
 
     Returns:
-        The exit status: 0 if everything is right, 1 if anything is not.
+        The exit status: 0 if all checks pass, else 1.
     """
     parser = _parser()
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     import torch
 
     from grpo_core.backends import Backend, choose_backend
-    from grpo_core.verify import verify
+    from grpo_core.verify.checks import verify
     from grpo_core.verify.inputs import SIZES, one_per_plan
-    from grpo_core.verify.table import LEGEND, summary, table
+    from grpo_core.verify.report import LEGEND, report_lines, summary
 
-    backend: Backend = given.backend or ("triton" if torch.cuda.is_available() else "torch")
+    backend: Backend = options.backend or ("triton" if torch.cuda.is_available() else "torch")
     device = "cuda" if torch.cuda.is_available() and backend == "triton" else "cpu"
     try:
         choose_backend(backend, torch.empty(0, device=device))
@@ -41,65 +40,64 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"backend: {cannot}; without a GPU the kernels can be interpreted, slowly: "
             "TRITON_INTERPRET=1 python -m grpo_core.verify --backend triton"
         )
-    interpreted = backend == "triton" and _interpret()
-    sizes = SIZES["interpreted" if interpreted else backend]
-    recipes = given.recipe or list(OBJECTIVES)
-    if given.quick:
+    is_interpreted = backend == "triton" and _interpret()
+    sizes = SIZES["interpreted" if is_interpreted else backend]
+    recipes = options.recipe or list(OBJECTIVES)
+    if options.quick:
         recipes = one_per_plan(recipes)
-    vocabularies = given.vocabulary or sizes.vocabularies[: 1 if given.quick else None]
+    vocabularies = options.vocabulary or sizes.vocabularies[: 1 if options.quick else None]
     sizes = replace(sizes, vocabularies=tuple(vocabularies))
-    dtypes = [getattr(torch, name) for name in DTYPES if given.dtype in (None, name)]
-    where = _device_name(device)
-    print(_title(backend, where, interpreted))
+    dtypes = [getattr(torch, name) for name in DTYPES if options.dtype in (None, name)]
+
+    threads = torch.get_num_threads()
+    where = f"CPU ({threads} thread{'s' * (threads > 1)})"
+    if device == "cuda":
+        where = torch.cuda.get_device_name()
+    modules = [name for name in ("grpo_core", "torch", "triton") if name in sys.modules]
+    versions = {name: sys.modules[name].__version__ for name in modules}
+    what = "Triton kernels, interpreted with a GPU's rounding" if is_interpreted else backend
+    print(f"{what} on {where}; " + ", ".join(f"{name} {v}" for name, v in versions.items()))
     print(f"{len(recipes)} recipes and variants, V = {', '.join(f'{V:,}' for V in vocabularies)}")
-    print(f"\n{LEGEND}")
-    sys.stdout.flush()
-    report = verify(recipes, dtypes, backend=backend, device=device, sizes=sizes)
-    print("\n".join(table(report)))
-    print(summary(report, where + ", interpreted" * interpreted))
-    if given.json:
-        facts = {"backend": backend, "device": where, "interpreted": interpreted} | _versions()
-        given.json.write_text(json.dumps(facts | report.as_json(), indent=1) + "\n")
+    print(f"\n{LEGEND}", flush=True)
+    report = verify(recipes, dtypes, backend, device, sizes)
+    print("\n".join(report_lines(report)))
+    print(summary(report, where + ", interpreted" * is_interpreted))
+    if options.json:
+        facts = {"backend": backend, "device": where, "interpreted": is_interpreted} | versions
+        options.json.write_text(json.dumps(facts | report.as_json(), indent=1) + "\n")
     return 1 if report.failures else 0
 
 
 def _parser() -> Parser:
     parser = Parser(
         "grpo_core.verify",
-        description="Every plan, recipe and dtype against float64, on this machine.",
-        epilog="Exit status: 0 if everything is right, 1 if anything is not.",
+        description="Checks every plan, recipe and dtype on this machine against float64.",
+        epilog="Exit status: 0 if all checks pass, else 1.",
     )
-    parser.add_argument(
-        "--backend",
-        choices=BACKENDS,
-        help="what computes (default: triton on a GPU, else torch)",
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--backend", choices=BACKENDS, help="default: triton on a GPU, else torch")
+    add(
         "--recipe",
         nargs="+",
         metavar="NAME",
         choices=OBJECTIVES,
         help=f"any of {', '.join(map(repr, OBJECTIVES))} (default: all)".replace("'", ""),
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the logits (default: all)")
-    parser.add_argument(
+    add("--dtype", choices=DTYPES, help="dtype of the logits (default: all)")
+    add(
         "--vocabulary",
         nargs="+",
         type=vocabulary,
         metavar="V",
-        help="all recipes over the first, one of every plan over the others",
+        help="the first with all recipes, the others with one recipe per plan",
     )
-    parser.add_argument(
-        "--json", type=new_file, metavar="FILE", help="write every comparison there"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="one recipe of every plan, the first vocabulary"
-    )
+    add("--json", type=new_file, metavar="FILE", help="write every comparison to FILE")
+    add("--quick", action="store_true", help="one recipe per plan, the first vocabulary")
     return parser
 
 
 def _interpret() -> bool:
-    """Whether Triton interprets; then it is made to round as a GPU does."""
+    """Whether Triton interprets kernels; if so, makes it round as a GPU does."""
     import triton
 
     if not triton.knobs.runtime.interpret:
@@ -107,31 +105,9 @@ def _interpret() -> bool:
     from grpo_core.verify.interpreter_rounding import round_as_hardware_does
 
     round_as_hardware_does()
-    # numpy reports what IEEE arithmetic defines
+    # numpy warns about results that IEEE arithmetic defines
     warnings.filterwarnings("ignore", ".*encountered in.*", RuntimeWarning, "triton")
     return True
-
-
-def _device_name(device: str) -> str:
-    import torch
-
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    threads = torch.get_num_threads()
-    return f"CPU ({threads} thread{'s' * (threads > 1)})"
-
-
-def _versions() -> dict[str, Any]:
-    versions = {name: sys.modules[name].__version__ for name in ("grpo_core", "torch")}
-    if "triton" in sys.modules:
-        versions["triton"] = sys.modules["triton"].__version__
-    return versions
-
-
-def _title(backend: str, where: str, interpreted: bool) -> str:
-    how = "Triton kernels, interpreted with a GPU's rounding" if interpreted else backend
-    versions = ", ".join(f"{name} {version}" for name, version in _versions().items())
-    return f"{how} on {where}; {versions}"
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""The one rule of tolerance, and the one home of its numbers.
+"""The rule of tolerance and its constants, for the tests, `grpo_core.verify` and the bench.
 
-Our error against float64 is at most that of the honest baseline plus FLOOR times the size of what
-is measured. Honest is `reference_loss` on the same logits: float32 log_softmax, autograd. The
-tests, `grpo_core.verify` and the bench all measure by it.
+The error against float64 is at most that of the baseline plus FLOOR times the size of the measured
+quantity. The baseline is `reference_loss` on the same logits: float32 log_softmax and autograd.
 
-For confident tokens that rule asks for little: log_softmax returns logp = 0, whose absolute error
-is small. They are held to the error relative to their own size instead. Everything about them is a
-power, e^−m, which float32 knows as well as it knows m: to FLOOR · max(1, m) of its size.
+For confident tokens this rule is weak: log_softmax returns logp = 0 with a small absolute error.
+Their error is measured relative to their own size instead. Their quantities are proportional to
+e^−m, whose relative accuracy in float32 is that of m: FLOOR · max(1, m).
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ from torch import Tensor
 from grpo_core.loss.fused_loss import LossOutput
 from grpo_core.objective.objective import Objective
 
-# a few float32 roundings of a number of size 1
+# a few float32 rounding errors of a number of size 1
 FLOOR = 8 * torch.finfo(torch.float32).eps
 VECTORS = ("loss", "logp", "entropy", "ratio", "kl")
 QUANTITIES = (*VECTORS, "dlogits")
 
 
 class Comparison(NamedTuple):
-    """A quantity measured against float64, at its worst element."""
+    """The error of a quantity against float64, at its worst element."""
 
     quantity: str
-    error: float  # ours; dlogits and confident tokens: relative, all others: absolute
-    baseline: float  # that of the honest baseline
-    share: float  # ours, of what is allowed
+    error: float  # relative for dlogits and confident tokens, absolute for all others
+    baseline: float  # error of the baseline
+    share: float  # error / allowed error
 
     @property
     def ok(self) -> bool:
@@ -48,7 +47,7 @@ class Result(NamedTuple):
 
 
 class ExactTokens(NamedTuple):
-    """Statistics of N tokens in float64, every digit of a confident one included."""
+    """Statistics of N tokens in float64, with full relative accuracy for confident tokens."""
 
     logp: Tensor  # [N] nats
     entropy: Tensor  # [N] nats
@@ -56,7 +55,7 @@ class ExactTokens(NamedTuple):
 
 
 def worst(value: Tensor, truth: Tensor) -> float:
-    """Largest absolute error; infinite if a NaN or infinity stands where the truth is finite."""
+    """Largest absolute error; infinite for a NaN or infinity where the truth is finite."""
     value, truth = value.to(truth.device).double(), truth.double()
     error = torch.where(value == truth, 0.0, (value - truth).abs())
     return float(error.nan_to_num(nan=math.inf).amax()) if error.numel() else 0.0
@@ -71,7 +70,7 @@ def compare(
     size: float = 1.0,
     terms: int = 1,
 ) -> Comparison:
-    """The rule, for sums of so many `terms` as large as the largest of the truth, or as `size`."""
+    """Applies the rule to a sum of `terms` numbers no larger than `size` or the largest truth."""
     assert ours.shape == truth.shape, f"{quantity}: {list(ours.shape)}, not {list(truth.shape)}"
     largest = float(truth.abs().nan_to_num(posinf=0).amax()) if truth.numel() else 0.0
     error, honest = worst(ours, truth), worst(baseline, truth)
@@ -83,58 +82,58 @@ def compare(
 def compare_losses(
     objective: Objective, longest: int, ours: Result, baseline: Result, truth: Result
 ) -> list[Comparison]:
-    """Everything that a loss returns, and its gradient relative to its own size.
+    """Compares the vectors of a loss, and its gradient relative to the largest element.
 
     `longest` is the number of tokens of the longest sequence.
     """
     logp = truth.out.logp
     largest = max(1.0, float(logp.abs().nan_to_num(posinf=0).amax())) if logp.numel() else 1.0
-    # what is a sum of terms of either sign cannot be better than its largest term
+    # a sum of terms of either sign is no more accurate than its largest term
     sums = ("loss",) if objective.is_token_level else ("loss", "ratio")
-    # nor the exponential of a sum better than the sum
+    # the exponential of a sum is no more accurate than the sum
     terms = longest if objective.ratio_level == "sequence_sum" else 1
-    found = []
+    comparisons = []
     for name in VECTORS:
-        mine, honest, exact = (getattr(r.out, name).detach() for r in (ours, baseline, truth))
+        value, honest, exact = (getattr(r.out, name).detach() for r in (ours, baseline, truth))
         size, steps = (largest, terms) if name in sums else (1.0, 1)
-        found.append(compare(name, mine, honest, exact, size=size, terms=steps))
-    mine, honest, exact = (r.dlogits for r in (ours, baseline, truth))
-    return [*found, compare("dlogits", mine, honest, exact, size=0.0, terms=terms)]
+        comparisons.append(compare(name, value, honest, exact, size=size, terms=steps))
+    value, honest, exact = (r.dlogits for r in (ours, baseline, truth))
+    return [*comparisons, compare("dlogits", value, honest, exact, size=0.0, terms=terms)]
 
 
 def compare_confident(
     quantity: str, ours: Tensor, baseline: Tensor, truth: Tensor, unit: float = 1.0
 ) -> Comparison:
-    """Every element relative to its own size; a float16 or bfloat16 tensor may round it once.
+    """Compares relative errors; a float16 or bfloat16 tensor may round each element once.
 
     Args:
         ours, baseline, truth: of any shape; the truth is finite and nowhere 0.
-        unit: what the numbers were multiplied by.
+        unit: the factor of the numbers.
     """
     rounding = torch.finfo(ours.dtype)
     size = truth.abs()
     floor = FLOOR * (size / unit).log().abs().clamp(min=1)
     allowed = (floor + rounding.eps) * size + rounding.smallest_normal * rounding.eps
     errors = [(x.double() - truth).abs().nan_to_num(nan=math.inf) for x in (ours, baseline)]
-    # numbers too small for the dtype have no relative error to speak of
+    # numbers that underflow have no useful relative error
     normal = size >= rounding.smallest_normal
-    mine, honest = (float((error[normal] / size[normal]).amax()) for error in errors)
-    return Comparison(quantity, mine, honest, float((errors[0] / allowed).amax()))
+    value, honest = (float((error[normal] / size[normal]).amax()) for error in errors)
+    return Comparison(quantity, value, honest, float((errors[0] / allowed).amax()))
 
 
 def exact_tokens(logits: Tensor, target: Tensor) -> ExactTokens:
-    """log π(y) = −log(1 + Σ_{j≠y} exp(x_j − x_y)), and what follows; for finite logits `[N, V]`."""
+    """log π(y) = −log(1 + Σ_{j≠y} exp(x_j − x_y)) and its gradient, for finite logits `[N, V]`."""
     at = target[:, None]
     gap = logits.double() - logits.double().gather(1, at)
     others = gap.exp().scatter(1, at, 0.0)
-    rest = others.sum(1, keepdim=True)
-    logp = -torch.log1p(rest)
+    sum_others = others.sum(1, keepdim=True)
+    logp = -torch.log1p(sum_others)
     log_pi = gap + logp
     entropy = -(log_pi.exp() * log_pi).sum(1)
-    slope = (-others / (1 + rest)).scatter(1, at, rest / (1 + rest))
+    slope = (-others / (1 + sum_others)).scatter(1, at, sum_others / (1 + sum_others))
     return ExactTokens(logp.squeeze(1), entropy, slope)
 
 
 def _share(error: float, allowed: float) -> float:
-    """Error over allowed, where both may be 0."""
+    """error / allowed, where both may be 0."""
     return error / allowed if allowed else math.inf if error else 0.0

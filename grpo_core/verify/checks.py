@@ -1,9 +1,10 @@
-"""The comparisons: losses and gradients, confident tokens by their own size, and equal bits."""
+"""The checks: losses and gradients, confident tokens relative to their size, and equal bits."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -22,21 +23,23 @@ from grpo_core.verify.accuracy import (
     exact_tokens,
 )
 from grpo_core.verify.inputs import (
+    CASES,
     LARGEST_MARGIN,
     OBJECTIVES,
     Batch,
     Case,
     Sizes,
     draw_batch,
+    one_per_plan,
     set_margins,
 )
 
-# what a mixed-precision trainer scales a float16 loss by, so that small gradients are numbers
+# a mixed-precision trainer scales a float16 loss, so that small gradients do not underflow
 FLOAT16_LOSS_SCALE = 2.0**16
 
 
-class Found(NamedTuple):
-    """A comparison, and where it was made."""
+class Measurement(NamedTuple):
+    """A comparison with float64, and where it was made."""
 
     recipe: str
     dtype: torch.dtype
@@ -44,9 +47,19 @@ class Found(NamedTuple):
     V: int
     comparison: Comparison
 
+    @property
+    def ok(self) -> bool:
+        """Whether the error is allowed."""
+        return self.comparison.ok
 
-class Bits(NamedTuple):
-    """A claim of equal bits, and how many numbers differ all the same."""
+    def as_json(self) -> dict[str, Any]:
+        """All fields in one dictionary."""
+        place = self._asdict() | {"dtype": str(self.dtype), "ok": self.ok}
+        return place | place.pop("comparison")._asdict()
+
+
+class BitCheck(NamedTuple):
+    """A claim of equal bits, and how many of the compared numbers differ."""
 
     claim: str
     dtype: torch.dtype
@@ -59,51 +72,113 @@ class Bits(NamedTuple):
         """Whether the claim holds."""
         return self.different == 0
 
+    def as_json(self) -> dict[str, Any]:
+        """All fields in one dictionary."""
+        return self._asdict() | {"dtype": str(self.dtype), "ok": self.ok}
+
+
+@dataclass
+class Report:
+    """The results of all checks."""
+
+    losses: list[Measurement] = field(default_factory=list)
+    confident: list[Measurement] = field(default_factory=list)
+    bits: list[BitCheck] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def checks(self) -> list[Measurement | BitCheck]:
+        """All of them."""
+        return [*self.losses, *self.confident, *self.bits]
+
+    @property
+    def failures(self) -> int:
+        """The number of failed checks."""
+        return sum(not check.ok for check in self.checks)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, for a file."""
+        return {
+            "ok": not self.failures,
+            "comparisons": len(self.checks),
+            "failures": self.failures,
+            "seconds": round(self.seconds, 1),
+            **{
+                name: [check.as_json() for check in getattr(self, name)]
+                for name in ("losses", "confident", "bits")
+            },
+        }
+
+
+def verify(
+    recipes: list[str], dtypes: list[torch.dtype], backend: Backend, device: str, sizes: Sizes
+) -> Report:
+    """Runs all checks.
+
+    Args:
+        recipes: names in `inputs.OBJECTIVES`.
+        dtypes: dtypes of the logits.
+        backend, device: the kernels, and where they run.
+        sizes: number of rows, and vocabularies.
+    """
+    start, report = time.perf_counter(), Report()
+    setup = Setup(backend, device, sizes)
+    for dtype in dtypes:
+        for V in sizes.vocabularies:
+            for case in CASES:
+                all_recipes = sizes.vocabularies[0] == V and not case.on_policy
+                names = recipes if all_recipes else one_per_plan(recipes)
+                report.losses += check_losses(setup, case, dtype, V, names)
+            report.confident += check_confident(setup, dtype, V)
+            report.bits += check_bits(setup, dtype, V)
+    report.seconds = time.perf_counter() - start
+    return report
+
 
 @dataclass(frozen=True)
-class Place:
-    """Where and on what is verified."""
+class Setup:
+    """The kernels, where they run, and the sizes of the inputs."""
 
     backend: Backend
     device: str
     sizes: Sizes
 
     def run(self, batch: Batch, objective: str | Objective, **changes: Any) -> Result:
-        """Ours: the loss, and the gradient of the whole buffer."""
+        """The loss of the kernels, and the gradient of the whole buffer."""
         given = batch.needed(RECIPES[objective] if isinstance(objective, str) else objective)
         given = given | {"inplace": batch.case.inplace, "backend": self.backend} | changes
         return _run(fused_loss, batch, batch.buffer, objective, given)
 
 
 def check_losses(
-    place: Place, case: Case, dtype: torch.dtype, V: int, names: list[str]
-) -> list[Found]:
-    """Every objective of a batch against the reference in float64, beside that in float32."""
-    batch = draw_batch(case, dtype, V, place.sizes, place.device)
-    found = []
+    setup: Setup, case: Case, dtype: torch.dtype, V: int, names: list[str]
+) -> list[Measurement]:
+    """Compares every objective on a batch with the reference in float64."""
+    batch = draw_batch(case, dtype, V, setup.sizes, setup.device)
+    measurements = []
     for name in names:
         objective = OBJECTIVES[name]
         given = batch.needed(objective)
         honest = _run(reference_loss, batch, batch.buffer, objective, given)
         exact = _run(reference_loss, batch, batch.buffer.double(), objective, given)
-        ours, longest = place.run(batch, objective), place.sizes.tokens
+        ours, longest = setup.run(batch, objective), setup.sizes.tokens
         compared = compare_losses(objective, longest, ours, honest, exact)
-        found += [Found(name, dtype, str(case), V, comparison) for comparison in compared]
-    return found
+        measurements += [Measurement(name, dtype, str(case), V, one) for one in compared]
+    return measurements
 
 
-def check_confident(place: Place, dtype: torch.dtype, V: int) -> list[Found]:
-    """Margins up to 30 nats: logp, entropy and gradient of −logp, each relative to its own size."""
+def check_confident(setup: Setup, dtype: torch.dtype, V: int) -> list[Measurement]:
+    """Checks relative errors of logp, entropy and the gradient of −logp, margins up to 30 nats."""
     generator = torch.Generator().manual_seed(V)
-    N = place.sizes.sequences * place.sizes.tokens
+    N = setup.sizes.sequences * setup.sizes.tokens
     target = torch.randint(V, (N,), generator=generator)
     logits = 2 * torch.randn(N, V, generator=generator)
     logits = set_margins(logits, target, torch.linspace(0, LARGEST_MARGIN, N))
-    logits, target = logits.to(place.device, dtype), target.to(place.device)
+    logits, target = logits.to(setup.device, dtype), target.to(setup.device)
     given: dict[str, Any] = {
         "objective": RECIPES["gpg"],
-        "advantage": torch.ones(N, device=place.device),
-        "sequence_id": torch.arange(N, device=place.device),
+        "advantage": torch.ones(N, device=setup.device),
+        "sequence_id": torch.arange(N, device=setup.device),
     }
 
     def run(loss: Callable, **options: Any) -> dict[str, Tensor]:
@@ -113,11 +188,13 @@ def check_confident(place: Place, dtype: torch.dtype, V: int) -> list[Found]:
         return {"logp": out.logp, "entropy": out.entropy, "dlogits": leaf.grad}
 
     exact = exact_tokens(logits, target)
-    ours, honest = run(fused_loss, backend=place.backend), run(reference_loss)
+    ours, honest = run(fused_loss, backend=setup.backend), run(reference_loss)
     unit = loss_scale(dtype) / N
     where = f"0 to {LARGEST_MARGIN:g} nats"
     return [
-        Found("", dtype, where, V, compare_confident(name, ours[name], honest[name], truth, size))
+        Measurement(
+            "", dtype, where, V, compare_confident(name, ours[name], honest[name], truth, size)
+        )
         for name, truth, size in (
             ("logp", exact.logp, 1.0),
             ("entropy", exact.entropy, 1.0),
@@ -126,75 +203,74 @@ def check_confident(place: Place, dtype: torch.dtype, V: int) -> list[Found]:
     ]
 
 
-def check_bits(place: Place, dtype: torch.dtype, V: int) -> list[Bits]:
-    """A row has the same bits in every plan, batch, view and run."""
-    batch = draw_batch(Case("ordinary", "view"), dtype, V, place.sizes, place.device)
+def check_bits(setup: Setup, dtype: torch.dtype, V: int) -> list[BitCheck]:
+    """Checks that a row has the same bits in every plan, batch, view and run."""
+    batch = draw_batch(Case("ordinary", "view"), dtype, V, setup.sizes, setup.device)
     return [
-        Bits(claim, dtype, V, ours.numel(), int((ours != same).sum()))
-        for claim, ours, same in _pairs(place, batch)
+        BitCheck(claim, dtype, V, ours.numel(), int((ours != same).sum()))
+        for claim, ours, same in _pairs(setup, batch)
     ]
 
 
-def _pairs(place: Place, batch: Batch) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(claim, numbers, those that must be the same)."""
+def _pairs(setup: Setup, batch: Batch) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(claim, numbers, numbers that must be equal)."""
     view, given = batch.logits(batch.buffer), batch.arguments
     target, T = given["target"], given["temperature"]
 
     def statistics(logits: Tensor, target: Tensor) -> Tensor:
-        found = token_logp(logits, target, temperature=T, backend=place.backend)
-        return torch.stack(found, -1)
+        return torch.stack(token_logp(logits, target, temperature=T, backend=setup.backend), -1)
 
     def of_loss(result: Result) -> Tensor:
         return torch.stack((result.out.logp, result.out.entropy), -1)
 
-    everyone = {"mask": None}
+    unmasked = {"mask": None}
     stats = statistics(view, target)
-    one_pass = place.run(batch, "dapo", **everyone)
+    one_pass = setup.run(batch, "dapo", **unmasked)
     yield "token_logp is the one pass", stats, of_loss(one_pass)
-    yield "token_logp is the two phases", stats, of_loss(place.run(batch, "gspo", **everyone))
-    again = place.run(batch, "dapo", **everyone)
+    yield "token_logp is the two phases", stats, of_loss(setup.run(batch, "gspo", **unmasked))
+    again = setup.run(batch, "dapo", **unmasked)
     yield "a second run is the first", again.dlogits, one_pass.dlogits
 
-    rows, words = view.reshape(-1, view.shape[-1]), target.flatten()
-    packed = statistics(rows, words)
+    rows, targets = view.reshape(-1, view.shape[-1]), target.flatten()
+    packed = statistics(rows, targets)
     yield "packed rows are the view", packed.view_as(stats), stats
-    alone = [statistics(rows[n : n + 1], words[n : n + 1]) for n in range(len(words))]
+    alone = [statistics(rows[n : n + 1], targets[n : n + 1]) for n in range(len(targets))]
     yield "a row alone is that of a batch", torch.cat(alone), packed
 
-    inplace = place.run(batch, "dapo", inplace=True, **everyone)
+    inplace = setup.run(batch, "dapo", inplace=True, **unmasked)
     yield "in place is into a buffer", inplace.dlogits, one_pass.dlogits
     buffer = batch.buffer.clone().requires_grad_() * 1.0
     fused_loss(
         batch.logits(buffer),
         objective="dapo",
         inplace=True,
-        backend=place.backend,
+        backend=setup.backend,
         **batch.needed(RECIPES["dapo"]),
     ).loss.backward()
     yield "nothing is written beside a view", buffer.detach()[:, -1], batch.buffer[:, -1]
 
     policy = {"old_logp": stats[..., 0], "ref_logp": stats[..., 0]}
-    out = place.run(batch, "grpo", **everyone, **policy).out
+    out = setup.run(batch, "grpo", **unmasked, **policy).out
     valid = (target >= 0).float()
     yield "on policy, the ratio is 1", out.ratio, valid
     yield "on policy, the KL is 0", out.kl, torch.zeros_like(out.kl)
 
-    spoilt = batch.buffer.clone()
-    spoilt[0, 0, 0] = torch.nan
+    with_nan = batch.buffer.clone()
+    with_nan[0, 0, 0] = torch.nan
     healthy = one_pass.dlogits.clone()
     healthy[0, 0] = 0
     dropped = _run(
         fused_loss,
         batch,
-        spoilt,
+        with_nan,
         RECIPES["dapo"],
-        batch.needed(RECIPES["dapo"]) | everyone | {"backend": place.backend},
+        batch.needed(RECIPES["dapo"]) | unmasked | {"backend": setup.backend},
     )
-    yield "a NaN spoils its own row alone", dropped.dlogits, healthy
+    yield "a NaN affects only its own row", dropped.dlogits, healthy
 
 
 def loss_scale(dtype: torch.dtype) -> float:
-    """What a trainer multiplies the loss by before the backward."""
+    """The factor that a trainer applies to the loss before the backward."""
     return FLOAT16_LOSS_SCALE if dtype == torch.float16 else 1.0
 
 
@@ -203,7 +279,7 @@ def _run(
 ) -> Result:
     """The loss over a buffer, and its gradient."""
     leaf = buffer.clone().requires_grad_()
-    # in place, a leaf must not lose its values
+    # a leaf cannot be overwritten
     logits = batch.logits(leaf * 1.0 if given.get("inplace") else leaf)
     out = loss(logits, objective=objective, **given)
     (dlogits,) = torch.autograd.grad(loss_scale(batch.buffer.dtype) * out.loss, leaf)

@@ -1,4 +1,4 @@
-"""What the kernels are verified on: kinds of rows, and ways in which they lie in memory."""
+"""The inputs of the checks: kinds of rows, in several memory layouts."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ TEMPERATURE = 0.9
 # confident rows: the target's logit above the log-sum-exp of all others, nats
 LARGEST_MARGIN = 30.0
 OFFSET = 1000.0
-# old and reference policy, nats from the policy: most tokens inside, some outside of every clip
+# distance of old and reference policy, nats: most tokens inside, some outside every clip
 SPREAD = 0.2
-# beyond the recipes: the terms and plans that no published method of ours uses
+# the recipes, and terms and plans that no recipe uses
 OBJECTIVES: dict[str, Objective] = RECIPES | {
     "exact KL": RECIPES["grpo"].replace(kl="exact", beta=0.3),
     "entropy bonus": RECIPES["grpo"].replace(entropy_coef=0.3),
@@ -33,7 +33,7 @@ OBJECTIVES: dict[str, Objective] = RECIPES | {
 
 
 def one_per_plan(names: list[str]) -> list[str]:
-    """The first of these objectives that takes each way through the kernels."""
+    """Returns the first of these objectives for each plan of kernels."""
     plans: dict[tuple[bool, ...], str] = {}
     for name in names:
         spec = OBJECTIVES[name]
@@ -46,9 +46,9 @@ def one_per_plan(names: list[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Case:
-    """A kind of rows in a layout."""
+    """A kind of rows in a memory layout."""
 
-    rows: str  # "ordinary", "confident", "offset +1000", "offset −1000", "−inf words"
+    rows: str  # "ordinary", "confident", "offset +1000", "offset −1000", "−inf logits"
     layout: str  # "padded", "view", "packed"
     inplace: bool = False
     on_policy: bool = False
@@ -63,16 +63,16 @@ CASES = (
     Case("confident", "view", inplace=True),
     Case("offset +1000", "packed"),
     Case("offset −1000", "view"),
-    Case("−inf words", "packed", inplace=True),
+    Case("−inf logits", "packed", inplace=True),
 )
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is verified.
+    """Number of rows, and vocabularies.
 
-    Every objective over the first vocabulary, one of every plan over the others: a formula does
-    not see the vocabulary.
+    All objectives use the first vocabulary, one objective per plan the others: a formula does not
+    depend on the vocabulary.
     """
 
     sequences: int
@@ -80,7 +80,7 @@ class Sizes:
     vocabularies: tuple[int, ...]
 
 
-# odd sizes of one tile of loads, of several, of many; on a GPU those of real models
+# odd sizes of one, several and many tiles; on a GPU those of real models
 SIZES = {
     "torch": Sizes(4, 5, (257, 5003, 32_001)),
     "triton": Sizes(4, 5, (5003, 32_000, 151_669)),
@@ -90,18 +90,18 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Batch:
-    """Logits with room around them, and the other arguments of a loss."""
+    """A buffer with logits, and the other arguments of a loss."""
 
     case: Case
-    buffer: Tensor  # [B, T, V], of a view [B, T + 1, V], packed [N, V]
+    buffer: Tensor  # [B, T, V]; [B, T + 1, V] of a view; [N, V] packed
     arguments: dict[str, Any]
 
     def logits(self, buffer: Tensor) -> Tensor:
-        """The part of a buffer that is this batch's logits."""
+        """Returns the logits in a buffer of this batch."""
         return buffer[:, :-1] if self.case.layout == "view" else buffer
 
     def needed(self, objective: Objective) -> dict[str, Any]:
-        """The arguments that this objective takes."""
+        """Returns the arguments that the objective uses."""
         given = dict(self.arguments)
         exact, sampled = objective.kl == "exact", objective.factor.needs_sampler
         del given["ref_logp" if exact else "ref_logits"]
@@ -113,7 +113,7 @@ class Batch:
 
 
 def draw_batch(case: Case, dtype: torch.dtype, V: int, sizes: Sizes, device: str) -> Batch:
-    """The same batch whenever it is drawn; masked tokens, groups of two, half the rewards equal."""
+    """Draws a batch, always the same: masked tokens, groups of two, half the rewards equal."""
     generator = torch.Generator().manual_seed(V)
     B, T = sizes.sequences, sizes.tokens
 
@@ -128,7 +128,7 @@ def draw_batch(case: Case, dtype: torch.dtype, V: int, sizes: Sizes, device: str
     mask = torch.rand(B, T, generator=generator) < 0.9
     logp = torch.log_softmax(buffer[:, :T].double() / TEMPERATURE, -1)
     logp = logp.gather(2, target[..., None]).squeeze(2)
-    # a probability is at most 1, an old one too
+    # probabilities are at most 1
     old_logp, ref_logp = ((logp + SPREAD * normal(B, T)).clamp(max=0).float() for _ in range(2))
     sampler_logp = (old_logp + SPREAD * normal(B, T)).clamp(max=0)
     sampler_logp[0, 0] = math.nan
@@ -152,19 +152,19 @@ def draw_batch(case: Case, dtype: torch.dtype, V: int, sizes: Sizes, device: str
 
 
 def set_margins(logits: Tensor, target: Tensor, margins: Tensor) -> Tensor:
-    """The same logits but for those of the targets, which now lead by `margins` nats."""
+    """Returns logits whose targets exceed the log-sum-exp of all others by `margins` nats."""
     at = target[..., None]
     others = logits.scatter(-1, at, -math.inf).logsumexp(-1)
     return logits.scatter(-1, at, (others + margins)[..., None])
 
 
 def _shape_rows(rows: str, logits: Tensor, target: Tensor, generator: torch.Generator) -> None:
-    """Makes random logits the kind of rows asked for, in place."""
+    """Changes random logits to a kind of rows, in place."""
     if rows == "confident":
         margins = torch.linspace(0, LARGEST_MARGIN, target.numel()).view_as(target)
         logits.copy_(set_margins(logits, target, margins))
     elif rows.startswith("offset"):
         logits.add_(OFFSET if "+" in rows else -OFFSET)
-    elif rows == "−inf words":
+    elif rows == "−inf logits":
         forbidden = torch.rand(logits.shape, generator=generator) < 0.3
         logits.masked_fill_(forbidden.scatter(-1, target[..., None], False), -math.inf)

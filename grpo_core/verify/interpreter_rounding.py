@@ -1,10 +1,11 @@
-"""Makes the Triton interpreter round as a GPU does, where it does not.
+"""Makes the Triton interpreter round as a GPU does.
 
-Three things differ: a fused multiply-add rounds once on every GPU and twice in the interpreter; a
-cast from float32 to bfloat16 rounds to nearest on a GPU and truncates in the interpreter; and
-minimum and maximum pass over a NaN on a GPU, unless told otherwise.
-Products of float32 are exact in float64, so one float64 addition and one cast are a fused one up to
-a double rounding of probability 2⁻²⁹.
+Three things differ. A fused multiply-add rounds once on a GPU and twice in the interpreter. A cast
+from float32 to bfloat16 rounds to nearest on a GPU and truncates in the interpreter. Minimum and
+maximum ignore a NaN on a GPU by default.
+
+Products of float32 are exact in float64, so a float64 addition and a cast equal a fused
+multiply-add, except for a double rounding of probability 2⁻²⁹.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from triton.runtime import interpreter
 
 
 def round_as_hardware_does() -> None:
-    """Replaces them in the interpreter's builder, for this process."""
+    """Replaces these operations of the interpreter in this process."""
     builder = interpreter.InterpreterBuilder
     cast = builder.cast_impl
 

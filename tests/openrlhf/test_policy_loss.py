@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 openrlhf = pytest.importorskip("openrlhf", reason="needs OpenRLHF: make test-openrlhf")
 
-from grpo_core.integrations.openrlhf import PolicyLoss, PolicyLossOutput  # noqa: E402
+from examples.openrlhf_adapter import PolicyLoss, PolicyLossOutput  # noqa: E402
 
 ROOT = Path(openrlhf.__file__).parent
 SINGLE = 3e-6

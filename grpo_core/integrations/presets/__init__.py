@@ -1,13 +1,13 @@
-"""A framework's loss by the framework's own option names.
+"""The loss of a framework by the framework's option names.
 
     trl = preset("trl", loss_type="grpo", beta=0.04, epsilon_high=0.28)
-    print(trl)                                              # the objective, and how to call it
+    print(trl)                                      # the objective and the other arguments
     out = fused_loss(logits, target, objective=trl.objective, normalizer=trl.normalizer(mask), ...)
-    log(trl.metrics(out))                                   # by TRL's names
+    log(trl.metrics(out))                           # by TRL's names
 
-The same name hides different formulas; a preset has the framework's. tests/test_conformance_*.py
-compare loss, gradient and metrics with the real TRL 1.16.0, and with what the real verl 0.9.1
-answered. What stays different is listed in `presets_trl` and `presets_verl`.
+Frameworks use one name for different formulas; a preset has the formula of its framework.
+tests/test_conformance_*.py compare loss, gradient and metrics with TRL 1.16.0 and with recorded
+results of verl 0.9.1. `presets.trl` and `presets.verl` list the differences. Read `base` first.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ def preset(framework: Literal["trl"], **options: Any) -> TrlPreset: ...
 @overload
 def preset(framework: Literal["verl"], **options: Any) -> VerlPreset: ...
 def preset(framework: str, **options: Any) -> Preset:
-    """The loss of TRL 1.16 or verl 0.9.1 with the given options, all others at its defaults.
+    """The loss of TRL 1.16 or verl 0.9.1 with the given options, the others at their defaults.
 
     Args:
         framework: "trl" or "verl".
-        options: of TRL's `GRPOConfig`, or of verl's actor, policy_loss and algorithm, those on
-            which the loss or the advantages depend; see `TrlOptions` and `VerlOptions`.
+        options: options of TRL's `GRPOConfig`, or of verl's actor, policy_loss and algorithm, that
+            affect the loss or the advantages; see `TrlOptions` and `VerlOptions`.
 
     Returns:
-        `TrlPreset` or `VerlPreset`: an `Objective`, in words how to give the other arguments of
+        `TrlPreset` or `VerlPreset`: an `Objective`, descriptions of the other arguments of
         `fused_loss`, and the functions `normalizer`, `advantages` and `metrics`.
 
     Raises:
-        ValueError: an unknown framework or option, or a value the option cannot have.
-        NotImplementedError: what is left out on purpose; the message says what to do instead.
+        ValueError: an unknown framework or option, or a value outside its limits.
+        NotImplementedError: an unsupported option; the message says what to do instead.
     """
     presets = {"trl": trl_preset, "verl": verl_preset}
     if framework not in presets:

@@ -1,16 +1,16 @@
 """verl 0.9.1's actor loss: options of its actor, policy_loss and algorithm -> a preset.
 
 Covers `verl.trainer.ppo.core_algos` (policy losses, agg_loss, kl_penalty, advantage estimators) as
-`verl.workers.utils.losses.ppo_loss` puts them together. What stays different:
+combined by `verl.workers.utils.losses.ppo_loss`. Differences:
 
-- verl holds log-ratios of tokens within ±20 (gspo: below 10; dro, geo_mean: not at all); here they
-  are as they come, and a ratio beyond float32 leaves its token out;
-- verl's k3 has log-ratios within ±20, a value of at most 10, and no gradient beyond either;
-- a group of one has A = R there (rloo_vectorized: 0), here 0;
-- a token whose rollout log-probability is NaN leaves the mask here; the loss is NaN there;
-- verl adds 1e-8 to counts; a batch without a token is NaN there (token-sum: 0), here 0;
-- geo_mean with advantages per token: where A = 0 verl counts the log-ratio as 0, here it is held
-  above −clip_ratio_low as where A < 0; equal for one advantage per completion;
+- verl clamps log-ratios of tokens to ±20 (gspo: at most 10; dro, geo_mean: not at all). Here they
+  are unchanged, and a token whose ratio overflows float32 is left out.
+- verl's k3 clamps log-ratios to ±20 and its value to 10, with gradient 0 beyond either.
+- A group of one has A = R in verl (rloo_vectorized: 0) and 0 here.
+- A token whose rollout log-probability is NaN is masked here; in verl the loss is NaN.
+- verl adds 1e-8 to counts. A batch without tokens is NaN in verl (token-sum: 0) and 0 here.
+- geo_mean with advantages per token: where A = 0, verl sets the log-ratio to 0; here it is at least
+  −clip_ratio_low, as where A < 0. Both agree for one advantage per completion.
 - `clip_ratio_c` below 1 + clip_ratio_high is refused for vanilla.
 """
 
@@ -24,10 +24,21 @@ import torch
 from torch import Tensor
 
 from grpo_core.backends.formula import as_torch
-from grpo_core.integrations.presets.base import Preset, Tally, padded, read_options
-from grpo_core.integrations.presets.verl_advantages import estimator_of, verl_advantages
-from grpo_core.integrations.presets.verl_options import AGGREGATIONS, INSTEAD, KLS, VerlOptions
+from grpo_core.integrations.presets.base import (
+    Preset,
+    TokenMeans,
+    padded_mask,
+    read_options,
+)
+from grpo_core.integrations.presets.verl_options import (
+    AGGREGATIONS,
+    GROUP,
+    INSTEAD,
+    KLS,
+    VerlOptions,
+)
 from grpo_core.loss.fused_loss import LossOutput
+from grpo_core.objective.advantage import relative_advantages
 from grpo_core.objective.objective import Objective, Surrogate
 from grpo_core.objective.off_policy import MAX_LOG_RATIO, SamplerCorrection
 from grpo_core.objective.policy_factor import PolicyFactor
@@ -41,30 +52,31 @@ from grpo_core.objective.recipes import (
     reinforce,
     sapo,
 )
+from grpo_core.objective.value import gae, whiten
 
-# verl adds it to the weights of geo_mean before it takes their logarithm
+# verl adds this to the weights of geo_mean before taking their logarithm
 GEO_MEAN_TINY = 1e-10
 
 
 @dataclass(frozen=True)
 class VerlPreset(Preset):
-    """See `Preset`; the options are verl's."""
+    """A `Preset` of verl's options."""
 
     options: VerlOptions
     is_weighted: bool = False
 
     def weighted(self) -> VerlPreset:
-        """The same for a batch that brings its `rollout_is_weights`; see `sampler_logp`.
+        """The preset for a batch with `rollout_is_weights`; see `sampler_logp`.
 
         Raises:
-            ValueError: bypass_mode, whose loss finds its own weights.
+            ValueError: bypass_mode, whose loss computes its weights.
         """
         if self.options.loss_mode == "bypass_mode":
             raise ValueError("loss_mode: expected one that takes weights, got 'bypass_mode'")
         return _preset(self.options, weighted=True)
 
     def sampler_logp(self, old_logp: Tensor, rollout_is_weights: Tensor) -> Tensor:
-        """What `fused_loss` takes for weights that are given: old_logp − log weight, in nats.
+        """The `sampler_logp` of given weights: old_logp − log weight, in nats.
 
         Args:
             old_logp: [B, T], as given to `fused_loss`.
@@ -77,7 +89,7 @@ class VerlPreset(Preset):
     def rollout_correction(
         self, old_log_prob: Tensor, rollout_log_prob: Tensor, response_mask: Tensor
     ) -> tuple[Tensor | None, Tensor]:
-        """(weights [B, T] or None, the mask that is left) of a whole batch, as verl's trainer does.
+        """([B, T] weights or None, mask after rejections) of a whole batch, as in verl's trainer.
 
         Raises:
             ValueError: a preset without `rollout_correction`.
@@ -95,19 +107,19 @@ class VerlPreset(Preset):
         global_batch_size: Tensor | float | None = None,
         loss_scale_factor: float | None = None,
     ) -> Tensor | float | None:
-        """What `fused_loss` is to divide by, None for its own count; nothing waits for the device.
+        """The `normalizer` of `fused_loss`; the host does not wait for the device.
 
         Args:
             response_mask: [B, T] of the micro-batch.
-            dp_size: data-parallel ranks, over which gradients are averaged.
+            dp_size: number of data-parallel ranks, over which gradients are averaged.
             batch_num_tokens, global_batch_size: tokens and sequences of the whole mini-batch.
             loss_scale_factor: the length of seq-mean-token-sum-norm; None means the option, or
-                else the width of the mask.
+                the width of the mask if that is None.
 
         Raises:
-            ValueError: a count that is missing.
+            ValueError: a missing count.
         """
-        valid, mode = padded("response_mask", response_mask), self.options.aggregation
+        valid, mode = padded_mask("response_mask", response_mask), self.options.aggregation
         if self.options.loss_mode == "geo_mean":
             return len(valid)
         if mode == "token-sum":
@@ -124,7 +136,7 @@ class VerlPreset(Preset):
             return None
         if count is None:
             if self.objective.factor.rejections:
-                want = "a count, since rollout_rs takes sequences out inside the loss"
+                want = "a count, since rollout_rs rejects sequences inside the loss"
                 raise ValueError(f"global_batch_size: expected {want}, got None")
             count = valid.any(1).sum().clamp(min=1)
         return count * (valid.shape[1] if length is None else length) / dp_size
@@ -138,61 +150,90 @@ class VerlPreset(Preset):
         values: Tensor | None = None,
         reward_baselines: Tensor | None = None,
     ) -> Tensor:
-        """Advantages [B, T], 0 where masked; arguments by verl's names.
+        """Returns advantages [B, T], 0 where masked; the arguments have verl's names.
 
         Args:
-            token_level_rewards: [B, T]; for gdpo instead [B, F], a column per reward key.
+            token_level_rewards: [B, T]; for gdpo [B, F], a column per reward key.
             response_mask: [B, T].
-            index: [B] integers in [0, B), the prompt of each; needed by all that compare in groups.
+            index: [B] integers in [0, B), the prompt of each completion; for estimators of groups.
             values: [B, T], for gae.
             reward_baselines: [B], for remax.
 
         Raises:
-            ValueError: naming the argument, what was expected and what came.
+            ValueError: a missing argument, or a wrong number of weights.
         """
-        given = {"index": index, "values": values, "reward_baselines": reward_baselines}
-        return verl_advantages(self.options, token_level_rewards, response_mask, given)
+
+        def needed(argument: str, value: Tensor | None) -> Tensor:
+            if value is None:
+                raise ValueError(f"{argument}: expected a tensor for {name}, got None")
+            return value
+
+        options, name, rewards = self.options, self.options.adv_estimator, token_level_rewards
+        valid = padded_mask("response_mask", response_mask)
+        if name == "gae":
+            given, gamma, lam = needed("values", values), options.gamma, options.lam
+            return gae(rewards, given, valid, gamma=gamma, lam=lam, whitened=True)[0]
+        zeros = torch.zeros_like(rewards)
+        if name == "reinforce_plus_plus":
+            return gae(rewards, zeros, valid, gamma=options.gamma, lam=1.0, whitened=True)[0]
+        if name == "remax":
+            returns, _ = gae(rewards, zeros, valid, gamma=1.0, lam=1.0, whitened=False)
+            return returns - needed("reward_baselines", reward_baselines)[:, None] * valid
+        columns = list(rewards.unbind(1)) if name == "gdpo" else [rewards.sum(1)]
+        weights = options.gdpo_reward_weights if name == "gdpo" else None
+        weights = weights or (1.0,) * len(columns)
+        if len(weights) != len(columns):
+            want = f"gdpo_reward_weights: expected {len(columns)}, one per column of rewards"
+            raise ValueError(f"{want}, got {len(weights)}")
+        assert options.estimator is not None
+        groups, total = needed("index", index), torch.zeros_like(columns[0])
+        for weight, column in zip(weights, columns, strict=True):
+            total = total + weight * relative_advantages(column, groups, options.estimator)
+        if name == "gpg":
+            # verl averages over the completions with a reward
+            total = total * len(total) / (columns[0] != 0).sum().clamp(min=1)
+        advantage = total[:, None] * valid
+        if name in ("gdpo", "reinforce_plus_plus_baseline"):
+            advantage = whiten(advantage, valid)
+        return advantage
 
     @torch.no_grad()
     def metrics(self, out: LossOutput) -> dict[str, Tensor]:
-        """What verl's policy loss logs, by its names; 0-dim, nothing waits for the device.
+        """The metrics of verl's policy loss, 0-dim each; the host does not wait for the device.
 
-        The figures of the rollout correction (`rollout_corr/*`) are not among them.
+        Those of the rollout correction (`rollout_corr/*`) are not included.
         """
-        tally, loss = Tally(out), self.options.loss
+        means, loss = TokenMeans(out), self.options.loss
         if loss == "gpg":
             return {}
-        # the ratio of a bypassed REINFORCE is to the sampler, which is its old policy
-        found = {"actor/ppo_kl": tally.mean(-tally.log_ratio)}
-        if loss in ("dro", "reinforce"):
-            return found
-        upper, lower = self._clipped(tally)
-        return {
-            "actor/pg_clipfrac": tally.mean(upper),
-            **found,
-            "actor/pg_clipfrac_lower": tally.mean(lower),
-        }
+        # in bypass_mode the old policy of reinforce is the sampler
+        metrics = {"actor/ppo_kl": means.mean(-means.log_ratio)}
+        if loss not in ("dro", "reinforce"):
+            clipped, clipped_lower = self._clipped(means)
+            metrics["actor/pg_clipfrac"] = means.mean(clipped)
+            metrics["actor/pg_clipfrac_lower"] = means.mean(clipped_lower)
+        return metrics
 
-    def _clipped(self, tally: Tally) -> tuple[Tensor, Tensor]:
-        """([N], [N]) bool: what verl's loss counts as clipped, and as clipped below."""
+    def _clipped(self, means: TokenMeans) -> tuple[Tensor, Tensor]:
+        """([N], [N]) bool: the tokens that verl counts as clipped, and as clipped below."""
         loss, low, high = self.options.loss, self.options.low, self.options.high
-        gains, losses, ratio = tally.advantage > 0, tally.advantage < 0, tally.ratio
-        none = torch.zeros_like(gains)
-        beyond = (ratio < 1 - low) | (ratio > 1 + high)
-        clipped = ((ratio > 1 + high) & gains) | ((ratio < 1 - low) & losses)
-        if loss == "vanilla":
-            return clipped, (ratio > self.options.clip_ratio_c) & losses
+        positive, negative, ratio = means.advantage > 0, means.advantage < 0, means.ratio
+        none = torch.zeros_like(positive)
+        if loss == "geo_mean":
+            outside = (means.log_ratio < -low) | (means.log_ratio > high)
+            return outside & positive, outside & negative
         if loss.startswith("dppo"):
             surrogate = self.objective.surrogate
-            sign = torch.where(gains, torch.ones_like(ratio), -torch.ones_like(ratio))
-            _, slope, _ = as_torch(surrogate.function)(
-                tally.logp, tally.log_ratio, sign, *surrogate.args
+            sign = torch.where(positive, torch.ones_like(ratio), -torch.ones_like(ratio))
+            _, dlogp, _ = as_torch(surrogate.function)(
+                means.logp, means.log_ratio, sign, *surrogate.args
             )
-            return slope == 0, (ratio > self.options.clip_ratio_c) & (slope != 0)
-        if loss == "geo_mean":
-            beyond = (tally.log_ratio < -low) | (tally.log_ratio > high)
-            return beyond & gains, beyond & losses
-        return {"gspo": clipped, "cispo": beyond, "sapo": none}[loss], none
+            return dlogp == 0, (ratio > self.options.clip_ratio_c) & (dlogp != 0)
+        above, below = ratio > 1 + high, ratio < 1 - low
+        clipped = (above & positive) | (below & negative)
+        if loss == "vanilla":
+            return clipped, (ratio > self.options.clip_ratio_c) & negative
+        return {"gspo": clipped, "cispo": above | below, "sapo": none}[loss], none
 
 
 def verl_preset(**options: Any) -> VerlPreset:
@@ -201,7 +242,7 @@ def verl_preset(**options: Any) -> VerlPreset:
 
 
 def _preset(options: VerlOptions, *, weighted: bool) -> VerlPreset:
-    """The objective of the options, and how to call it."""
+    """Makes the objective and the descriptions of its arguments."""
     correction = options.correction
     if correction is not None and options.loss_mode != "bypass_mode":
         weighted = weighted or correction.needs_whole_batch(options.loss)
@@ -211,7 +252,7 @@ def _preset(options: VerlOptions, *, weighted: bool) -> VerlPreset:
         kl=KLS[options.kl_loss_type] if options.use_kl_loss else None,
         beta=options.kl_loss_coef if options.use_kl_loss else 0.0,
         ratio_level=level,  # type: ignore[arg-type]
-        advantage=estimator_of(options),
+        advantage=options.estimator or GROUP,
         aggregation=AGGREGATIONS[options.aggregation],
         entropy_coef=options.entropy_coeff,
         factor=_factor(options, weighted),
@@ -239,23 +280,23 @@ def _surrogate(options: VerlOptions) -> Surrogate:
 
 
 def _factor(options: VerlOptions, weighted: bool) -> PolicyFactor:
-    """What multiplies the policy term, and what is rejected."""
+    """The factors of the policy term, and the rejections."""
     correction = options.correction
     rejections = () if correction is None else correction.rejections
     sampler = None if correction is None else correction.sampler
     current = options.loss_mode == "bypass_mode"
     if options.loss_mode == "bypass_mode" and options.loss == "vanilla":
-        # the clipped ratio is to the sampler already
+        # the clipped ratio is already to the sampler
         sampler = None
     if weighted:
-        # who was rejected shows in the batch's mask
+        # the mask of the batch contains the rejections
         rejections, level = (), "geometric" if options.loss == "geo_mean" else "token"
         sampler = SamplerCorrection(level, "truncate", 0.0, math.inf)  # type: ignore[arg-type]
     return PolicyFactor(sampler, rejections=rejections, current=current)
 
 
 def _arguments(options: VerlOptions, weighted: bool) -> dict[str, str]:
-    """How to give the other arguments of `fused_loss`."""
+    """Descriptions of the other arguments of `fused_loss`."""
     counts = "dp_size=..., batch_num_tokens=..., global_batch_size=..."
     arguments = {
         "advantage": "data['advantages'], or preset.advantages(...)",
@@ -270,8 +311,8 @@ def _arguments(options: VerlOptions, weighted: bool) -> dict[str, str]:
     if weighted:
         arguments["mask"] = "response_mask, after rollout_rs"
         arguments["sampler_logp"] = (
-            "preset.sampler_logp(old_logp, rollout_is_weights), with the batch's weights or those "
-            "that preset.rollout_correction(...) finds, beside the mask, for a whole batch"
+            "preset.sampler_logp(old_logp, rollout_is_weights), with the weights of the "
+            "batch or those that preset.rollout_correction(...) computes for a whole batch"
         )
     elif options.loss_mode == "bypass_mode":
         arguments["old_logp"] = "data['rollout_log_probs']"

@@ -1,16 +1,18 @@
 """OpenRLHF's policy loss, computed by grpo_core: the interface of `PolicyLoss` in OpenRLHF 0.11.2.
 
+Copy this file beside your launch script, then:
+
     import openrlhf.trainer.ray.ppo_actor as ppo_actor
-    from grpo_core.integrations.openrlhf import PolicyLoss
+    from openrlhf_adapter import PolicyLoss
 
     ppo_actor.PolicyLoss = PolicyLoss  # before the actor's trainer is built
 
-OpenRLHF need not be installed; an installed version other than 0.11.2 is refused at import, since
+OpenRLHF need not be installed. An installed version other than 0.11.2 is refused at import, since
 the interface changes between releases. Differences from OpenRLHF:
 
-- it clamps the log-ratio of a token to ±20; here a token whose ratio overflows float32, or that is
-  not finite, is left out and counted in the attribute `out`;
-- a batch without a token has loss NaN there, 0 here;
+- OpenRLHF clamps the log-ratio of a token to ±20. Here a token whose ratio overflows float32, or is
+  not finite, is left out and counted in the attribute `out`.
+- The loss of a batch without tokens is NaN in OpenRLHF and 0 here.
 - `dual_clip` below 1 + clip_eps_high is refused.
 """
 
@@ -43,7 +45,7 @@ def check_version() -> None:
         return
     if found != VERSION:
         raise ImportError(
-            f"grpo_core.integrations.openrlhf: expected openrlhf {VERSION}, got {found}: "
+            f"openrlhf_adapter: expected openrlhf {VERSION}, got {found}: "
             f"pip install openrlhf=={VERSION}"
         )
 
@@ -52,38 +54,38 @@ check_version()
 
 
 class PolicyLossOutput(NamedTuple):
-    """The loss with its graph, and the metrics that OpenRLHF logs, in its order; 0-dim each."""
+    """The differentiable loss and the metrics that OpenRLHF logs, in its order; 0-dim each."""
 
     loss: Tensor
-    clip_ratio: Tensor  # share of the tokens whose clipped term is the smaller one
+    clip_ratio: Tensor  # share of tokens whose clipped term is the smaller one
     ppo_kl: Tensor  # mean of −log ratio, nats
     vllm_kl: Tensor | None  # mean of log π_rollout − log π_old, nats; None without a correction
-    is_filter_ratio: Tensor | None  # share of tokens, or of sequences, outside the threshold
+    is_filter_ratio: Tensor | None  # share of tokens or sequences outside the threshold
 
 
 class PolicyLoss(nn.Module):
-    """PPO's clipped loss, or GSPO's, over `[B, T]` log-probabilities of actions.
+    """The clipped loss of PPO or GSPO over `[B, T]` log-probabilities of actions.
 
     Args:
         clip_eps_low, clip_eps_high: the ratio is clipped to [1 − low, 1 + high].
-        dual_clip: c > 1, where A < 0 the loss of a token is at most −c·A; None means no bound.
-        token_level_loss: mean over tokens, else over sequences of the mean over their tokens;
-            gspo always takes the latter.
+        dual_clip: c > 1 bounds the loss of a token with A < 0 by −c·A; None means no bound.
+        token_level_loss: True averages over tokens, False over the means of sequences; gspo always
+            averages over the means of sequences.
         policy_loss_type: "ppo", or "gspo" for the ratio of a whole sequence.
-        is_correction_level: "off", or whose statistic the correction of ppo compares with the
-            threshold: that of each "token", or the mean over its "seq" (of a ratio the geometric
-            mean). For gspo any level but "off" takes the ratio to π_rollout instead.
-        is_correction_mode: "mask" weighs a token by π_old / π_rollout and gives weight 0 to what is
-            outside the threshold; "clip" clamps the weight (level "token", gating "ratio" only).
+        is_correction_level: "off", "token" or "seq": the correction of ppo compares the statistic
+            of each token, or its mean over the sequence (geometric for ratios), with the threshold.
+            With gspo, "token" and "seq" both take the ratio to π_rollout instead of π_old.
+        is_correction_mode: "mask" weights a token by π_old / π_rollout, and by 0 outside the
+            threshold; "clip" clamps the weight (level "token", gating "ratio" only).
         is_correction_gating: the statistic: "ratio" π_old / π_rollout, or "binary_kl" or "tv", the
             divergence between the two policies' Bernoulli distributions of the sampled token.
         is_correction_threshold: (low, high); low is 0 for a divergence.
 
     Attributes:
-        out: the `LossOutput` of the last call, with all metrics; None before the first.
+        out: the `LossOutput` of the last call with all metrics; None before the first call.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came.
+        ValueError: an invalid argument; the message says what was expected.
 
     Source: OpenRLHF 0.11.2, openrlhf/models/loss.py.
     """
@@ -153,18 +155,19 @@ class PolicyLoss(nn.Module):
         batch_num_tokens: Tensor | float | None = None,
         global_batch_size: Tensor | float | None = None,
     ) -> PolicyLossOutput:
-        """The loss and what is logged.
+        """Returns the loss and the logged metrics.
 
         Args:
-            log_probs, old_log_probs, advantages: [B, T]; nats, nats, and of each token.
-            action_mask: [B, T], 0 means masked; None means that all count.
-            rollout_log_probs: [B, T], of the engine that sampled; needed by the correction.
-            dp_size: ranks over which gradients are averaged.
+            log_probs, old_log_probs: [B, T], nats.
+            advantages: [B, T].
+            action_mask: [B, T], 0 means masked; None means no masked token.
+            rollout_log_probs: [B, T], nats, from the sampling engine; needed by the correction.
+            dp_size: number of ranks over which gradients are averaged.
             batch_num_tokens, global_batch_size: tokens and sequences of the whole batch; None means
-                this call's own.
+                those of this call.
 
         Raises:
-            ValueError: naming the argument, what was expected and what came.
+            ValueError: an invalid argument; the message says what was expected.
         """
         mask = torch.ones_like(log_probs) if action_mask is None else action_mask
         old, weight, kl, filtered = old_log_probs, None, None, None
@@ -180,7 +183,7 @@ class PolicyLoss(nn.Module):
                 weight, filtered = self._correction(*pair, mask)
                 kl = _mean(pair[1] - pair[0], mask)
         count = batch_num_tokens if self.token_level_loss else global_batch_size
-        # without a count, dp_size has no part in OpenRLHF's loss either
+        # OpenRLHF also ignores dp_size without a count
         self.out = out = logp_loss(
             log_probs,
             objective=self.objective,
@@ -198,7 +201,7 @@ class PolicyLoss(nn.Module):
         )
 
     def _correction(self, old: Tensor, rollout: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, T] weights of the policy term, and the share that is outside the threshold."""
+        """Returns [B, T] weights of the policy term, and the share outside the threshold."""
         low, high = self.bounds
         log_ratio = old - rollout
         if self.gating == "ratio":
@@ -211,7 +214,7 @@ class PolicyLoss(nn.Module):
                 statistic = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
         if self.level == "seq":
             counts = mask != 0
-            # a sequence without a token has no mean, and counts as outside
+            # a sequence without tokens has mean NaN, which is outside
             total = torch.where(counts, statistic, 0.0).sum(-1, keepdim=True)
             statistic = total / counts.sum(-1, keepdim=True)
         if self.gating == "ratio":
@@ -226,6 +229,6 @@ class PolicyLoss(nn.Module):
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the tokens that count; 0 without any."""
+    """Mean over the unmasked tokens; 0 if there are none."""
     counts = mask != 0
     return torch.where(counts, values, 0.0).sum() / counts.sum().clamp(min=1)

@@ -1,13 +1,15 @@
-"""open-instruct's GRPO loss, by our code: arguments and results of its `compute_grpo_loss`.
+"""open-instruct's GRPO loss, computed by grpo_core: the interface of its `compute_grpo_loss`.
+
+Copy this file beside your launch script, then:
 
     import open_instruct.grpo_utils as grpo_utils
-    from grpo_core.integrations.open_instruct import compute_grpo_loss
+    from open_instruct_adapter import compute_grpo_loss
 
     grpo_utils.compute_grpo_loss = compute_grpo_loss
 
 open-instruct need not be installed. The formulas are those of its main branch in August 2026. Its
-caller averages over the tokens itself, so nothing is averaged and nothing left out here: what is
-not finite stays so.
+caller masks and averages, so this function returns one value per token. A value that is not finite
+stays so.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from grpo_core.loss.logp_loss import with_slopes
 from grpo_core.objective.objective import Surrogate
 from grpo_core.objective.recipes import cispo, clip
 
-# open-instruct holds the log-ratio to the reference within it, without a gradient beyond
-FARTHEST = 40.0
+# open-instruct clamps the log-ratio to the reference to ± this; the gradient beyond is 0
+MAX_LOG_RATIO = 40.0
 LOSSES = ("dapo", "cispo")
 KLS = (estimators.k1, estimators.k2, estimators.k3, estimators.k1)
 
@@ -38,20 +40,20 @@ def compute_grpo_loss(
     config: Any,
     rho_weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(policy loss, whether clipped, KL) of every token, before any mask or mean.
+    """Returns (policy loss, whether clipped, KL) of every token, unmasked.
 
     Args:
-        new_logprobs: [B, T], nats, with the graph that the gradient takes.
-        ratio: [B, T], exp(new_logprobs − old_logprobs) with the latter constant: the gradient
-            through it is part of that of `new_logprobs`, and none goes through `ratio` itself.
+        new_logprobs: [B, T], nats, differentiable.
+        ratio: [B, T], exp(new_logprobs − old_logprobs) with constant old_logprobs. Its gradient is
+            given to `new_logprobs`; `ratio` itself gets none.
         advantages: [B, T].
         ref_logprobs: [B, T], nats, or None for no KL.
         config: with `loss_fn` ("dapo" or "cispo"), `clip_lower`, `clip_higher` and `kl_estimator`
             (0: Δ, 1: Δ²/2, 2: e^−Δ − 1 + Δ, 3: ratio·Δ).
-        rho_weights: [B, T], constants that multiply the policy loss; 0 drops a token.
+        rho_weights: [B, T], constant factors of the policy loss; 0 drops a token.
 
     Raises:
-        ValueError: another loss or estimator, or a tensor of another shape.
+        ValueError: an unknown loss or estimator, or a tensor of another shape.
 
     Source: open-instruct, open_instruct/grpo_utils.py.
     """
@@ -77,7 +79,7 @@ def compute_grpo_loss(
 
 
 def _surrogate(config: Any) -> Surrogate:
-    """The policy term that `config.loss_fn` names, a string or a member of an enumeration."""
+    """Returns the policy term named by `config.loss_fn`, a string or a member of an enumeration."""
     name = getattr(config.loss_fn, "value", config.loss_fn)
     if name not in LOSSES:
         raise ValueError(f"loss_fn: expected one of {LOSSES}, got {name!r}")
@@ -89,7 +91,7 @@ def _surrogate(config: Any) -> Surrogate:
 def _kl(
     logp: Tensor, ratio: Tensor, ref_logprobs: Tensor | None, config: Any
 ) -> tuple[Tensor, Tensor]:
-    """(KL, its derivative by logp) of every token; 0 without a reference."""
+    """Returns (KL, its derivative by logp) of every token; zeros without a reference."""
     if ref_logprobs is None:
         return torch.zeros_like(logp), torch.zeros_like(logp)
     which = config.kl_estimator
@@ -97,8 +99,10 @@ def _kl(
         raise ValueError(f"kl_estimator: expected one of 0 to {len(KLS) - 1}, got {which!r}")
     ref_logp = ref_logprobs.double()
     gap = logp - ref_logp
-    near = gap.abs() <= FARTHEST
-    value, slope = as_torch(KLS[which])(ref_logp + gap.clamp(-FARTHEST, FARTHEST), ref_logp)
+    near = gap.abs() <= MAX_LOG_RATIO
+    value, slope = as_torch(KLS[which])(
+        ref_logp + gap.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO), ref_logp
+    )
     slope = torch.where(near, slope, 0.0)
     if which == 3:
         value, slope, by_ratio = as_torch(times_ratio)(value, slope, ratio.log())
