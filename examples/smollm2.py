@@ -31,7 +31,7 @@ from grpo_core.runs.reinforce import main as reinforce
 from grpo_core.trainer import Trainer
 from grpo_core.trainer.batch import Batch, pack
 from grpo_core.trainer.config import TrainerConfig
-from grpo_core.trainer.live_bytes import LiveBytes
+from grpo_core.trainer.measure import LiveBytes
 from grpo_core.trainer.rollout import Rollout, Sampling
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
