@@ -92,7 +92,10 @@ def update(
     advantage: Tensor,
     old_logp: Tensor,
 ) -> float:
-    """One optimizer step. The logits [S, T − 1, V] never exist in memory: only chunks of them do."""
+    """One optimizer step; returns the largest ratio.
+
+    Only chunks of the logits [S, T − 1, V] are in memory at a time.
+    """
     out = fused_linear_loss(
         hidden_states(model, ids),
         model.lm_head.weight,
@@ -125,7 +128,7 @@ def main() -> None:
             largest = update(model, optimizer, ids, advantage, old_logp)
         if step % 5 == 0 or step == 1:
             text = "".join("0123456789:.?"[token] for token in ids[0].tolist())
-            print(f"step {step:2}: reward {rewards.mean():.3f}, largest ratio {largest:.2f}, {text}")
+            print(f"step {step:2}: reward {rewards.mean():.3f}, ratio up to {largest:.2f}, {text}")
 
 
 if __name__ == "__main__":

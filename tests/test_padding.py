@@ -110,7 +110,7 @@ def test_auto_looks_at_the_attention() -> None:
     model = qwen()
     assert not is_padding_free(model, "auto")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "keeps_apart", lambda model: True)
+        patch.setattr(module, "separates_sequences", lambda model: True)
         for name in ("flash_attention_2", "kernels-community/flash-attn3", "flex_attention"):
             patch.setattr(model.config, "_attn_implementation_internal", name)
             assert is_padding_free(model, "auto")

@@ -1,9 +1,7 @@
-"""Training data from files: problems for reinforcement learning, examples for SFT.
+"""Problems from files, and the order in which a run draws them.
 
 A record is a dict. `prompt` is a string or a list of chat messages, `answer` the correct answer,
-and further columns go to the reward functions under their names. For supervised training a record
-has `prompt` and `completion`, or `messages`, of which the last is trained on. These are the column
-names of TRL's data sets.
+and further columns go to the reward functions under their names, as in TRL.
 """
 
 from __future__ import annotations
@@ -19,7 +17,6 @@ from typing import Any, TypeGuard
 from transformers import PreTrainedTokenizerBase
 
 from grpo_core.cli.options import check_package
-from grpo_core.trainer.baselines.supervised import Example
 from grpo_core.trainer.rollout import Problem
 from grpo_core.trainer.rules import answer_text
 
@@ -144,53 +141,21 @@ def check_answer(record: Record, n: int) -> None:
         raise ValueError(f"record {n}: {error}") from error
 
 
-def examples_of(records: Iterable[Record], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """Converts records to supervised examples, whose completions end with the end token.
-
-    Args:
-        records: with `prompt` and `completion`, each a string or messages, or with `messages`, of
-            which the last, the assistant's, is the completion.
-        tokenizer: as in `problems_of`.
-
-    Raises:
-        ValueError: a record has neither, or the tokenizer has no end token.
-    """
-    if tokenizer.eos_token_id is None:
-        raise ValueError("tokenizer.eos_token_id: expected a token id, got None")
-    examples = []
-    for n, record in enumerate(records):
-        if "messages" in record:
-            *prompt, answer = record["messages"]
-            completion = [answer]
-        elif "prompt" in record and "completion" in record:
-            prompt, completion = record["prompt"], record["completion"]
-        else:
-            raise ValueError(
-                f"record {n}: expected prompt and completion, or messages, got {sorted(record)}"
-            )
-        ids = encode_prompt(prompt, tokenizer)
-        if isinstance(completion, str):
-            target = tokenizer(completion, add_special_tokens=False)["input_ids"]
-        else:
-            text = _apply_template([*prompt, *completion], tokenizer, opens_turn=False)
-            if text[: len(ids)] != ids:
-                raise ValueError(
-                    f"record {n}: expected a chat template that encodes the prompt equally with "
-                    "and without the answer"
-                )
-            target = text[len(ids) :]
-        # the template may end with it, or with it and a line break
-        if tokenizer.eos_token_id not in target[-2:]:
-            target = [*target, tokenizer.eos_token_id]
-        examples.append(Example(ids, target))
-    return examples
-
-
 def encode_prompt(prompt: str | Messages, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of a string, or of messages up to the opening of the assistant's turn."""
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
-    return _apply_template(prompt, tokenizer, opens_turn=True)
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "prompt: expected a string, got chat messages; the tokenizer has no chat template"
+        )
+    ids: Any = tokenizer.apply_chat_template(
+        [dict(message) for message in prompt],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=False,
+    )
+    return list(ids)
 
 
 def fingerprint(problems: Sequence[Problem]) -> str:
@@ -244,23 +209,6 @@ def _jsonable(value: Any) -> Any:
         if hasattr(value, name):
             return getattr(value, name)()
     return str(value) if isinstance(value, Number) else type(value).__name__
-
-
-def _apply_template(
-    messages: Messages, tokenizer: PreTrainedTokenizerBase, *, opens_turn: bool
-) -> list[int]:
-    """Token ids of messages by the tokenizer's chat template."""
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "prompt: expected a string, got chat messages; the tokenizer has no chat template"
-        )
-    ids: Any = tokenizer.apply_chat_template(
-        [dict(message) for message in messages],
-        add_generation_prompt=opens_turn,
-        tokenize=True,
-        return_dict=False,
-    )
-    return list(ids)
 
 
 def _lines(path: Path) -> Iterable[tuple[int, str]]:
