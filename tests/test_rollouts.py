@@ -233,8 +233,8 @@ def test_an_update_with_an_absurd_ratio_is_not_made(limit: float) -> None:
 def test_what_makes_an_update_unsound(name: str, value: float, sound: bool) -> None:
     figures = {"loss": 0.0, "grad_norm": 1.0, "ratio_max": 1.0, "kl": 0.0, "tokens": 50.0}
     settings = trainer().config
-    assert settings.sound(figures)
-    assert settings.sound(figures | {name: value}) == sound
+    assert settings.is_update_safe(figures)
+    assert settings.is_update_safe(figures | {name: value}) == sound
 
 
 def test_ratios_below_the_limit_are_learnt_from_as_without_one() -> None:

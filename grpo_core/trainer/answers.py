@@ -143,28 +143,28 @@ def read_quantity(text: str) -> Quantity | None:
     """Parses a cleaned text that is a number with at most a label and a unit; else None."""
     named = LABEL.match(text)
     body = _unwrap(text[named.end() :] if named else text)
-    found = NUMBER.match(FRACTION.sub(r" \1\2/\3 ", body).strip())
-    if found is None:
+    match = NUMBER.match(FRACTION.sub(r" \1\2/\3 ", body).strip())
+    if match is None:
         return None
-    unit = _unit(found.string[found.end() :])
-    amount = found["decimal"] or found["above"]
-    if unit is None or (found["sign"] and amount[0] in "-+"):
+    unit = _unit(match.string[match.end() :])
+    amount = match["decimal"] or match["above"]
+    if unit is None or (match["sign"] and amount[0] in "-+"):
         return None
-    value, below = _fraction(amount), _fraction(found["below"] or "1")
-    if found["power"]:
+    value, below = _fraction(amount), _fraction(match["below"] or "1")
+    if match["power"]:
         # 8 x 10^3 is a number, 24 x 10^0 a calculation
         if not 1 <= abs(value) < 10:
             return None
-        value *= Fraction(10) ** int(found["power"])
-    if below == 0 or (found["whole"] and not 0 < value < below):
+        value *= Fraction(10) ** int(match["power"])
+    if below == 0 or (match["whole"] and not 0 < value < below):
         return None
-    value = _fraction(found["whole"] or "0") + value / below
-    if found["currency"]:
-        currency = SHORT[found["currency"].strip("\\ ")]
+    value = _fraction(match["whole"] or "0") + value / below
+    if match["currency"]:
+        currency = SHORT[match["currency"].strip("\\ ")]
         unit = unit if unit.startswith(currency) else currency + unit
     return Quantity(
-        -value if found["sign"] == "-" else value,
-        bool(found["below"]),
+        -value if match["sign"] == "-" else value,
+        bool(match["below"]),
         re.sub(r"[\s{}]", "", named[0][: named[0].rindex("=")]) if named else "",
         unit,
     )
@@ -222,10 +222,10 @@ def _unit(tail: str) -> str | None:
     """The unit in `tail`; "" for an empty text, None for anything else."""
     spaced = tail.startswith(" ")
     as_text = "\\text" in tail
-    found = UNIT.fullmatch(re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", tail).strip())
-    if found is None:
+    match = UNIT.fullmatch(re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", tail).strip())
+    if match is None:
         return None
-    squared, name, power, per, per_power = found.groups()
+    squared, name, power, per, per_power = match.groups()
     names = [_unit_name(part, spaced, as_text) if part else "" for part in (name, per)]
     if names[0] is None or names[1] is None:
         return None

@@ -211,9 +211,9 @@ def check_output_matrix(model: PreTrainedModel) -> None:
     ids = torch.arange(4, device=model.device)[None] % model.config.vocab_size
     everything = torch.ones_like(ids, dtype=torch.bool)
     with evaluation_mode(model):
-        ours = find_rows(ids, everything, everything).logits(model)
-        theirs = model(input_ids=ids).logits[0, :-1]
-    if not torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=1e-2):
+        logits = find_rows(ids, everything, everything).logits(model)
+        expected = model(input_ids=ids).logits[0, :-1]
+    if not torch.allclose(logits.float(), expected.float(), rtol=1e-2, atol=1e-2):
         raise ValueError(
             "model: expected logits = get_output_embeddings()(hidden states), got logits that are "
             f"scaled or capped afterwards ({type(model).__name__})"

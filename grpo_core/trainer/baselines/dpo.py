@@ -82,12 +82,12 @@ def sample_pairs(
     """
     if group_size < 2:
         raise ValueError(f"group_size: expected at least 2, got {group_size}")
-    asked = [problem for problem in problems for _ in range(group_size)]
+    repeated = [problem for problem in problems for _ in range(group_size)]
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        drawn = rollout(model, [problem.prompt for problem in asked], sampling)
+        drawn = rollout(model, [problem.prompt for problem in repeated], sampling)
     completions = drawn.completions()
-    scores = score(reward, asked, completions, "pairs").total.view(-1, group_size)
+    scores = score(reward, repeated, completions, "pairs").total.view(-1, group_size)
     pairs = []
     for group, problem in enumerate(problems):
         best, worst = best_and_worst(scores[group])
