@@ -170,14 +170,15 @@ class Trainer:
             rounds.append(self.draw_round(clock, again=len(rounds)))
         drawn, rollout_metrics = merge_rounds(rounds, config, special_tokens(self.model)[0])
 
-        # advantage, pack
-        rewards = drawn.rewards.to(device)
-        with clock.phase("reference"):
-            minibatches = self.minibatches(drawn.rollout, rewards, drawn.order)
-
-        # loss, backward, optimizer
-        learning_rate = self.set_learning_rate()
+        # dropout draws random numbers
         with randomness(config.seed, self.steps_done, device, rank(), "updates"):
+            # advantage, pack
+            rewards = drawn.rewards.to(device)
+            with clock.phase("reference"):
+                minibatches = self.minibatches(drawn.rollout, rewards, drawn.order)
+
+            # loss, backward, optimizer
+            learning_rate = self.set_learning_rate()
             updates = [
                 self.update(parts, clock) for _ in range(config.epochs) for parts in minibatches
             ]
