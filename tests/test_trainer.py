@@ -194,7 +194,7 @@ def test_truncation_is_logged_and_warned_of() -> None:
     with torch.no_grad():
         model.lm_head.weight[1] = 0  # the end token becomes rare
     trainer = Trainer(model, draw_problems, share_of_sevens, config())
-    with pytest.warns(UserWarning, match=r"\d\d% of the completions were cut off"):
+    with pytest.warns(UserWarning, match=r"\d\d% of the completions ran into max"):
         metrics = trainer.step()
     assert metrics["truncated"] > 0.2
 

@@ -34,7 +34,7 @@ def test_a_quiet_step_is_passed_over() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"truncated": 0.21}, "21% of the completions were cut off at max_new_tokens"),
+        ({"truncated": 0.21}, "21% of the completions ran into max_new_tokens"),
         ({"clip_fraction": 0.6}, "60% of the tokens with an advantage were clipped"),
         ({"sampler_mismatch": 0.3}, "the sampler's log-probabilities differ by 0.30 nats"),
     ],

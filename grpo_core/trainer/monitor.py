@@ -82,7 +82,7 @@ class Watch:
         if metrics["truncated"] > TRUNCATED_LIMIT:
             yield (
                 "truncated",
-                f"{metrics['truncated']:.0%} of the completions were cut off at max_new_tokens; "
+                f"{metrics['truncated']:.0%} of the completions ran into max_new_tokens; "
                 "raise it, or set mask_truncated",
             )
         if metrics.get("unscored"):
