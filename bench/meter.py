@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from grpo_core.trainer.live_bytes import LiveBytes
+from grpo_core.trainer.measure import LiveBytes
 
 # reserve memory and leave it untouched
 ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}

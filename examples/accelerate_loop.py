@@ -1,13 +1,14 @@
-"""The loop on several processes, by accelerate, with the loss inside the wrapped module.
+"""The loop on several ranks by accelerate, with the loss inside the wrapped module.
 
     accelerate launch --multi_gpu --num_processes 2 examples/accelerate_loop.py
     accelerate launch --multi_gpu --num_processes 2 examples/accelerate_loop.py --cpu
 
-The second line is for a machine without GPUs: `--multi_gpu` means several processes, while
-`accelerate launch --cpu --num_processes 2` starts only one (accelerate 1.15 wants mpirun for more).
-The forward of what DDP wraps ends in the loss, so its hooks fire; what it averages over processes
-is put right by the global count. Checks that all processes together have the same losses and
-parameters as one alone that trains on the whole batch.
+The second line is for a machine without GPUs: `--multi_gpu` means several ranks, while
+`accelerate launch --cpu --num_processes 2` starts only one (accelerate 1.15 needs mpirun for more).
+The loss is computed in the forward of the module that DDP wraps, so that its hooks run. DDP
+averages gradients over ranks, so the divisor is the global number of tokens divided by the number
+of ranks. The script checks that the ranks together have the same losses and parameters as one
+process that trains on the whole batch.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ OPTIMIZER = {"lr": 6e-3, "eps": 1e-3}
 
 
 class WithLoss(nn.Module):
-    """A model whose forward ends in the loss, to be wrapped as a whole."""
+    """A model whose forward returns the loss, to be wrapped by DDP."""
 
     def __init__(self, model: LlamaForCausalLM) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, ids: Tensor, mask: Tensor, rewards: Tensor, normalizer: Tensor) -> Tensor:
-        """DAPO: the sum over this process's tokens, divided by `normalizer`."""
+        """DAPO: the sum over this rank's tokens divided by `normalizer`."""
         out = fused_linear_loss(
             self.model.model(ids).last_hidden_state[:, :-1],
             self.model.lm_head.weight,
@@ -49,7 +50,7 @@ class WithLoss(nn.Module):
 
 
 def update(module: nn.Module, optimizer: torch.optim.Optimizer, *batch: Tensor) -> Tensor:
-    """One step; the loss of this process's share."""
+    """One step; returns the loss of this rank."""
     loss = module(*batch)
     optimizer.zero_grad()
     loss.backward()
@@ -58,9 +59,9 @@ def update(module: nn.Module, optimizer: torch.optim.Optimizer, *batch: Tensor) 
 
 
 def main() -> None:
-    """Trains on all processes, and once more on each alone."""
+    """Trains on all ranks together, and on each rank alone."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--cpu", action="store_true", help="even where there is a GPU")
+    parser.add_argument("--cpu", action="store_true", help="even if there is a GPU")
     accelerator = Accelerator(cpu=parser.parse_args().cpu)
     ranks, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     tokenizer = build_tokenizer()
@@ -71,14 +72,14 @@ def main() -> None:
     optimizer_alone = torch.optim.AdamW(alone.parameters(), **OPTIMIZER)
     torch.manual_seed(0)
     for step in range(STEPS):
-        # the same rollout everywhere, of which each process trains on the prompts that are its own
+        # equal on all ranks; each rank trains on its part of the prompts
         digits = torch.randperm(10)[:PROMPTS].tolist()
         prompts = [f"{d}:" for d in digits for _ in range(G)]
         ids, mask, rewards = rollout(alone.model, tokenizer, prompts)
-        mine = torch.arange(PROMPTS * G, device=device).view(-1, G)[rank::ranks].flatten()
-        # all processes' tokens; DDP averages gradients, so each divides by its share of them
-        tokens = accelerator.reduce(mask[mine].sum(), "sum")
-        loss = update(shared, optimizer, ids[mine], mask[mine], rewards[mine], tokens / ranks)
+        own = torch.arange(PROMPTS * G, device=device).view(-1, G)[rank::ranks].flatten()
+        # tokens of all ranks; DDP averages gradients
+        tokens = accelerator.reduce(mask[own].sum(), "sum")
+        loss = update(shared, optimizer, ids[own], mask[own], rewards[own], tokens / ranks)
         loss = accelerator.reduce(loss, "mean")
         loss_alone = update(alone, optimizer_alone, ids, mask, rewards, mask.sum())
         assert torch.isclose(loss, loss_alone, atol=1e-5), (loss, loss_alone)

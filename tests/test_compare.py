@@ -13,7 +13,7 @@ from grpo_core.runs.compare import main
 from grpo_core.runs.comparison import METHODS, PricedTrainer
 from grpo_core.trainer.config import TrainerConfig
 from grpo_core.trainer.forward import packed_logp
-from grpo_core.trainer.live_bytes import LiveBytes
+from grpo_core.trainer.measure import LiveBytes
 from grpo_core.trainer.rollout import Sampling, rollout
 from tests.micro import MAX_NEW_TOKENS, draw_problems, micro_model, share_of_sevens
 

@@ -165,10 +165,9 @@ def one_of(scores: Any) -> Any:
 def test_other_processes_show_and_keep_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from grpo_core.trainer import loop as training_loop
-    from grpo_core.trainer import monitor
+    from grpo_core.trainer import loop, monitor
 
-    for module in (samples, monitor, training_loop):
+    for module in (samples, monitor, loop):
         monkeypatch.setattr(module, "is_main", lambda: False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -17,8 +17,6 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 from grpo_core.runs.demo.decimals import build_tokenizer
 from grpo_core.trainer.data import (
     Epochs,
-    encode_prompt,
-    examples_of,
     fingerprint,
     problems_of,
     read_records,
@@ -112,35 +110,6 @@ def test_messages_go_through_the_chat_template(chat: PreTrainedTokenizerBase) ->
     assert problem.source == messages
     (problem,) = problems_of([{"prompt": "3.8"}], chat, system="9.9")
     assert chat.decode(list(problem.prompt)) == "1=9.9 2=3.8 3="
-
-
-@pytest.mark.parametrize(
-    "record",
-    [
-        {"prompt": "3.8", "completion": "<answer>3.8</answer>"},
-        {
-            "prompt": [{"role": "user", "content": "3.8"}],
-            "completion": [{"role": "assistant", "content": "<answer>3.8</answer>"}],
-        },
-        {
-            "messages": [
-                {"role": "user", "content": "3.8"},
-                {"role": "assistant", "content": "<answer>3.8</answer>"},
-            ]
-        },
-    ],
-)
-def test_what_is_learnt_ends_with_one_end_token(
-    record: dict[str, Any], chat: PreTrainedTokenizerBase
-) -> None:
-    (example,) = examples_of([record], chat)
-    assert example.prompt == encode_prompt(
-        record.get("prompt", record.get("messages", [])[:1]), chat
-    )
-    assert chat.decode(example.completion, skip_special_tokens=True).strip() == (
-        "<answer>3.8</answer>"
-    )
-    assert example.completion.count(chat.eos_token_id) == 1
 
 
 ANSWERS = [
@@ -251,8 +220,6 @@ def test_bad_records_are_named(tokenizer: PreTrainedTokenizerBase) -> None:
         problems_of(RECORDS, tokenizer, longest_prompt=2)
     with pytest.raises(ValueError, match="has no chat template"):
         problems_of([{"prompt": [{"role": "user", "content": "3"}]}], tokenizer)
-    with pytest.raises(ValueError, match="record 0: expected prompt and completion, or messages"):
-        examples_of([{"prompt": "3"}], tokenizer)
 
 
 def test_epochs_draw_everything_once_and_remember_where_they_are() -> None:

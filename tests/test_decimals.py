@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_core.runs.demo import decimals
 from grpo_core.runs.demo.decimals import Pair
-from grpo_core.trainer.rewards import accuracy, strict_format
+from grpo_core.trainer.rules import accuracy, strict_format
 
 TRAP = Pair("3.11", "3.8")
 

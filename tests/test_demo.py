@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from grpo_core.runs.demo.demo import Demo, DemoConfig
 from grpo_core.runs.demo.main import main
-from grpo_core.trainer.clock import MACHINE
+from grpo_core.trainer.measure import MACHINE
 from grpo_core.trainer.trainer import Trainer
 from tests.test_checkpoint import inherited
 

@@ -11,7 +11,7 @@ from torch.nn.functional import log_softmax, logsigmoid
 from grpo_core.trainer.baselines.dpo import (
     Pair,
     PreferenceConfig,
-    answer_logp,
+    completion_logp,
     sample_pairs,
     train_preferences,
 )
@@ -87,7 +87,7 @@ def test_the_loss_of_one_step_by_hand() -> None:
         rows = pad_examples(
             [Example(p.prompt, p.chosen) for p in pairs], False, torch.device("cpu")
         )
-        found = answer_logp(reference.float(), rows)
+        found = completion_logp(reference.float(), rows)
         exact = torch.stack([total(reference.double(), p.prompt, p.chosen) for p in pairs])
     torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-5)
 

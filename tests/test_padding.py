@@ -10,10 +10,9 @@ import torch
 from transformers import MambaConfig, MambaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from grpo_core import RECIPES
-from grpo_core.trainer import padding
+from grpo_core.trainer import batch as module
 from grpo_core.trainer.baselines.ppo import CriticConfig, PPOTrainer
-from grpo_core.trainer.batch import pack
-from grpo_core.trainer.padding import is_padding_free, keeps_apart
+from grpo_core.trainer.batch import is_padding_free, pack, separates_sequences
 from grpo_core.trainer.rollout import Sampling, rollout
 from grpo_core.trainer.trainer import Trainer, TrainerConfig
 from tests.micro import MAX_NEW_TOKENS, draw_problems, micro_model, share_of_sevens
@@ -48,7 +47,7 @@ def test_hidden_states_are_those_of_padded_sequences(attention: str) -> None:
     model.set_attn_implementation(attention)
     drawn = rollout(micro_model(), [(3, 4), (2, 3, 4, 5, 6), (9,)] * 2, Sampling(MAX_NEW_TOKENS))
     padded = pack(drawn, torch.zeros(6)).rows
-    rows = replace(padded, end_to_end=True)
+    rows = replace(padded, padding_free=True)
     inputs = rows.inputs
     assert inputs["input_ids"].shape == (1, int(padded.attention.sum()))
     assert "attention_mask" not in inputs
@@ -63,7 +62,7 @@ def test_updates_are_those_of_padded_sequences(loss: Any) -> None:
     for wish, tokens in (("never", 0), ("always", 0), ("always", 40)):
         config = replace(CONFIG, loss=loss, padding_free=wish, tokens_per_microbatch=tokens)
         trainer = Trainer(micro_model(), draw_problems, share_of_sevens, config)
-        assert trainer.end_to_end == (wish == "always")
+        assert trainer.padding_free == (wish == "always")
         found.append(trainer.train())
     for other in found[1:]:
         for name in ("reward", "grad_norm", "kl", "entropy", "tokens"):
@@ -74,13 +73,13 @@ def test_updates_are_those_of_padded_sequences(loss: Any) -> None:
 def test_a_microbatch_counts_what_the_model_is_given() -> None:
     prompts = [(3,) * n for n in (1, 2, 3, 9, 10, 12)]
     drawn = rollout(micro_model(), prompts, Sampling(MAX_NEW_TOKENS))
-    batch = pack(drawn, torch.zeros(6), end_to_end=True)
+    batch = pack(drawn, torch.zeros(6), padding_free=True)
     longest = int(batch.rows.attention.sum(1).max())
     parts = batch.microbatches(2 * longest)
     counts = [part.rows.inputs["input_ids"].numel() for part in parts]
     assert sum(counts) == int(batch.rows.attention.sum())
     assert max(counts) <= 2 * longest
-    padded = replace(batch, rows=replace(batch.rows, end_to_end=False)).microbatches(2 * longest)
+    padded = replace(batch, rows=replace(batch.rows, padding_free=False)).microbatches(2 * longest)
     assert len(parts) <= len(padded)
 
 
@@ -97,8 +96,8 @@ def test_ppo_learns_the_same_from_them() -> None:
 
 def test_a_model_with_a_running_state_is_refused() -> None:
     """By the trial; unless nobody insists."""
-    assert keeps_apart(qwen()) and not keeps_apart(mamba())
-    with pytest.raises(ValueError, match=r"^padding_free: expected a model that keeps sequences"):
+    assert separates_sequences(qwen()) and not separates_sequences(mamba())
+    with pytest.raises(ValueError, match=r"^padding_free: expected a model that keeps concat"):
         is_padding_free(mamba(), "always")
     with pytest.MonkeyPatch.context() as patch:
         model = mamba()
@@ -111,7 +110,7 @@ def test_auto_looks_at_the_attention() -> None:
     model = qwen()
     assert not is_padding_free(model, "auto")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(padding, "keeps_apart", lambda model: True)
+        patch.setattr(module, "separates_sequences", lambda model: True)
         for name in ("flash_attention_2", "kernels-community/flash-attn3", "flex_attention"):
             patch.setattr(model.config, "_attn_implementation_internal", name)
             assert is_padding_free(model, "auto")

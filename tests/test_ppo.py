@@ -9,9 +9,9 @@ import torch
 
 from grpo_core import RECIPES
 from grpo_core.trainer.baselines.ppo import CriticConfig, PPOTrainer
-from grpo_core.trainer.clock import Clock
 from grpo_core.trainer.config import TrainerConfig
 from grpo_core.trainer.forward import packed_logp
+from grpo_core.trainer.measure import Clock
 from grpo_core.trainer.rollout import Sampling, rollout
 from tests.micro import MAX_NEW_TOKENS, draw_problems, micro_model, share_of_sevens
 
@@ -102,7 +102,7 @@ def test_the_policy_is_not_trained_by_the_critic() -> None:
 
 
 def test_objectives_that_do_not_fit_are_named(tmp_path: Any) -> None:
-    with pytest.raises(ValueError, match="objective: expected no KL of its own, got 'k3'"):
+    with pytest.raises(ValueError, match="objective: expected no KL term, got 'k3'"):
         trainer(objective=RECIPES["grpo"])
     config = TrainerConfig(objective=RECIPES["ppo"], sampling=Sampling(4))
     with pytest.raises(ValueError, match="checkpoints: expected None"):

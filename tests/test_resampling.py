@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from grpo_core import RECIPES
-from grpo_core.trainer import state as trainer_state
 from grpo_core.trainer.baselines.ppo import PPOTrainer
 from grpo_core.trainer.batch import Batch, pack
+from grpo_core.trainer.checkpoint import save_trainer
 from grpo_core.trainer.data import Epochs
-from grpo_core.trainer.resampling import batch_advantages, dealt_out, varied
+from grpo_core.trainer.groups import group_advantages, in_varied_group, split_minibatches
 from grpo_core.trainer.rewards import RewardError, Scores
 from grpo_core.trainer.rollout import Problem, Rollout, Sampling, rollout
 from grpo_core.trainer.trainer import Trainer, TrainerConfig
@@ -119,26 +119,26 @@ def test_minibatches_share_what_stays_and_fillers_stand_in() -> None:
     drawn = given(PROBLEMS)
     settings = config(dynamic_sampling="filter", minibatches=3)
     rewards = torch.tensor([*[0.0] * 4, *[1.0, 0, 0, 0], *[2.0] * 4, *[0.0] * 4])
-    assert varied(rewards, G).tolist() == [False] * 4 + [True] * 4 + [False] * 8
-    advantage = batch_advantages(rewards, settings)
+    assert in_varied_group(rewards, G).tolist() == [False] * 4 + [True] * 4 + [False] * 8
+    advantage = group_advantages(rewards, settings)
     assert (advantage != 0).tolist() == [False] * 4 + [True] * 4 + [False] * 8
     packed = pack(drawn, advantage)
     order = torch.randperm(16)
-    parts = dealt_out(packed, rewards, order, settings)
+    parts = split_minibatches(packed, rewards, order, settings)
     assert [len(part.rows.ids) for part in parts] == [2, 1, 1]
     learnt = torch.cat([part.advantage for part in parts]).unique()
     assert torch.equal(learnt, advantage[4:8].unique())
 
     wide = config(dynamic_sampling="filter", minibatches=6)
-    parts = dealt_out(packed, rewards, order, wide)
+    parts = split_minibatches(packed, rewards, order, wide)
     assert [part.is_filler for part in parts] == [False] * 4 + [True] * 2
     assert not len(parts[-1].rows.sequence) and len(parts[-1].rows.ids) == 1
-    off = dealt_out(packed, rewards, order, config(minibatches=3))
+    off = split_minibatches(packed, rewards, order, config(minibatches=3))
     assert [len(part.rows.ids) for part in off] == [6, 6, 4]
     # those without a reward leave theirs, and the number of minibatches stays
     rewards[order[[0, 2, 7]]] = torch.nan
     rewards[order[12:]] = torch.nan
-    off = dealt_out(packed, rewards, order, config(minibatches=3))
+    off = split_minibatches(packed, rewards, order, config(minibatches=3))
     assert [len(part.rows.ids) for part in off] == [4, 5, 1] and off[-1].is_filler
 
 
@@ -151,7 +151,7 @@ def test_where_nothing_varies_nothing_is_learnt(sampling: str, minibatches: int)
     changes = {"minibatches": minibatches, "dynamic_sampling": sampling, "max_resamples": 1}
     run = Trainer(micro_model(), draw_problems, hopeless, config(**changes))
     if sampling == "resample":
-        with pytest.warns(UserWarning, match="4 groups were missing after 1 further rounds"):
+        with pytest.warns(UserWarning, match="4 groups are missing after 1 more rounds"):
             metrics = run.step()
         assert (metrics["resamples"], metrics["groups_drawn"]) == (1, 8)
     else:
@@ -216,7 +216,7 @@ def test_advantages_without_what_is_unscored() -> None:
     rewards = torch.tensor(
         [1, nan, 3, 2, nan, nan, nan, nan, 5, nan, nan, nan, nan, 4, nan, 4, 0, 0, 0, 4]
     )
-    group = varied(rewards, G).view(-1, G)[:, 0].tolist()
+    group = in_varied_group(rewards, G).view(-1, G)[:, 0].tolist()
     assert group == [True, False, False, False, True]
     std = (12 / 3) ** 0.5
     for name, first, last in [
@@ -226,10 +226,10 @@ def test_advantages_without_what_is_unscored() -> None:
         expected = torch.tensor([*first, *[0.0] * 12, *last])
         for sampling in ("off", "filter", "resample"):
             settings = config(objective=RECIPES[name], dynamic_sampling=sampling)
-            got = batch_advantages(rewards, settings)
+            got = group_advantages(rewards, settings)
             # 1e-4 is added to a standard deviation
             torch.testing.assert_close(got, expected, rtol=2e-4, atol=0)
-    assert not batch_advantages(torch.full((8,), nan), config()).any()
+    assert not group_advantages(torch.full((8,), nan), config()).any()
 
 
 @pytest.mark.parametrize("minibatches", [1, 2])
@@ -299,7 +299,7 @@ def test_prompts_are_drawn_until_there_are_enough() -> None:
     minibatches = run.minibatches
 
     def noted(drawn: Rollout, rewards: torch.Tensor, order: torch.Tensor) -> Any:
-        assert varied(rewards, G).all() and len(rewards) == 16
+        assert in_varied_group(rewards, G).all() and len(rewards) == 16
         # the prompts of a group are one, and hopeful
         first = [row[mask][0] for row, mask in zip(drawn.prompt, drawn.prompt_mask, strict=True)]
         assert not any(int(token) % 2 for token in first)
@@ -324,7 +324,7 @@ def test_rounds_have_an_end_and_the_first_stays_what_it_was() -> None:
     """The figures of a run that never draws again are those of its first rounds."""
     run, seen = resampling(max_resamples=0)
     plain, _ = resampling(dynamic_sampling="filter")
-    with pytest.warns(UserWarning, match="groups were missing after 0 further rounds"):
+    with pytest.warns(UserWarning, match="groups are missing after 0 more rounds"):
         mine = run.step()
     theirs = plain.step()
     assert len(seen) == 1 and mine["groups_missing"] > 0
@@ -346,7 +346,7 @@ def test_rounds_draw_different_completions_from_the_same_weights() -> None:
         return [Problem((3, 4))] * count
 
     settings = config(dynamic_sampling="resample", max_resamples=2, steps=2)
-    with pytest.warns(UserWarning, match="were missing"):
+    with pytest.warns(UserWarning, match="are missing"):
         Trainer(micro_model(), same, noted, settings).train()
     assert len(asked) == 6 and len({str(each) for each in asked}) == 6
 
@@ -357,7 +357,7 @@ def test_a_run_that_goes_on_draws_the_same(tmp_path: Path) -> None:
     first, _ = resampling()
     for _ in range(2):
         first.step()
-    trainer_state.save(first, tmp_path)
+    save_trainer(first, tmp_path)
     torch.rand(5)
     second, _ = resampling(tmp_path)
     assert second.resume() == 2

@@ -17,19 +17,17 @@ import torch
 from transformers import ByT5Tokenizer
 
 from grpo_core.runs.demo.decimals import build_tokenizer
-from grpo_core.trainer.named_rewards import find_reward
 from grpo_core.trainer.rewards import (
     FunctionReward,
     RewardError,
     Scores,
     TextReward,
-    accuracy,
-    answer_text,
     best_and_worst,
+    find_reward,
     score,
-    strict_format,
 )
 from grpo_core.trainer.rollout import Problem
+from grpo_core.trainer.rules import accuracy, answer_text, strict_format
 
 # completion to the answer "3.8", accuracy, format
 CASES = [

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 from transformers import GenerationConfig, LlamaForCausalLM, WatermarkingConfig
 
-from grpo_core.trainer.engine import Rollouts
+from grpo_core.trainer.engine import EngineSync
 from grpo_core.trainer.rollout import Sampling, check_context, ignored_fields, positions_of, rollout
 from tests.micro import EOS, PAD, VOCABULARY, micro_model
 
@@ -174,17 +174,17 @@ def test_fields_that_are_ignored_are_named() -> None:
     assert ignored_fields(model) == ["min_p", "top_k"]
     assert ignored_fields(micro_model()) == []
     with pytest.warns(UserWarning, match="rollouts ignore min_p, top_k of the model's gen"):
-        rollouts = Rollouts(model)
+        rollouts = EngineSync(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rollouts.draw(PROMPTS, Sampling(2), 0)
-        Rollouts(micro_model())
+        EngineSync(micro_model())
 
 
 def test_a_rollout_that_does_not_fit_is_refused() -> None:
     """59 + 6 of 64; one token less fits."""
     sampling = Sampling(6)
-    engines = rollout, lambda model, *given: Rollouts(model).draw(*given, 0)
+    engines = rollout, lambda model, *given: EngineSync(model).draw(*given, 0)
     for draw in engines:
         draw(micro_model(), [[3], [3] * 58], sampling)
         expected = r"longest_prompt \+ max_new_tokens: expected at most 64 tokens.* 59 \+ 6 = 65"
@@ -253,6 +253,6 @@ def test_errors_say_what_was_expected() -> None:
     endless = micro_model()
     for none in (None, []):
         endless.generation_config.eos_token_id = none
-        for draw in (lambda model: rollout(model, [[3]], Sampling(4)), Rollouts):
+        for draw in (lambda model: rollout(model, [[3]], Sampling(4)), EngineSync):
             with pytest.raises(ValueError, match=r"eos_token_id: expected a token id, got "):
                 draw(endless)

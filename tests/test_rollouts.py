@@ -11,13 +11,12 @@ import pytest
 import torch
 
 from grpo_core import RECIPES, PolicyFactor, SamplerCorrection
-from grpo_core.trainer import state as trainer_state
 from grpo_core.trainer.batch import Batch
-from grpo_core.trainer.engine import Rollouts
+from grpo_core.trainer.checkpoint import save_trainer
+from grpo_core.trainer.engine import EngineSync
 from grpo_core.trainer.evaluate import evaluate
 from grpo_core.trainer.monitor import sampler_mismatch
-from grpo_core.trainer.rollout import Sampling, rollout
-from grpo_core.trainer.rollout_tensors import end_to_end, rollout_of
+from grpo_core.trainer.rollout import Sampling, concat_rollouts, make_rollout, rollout
 from grpo_core.trainer.trainer import Trainer, TrainerConfig
 from tests.engines import CopyEngine
 from tests.micro import EOS, MAX_NEW_TOKENS, PAD, draw_problems, micro_model, share_of_sevens
@@ -76,14 +75,14 @@ def test_an_engine_that_follows_makes_the_run_of_the_model_itself() -> None:
 def test_other_weights_than_the_trainers_are_an_error() -> None:
     run = trainer(CopyEngine(micro_model(), version=0, deaf=True))
     run.step()
-    with pytest.raises(RuntimeError, match=r"weights of step 1, got some by 0; does another run"):
+    with pytest.raises(RuntimeError, match=r"weights of step 1, got version 0; does another run"):
         run.step()
     meddled = CopyEngine(micro_model())
     run = trainer(meddled)
     run.step()
-    run.rollouts.version = 1  # somebody else has brought weights since
+    run.sampler.version = 1  # somebody else has brought weights since
     meddled.version = 7
-    with pytest.raises(RuntimeError, match="of step 1, got some by 7"):
+    with pytest.raises(RuntimeError, match="of step 1, got version 7"):
         run.step()
 
 
@@ -94,7 +93,7 @@ def test_an_engine_gets_the_weights_of_the_checkpoint(tmp_path: Path) -> None:
     first = trainer(CopyEngine(micro_model()))
     for _ in range(2):
         first.step()
-    trainer_state.save(first, tmp_path)
+    save_trainer(first, tmp_path)
     engine = CopyEngine(micro_model(seed=9), version=2)
     second = trainer(engine, micro_model(seed=3), checkpoints=tmp_path)
     for _ in range(2):
@@ -109,7 +108,7 @@ def test_an_engine_gets_the_weights_of_the_checkpoint(tmp_path: Path) -> None:
 
 def test_an_update_that_breaks_off_is_made_again() -> None:
     engine = CopyEngine(micro_model(seed=9))
-    rollouts = Rollouts(micro_model(), engine)
+    rollouts = EngineSync(micro_model(), engine)
     rollouts.draw([[3]], Sampling(1), 0)
     take, engine.update_weights = engine.update_weights, broken  # type: ignore[method-assign]
     for _ in range(2):
@@ -234,8 +233,8 @@ def test_an_update_with_an_absurd_ratio_is_not_made(limit: float) -> None:
 def test_what_makes_an_update_unsound(name: str, value: float, sound: bool) -> None:
     figures = {"loss": 0.0, "grad_norm": 1.0, "ratio_max": 1.0, "kl": 0.0, "tokens": 50.0}
     settings = trainer().config
-    assert settings.sound(figures)
-    assert settings.sound(figures | {name: value}) == sound
+    assert settings.is_update_safe(figures)
+    assert settings.is_update_safe(figures | {name: value}) == sound
 
 
 def test_ratios_below_the_limit_are_learnt_from_as_without_one() -> None:
@@ -252,7 +251,7 @@ def test_what_another_program_wrote_is_the_rollout_of_the_model() -> None:
     lengths = drawn.completion_mask.sum(1).tolist()
     logp = [row[:n] for row, n in zip(drawn.sampler_logp.tolist(), lengths, strict=True)]
     options = {"pad": PAD, "ends": [EOS], "device": model.device}
-    again = rollout_of(prompts * 4, drawn.completions(), logp, **options)
+    again = make_rollout(prompts * 4, drawn.completions(), logp, **options)
     assert 0 < int(drawn.truncated.sum()) < 16
     for name, value in vars(drawn).items():
         if isinstance(value, torch.Tensor) and name != "completion":
@@ -260,11 +259,11 @@ def test_what_another_program_wrote_is_the_rollout_of_the_model() -> None:
     assert again.completions() == drawn.completions()
 
     with pytest.raises(ValueError, match="a log-probability each, got 2 and 1"):
-        rollout_of([[3]], [[4, 5]], [[-1.0]], **options)
+        make_rollout([[3]], [[4, 5]], [[-1.0]], **options)
 
     halves = [again.select(torch.tensor(part)) for part in ([3, 4, 5, 7], [0, 2])]
-    short = rollout_of([[9]], [[EOS]], [[-0.5]], **options)
-    whole = end_to_end([short, *halves], PAD)
+    short = make_rollout([[9]], [[EOS]], [[-0.5]], **options)
+    whole = concat_rollouts([short, *halves], PAD)
     assert whole.completions() == [[EOS], *(again.completions()[n] for n in (3, 4, 5, 7, 0, 2))]
     assert whole.prompt[0].tolist() == [PAD, PAD, PAD, 9]
     assert whole.prompt_mask.sum(1).tolist() == [1, 4, 1, 3, 4, 1, 2]

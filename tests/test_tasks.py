@@ -12,8 +12,9 @@ from transformers import ByT5Tokenizer
 
 from grpo_core.runs.demo.decimals import build_tokenizer
 from grpo_core.trainer.data import problems_of
-from grpo_core.trainer.math_rewards import math_accuracy, reasoning_gym_task
-from grpo_core.trainer.rewards import FunctionReward, brevity
+from grpo_core.trainer.rewards import FunctionReward
+from grpo_core.trainer.rules import brevity, math_accuracy
+from grpo_core.trainer.tasks import reasoning_gym_task
 
 GSM8K = "She sold 48/2 = 24 in May and 48 + 24 = 72 in all.\n#### 72"
 
@@ -72,7 +73,7 @@ ANSWERS = [
 
 
 def scored(text: str, answer: str) -> list[float]:
-    return math_accuracy(prompts=[""], completions=[text], answer=[answer])
+    return [math_accuracy(text, answer)]
 
 
 @pytest.mark.parametrize(("given", "answer", "equal"), ANSWERS)
@@ -108,10 +109,10 @@ def test_off_the_main_thread_as_well() -> None:
 
 def test_a_missing_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'math-verify'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install math-verify"):
         scored("<answer>0.5</answer>", "1/2")
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install 'reasoning-gym'"):
+    with pytest.raises(ModuleNotFoundError, match="pip install reasoning-gym"):
         reasoning_gym_task("chain_sum", build_tokenizer(), size=1)
 
 

@@ -15,9 +15,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from grpo_core import RECIPES, PolicyFactor, SamplerCorrection, token_logp
 from grpo_core.trainer.batch import pack
-from grpo_core.trainer.clock import MACHINE
 from grpo_core.trainer.data import Epochs
 from grpo_core.trainer.evaluate import evaluate
+from grpo_core.trainer.measure import MACHINE
 from grpo_core.trainer.rewards import Scores
 from grpo_core.trainer.rollout import Problem, Sampling, rollout
 from grpo_core.trainer.trainer import Trainer, TrainerConfig
@@ -194,7 +194,7 @@ def test_truncation_is_logged_and_warned_of() -> None:
     with torch.no_grad():
         model.lm_head.weight[1] = 0  # the end token becomes rare
     trainer = Trainer(model, draw_problems, share_of_sevens, config())
-    with pytest.warns(UserWarning, match=r"\d\d% of the completions ran into max_new_tokens"):
+    with pytest.warns(UserWarning, match=r"\d\d% of the completions ran into max"):
         metrics = trainer.step()
     assert metrics["truncated"] > 0.2
 

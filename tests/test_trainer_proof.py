@@ -22,8 +22,8 @@ from grpo_core.objective.advantage import estimate_advantages
 from grpo_core.runs.reinforce import main as reinforce
 from grpo_core.runs.run import Run
 from grpo_core.runs.run_config import RunConfig
-from grpo_core.trainer.clock import Clock
 from grpo_core.trainer.evaluate import evaluate
+from grpo_core.trainer.measure import Clock
 from grpo_core.trainer.rewards import FunctionReward, Scores
 from grpo_core.trainer.rollout import Problem, Rollout, Sampling
 from grpo_core.trainer.trainer import Trainer

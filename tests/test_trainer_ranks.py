@@ -201,7 +201,7 @@ def test_an_engine_follows_and_all_processes_draw_as_often(shard: str, ranks: Fo
 
 def test_an_update_that_fails_on_one_process_fails_on_all(ranks: Found) -> None:
     assert ranks[0]["failed"] == "OSError: half way"
-    assert ranks[1]["failed"].startswith("RuntimeError: engine: the main process could not bring")
+    assert ranks[1]["failed"].startswith("RuntimeError: engine: rank 0 could not send")
 
 
 def test_an_adapter_on_shards_is_merged(ranks: Found) -> None:
@@ -215,7 +215,7 @@ def test_an_adapter_on_shards_is_merged(ranks: Found) -> None:
         assert rank["merged"].keys() == expected.keys()
         for name, weight in expected.items():
             torch.testing.assert_close(rank["merged"][name], weight, rtol=1e-6, atol=1e-6)
-        assert rank["alone"].startswith("engine: expected one that all 2 processes share")
+        assert rank["alone"].startswith("engine: expected one that all 2 ranks share")
 
 
 def test_processes_draw_apart(ranks: Found) -> None:
@@ -239,11 +239,11 @@ def test_weights_that_one_process_has_poisoned_are_not_saved(ranks: Found, folde
 
 def test_what_several_processes_cannot_do_is_refused(ranks: Found) -> None:
     beginnings = (
-        "prompts_per_step: expected a multiple of 2, the processes, got 3",
-        "minibatches: expected at most 4, the completions of a step on each of 2 processes, got 5",
-        "loss: expected 'fused' on 2 processes",
-        "objective.entropy_aggregation: expected None on 2 processes",
-        "objective.factor.top_entropy: expected 1 on 2 processes",
+        "prompts_per_step: expected a multiple of 2, the number of ranks, got 3",
+        "minibatches: expected at most 4, the completions of a step on each of 2 ranks, got 5",
+        "loss: expected 'fused' on 2 ranks",
+        "objective.entropy_aggregation: expected None on 2 ranks",
+        "objective.factor.top_entropy: expected 1 on 2 ranks",
     )
     for rank in ranks:
         for message, beginning in zip(rank["refused"], beginnings, strict=True):

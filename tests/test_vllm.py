@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from grpo_core.runs.reinforce import main
-from grpo_core.trainer.engine import Rollouts
+from grpo_core.trainer.engine import EngineSync
 from grpo_core.trainer.rollout import Sampling
 from grpo_core.trainer.vllm import engine as vllm_engine
 from grpo_core.trainer.vllm import server as vllm_server
@@ -44,7 +44,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, module in fake_vllm.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(vllm_engine, "sending_gpu", lambda model: fake_vllm.GPU)
-    monkeypatch.setattr(vllm_server, "LAST_WORDS", 2.0)
+    monkeypatch.setattr(vllm_server, "ABORT_TIMEOUT", 2.0)
     monkeypatch.setattr(vllm_server.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(fake_vllm, "GROUP", fake_vllm.Group())
 
@@ -97,7 +97,7 @@ def test_completions_come_with_what_the_trainer_would_say_of_them(
 
 
 def test_seeds_come_from_torchs_generator_and_differ_within_a_group(engine: Any) -> None:
-    rollouts = Rollouts(micro_model(), engine)
+    rollouts = EngineSync(micro_model(), engine)
     drawn = []
     for _ in range(2):
         torch.manual_seed(4)
@@ -115,7 +115,7 @@ def test_seeds_come_from_torchs_generator_and_differ_within_a_group(engine: Any)
 
 def test_an_adapter_comes_merged(engine: Any) -> None:
     model = adapted()
-    Rollouts(model, engine).draw([[5]], Sampling(2), 0)
+    EngineSync(model, engine).draw([[5]], Sampling(2), 0)
     expected = dict(ModelWeights(model))
     for name, weight in engine.worker.model.named_parameters():
         assert torch.equal(weight, expected[name])
@@ -124,7 +124,7 @@ def test_an_adapter_comes_merged(engine: Any) -> None:
 def test_an_update_is_finished_after_an_error_too(engine: Any) -> None:
     """Without a version; the next one is made whole, and completions are refused until then."""
     model = micro_model()
-    rollouts = Rollouts(model, engine)
+    rollouts = EngineSync(model, engine)
     rollouts.draw([[5]], Sampling(2), 0)
     worker = engine.worker
     worker.calls.clear()
@@ -151,7 +151,7 @@ def test_an_error_of_the_trainers_is_the_one_that_is_raised(
             raise OSError("unreadable")
         return advance(self)
 
-    rollouts = Rollouts(micro_model(), engine)
+    rollouts = EngineSync(micro_model(), engine)
     advance, count = ModelWeights.__next__, iter(range(100))
     monkeypatch.setattr(ModelWeights, "__next__", broken)
     # a worker that would otherwise wait for the rest
@@ -164,10 +164,10 @@ def test_an_error_of_the_trainers_is_the_one_that_is_raised(
 
 
 def test_another_trainer_on_the_same_engine_is_noticed(engine: Any) -> None:
-    rollouts = Rollouts(micro_model(), engine)
+    rollouts = EngineSync(micro_model(), engine)
     rollouts.draw([[5]], Sampling(2), 0)
     engine.worker.version = "another/0"
-    with pytest.raises(RuntimeError, match="of step 0, got some by None; does another run"):
+    with pytest.raises(RuntimeError, match="of step 0, got version None; does another run"):
         rollouts.draw([[5]], Sampling(2), 0)
 
 
@@ -179,7 +179,7 @@ def test_large_weights_and_many_pieces(
     engine = VllmEngine(path, micro_model(), sleep=True, longest=32)
     llm = LLM.made
     assert llm.asleep
-    rollouts = Rollouts(micro_model(), engine)
+    rollouts = EngineSync(micro_model(), engine)
     drawn = rollouts.draw(PROMPTS, Sampling(4), 0)
     assert llm.worker.calls.count("update") > 3 and llm.worker.calls[-1] == "finish 0"
     assert llm.asleep and llm.resets == 1
@@ -193,7 +193,7 @@ def test_a_server_that_cannot_serve_is_refused(vllm: None) -> None:
     worker = Worker(micro_model(), "nccl")
     with (
         server(worker, logprobs_mode="raw_logprobs") as url,
-        pytest.raises(ValueError, match=r"--logprobs-mode processed_logprobs, .* 'raw_logprobs'"),
+        pytest.raises(ValueError, match=r"--logprobs-mode processed_logprobs .* 'raw_logprobs'"),
     ):
         VllmServer(url, micro_model())
     with (
@@ -213,7 +213,7 @@ def test_a_server_that_cannot_serve_is_refused(vllm: None) -> None:
 def test_ends_that_the_trainer_does_not_know_are_an_error() -> None:
     check_ends([[4, EOS], [4, 5]], ["stop", "length"], [EOS])
     for ids, reason in (([4, 5], "stop"), ([], "stop"), ([4], "abort"), ([4], None)):
-        with pytest.raises(RuntimeError, match="expected an end by one of the tokens"):
+        with pytest.raises(RuntimeError, match="expected one of the end tokens"):
             check_ends([[EOS], ids], ["stop", reason], [EOS])
 
 
@@ -228,7 +228,7 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, path: str) -> 
         VllmServer("", micro_model())
     for name, module in fake_vllm.modules().items():
         monkeypatch.setitem(sys.modules, name, module)
-    with pytest.raises(ValueError, match=r"model: expected one on a GPU, .* got cpu"):
+    with pytest.raises(ValueError, match=r"model: expected a model on a GPU, .* got cpu"):
         VllmEngine(path, micro_model())
     on_gpu: Any = type("Model", (), {"device": torch.device("cuda", 0)})
     monkeypatch.delenv("VLLM_ALLOW_INSECURE_SERIALIZATION", raising=False)

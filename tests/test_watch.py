@@ -36,7 +36,7 @@ def test_a_quiet_step_is_passed_over() -> None:
     [
         ({"truncated": 0.21}, "21% of the completions ran into max_new_tokens"),
         ({"clip_fraction": 0.6}, "60% of the tokens with an advantage were clipped"),
-        ({"sampler_mismatch": 0.3}, "the sampler's log-probabilities are 0.30 nats from"),
+        ({"sampler_mismatch": 0.3}, "the sampler's log-probabilities differ by 0.30 nats"),
     ],
 )
 def test_each_trouble_is_told_once(changes: dict[str, Any], message: str) -> None:

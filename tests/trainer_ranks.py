@@ -16,17 +16,22 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from grpo_core import RECIPES, Estimator, PolicyFactor
-from grpo_core.trainer import state as trainer_state
 from grpo_core.trainer.batch import Batch
-from grpo_core.trainer.checkpoint import Interrupted, checkpoints
-from grpo_core.trainer.clock import MACHINE
-from grpo_core.trainer.distributed import gathered, in_group, is_main, rank, world
-from grpo_core.trainer.engine import Rollouts
+from grpo_core.trainer.checkpoint import Interrupted, checkpoints, save_trainer
+from grpo_core.trainer.distributed import (
+    all_gather_object,
+    in_group,
+    is_main,
+    rank,
+    rank_slice,
+    world,
+)
+from grpo_core.trainer.engine import EngineSync
 from grpo_core.trainer.evaluate import evaluate
+from grpo_core.trainer.measure import MACHINE
 from grpo_core.trainer.rewards import Scores
 from grpo_core.trainer.rollout import Problem, Rollout, Sampling, rollout
-from grpo_core.trainer.sharding import export, sharded
-from grpo_core.trainer.shares import own_share
+from grpo_core.trainer.sharding import export, shard_model
 from grpo_core.trainer.trainer import Trainer, TrainerConfig
 from grpo_core.trainer.weights import ModelWeights
 from tests.engines import CopyEngine
@@ -139,8 +144,8 @@ class Fixed(Trainer):
 
     def step(self) -> dict[str, Any]:
         everything = given(self.steps_done, self.lengths)
-        drawn = everything.select(own_share(len(self.lengths)))
-        with mock.patch.object(self.rollouts, "draw", lambda *_: drawn):
+        drawn = everything.select(rank_slice(len(self.lengths)))
+        with mock.patch.object(self.sampler, "draw", lambda *_: drawn):
             return super().step()
 
     def minibatches(self, drawn: Rollout, rewards: Tensor, order: Tensor) -> list[list[Batch]]:
@@ -268,7 +273,7 @@ def poisoned_save(folder: Path) -> str:
     if rank() == 1:
         with torch.no_grad():
             run.model.lm_head.weight.to_local()[-1, -1] = torch.nan  # type: ignore[operator]
-    return refused(lambda: trainer_state.save(run, folder))
+    return refused(lambda: save_trainer(run, folder))
 
 
 def refused(act: Callable[[], Any]) -> str:
@@ -328,7 +333,7 @@ class OneForAll(CopyEngine):
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
         for weight in self.model.parameters():
             dist.broadcast(weight.data, 0)
-        self.version = gathered(self.version)[0]
+        self.version = all_gather_object(self.version)[0]
         return super().generate(prompts, sampling)
 
 
@@ -341,11 +346,11 @@ def with_engine(shard: str, engine: Any) -> dict[str, Any]:
         "steps": 3,
     }
     run = short_run(None, micro_model(), shard=shard, **changes)
-    run.rollouts = Rollouts(run.model, engine)
+    run.sampler = EngineSync(run.model, engine)
     history = run.train()
     for metrics in history:
         metrics.pop("seconds", None)
-    return {"history": history, "weights": weights(run.model), "calls": run.rollouts.version}
+    return {"history": history, "weights": weights(run.model), "calls": run.sampler.version}
 
 
 def failed_update() -> str:
@@ -353,7 +358,7 @@ def failed_update() -> str:
     run = short_run(None, micro_model(), shard="fsdp")
     engine = OneForAll()
     engine.update_weights = broken  # type: ignore[method-assign]
-    run.rollouts = Rollouts(run.model, engine)
+    run.sampler = EngineSync(run.model, engine)
     try:
         run.step()
     except (OSError, RuntimeError) as error:
@@ -368,7 +373,7 @@ def merged() -> dict[str, Tensor]:
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 weight.fill_(0.1)
-    return dict(ModelWeights(sharded(model)))
+    return dict(ModelWeights(shard_model(model)))
 
 
 def work(number: int, folder: str) -> None:
@@ -388,7 +393,7 @@ def work(number: int, folder: str) -> None:
     found["failed"] = failed_update()
     found["merged"] = merged()
     alone = CopyEngine(micro_model())
-    found["alone"] = refused(lambda: Rollouts(micro_model(), alone))
+    found["alone"] = refused(lambda: EngineSync(micro_model(), alone))
     found["fsdp: resumed, adapter"] = interrupted("fsdp", place / "fsdp-lora", adapted)
     found["poisoned"] = poisoned_save(place / "poisoned")
     found["drawn"] = drawn_apart()

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from grpo_core.trainer.clock import MACHINE
 from grpo_core.trainer.config import TrainerConfig
+from grpo_core.trainer.measure import MACHINE
 from grpo_core.trainer.monitor import Metrics
 from grpo_core.trainer.rewards import shown_name
 

@@ -30,10 +30,9 @@ from grpo_core.trainer.baselines.ppo import CriticConfig, PPOTrainer
 from grpo_core.trainer.batch import Batch, pack
 from grpo_core.trainer.config import TrainerConfig
 from grpo_core.trainer.evaluate import evaluate
-from grpo_core.trainer.forward import packed_logp, reference_logp
-from grpo_core.trainer.live_bytes import LiveBytes
-from grpo_core.trainer.randomness import randomness
-from grpo_core.trainer.reference_model import reference_of
+from grpo_core.trainer.forward import packed_logp, reference_logp, reference_of
+from grpo_core.trainer.groups import randomness
+from grpo_core.trainer.measure import LiveBytes
 from grpo_core.trainer.rollout import Rollout
 from grpo_core.trainer.trainer import Trainer
 

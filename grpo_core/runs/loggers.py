@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from grpo_core.trainer.extras import extra
+from grpo_core.cli.options import check_package
 from grpo_core.trainer.monitor import Logger, Metrics
 
 PACKAGES = ("tensorboard", "trackio", "wandb")
@@ -60,4 +61,5 @@ def flat(record: Metrics, prefix: str = "") -> dict[str, float]:
 
 def _package(name: str, module: str) -> ModuleType:
     """The module of a package."""
-    return extra(module, f"log: {name} is not installed", name)
+    check_package("log", module, name)
+    return import_module(module)

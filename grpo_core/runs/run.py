@@ -29,14 +29,13 @@ from grpo_core.runs.run_config import GYM, RunConfig, clear
 from grpo_core.trainer.data import Epochs, fingerprint, problems_of, read_records
 from grpo_core.trainer.distributed import barrier, in_group, is_main, rank, world
 from grpo_core.trainer.evaluate import Evaluation, evaluate
-from grpo_core.trainer.extras import extra
-from grpo_core.trainer.math_rewards import reasoning_gym_task
 from grpo_core.trainer.monitor import Metrics, write_whole, writing
-from grpo_core.trainer.named_rewards import COMPARING, RULES, find_reward
-from grpo_core.trainer.rewards import TAGS, FunctionReward, shown_name
+from grpo_core.trainer.rewards import FunctionReward, find_reward, shown_name
 from grpo_core.trainer.rollout import Problem, Sampling, positions_of
+from grpo_core.trainer.rules import COMPARING, RULES, TAGS
 from grpo_core.trainer.samples import Samples, shortened
 from grpo_core.trainer.sharding import export
+from grpo_core.trainer.tasks import reasoning_gym_task
 from grpo_core.trainer.trainer import Trainer
 
 
@@ -110,7 +109,7 @@ class Run:
                 compared=any(name in COMPARING for name in config.rewards),
             )
         dropped = sorted({*TAGS} & {*tokenizer.all_special_tokens})
-        if dropped and {"math", *RULES} & {*config.rewards}:
+        if dropped and {*RULES} & {*config.rewards}:
             raise ValueError(
                 f"rewards: expected a tokenizer that leaves {', '.join(TAGS)} in a text, this one "
                 f"has {dropped} among its special tokens"
@@ -204,7 +203,8 @@ def load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrai
         getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
         model.train()
     if config.lora_rank:
-        peft = extra("peft", "lora_rank: needs peft", "peft")
+        import peft
+
         torch.manual_seed(config.seed)
         adapter = peft.LoraConfig(
             r=config.lora_rank,

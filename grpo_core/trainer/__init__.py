@@ -1,8 +1,9 @@
 """The trainer: rollout, score, advantage, pack, loss, backward, optimizer.
 
-Read `trainer` first: `Trainer.step` shows these stages in order. `rollout` and `engine` produce
-completions, `rewards` scores them, `batch` packs them into rows, `state` and `checkpoint` keep a
-run, `sharding` and `distributed` spread it over processes.
+Read `trainer` first: `step` and `update` show these stages in order. `rollout` and `engine` sample
+completions, `rewards` and `rules` score them, `groups` computes advantages, `batch` packs rows,
+`forward` calls the model. `checkpoint` saves a run; `distributed` and `sharding` are for several
+ranks. Logging is in `monitor`, `samples` and `console`.
 """
 
 from typing import TYPE_CHECKING

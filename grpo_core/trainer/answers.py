@@ -1,27 +1,19 @@
-"""Whether two written answers are the same mathematics.
+"""Whether two answers are mathematically equal.
 
-An answer is cleaned of delimiters, markdown and spacing. A number is read with its label and unit
-(`x = 5`, `£5`, `72 pens`, `90^\\circ`), and numbers compare exactly, as fractions. Other answers go
-to math-verify, in a process that ends itself when one comparison takes too long.
+Delimiters, markdown and spacing are removed first. Numbers are parsed with label and unit (`x = 5`,
+`£5`, `72 pens`, `90^\\circ`) and compared exactly, as fractions. Everything else is compared by
+math-verify, in another process, see `math_verify`.
 """
 
 from __future__ import annotations
 
-import atexit
-import faulthandler
-import json
-import logging
-import os
 import re
-import subprocess
-import sys
-import threading
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-PATIENCE = 5  # seconds for one comparison by math-verify
-LONGEST = 1000  # characters; a longer answer is right only if it is the same text
-DIGITS = 100  # of two irrational numbers that have to agree
+from grpo_core.trainer.math_verify import MATH_VERIFY
+
+LONGEST = 1000  # characters; longer answers are compared as text
 
 UNICODE = str.maketrans(
     {
@@ -62,7 +54,7 @@ CLEANING = [
         (r"(?i)^\s*(?:the )?(?:final |correct )?answer ?(?:is\b|:|=)\s*:?|^\s*=(?!=)", ""),
     ]
 ]
-# what may stand around the whole of an answer and says nothing
+# brackets and quotes around a whole answer, which have no meaning
 WRAPPER = re.compile(r'((?:\\boxed|\\fbox|\\text)?\s*\{|\(|")(.*)[)}"]')
 
 INTEGER = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
@@ -82,9 +74,9 @@ POWER = r"(?:\s*\^\s*\{?([23])\}?)?"
 UNIT = re.compile(
     rf"(?:(?:(square|sq|cubic|cu)\.?\s+)?({NAME}){POWER})?(?:\s*(?:/|per\s)\s*({NAME}){POWER})?\s*"
 )
-# where a unit may begin behind something that is no number
+# where a unit may begin after a formula
 BEFORE_UNIT = re.compile(r"\s*\\text\s*\{|\s+(?=[a-z]{2})|°|\\?%")
-# a unit and its other names; without any of these, a word of three letters is a unit
+# units and their other names; other words of three letters or more are units as well
 UNIT_NAMES = (
     "millimeter mm, centimeter cm, meter m metre, kilometer km, inch in inches, foot ft feet, "
     "yard yd, mile mi, milligram mg, gram g, kilogram kg, ounce oz, lb lbs, millisecond ms, "
@@ -94,7 +86,7 @@ UNIT_NAMES = (
     "woman women, child children, person people"
 )
 SHORT = {name: unit[0] for unit in map(str.split, UNIT_NAMES.split(",")) for name in unit}
-# words that change the number before them, or say something of it
+# words that change the number before them, or comment on it
 NO_UNIT = re.compile(
     r"(?i)(?:hundred|thousand|[mbtr]+illion|mil|grand|lakh|crore|dozen|score|gross|"
     r"half|halve|third|fourth|quarter|fifth|sixth|seventh|eighth|ninth|tenth|hundredth|thousandth|"
@@ -105,7 +97,7 @@ NO_UNIT = re.compile(
     r"and|or|nor|not|no|but|more|less|fewer|over|under|above|below|wrong|false|incorrect|"
     r"is|isn|was|are|if|to|the|per)s?"
 )
-# times, ratios, numbers in another base, periods and words: compared as they stand
+# times, ratios, numbers in another base, repeating decimals and words: compared as text
 AS_TEXT = re.compile(
     r":|\d\s*_|\\overline|\\[lc]?dots|\.\.\.|\\text|"
     r"(?<![\\A-Za-z{])(?!sqrt|infinity|arc)[A-Za-z]{4}|^[A-Za-z]{2,3}$"
@@ -113,20 +105,20 @@ AS_TEXT = re.compile(
 
 
 class Quantity(NamedTuple):
-    """A number as it was written."""
+    """A number with label and unit."""
 
     value: Fraction
-    fraction: bool  # 144/2, \frac{1}{2}
+    is_fraction: bool  # 144/2, \frac{1}{2}
     label: str  # "x" of x = 5, or ""
     unit: str  # "pen" of 72 pens, "dollar" of £5, or ""
 
 
 def same_answer(given: str, true: str) -> bool:
-    """Whether two answers are the same mathematics.
+    """Whether two answers are mathematically equal.
 
-    Where the true one is a number, the other has to be one: a calculation that yields it is no
-    answer, and neither is a fraction that makes a whole number. Labels and units have to agree
-    where both have them; a percent sign is a unit.
+    If the true answer is a number, the given one must be a number as well: neither a calculation
+    nor a fraction that makes a whole number counts. Labels and units must agree where both answers
+    have them; a percent sign is a unit.
     """
     given, true = given.strip(), true.strip()
     if not given or given == true:
@@ -134,9 +126,9 @@ def same_answer(given: str, true: str) -> bool:
     if max(len(given), len(true)) > LONGEST:
         return False
     given, true = _clean(given), _clean(true)
-    wanted, found = read_quantity(true), read_quantity(given)
-    if wanted is not None:
-        return found is not None and _same_quantity(found, wanted)
+    expected, number = read_quantity(true), read_quantity(given)
+    if expected is not None:
+        return number is not None and _same_quantity(number, expected)
     (given, given_unit), (true, true_unit) = _split_unit(given), _split_unit(true)
     if not _agree(given_unit, true_unit):
         return False
@@ -148,43 +140,43 @@ def same_answer(given: str, true: str) -> bool:
 
 
 def read_quantity(text: str) -> Quantity | None:
-    """A cleaned text as a number, if it is one with nothing but a label and a unit around it."""
+    """Parses a cleaned text that is a number with at most a label and a unit; else None."""
     named = LABEL.match(text)
     body = _unwrap(text[named.end() :] if named else text)
-    found = NUMBER.match(FRACTION.sub(r" \1\2/\3 ", body).strip())
-    if found is None:
+    match = NUMBER.match(FRACTION.sub(r" \1\2/\3 ", body).strip())
+    if match is None:
         return None
-    unit = _unit(found.string[found.end() :])
-    amount = found["decimal"] or found["above"]
-    if unit is None or (found["sign"] and amount[0] in "-+"):
+    unit = _unit(match.string[match.end() :])
+    amount = match["decimal"] or match["above"]
+    if unit is None or (match["sign"] and amount[0] in "-+"):
         return None
-    value, below = _fraction(amount), _fraction(found["below"] or "1")
-    if found["power"]:
-        # 8 x 10^3 is a way to write a number, 24 x 10^0 is a calculation
+    value, below = _fraction(amount), _fraction(match["below"] or "1")
+    if match["power"]:
+        # 8 x 10^3 is a number, 24 x 10^0 a calculation
         if not 1 <= abs(value) < 10:
             return None
-        value *= Fraction(10) ** int(found["power"])
-    if below == 0 or (found["whole"] and not 0 < value < below):
+        value *= Fraction(10) ** int(match["power"])
+    if below == 0 or (match["whole"] and not 0 < value < below):
         return None
-    value = _fraction(found["whole"] or "0") + value / below
-    if found["currency"]:
-        currency = SHORT[found["currency"].strip("\\ ")]
+    value = _fraction(match["whole"] or "0") + value / below
+    if match["currency"]:
+        currency = SHORT[match["currency"].strip("\\ ")]
         unit = unit if unit.startswith(currency) else currency + unit
     return Quantity(
-        -value if found["sign"] == "-" else value,
-        bool(found["below"]),
+        -value if match["sign"] == "-" else value,
+        bool(match["below"]),
         re.sub(r"[\s{}]", "", named[0][: named[0].rindex("=")]) if named else "",
         unit,
     )
 
 
-def _same_quantity(found: Quantity, wanted: Quantity) -> bool:
-    if not _agree(found.label, wanted.label) or not _agree(found.unit, wanted.unit):
+def _same_quantity(given: Quantity, true: Quantity) -> bool:
+    if not _agree(given.label, true.label) or not _agree(given.unit, true.unit):
         return False
-    if found.fraction and found.value.denominator == 1 and not wanted.fraction:
+    if given.is_fraction and given.value.denominator == 1 and not true.is_fraction:
         return False
-    as_part = wanted.unit == "percent" and not found.unit
-    return found.value == wanted.value or (as_part and 100 * found.value == wanted.value)
+    may_be_share = true.unit == "percent" and not given.unit
+    return given.value == true.value or (may_be_share and 100 * given.value == true.value)
 
 
 def _agree(one: str, other: str) -> bool:
@@ -196,7 +188,7 @@ def _fraction(text: str) -> Fraction:
 
 
 def _clean(text: str) -> str:
-    """Without what says nothing: delimiters, markdown, spacing, words that announce an answer."""
+    """Removes delimiters, markdown, spacing and phrases such as "the answer is"."""
     text = text.translate(UNICODE)
     for pattern, replacement in CLEANING:
         text = pattern.sub(replacement, text)
@@ -204,7 +196,7 @@ def _clean(text: str) -> str:
 
 
 def _unwrap(text: str) -> str:
-    """Without a full stop, and without brackets around the whole that say nothing."""
+    """Removes a full stop and brackets around the whole text."""
     while True:
         text = text.strip()
         if text.endswith(".") and not text.endswith(".."):
@@ -217,7 +209,7 @@ def _unwrap(text: str) -> str:
 
 
 def _balanced(text: str) -> bool:
-    """Whether every bracket in it is closed in it."""
+    """Whether all brackets are paired."""
     depth = 0
     for character in text:
         depth += (character in "{(") - (character in ")}")
@@ -227,13 +219,13 @@ def _balanced(text: str) -> bool:
 
 
 def _unit(tail: str) -> str | None:
-    """The unit that `tail` writes, "" if there is nothing, None if that is no unit."""
+    """The unit in `tail`; "" for an empty text, None for anything else."""
     spaced = tail.startswith(" ")
     as_text = "\\text" in tail
-    found = UNIT.fullmatch(re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", tail).strip())
-    if found is None:
+    match = UNIT.fullmatch(re.sub(r"\\text\s*\{([^{}]*)\}", r" \1 ", tail).strip())
+    if match is None:
         return None
-    squared, name, power, per, per_power = found.groups()
+    squared, name, power, per, per_power = match.groups()
     names = [_unit_name(part, spaced, as_text) if part else "" for part in (name, per)]
     if names[0] is None or names[1] is None:
         return None
@@ -253,144 +245,8 @@ def _unit_name(name: str, spaced: bool, as_text: bool) -> str | None:
 
 
 def _split_unit(text: str) -> tuple[str, str]:
-    """A formula and the unit behind it, if there is one."""
+    """Splits a formula from a unit after it."""
     for start in BEFORE_UNIT.finditer(text):
         if start.start() and (unit := _unit(text[start.start() :])):
             return text[: start.start()].strip(), unit
     return text, ""
-
-
-class MathVerify:
-    """math-verify in a process of its own, which is started when it is first asked.
-
-    Its own limit of time is a signal, which no thread but the main one may set.
-    """
-
-    def __init__(self, patience: float = PATIENCE) -> None:
-        self.patience = patience
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[str] | None = None
-        self._owner = 0
-
-    def same(self, given: str, true: str) -> bool:
-        """Whether math-verify says so in time.
-
-        Raises:
-            RuntimeError: the process does not start.
-        """
-        with self._lock:
-            process = self._started()
-            assert process.stdin is not None and process.stdout is not None
-            verdict = ""
-            try:
-                process.stdin.write(json.dumps([given, true]) + "\n")
-                process.stdin.flush()
-                verdict = process.stdout.readline()
-            except BrokenPipeError:
-                pass
-            finally:
-                # its verdict would be taken for the next one's
-                if not verdict:
-                    self.close()
-            return verdict == "True\n"
-
-    def close(self) -> None:
-        """End the process."""
-        if self._process is not None and self._owner == os.getpid():
-            self._process.kill()
-            self._process.communicate()
-        self._process = None
-
-    def _started(self) -> subprocess.Popen[str]:
-        """The process; a new one where it has ended, or was started before a fork."""
-        mine = self._owner == os.getpid()
-        if self._process is not None and mine and self._process.poll() is None:
-            return self._process
-        self.close()
-        # by its path: as a module it would import this package, and with it torch
-        program = (
-            f"import sys; sys.path[:] = {sys.path!r}; import runpy; "
-            f"runpy.run_path({__file__!r})['_serve']({self.patience})"
-        )
-        self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", program],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        self._owner = os.getpid()
-        assert self._process.stdout is not None
-        if self._process.stdout.readline() != "ready\n":
-            raise RuntimeError("math-verify: its process does not start; its error is above")
-        return self._process
-
-
-MATH_VERIFY = MathVerify()
-atexit.register(MATH_VERIFY.close)
-
-
-def _same_to_math_verify(given: str, true: str) -> bool:
-    """math-verify's verdict, and our own on two numbers: it takes 10⁻⁷ for 2 · 10⁻⁷."""
-    from latex2sympy2_extended import NormalizationConfig
-    from math_verify import LatexExtractionConfig, parse, verify
-    from sympy import Expr
-
-    rules = NormalizationConfig(units=False, malformed_operators=True, nits=False, boxed="none")
-    config = LatexExtractionConfig(boxed_match_priority=-1, normalization_config=rules)
-    # the parser lowers capitals, and would take R² - r² for 0
-    letters = set(re.sub(r"\\[A-Za-z]+", "", given + true))
-    if any(letter != letter.lower() and letter.lower() in letters for letter in letters):
-        given, true = (CAPITAL.sub(r"\1_{u}", text) for text in (given, true))
-    parsed = [
-        parse(
-            f"${DECIMAL.sub(_as_fraction, text)}$",
-            extraction_config=[config],
-            fallback_mode="no_fallback",
-            parsing_timeout=None,
-        )
-        for text in (true, given)
-    ]
-    if not all(parsed):
-        return False
-    expected, got = (found[0] for found in parsed)
-    if all(isinstance(one, Expr) and one.is_number for one in (expected, got)):
-        return _same_number(expected, got)
-    return bool(verify(expected, got, numeric_precision=2 * DIGITS, timeout_seconds=None))
-
-
-CAPITAL = re.compile(r"(?<![\\A-Za-z])([A-Z])(?![a-z]|\s*_)")
-DECIMAL = re.compile(r"(\d*)\.(\d+)")
-
-
-def _as_fraction(decimal: re.Match[str]) -> str:
-    """0.25 as \\frac{025}{100}, which no rounding can touch."""
-    return rf"\frac{{{decimal[1]}{decimal[2]}}}{{1{'0' * len(decimal[2])}}}"
-
-
-def _same_number(one: Any, other: Any) -> bool:
-    """Whether two constants of sympy are equal: exactly if rational, else to `DIGITS` digits."""
-    one, other = one.doit(), other.doit()
-    if one == other or (one.is_Rational and other.is_Rational):
-        return bool(one == other)
-    one, other = (number.evalf(2 * DIGITS, maxn=20 * DIGITS) for number in (one, other))
-    largest = max(abs(one), abs(other))
-    return bool(abs(one - other) < largest * Fraction(1, 10**DIGITS))
-
-
-def _serve(patience: float) -> None:
-    """Answers lines of [given, true] until the input ends, or one takes too long."""
-    logging.disable(logging.CRITICAL)
-    _same_to_math_verify("1", "x")
-    print("ready", flush=True)
-    with open(os.devnull, "w") as nowhere:
-        for line in sys.stdin:
-            # a watchdog that ends the process even where sympy never returns to the interpreter
-            faulthandler.dump_traceback_later(patience, exit=True, file=nowhere)
-            try:
-                same = _same_to_math_verify(*json.loads(line))
-            # sympy and the parser raise what they like at what a model writes
-            except Exception:
-                same = False
-            faulthandler.cancel_dump_traceback_later()
-            print(same, flush=True)

@@ -1,8 +1,14 @@
-"""From padded sequences to packed rows: the only room that knows of the shift by one.
+"""Padded sequences to packed rows; the only module that knows about the shift by one.
 
-A language model predicts token t + 1 from the hidden state at t. `Rows` lists the N places where
-that prediction counts; prompt and padding tokens never become rows. The output matrix is applied to
-those rows alone.
+A language model predicts token t + 1 from the hidden state at t. `TokenRows` lists the N positions
+whose prediction is trained. Prompt and padding tokens never become rows, and the output matrix is
+applied to the rows only.
+
+Where a model supports it, sequences are concatenated instead of padded. Transformers marks the
+start of a sequence by its position 0. FlashAttention and flex attention then skip the pairs of
+tokens between two sequences; other attentions get a mask over all pairs, which is correct but no
+cheaper. A model whose state runs on, such as Mamba, mixes the sequences; `separates_sequences`
+tests for that with seven tokens.
 """
 
 from __future__ import annotations
@@ -14,44 +20,44 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grpo_core.trainer.config import PaddingFree
 from grpo_core.trainer.rollout import Rollout, evaluation_mode
-from grpo_core.trainer.sharding import beneath
+from grpo_core.trainer.sharding import unsharded_params, unwrap_peft
 
 
 @dataclass(frozen=True)
-class Rows:
+class TokenRows:
     """S padded sequences of length T and the N positions whose next token is a target."""
 
     ids: Tensor  # [S, T] int64
     attention: Tensor  # [S, T] bool
     sequence: Tensor  # [N] int64, ascending
-    column: Tensor  # [N] int64: the target's column less one
-    end_to_end: bool = False  # how a model gets them: as one sequence, without the padding
+    column: Tensor  # [N] int64: the target's column minus one
+    padding_free: bool = False  # the model gets one concatenated sequence
 
     @property
     def target(self) -> Tensor:
-        """The token to be predicted, [N] int64."""
+        """Target tokens, [N] int64."""
         return self.ids[self.sequence, self.column + 1]
 
     @property
-    def places(self) -> Tensor:
-        """[S, T] bool: the hidden states that become rows, which are in this order."""
-        places = torch.zeros_like(self.attention)
-        places[self.sequence, self.column] = True
-        return places
+    def mask(self) -> Tensor:
+        """[S, T] bool: the positions that are rows; rows are in this order."""
+        mask = torch.zeros_like(self.attention)
+        mask[self.sequence, self.column] = True
+        return mask
 
     @property
-    def hidden_places(self) -> Tensor:
-        """The same where a model has been given `inputs`: [S, T], or [1, tokens] end to end."""
-        return self.places[self.attention][None] if self.end_to_end else self.places
+    def hidden_mask(self) -> Tensor:
+        """`mask` in the layout of `inputs`: [S, T], or [1, tokens] without padding."""
+        return self.mask[self.attention][None] if self.padding_free else self.mask
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """What a model's forward takes."""
-        # Left padding must not shift positions; padded places get 0 and are never attended to.
+        """Arguments of the model's forward."""
+        # Left padding must not shift positions; padding gets 0 and is never attended to.
         positions = (self.attention.long().cumsum(1) - 1).clamp(min=0)
-        if self.end_to_end:
-            # a position that is no step of one tells attention that a sequence begins
+        if self.padding_free:
             return {
                 "input_ids": self.ids[self.attention][None],
                 "position_ids": positions[self.attention][None],
@@ -65,39 +71,39 @@ class Rows:
         }
 
     def hidden(self, model: PreTrainedModel) -> Tensor:
-        """What the output matrix is applied to, [N, D]: the backbone over all tokens."""
-        hidden = beneath(model).base_model(**self.inputs).last_hidden_state  # [S, T, D]
-        rows: Tensor = hidden[self.hidden_places]
+        """Hidden states of the rows, [N, D]."""
+        hidden = unwrap_peft(model).base_model(**self.inputs).last_hidden_state  # [S, T, D]
+        rows: Tensor = hidden[self.hidden_mask]
         return rows
 
     def logits(self, model: PreTrainedModel) -> Tensor:
-        """Predictions [N, V]: the backbone over all tokens, the output matrix over the rows."""
-        logits: Tensor = beneath(model).get_output_embeddings()(self.hidden(model))
+        """Logits of the rows, [N, V]."""
+        logits: Tensor = unwrap_peft(model).get_output_embeddings()(self.hidden(model))
         return logits
 
 
-def rows_of(ids: Tensor, attention: Tensor, is_target: Tensor) -> Rows:
+def find_rows(ids: Tensor, attention: Tensor, is_target: Tensor) -> TokenRows:
     """The rows that predict the tokens marked in `is_target` [S, T]; a first token has none."""
     sequence, column = is_target[:, 1:].nonzero(as_tuple=True)
-    return Rows(ids=ids, attention=attention, sequence=sequence, column=column)
+    return TokenRows(ids=ids, attention=attention, sequence=sequence, column=column)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Completions ready for the loss: their rows, and what the objective wants to know of each."""
+    """Completions ready for the loss: their rows and the vectors that the objective reads."""
 
-    rows: Rows
+    rows: TokenRows
     advantage: Tensor  # [N] float32
     sampler_logp: Tensor  # [N] float32, nats
     old_logp: Tensor | None = None  # [N] float32, nats
     ref_logp: Tensor | None = None  # [N] float32, nats
-    # of a critic (PPO): its values when the rollout was made, and what they ought to have been
+    # critic of PPO: its values at the time of the rollout, and their targets
     value: Tensor | None = None  # [N] float32
     returns: Tensor | None = None  # [N] float32
-    is_filler: bool = False  # takes part in a forward and a backward, and in nothing else
+    is_filler: bool = False  # only keeps ranks in step: no row, no loss
 
     def select(self, sequences: Tensor) -> Batch:
-        """The part that belongs to the given sequences (int64), renumbered in ascending order."""
+        """The given sequences (int64), renumbered in ascending order."""
         rows = self.rows
         chosen = torch.zeros(len(rows.ids), dtype=torch.bool, device=rows.ids.device)
         chosen[sequences] = True
@@ -115,10 +121,10 @@ class Batch:
         return replace(self, rows=chosen_rows, **vectors)
 
     def microbatches(self, tokens: int) -> list[Batch]:
-        """Parts of at most `tokens` places a model is given, of sequences of like length.
+        """Parts of at most `tokens` tokens, each of sequences of similar length.
 
-        Padding is counted where there is any. A sequence longer than that is a part of its own. 0
-        leaves everything together.
+        Padding counts where the model gets padding. A longer sequence becomes a part of its own.
+        With 0 the batch is one part.
         """
         if not tokens:
             return [self]
@@ -129,20 +135,19 @@ class Batch:
         parts: list[list[int]] = []
         first, end, total = 0, 0, 0
         for sequence in (ends - firsts).argsort(descending=True, stable=True).tolist():
-            mine = int(firsts[sequence]), int(ends[sequence])
-            wider = min(first, mine[0]), max(end, mine[1])
+            own_first, own_end = int(firsts[sequence]), int(ends[sequence])
+            first, end = min(first, own_first), max(end, own_end)
             total += lengths[sequence]
-            places = (wider[1] - wider[0]) * (len(parts[-1]) + 1) if parts else 0
-            if not parts or (total if self.rows.end_to_end else places) > tokens:
+            padded = (end - first) * (len(parts[-1]) + 1) if parts else 0
+            if not parts or (total if self.rows.padding_free else padded) > tokens:
                 parts.append([])
-                wider, total = mine, lengths[sequence]
+                first, end, total = own_first, own_end, lengths[sequence]
             parts[-1].append(sequence)
-            first, end = wider
         device = attention.device
-        return [self.select(torch.tensor(part, device=device)).trimmed() for part in parts]
+        return [self.select(torch.tensor(part, device=device)).trim() for part in parts]
 
-    def trimmed(self) -> Batch:
-        """Without the columns that are padding in every sequence."""
+    def trim(self) -> Batch:
+        """Removes the columns that are padding in every sequence."""
         seen = self.rows.attention.any(0).nonzero().squeeze(1)
         first, end = (int(seen[0]), int(seen[-1]) + 1) if seen.numel() else (0, 0)
         rows = self.rows
@@ -150,15 +155,14 @@ class Batch:
             rows,
             ids=rows.ids[:, first:end],
             attention=rows.attention[:, first:end],
-            sequence=rows.sequence,
             column=rows.column - first,
         )
         return replace(self, rows=trimmed)
 
     def filler(self) -> Batch:
-        """Two tokens of a sequence, none to be learnt, for a process that has no part left."""
+        """Two tokens without a target, for a rank with fewer microbatches than others."""
         first = torch.zeros(1, dtype=torch.int64, device=self.rows.ids.device)
-        one = self.select(first).trimmed()
+        one = self.select(first).trim()
         rows = replace(
             one.rows,
             ids=one.rows.ids[:, :2],
@@ -175,42 +179,80 @@ def pack(
     advantage: Tensor,
     *,
     mask_truncated: bool = False,
-    end_to_end: bool = False,
+    padding_free: bool = False,
 ) -> Batch:
-    """Completions and their advantages [S] float32, as rows.
+    """Packs completions and their advantages [S] float32 as rows.
 
     Args:
-        mask_truncated: those that ran into the length limit are not learnt from (DAPO,
+        mask_truncated: no rows from completions cut off at the length limit (DAPO,
             arXiv 2503.14476, section 3.4).
-        end_to_end: a model gets them without padding, see `padding`.
+        padding_free: the model gets the sequences concatenated.
     """
     no_prompt = torch.zeros_like(rollout.prompt_mask)
-    learnt = rollout.completion_mask
+    is_target = rollout.completion_mask
     if mask_truncated:
-        learnt = learnt & ~rollout.truncated[:, None]
-    rows = rows_of(
+        is_target = is_target & ~rollout.truncated[:, None]
+    rows = find_rows(
         ids=torch.cat([rollout.prompt, rollout.completion], dim=1),
         attention=torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1),
-        is_target=torch.cat([no_prompt, learnt], dim=1),
+        is_target=torch.cat([no_prompt, is_target], dim=1),
     )
     return Batch(
-        rows=replace(rows, end_to_end=end_to_end),
+        rows=replace(rows, padding_free=padding_free),
         advantage=advantage[rows.sequence],
-        # A boolean mask and `nonzero` walk the completions in the same order.
-        sampler_logp=rollout.sampler_logp[learnt],
+        # a boolean mask and `nonzero` have the same order
+        sampler_logp=rollout.sampler_logp[is_target],
     )
 
 
 @torch.no_grad()
 def check_output_matrix(model: PreTrainedModel) -> None:
-    """Raises ValueError unless logits are a plain product (Gemma 2 caps them, Granite scales)."""
+    """Raises ValueError if logits are capped (Gemma 2) or scaled (Granite) after the product."""
     ids = torch.arange(4, device=model.device)[None] % model.config.vocab_size
     everything = torch.ones_like(ids, dtype=torch.bool)
     with evaluation_mode(model):
-        ours = rows_of(ids, everything, everything).logits(model)
-        theirs = model(input_ids=ids).logits[0, :-1]
-    if not torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=1e-2):
+        logits = find_rows(ids, everything, everything).logits(model)
+        expected = model(input_ids=ids).logits[0, :-1]
+    if not torch.allclose(logits.float(), expected.float(), rtol=1e-2, atol=1e-2):
         raise ValueError(
             "model: expected logits = get_output_embeddings()(hidden states), got logits that are "
             f"scaled or capped afterwards ({type(model).__name__})"
         )
+
+
+def is_padding_free(model: PreTrainedModel, wish: PaddingFree, autocast: bool = False) -> bool:
+    """Whether the model gets concatenated sequences.
+
+    Args:
+        model: any of transformers.
+        wish: "auto" for attentions that gain from it and models that support it, "always", "never".
+        autocast: the model computes in bfloat16, which FlashAttention requires.
+
+    Raises:
+        ValueError: "always" for a model that mixes sequences.
+    """
+    attention = str(getattr(model.config, "_attn_implementation", ""))
+    if wish == "never" or (wish == "auto" and not ("flash" in attention or "flex" in attention)):
+        return False
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
+        separate = separates_sequences(model)
+    if wish == "always" and not separate:
+        raise ValueError(
+            "padding_free: expected a model that keeps concatenated sequences separate, got "
+            f"{type(model).__name__} with {attention or 'its own'} attention"
+        )
+    return separate
+
+
+@torch.no_grad()
+def separates_sequences(model: PreTrainedModel) -> bool:
+    """Whether hidden states of concatenated and padded sequences agree within bfloat16."""
+    ids = torch.arange(8, device=model.device).view(2, 4) % model.config.vocab_size
+    attention = torch.ones_like(ids, dtype=torch.bool)
+    attention[0, 0] = False
+    # the tokens that follow a real token
+    rows = find_rows(ids, attention, attention & attention.roll(1, 1))
+    with evaluation_mode(model), unsharded_params(model):
+        padded = rows.hidden(model).float()
+        concatenated = replace(rows, padding_free=True).hidden(model).float()
+    return bool((concatenated - padded).norm() <= 0.02 * padded.norm())

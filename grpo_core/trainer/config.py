@@ -1,4 +1,4 @@
-"""The options of a run, checked before anything is trained; imports no torch."""
+"""Options of a training run, checked at construction. Imports neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Shard = Literal["ddp", "fsdp"]
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """What a `TrainerConfig` and the command line have in common, declared once.
+    """Options that `TrainerConfig` and the command line share.
 
-    A step is one rollout, and each rollout feeds `minibatches * epochs` updates.
+    A step is one rollout and `minibatches * epochs` updates.
     """
 
     steps: int = option(40, "Training steps, one rollout each.")
@@ -66,7 +66,7 @@ class TrainingOptions:
     )
 
     def check(self, prompts: int) -> None:
-        """Raises ValueError for an option out of its range.
+        """Raises ValueError for an option outside its range.
 
         Args:
             prompts: per step.
@@ -99,17 +99,17 @@ def _default_sampling() -> Sampling:
 
 @dataclass(frozen=True)
 class TrainerConfig(TrainingOptions):
-    """A run of the trainer.
+    """Configuration of the trainer.
 
     Attributes:
-        objective: what is minimised.
+        objective: the loss to minimise.
         prompts_per_step: prompts of a rollout.
-        max_grad_norm: the gradient is scaled down to this norm.
-        sampling: how completions are drawn.
-        old_logp: where the ratio's denominator comes from: "trainer", one more forward pass, or
-            "sampler", the log-probabilities noted while sampling.
-        shuffle_rewards: the control: every completion gets another one's reward.
-        max_skipped_updates: in a row; one more stops the run.
+        max_grad_norm: gradients are clipped to this norm.
+        sampling: options of the rollouts.
+        old_logp: denominator of the ratio: "trainer" computes it by one more forward pass,
+            "sampler" takes the log-probabilities recorded while sampling.
+        shuffle_rewards: a control experiment: completions get each other's rewards.
+        max_skipped_updates: skipped updates in a row that are allowed; one more stops the run.
     """
 
     objective: Objective = field(default_factory=_default_objective)
@@ -130,30 +130,30 @@ class TrainerConfig(TrainingOptions):
 
     @property
     def on_policy(self) -> bool:
-        """One update to a rollout: the policy that sampled is the one that is trained."""
+        """Whether each rollout has a single update, so that the ratio is 1."""
         return self.minibatches * self.epochs == 1
 
-    def sound(self, update: Mapping[str, float]) -> bool:
-        """Whether an update's figures allow for its step.
+    def is_update_safe(self, metrics: Mapping[str, float]) -> bool:
+        """Whether the optimizer may apply an update with these metrics.
 
-        Loss and gradient norm have to be finite. The largest ratio is to be at most
-        e^max_log_ratio, and so is the KL, summed over the tokens (k3 grows with the ratio to the
-        reference): far above it they may still be finite while their gradient drowns all others. A
-        log-ratio that float32 cannot hold as a ratio, from 88.7 on, leaves the loss by itself, see
-        `nonfinite_rows`; one far below 0 is a ratio of 0. No ratio is bent: what is below the limit
-        is learnt from bit for bit as without one.
+        Loss and gradient norm must be finite. The largest ratio and the KL summed over the tokens
+        (k3 grows with the ratio to the reference) must not exceed e^max_log_ratio: beyond it a
+        finite gradient would still dominate all others. Ratios below the limit are not changed.
+        Rows whose ratio overflows float32 (log-ratio above 88.7) have left the loss already, see
+        `nonfinite_rows`.
         """
-        finite = math.isfinite(update["loss"]) and math.isfinite(update["grad_norm"])
+        is_finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
         if not self.max_log_ratio:
-            return finite
+            return is_finite
         limit = math.exp(min(self.max_log_ratio, 700))
-        return finite and not max(update["ratio_max"], update["kl"] * update["tokens"]) > limit
+        largest = max(metrics["ratio_max"], metrics["kl"] * metrics["tokens"])
+        return is_finite and not largest > limit
 
     def identity(self) -> dict[str, str]:
-        """What may not change between a checkpoint and the run that goes on from it."""
+        """Options that must be equal when a run is resumed."""
         free = ("checkpoint_every", "keep_checkpoints", "max_skipped_updates", "evaluate_every")
         values: dict[str, Any] = vars(self) | {"warmup_steps": warmup(self)}
-        # how the model is spread over processes is compared apart, see `trainer_state`
+        # `shard` is compared together with the number of ranks, see `checkpoint`
         kept = {name: value for name, value in values.items() if name not in (*free, "shard")}
         named = {name: repr(value) for name, value in kept.items()}
         numbers = ", ".join(map(str, self.objective.numbers))

@@ -1,4 +1,4 @@
-"""What the trainer tells a console; its own is a progress bar."""
+"""Consoles of the trainer: one without output, and a progress bar."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from grpo_core.trainer.samples import Sample
 
 
 class Console:
-    """Shows nothing; what goes wrong becomes a warning of Python's."""
+    """Shows nothing, and turns notes into Python warnings."""
 
     def begin(self, label: str, done: int, config: TrainerConfig) -> None:
-        """A run sets out, or goes on after `done` steps."""
+        """A run starts, or resumes after `done` steps."""
 
     def step(self, record: Metrics, parts: Sequence[str], samples: Sequence[Sample]) -> None:
-        """A step was taken, or the model looked at before the first.
+        """A step was made, or the model evaluated before the first one (step 0).
 
         Args:
-            record: the step's, as in the metrics file.
-            parts: the rewards' names in it.
-            samples: what the model wrote lately.
+            record: of the step, as in the metrics file.
+            parts: names of the rewards in it.
+            samples: the latest ones.
         """
 
     def note(self, message: str) -> None:
-        """Something to know of."""
+        """Shows a warning."""
         warn(message)
 
     def end(self) -> None:
-        """The run is over, or interrupted."""
+        """The run has ended or was interrupted."""
 
 
 class Bar(Console):
-    """A progress bar with a few figures."""
+    """A progress bar with reward, length and KL."""
 
     def begin(self, label: str, done: int, config: TrainerConfig) -> None:
         self.bar = tqdm(total=config.steps, initial=done, desc=label, unit="step")

@@ -1,33 +1,40 @@
-"""Several processes that train as one: which of them this is, and what they tell one another.
+"""Ranks of a process group: collectives, and what ranks agree on so that they train as one process.
 
-Without a process group there is one process, and nothing here does anything. What is exchanged is
-small: counts, rewards, a step's figures. Gradients and weights go through DDP or FSDP2, see
-`parallel`.
+Without a process group there is one rank, and every function here returns at once. Only small
+values are exchanged: counts, rewards, metrics. Gradients and weights go through DDP or FSDP2, see
+`sharding`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from grpo_core.loss.metrics import merge_metrics
+
+if TYPE_CHECKING:
+    from grpo_core.objective.objective import Objective
+    from grpo_core.trainer.batch import Batch
+    from grpo_core.trainer.config import TrainerConfig
+
 T = TypeVar("T")
 
-# what torchrun, and other launchers, tell every process
+# environment variables that torchrun and other launchers set
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """The group that a launcher's environment asks for, closed at the end; else nothing.
+    """Opens the process group that a launcher's environment describes, and closes it at the end.
 
-    NCCL between GPUs, gloo between CPUs. After an error it stays open: to close it might wait for
-    processes that are still in the middle of a step.
+    NCCL between GPUs, gloo between CPUs. After an error the group stays open, since closing it may
+    wait for ranks that are still in a step.
     """
     if dist.is_initialized() or not all(name in os.environ for name in LAUNCHED):
         yield
@@ -42,33 +49,33 @@ def process_group() -> Iterator[None]:
 
 
 def in_group() -> bool:
-    """Whether there is a process group, be it of one."""
+    """Whether there is a process group, even of one rank."""
     return dist.is_available() and dist.is_initialized()
 
 
 def world() -> int:
-    """How many processes there are."""
+    """Number of ranks."""
     return dist.get_world_size() if in_group() else 1
 
 
 def rank() -> int:
-    """This process's number."""
+    """This process's rank."""
     return dist.get_rank() if in_group() else 0
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes."""
+    """Whether this is rank 0, the one that writes files and logs."""
     return rank() == 0
 
 
 def barrier() -> None:
-    """Waits until every process is here."""
+    """Waits for all ranks."""
     if world() > 1:
         dist.barrier()
 
 
-def gathered(value: T) -> list[T]:
-    """Every process's value, in the order of their ranks; tensors have to be on the CPU."""
+def all_gather_object(value: T) -> list[T]:
+    """The value of every rank, in rank order; tensors must be on the CPU."""
     if world() == 1:
         return [value]
     values: list[Any] = [None] * world()
@@ -76,17 +83,110 @@ def gathered(value: T) -> list[T]:
     return values
 
 
-def joined(vector: Tensor) -> Tensor:
-    """Every process's vector, end to end, on this one's device; their lengths may differ."""
+def all_gather_cat(vector: Tensor) -> Tensor:
+    """The vectors of all ranks concatenated, on this rank's device; lengths may differ."""
     if world() == 1:
         return vector
-    return torch.cat(gathered(vector.detach().cpu())).to(vector.device)
+    return torch.cat(all_gather_object(vector.detach().cpu())).to(vector.device)
 
 
-def stacked(vector: Tensor) -> Tensor:
-    """Every process's vector [n] as [processes, n], without a wait for the device."""
+def all_gather_stack(vector: Tensor) -> Tensor:
+    """The vectors [n] of all ranks as [R, n]; the host does not wait for the device."""
     if world() == 1:
         return vector[None]
     vectors = [torch.empty_like(vector) for _ in range(world())]
     dist.all_gather(vectors, vector.contiguous())
     return torch.stack(vectors)
+
+
+def check_ranks(config: TrainerConfig) -> None:
+    """Raises ValueError unless the ranks together can make the updates of one process."""
+    if config.shard == "fsdp" and not in_group():
+        raise ValueError(
+            "shard: expected a process group for 'fsdp': start with torchrun, or call "
+            "torch.distributed.init_process_group before"
+        )
+    ranks = world()
+    if ranks == 1:
+        return
+    if config.prompts_per_step % ranks:
+        raise ValueError(
+            f"prompts_per_step: expected a multiple of {ranks}, the number of ranks, got "
+            f"{config.prompts_per_step}"
+        )
+    completions = config.prompts_per_step * config.group_size // ranks
+    if config.minibatches > completions:
+        raise ValueError(
+            f"minibatches: expected at most {completions}, the completions of a step on each of "
+            f"{ranks} ranks, got {config.minibatches}"
+        )
+    if config.loss != "fused":
+        raise ValueError(
+            f"loss: expected 'fused' on {ranks} ranks, since gradients are averaged only for a "
+            f"loss inside the model's forward, got {config.loss!r}"
+        )
+    if config.objective.entropy_aggregation is not None:
+        raise ValueError(
+            f"objective.entropy_aggregation: expected None on {ranks} ranks, since its divisor "
+            f"counts one rank only, got {config.objective.entropy_aggregation!r}"
+        )
+    if config.objective.factor.top_entropy < 1:
+        raise ValueError(
+            f"objective.factor.top_entropy: expected 1 on {ranks} ranks, since its quantile is of "
+            f"one rank only, got {config.objective.factor.top_entropy}"
+        )
+
+
+def rank_slice(count: int) -> slice:
+    """This rank's part of `count` items: equal parts in rank order."""
+    each = count // world()
+    return slice(rank() * each, (rank() + 1) * each)
+
+
+def pad_microbatches(minibatches: Sequence[Sequence[Batch]]) -> list[list[Batch]]:
+    """Adds fillers until every rank has equally many microbatches in a minibatch."""
+    if world() == 1:
+        return [list(parts) for parts in minibatches]
+    counts = all_gather_object([len(parts) for parts in minibatches])
+    return [
+        [*parts, *[parts[0].filler()] * (max(of_ranks) - len(parts))]
+        for parts, *of_ranks in zip(minibatches, *counts, strict=True)
+    ]
+
+
+def loss_divisor(parts: Sequence[Batch], objective: Objective, longest: int) -> float | None:
+    """The divisor of the losses of a minibatch's parts, counted over the whole minibatch.
+
+    Over several ranks it is the global count divided by the number of ranks, since gradients are
+    averaged over ranks.
+
+    Args:
+        parts: microbatches of this rank.
+        objective: defines the aggregation.
+        longest: tokens of the longest possible completion.
+
+    Returns:
+        None where the divisor of a single loss is already right.
+    """
+    aggregation = objective.aggregation
+    if aggregation == "token_sum":
+        return None if world() == 1 else 1 / world()
+    if aggregation == "constant_length":
+        count = sum(len(part.rows.ids) for part in parts if not part.is_filler) * longest
+    elif len(parts) == 1 and world() == 1:
+        return None
+    elif aggregation == "token_mean":
+        count = sum(len(part.rows.sequence) for part in parts)
+    else:
+        count = sum(part.rows.sequence.unique().numel() for part in parts)
+    return max(1, sum(all_gather_object(count))) / world()
+
+
+def reduce_metrics(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Metrics of a minibatch over all ranks; the losses were divided by `loss_divisor`."""
+    if world() == 1:
+        return dict(metrics)
+    local = torch.stack([metric.float() for metric in metrics.values()])
+    of_ranks = [dict(zip(metrics, row, strict=True)) for row in all_gather_stack(local)]
+    merged = merge_metrics(of_ranks)
+    return merged | {"loss": merged["loss"] / world()}

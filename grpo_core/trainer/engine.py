@@ -1,12 +1,11 @@
-"""Who writes the completions: the trainer's own model, or an engine that has to follow it.
+"""Sampling engines: the trainer's own model, or an engine whose weights are kept in sync.
 
-An engine holds weights of its own, with a version. Before completions are asked of it, it gets the
-trainer's weights if it has others; what it writes says which it was written with, and another
-version than the trainer's is an error, not a slightly older policy. The version is the number of
-steps that are done. At the start of a process, resumed or not, an engine gets the weights whatever
-it claims to have.
+An engine has its own weights, with a version: the number of steps done. Before it is asked for
+completions it gets the trainer's weights if its version is another. Completions carry the version
+they were sampled with, and another version than the trainer's is an error. A process that starts
+or resumes always sends the weights first.
 
-`OwnModel` is the default. For vLLM see `vllm_engine` and `vllm_server`.
+`OwnModel` is the default. For vLLM see `vllm.engine` and `vllm.server`.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Protocol
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo_core.trainer.distributed import gathered, is_main, world
+from grpo_core.trainer.distributed import all_gather_object, is_main, world
 from grpo_core.trainer.monitor import warn
 from grpo_core.trainer.rollout import (
     Rollout,
@@ -32,30 +31,30 @@ from grpo_core.trainer.weights import ModelWeights
 
 
 class Engine(Protocol):
-    """What writes completions.
+    """Samples completions.
 
     Attributes:
-        separate: it holds weights of its own, which may differ from the trainer's.
-        shared: one serves all processes of a group, and gets its weights from the main one.
+        separate: whether the engine has its own copy of the weights.
+        shared: whether one engine serves all ranks and gets its weights from rank 0.
     """
 
     separate: bool
     shared: bool
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
-        """One completion per prompt, with log-probabilities at the temperature they are drawn at.
+        """One completion per prompt, with log-probabilities at the sampling temperature.
 
-        What is random comes from torch's global generator of the CPU alone.
+        All random numbers derive from torch's global CPU generator.
         """
         ...
 
     def update_weights(self, weights: ModelWeights, version: int) -> None:
-        """Takes new weights, under the names of a checkpoint; those of an error are no version."""
+        """Loads new weights, under their names in a checkpoint; keeps the old version on errors."""
         ...
 
 
 class OwnModel:
-    """The trainer's own model, by `model.generate`: its weights are always the newest."""
+    """The trainer's own model, which always has the newest weights."""
 
     separate = False
     shared = False
@@ -65,24 +64,24 @@ class OwnModel:
         self.version: int | None = None
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
-        """See `rollout.rollout`."""
+        """Samples by `rollout`."""
         return replace(rollout(self.model, prompts, sampling), weight_version=self.version)
 
     def update_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
-        """Has them already; keeps the version."""
+        """Records the version."""
         self.version = version
 
 
-class Rollouts:
-    """An engine and the model that it follows.
+class EngineSync:
+    """Samples from an engine and keeps its weights in sync with the model.
 
     Args:
         model: the trainer's.
         engine: None for the model itself.
 
     Raises:
-        ValueError: an engine of this process alone, and there are several; a model whose weights
-            an engine cannot take, see `checkpoint_format`; or one without an end token.
+        ValueError: the engine serves one rank only and there are several; the engine cannot load
+            the model's weights, see `weights`; or the model has no end token.
     """
 
     def __init__(self, model: PreTrainedModel, engine: Engine | None = None) -> None:
@@ -90,26 +89,26 @@ class Rollouts:
         special_tokens(model)
         if ignored := ignored_fields(model):
             warn(
-                f"rollouts ignore {', '.join(ignored)} of the model's generation_config: the "
-                "policy itself is sampled, as the options of the run say"
+                f"rollouts ignore {', '.join(ignored)} of the model's generation_config and sample "
+                "the policy itself, by the options of the run"
             )
         self.engine: Engine = OwnModel(model) if engine is None else engine
         if self.engine.separate and not self.engine.shared and world() > 1:
             raise ValueError(
-                f"engine: expected one that all {world()} processes share, such as a vLLM server, "
+                f"engine: expected one that all {world()} ranks share, such as a vLLM server, "
                 f"got {type(self.engine).__name__}"
             )
         if self.engine.separate:
-            # names that cannot be translated are an error before anything is trained
-            ModelWeights(model).described()
+            # raises for weights that the engine could not load
+            ModelWeights(model).describe()
         self.version: int | None = None
 
     def forget(self) -> None:
-        """The model's weights are others than they were: those of a checkpoint."""
+        """Call it when the model's weights were replaced, as by those of a checkpoint."""
         self.version = None
 
     def draw(self, prompts: Sequence[Sequence[int]], sampling: Sampling, version: int) -> Rollout:
-        """Completions written with the model's weights of now.
+        """Completions sampled with the model's current weights.
 
         Args:
             prompts: S lists of token ids.
@@ -117,22 +116,22 @@ class Rollouts:
             version: of the model's weights.
 
         Raises:
-            ValueError: a prompt is too long for the model, see `check_context`.
-            RuntimeError: they were written with other weights, or the engine did not get them.
+            ValueError: a prompt is too long for the model.
+            RuntimeError: the engine has other weights, or could not load these.
         """
         check_context(self.model.config, max(map(len, prompts), default=0), sampling.max_new_tokens)
         if self.version != version:
             self.push(version)
-        drawn = self.engine.generate(prompts, sampling)
-        if drawn.weight_version != version:
+        sampled = self.engine.generate(prompts, sampling)
+        if sampled.weight_version != version:
             raise RuntimeError(
-                f"weight_version: expected completions by the trainer's weights of step {version}, "
-                f"got some by {drawn.weight_version}; does another run update the same engine?"
+                f"weight_version: expected completions by the weights of step {version}, got "
+                f"version {sampled.weight_version}; does another run update the same engine?"
             )
-        return drawn
+        return sampled
 
     def push(self, version: int) -> None:
-        """Brings the model's weights to the engine; all processes of a group call it together."""
+        """Sends the model's weights to the engine; all ranks call it together."""
         self.version = None
         weights = ModelWeights(self.model)
         failed = True
@@ -142,10 +141,10 @@ class Rollouts:
             failed = False
         finally:
             if self.engine.separate:
-                # of shards every weight is put together by all processes, so all of them go on
+                # gathering a sharded weight takes all ranks, also those that send nothing
                 for _ in weights:
                     pass
-            someone_failed = any(gathered(failed))
-        if someone_failed:
-            raise RuntimeError("engine: the main process could not bring the weights to it")
+            any_failed = any(all_gather_object(failed))
+        if any_failed:
+            raise RuntimeError("engine: rank 0 could not send the weights")
         self.version = version

@@ -1,4 +1,4 @@
-"""Held-out evaluation, greedy or sampled; the training's randomness is not disturbed."""
+"""Evaluation on held-out problems, greedy or sampled; torch's global generator is restored."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo_core.trainer.distributed import gathered, joined, rank, world
-from grpo_core.trainer.monitor import means
-from grpo_core.trainer.rewards import Reward, Scores, score
+from grpo_core.trainer.distributed import all_gather_cat, all_gather_object, rank, world
+from grpo_core.trainer.rewards import Reward, Scores, mean_scores, score
 from grpo_core.trainer.rollout import Problem, Rollout, Sampling, rollout
 
 Draw = Callable[[Sequence[Sequence[int]], Sampling], Rollout]
@@ -20,12 +19,12 @@ Draw = Callable[[Sequence[Sequence[int]], Sampling], Rollout]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out problems answered, with mean figures.
+    """The result of an evaluation.
 
     Attributes:
-        completions: the first answer to each problem.
-        scores: what these earned.
-        metrics: means over all answers.
+        completions: the first completion of each problem.
+        scores: of these completions.
+        metrics: means over all completions.
     """
 
     completions: list[list[int]]
@@ -44,103 +43,102 @@ def evaluate(
     seed: int = 0,
     draw: Draw | None = None,
 ) -> Evaluation:
-    """Answers every problem; several processes share them, and all get the whole figures.
+    """Completes every problem; ranks share the problems, and all get the metrics of all.
 
     Args:
         model: the policy.
-        problems: held-out problems; each tag gets its own line for every figure.
-        reward: what it scores by; its parts become the figures.
-        sampling: temperature 0 for greedy answers.
-        samples: answers to each problem, one after the other: no more memory than one takes.
-        k: of the figures pass@k, each at most `samples`; without any, `samples`.
-        seed: of the sampler; the global generator is left as it was found.
-        draw: writes the completions in the place of the model, see `rollouts`.
+        problems: held-out problems; metrics are reported per tag as well.
+        reward: scores the completions.
+        sampling: temperature 0 for greedy completions.
+        samples: completions per problem, drawn one after the other to bound memory.
+        k: for pass@k, each at most `samples`; `samples` by default.
+        seed: of the sampler.
+        draw: samples the completions; None for the model itself.
 
     Returns:
-        The first answers, and means by name: "reward", each part ("accuracy"), each part by tag
-        ("accuracy/trap"), "length" in tokens and "truncated" as a share. With several samples
-        each part is there as "accuracy/avg@8" once more, and as "accuracy/pass@8", see `pass_at`;
-        right is what scores 1.
+        The first completions, and means by name: "reward", each part ("accuracy"), each part by tag
+        ("accuracy/trap"), "length" in tokens and "truncated" as a share. With several samples also
+        "accuracy/avg@8" and "accuracy/pass@8", see `pass_at`; a score of 1 is correct.
 
     Raises:
-        ValueError: `samples` or a `k` that cannot be, or more than one greedy answer.
+        ValueError: `samples` or `k` out of range, or several greedy completions.
     """
     check_samples(samples, k)
     if samples > 1 and sampling.temperature == 0:
         raise ValueError(f"samples: expected 1 of greedy answers, got {samples}")
-    mine, count = _equal_share(problems), len(problems)
+    local, count = _rank_problems(problems), len(problems)
     devices = [model.device] if model.device.type == "cuda" else []
     rounds: list[tuple[list[list[int]], Tensor, Tensor]] = []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed + rank())
-        prompts = [problem.prompt for problem in mine]
+        prompts = [problem.prompt for problem in local]
         for _ in range(samples):
             drawn = draw(prompts, sampling) if draw else rollout(model, prompts, sampling)
             rounds.append((drawn.completions(), drawn.completion_mask.sum(1), drawn.truncated))
     scored = [
-        _of_all(score(reward, mine, completions, "held-out problems"), count)
+        _gather_scores(score(reward, local, completions, "held-out problems"), count)
         for completions, *_ in rounds
     ]
-    first = [ids for theirs in gathered(rounds[0][0]) for ids in theirs][:count]
+    first = [ids for of_rank in all_gather_object(rounds[0][0]) for ids in of_rank][:count]
 
     # [samples, P] each
     total = torch.stack([scores.total for scores in scored])
     parts = {
         name: torch.stack([scores.parts[name] for scores in scored]) for name in scored[0].parts
     }
-    metrics = {"reward": total.nanmean().item(), **means(parts)}
-    if samples > 1:
-        metrics |= several(parts, k or (samples,))
-    for tag in sorted({problem.tag for problem in problems} - {""}):
-        tagged = torch.tensor([problem.tag == tag for problem in problems])
-        of_tag = {f"{name}/{tag}": part[:, tagged] for name, part in parts.items()}
-        metrics |= means(of_tag)
+    metrics = {"reward": total.nanmean().item()}
+    for tag in ["", *sorted({problem.tag for problem in problems} - {""})]:
+        of_tag = parts
+        if tag:
+            is_tagged = torch.tensor([problem.tag == tag for problem in problems])
+            of_tag = {f"{name}/{tag}": part[:, is_tagged] for name, part in parts.items()}
+        metrics |= mean_scores(of_tag)
         if samples > 1:
-            metrics |= several(of_tag, k or (samples,))
-    lengths = torch.stack([joined(length)[:count] for _, length, _ in rounds])
-    truncated = torch.stack([joined(cut)[:count] for *_, cut in rounds])
+            metrics |= sampled_metrics(of_tag, k or (samples,))
+    lengths = torch.stack([all_gather_cat(length)[:count] for _, length, _ in rounds])
+    truncated = torch.stack([all_gather_cat(cut)[:count] for *_, cut in rounds])
     metrics["length"] = lengths.float().mean().item()
     metrics["truncated"] = truncated.float().mean().item()
     return Evaluation(first, scored[0], metrics)
 
 
-def several(parts: Mapping[str, Tensor], k: Sequence[int]) -> dict[str, float]:
-    """avg@n and pass@k of each part; those that apply to no problem are not there.
+def sampled_metrics(parts: Mapping[str, Tensor], k: Sequence[int]) -> dict[str, float]:
+    """avg@n and pass@k of each part that applies to any problem.
 
     Args:
         parts: [n, P] each, NaN where it does not apply.
         k: of pass@k.
     """
-    found = {}
+    metrics = {}
     for name, part in parts.items():
-        answered = ~part.isnan()
-        if not answered.any():
+        applies = ~part.isnan()
+        if not applies.any():
             continue
-        found[f"{name}/avg@{len(part)}"] = part.nanmean().item()
-        tries, right = answered.sum(0).tolist(), (part >= 1).sum(0).tolist()
+        metrics[f"{name}/avg@{len(part)}"] = part.nanmean().item()
+        tries, correct = applies.sum(0).tolist(), (part >= 1).sum(0).tolist()
         for each in k:
-            # a problem that the reward left out too often does not tell
-            known = [(n, c) for n, c in zip(tries, right, strict=True) if n >= each]
-            if known:
-                share = math.fsum(pass_at(each, n, c) for n, c in known) / len(known)
-                found[f"{name}/pass@{each}"] = share
-    return found
+            # problems with fewer than k scores cannot be used
+            counts = [(n, c) for n, c in zip(tries, correct, strict=True) if n >= each]
+            if counts:
+                share = math.fsum(pass_at(each, n, c) for n, c in counts) / len(counts)
+                metrics[f"{name}/pass@{each}"] = share
+    return metrics
 
 
-def pass_at(k: int, tries: int, right: int) -> float:
-    """Probability that one of k answers is right, estimated without bias from n ≥ k tries.
+def pass_at(k: int, tries: int, correct: int) -> float:
+    """Unbiased estimate of the probability that one of k completions is correct.
 
-    1 − C(n − c, k) / C(n, k): the share of all choices of k of the tries with a right one in it.
+    1 − C(n − c, k) / C(n, k): the share of the choices of k from n tries with a correct one.
 
     Args:
-        k: answers one would take.
-        tries: n, answers that were drawn.
-        right: c of them.
+        k: completions to choose.
+        tries: n, completions drawn, at least k.
+        correct: c of them.
 
     Source: Chen et al. 2021, "Evaluating Large Language Models Trained on Code", eq. 1
     (arXiv 2107.03374).
     """
-    return 1 - math.comb(tries - right, k) / math.comb(tries, k)
+    return 1 - math.comb(tries - correct, k) / math.comb(tries, k)
 
 
 def check_samples(samples: int, k: Sequence[int], *names: str) -> None:
@@ -148,23 +146,23 @@ def check_samples(samples: int, k: Sequence[int], *names: str) -> None:
 
     Args:
         samples, k: see `evaluate`.
-        names: what these two are called where they come from.
+        names: of the two options, for the message.
     """
-    of_samples, of_k = names or ("samples", "k")
+    samples_name, k_name = names or ("samples", "k")
     if samples < 1:
-        raise ValueError(f"{of_samples}: expected at least 1, got {samples}")
+        raise ValueError(f"{samples_name}: expected at least 1, got {samples}")
     for each in k:
         if not 1 <= each <= samples:
-            raise ValueError(f"{of_k}: expected 1 to {samples}, the {of_samples}, got {each}")
+            raise ValueError(f"{k_name}: expected 1 to {samples}, the {samples_name}, got {each}")
 
 
-def _of_all(scores: Scores, count: int) -> Scores:
-    """Of all processes, without those that fill up the last ones."""
-    parts = {name: joined(part)[:count] for name, part in scores.parts.items()}
-    return Scores(joined(scores.total)[:count], parts)
+def _gather_scores(scores: Scores, count: int) -> Scores:
+    """The scores of all ranks for the first `count` problems."""
+    parts = {name: all_gather_cat(part)[:count] for name, part in scores.parts.items()}
+    return Scores(all_gather_cat(scores.total)[:count], parts)
 
 
-def _equal_share(problems: Sequence[Problem]) -> list[Problem]:
-    """This process's, as many as any other's; the last ones begin again at the first problem."""
+def _rank_problems(problems: Sequence[Problem]) -> list[Problem]:
+    """Equally many problems for every rank; the last ranks repeat the first problems."""
     each = -(-len(problems) // world())
     return [problems[n % len(problems)] for n in range(rank() * each, (rank() + 1) * each)]

@@ -1,10 +1,10 @@
-"""Forward passes over packed rows: the loss and log-probabilities, by the model or from its logits.
-
-Inside the model's forward where the loss is "fused", see `head`; hooks around it fire as ever.
-"""
+"""Forward passes over packed rows: loss, log-probabilities, and the reference of the KL."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,40 +14,35 @@ from transformers import PreTrainedModel
 from grpo_core.linear.model import HeadOutput, LogpRequest, LossRequest
 from grpo_core.loss.fused_loss import LossOutput, fused_loss, token_logp
 from grpo_core.loss.reference import reference_loss
-from grpo_core.trainer.batch import Batch, Rows
-from grpo_core.trainer.config import TrainerConfig
-from grpo_core.trainer.reference_model import adapter_off
+from grpo_core.trainer.batch import Batch, TokenRows
+from grpo_core.trainer.config import Shard, TrainerConfig
+from grpo_core.trainer.distributed import in_group
+from grpo_core.trainer.rollout import evaluation_mode
+from grpo_core.trainer.sharding import shard_model
 
 
 @torch.no_grad()
-def packed_logp(model: PreTrainedModel, rows: Rows, config: TrainerConfig) -> Tensor:
-    """The target's log-probability at each row, [N] float32, without gradient."""
+def packed_logp(model: PreTrainedModel, rows: TokenRows, config: TrainerConfig) -> Tensor:
+    """Log-probabilities of the targets, [N] float32, without gradient."""
     temperature = config.sampling.temperature
-    if config.loss != "fused":
-        with precision(rows, config):
-            logits = rows.logits(model)
-        return token_logp(logits, rows.target, temperature=temperature).logp
-    request = LogpRequest(rows.target, rows=rows.hidden_places, temperature=temperature)
-    with precision(rows, config):
-        logp: Tensor = model(**rows.inputs, request=request).logp
-    return logp
-
-
-def reference_logp(reference: PreTrainedModel, rows: Rows, config: TrainerConfig) -> Tensor:
-    """The same by the policy that learning began with."""
-    with adapter_off(reference):
-        return packed_logp(reference, rows, config)
+    with autocast(rows, config):
+        if config.loss == "fused":
+            request = LogpRequest(rows.target, rows=rows.hidden_mask, temperature=temperature)
+            logp: Tensor = model(**rows.inputs, request=request).logp
+            return logp
+        logits = rows.logits(model)
+    return token_logp(logits, rows.target, temperature=temperature).logp
 
 
 def packed_loss(
     policy: Any, part: Batch, divisor: float | None, config: TrainerConfig
 ) -> HeadOutput | LossOutput:
-    """The objective, with gradient.
+    """The objective on packed rows, with gradient.
 
     Args:
-        policy: a model with a fused head, or what is around it; for the other losses the model.
+        policy: a model with a fused head, wrapped or not; for the other losses the model itself.
         part: a microbatch.
-        divisor: see `shares.divisor`.
+        divisor: see `distributed.loss_divisor`.
         config: the run.
     """
     rows = part.rows
@@ -62,19 +57,45 @@ def packed_loss(
     }
     if config.objective.factor.needs_sampler:
         terms["sampler_logp"] = part.sampler_logp
-    if config.loss == "fused":
-        request = LossRequest(rows.target, rows=rows.hidden_places, **terms)
-        with precision(rows, config):
-            found: HeadOutput = policy(**rows.inputs, request=request)
-        return found
-    with precision(rows, config):
+    with autocast(rows, config):
+        if config.loss == "fused":
+            request = LossRequest(rows.target, rows=rows.hidden_mask, **terms)
+            output: HeadOutput = policy(**rows.inputs, request=request)
+            return output
         logits = rows.logits(policy)
     if config.loss == "naive":
         return reference_loss(logits, rows.target, **terms)
-    # Nobody else reads these logits, so their gradient may take their place.
+    # nothing else reads these logits, so the gradient may overwrite them
     return fused_loss(logits, rows.target, inplace=True, **terms)
 
 
-def precision(rows: Rows, config: TrainerConfig) -> torch.autocast:
-    """Of the matrix products; weights, optimizer and loss are float32 as ever."""
+def autocast(rows: TokenRows, config: TrainerConfig) -> torch.autocast:
+    """Matrix products in bfloat16 if configured; weights, optimizer and loss stay float32."""
     return torch.autocast(rows.ids.device.type, torch.bfloat16, enabled=config.autocast)
+
+
+def reference_of(model: PreTrainedModel, shard: Shard = "ddp") -> PreTrainedModel:
+    """The reference model: a frozen copy, or the model itself if it has an adapter to switch off.
+
+    Call it before the policy is sharded; with "fsdp" the copy is sharded as well.
+    """
+    if hasattr(model, "peft_config"):
+        return model
+    reference = copy.deepcopy(model).requires_grad_(False).eval()
+    return shard_model(reference, keep_root=False) if in_group() and shard == "fsdp" else reference
+
+
+def reference_logp(reference: PreTrainedModel, rows: TokenRows, config: TrainerConfig) -> Tensor:
+    """`packed_logp` under the reference model."""
+    with adapter_off(reference):
+        return packed_logp(reference, rows, config)
+
+
+@contextmanager
+def adapter_off(model: PreTrainedModel) -> Iterator[None]:
+    """Context in which the model's adapter, if it has one, is off."""
+    if not hasattr(model, "peft_config"):
+        yield
+        return
+    with model.disable_adapter(), evaluation_mode(model):  # type: ignore[operator]
+        yield

@@ -1,7 +1,4 @@
-"""The steps of a run one after the other: records, evaluations, checkpoints, signals.
-
-What a step is stands in `trainer`.
-"""
+"""The loop over the steps of a run: records, evaluations, checkpoints, signals."""
 
 from __future__ import annotations
 
@@ -9,10 +6,15 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from grpo_core.trainer import state as trainer_state
-from grpo_core.trainer.checkpoint import Interrupted, Request, checkpoints, stop_request
+from grpo_core.trainer.checkpoint import (
+    Interrupted,
+    StopRequest,
+    checkpoints,
+    save_trainer,
+    stop_request,
+)
 from grpo_core.trainer.console import Console
-from grpo_core.trainer.distributed import gathered, is_main
+from grpo_core.trainer.distributed import all_gather_object, is_main
 from grpo_core.trainer.monitor import Metrics, append_json, warn
 
 if TYPE_CHECKING:
@@ -23,12 +25,12 @@ def train(trainer: Trainer, evaluation: Callable[[], Metrics] | None) -> list[Me
     """See `Trainer.train`."""
     config, history = trainer.config, []
     if trainer.checkpoints and not trainer.steps_done:
-        # a new run would soon delete them
-        found = checkpoints(trainer.checkpoints)
-        if found:
+        # a new run would delete them
+        saved = checkpoints(trainer.checkpoints)
+        if saved:
             raise ValueError(
-                f"checkpoints: expected a folder without any, found {found[-1]}; go on from it by "
-                "Trainer.resume(), or take another folder"
+                f"checkpoints: expected a folder without any, found {saved[-1]}; resume it by "
+                "Trainer.resume(), or use another folder"
             )
     console = trainer.console if is_main() else Console()
     console.begin(trainer.label, trainer.steps_done, config)
@@ -37,7 +39,7 @@ def train(trainer: Trainer, evaluation: Callable[[], Metrics] | None) -> list[Me
         if not trainer.steps_done:
             history.append(record(trainer, {"step": 0}, evaluation))
             show(trainer, console, history[-1])
-        with stop_request() if trainer.checkpoints else nullcontext(Request()) as request:
+        with stop_request() if trainer.checkpoints else nullcontext(StopRequest()) as request:
             while trainer.steps_done < config.steps:
                 metrics = trainer.step()
                 last = trainer.steps_done == config.steps
@@ -54,30 +56,29 @@ def train(trainer: Trainer, evaluation: Callable[[], Metrics] | None) -> list[Me
 
 
 def show(trainer: Trainer, console: Console, entry: Metrics) -> None:
-    """A record on the console, with what the model wrote lately."""
+    """Shows a record and the latest samples on the console."""
     samples, (_, _, scores) = trainer.samples, trainer.drawn
-    written = [*samples.held_out, *samples.rollout] if samples else []
-    console.step(entry, list(scores.parts), written)
+    latest = [*samples.held_out, *samples.rollout] if samples else []
+    console.step(entry, list(scores.parts), latest)
 
 
-def save_or_stop(trainer: Trainer, request: Request, last: bool) -> None:
-    """A checkpoint if one is due.
+def save_or_stop(trainer: Trainer, request: StopRequest, last: bool) -> None:
+    """Saves a checkpoint if one is due.
 
     Raises:
-        Interrupted: a signal came; everything is saved.
+        Interrupted: any rank received a signal; a checkpoint is saved.
     """
     if trainer.checkpoints is None:
         return
     if last or trainer.steps_done % trainer.config.checkpoint_every == 0:
-        trainer_state.save(trainer, trainer.checkpoints)
-    # a signal to any process stops them all
-    number = max(gathered(request.number))
+        save_trainer(trainer, trainer.checkpoints)
+    number = max(all_gather_object(request.number))
     if number and not last:
-        raise Interrupted(number, trainer_state.save(trainer, trainer.checkpoints))
+        raise Interrupted(number, save_trainer(trainer, trainer.checkpoints))
 
 
 def record(trainer: Trainer, metrics: Metrics, evaluation: Callable[[], Metrics] | None) -> Metrics:
-    """The step's record, with held-out figures if any, appended to the metrics file."""
+    """Evaluates if asked to, and writes the record to the metrics file and the loggers."""
     entry = {"stage": trainer.label, **metrics}
     if evaluation is not None:
         entry["held_out"] = evaluation()

@@ -1,9 +1,7 @@
-"""Rollout: prompts in, sampled completions and their log-probabilities out, by `model.generate`.
+"""Rollouts: sampled completions of prompts and their log-probabilities, by `model.generate`.
 
-`generate` brings the key-value cache, left padding and stopping; on the CPU it is as fast as a
-hand-written loop. What it does not give cheaply is the sampler's own log-probability of each token,
-which `SampledLogp` picks up on the way: one [S, V] table of scores is alive at a time,
-never [S, T, V].
+`SampledLogp` records the sampler's log-probability of each token during generation, so that one
+[S, V] tensor of scores is held at a time and never [S, T, V].
 """
 
 from __future__ import annotations
@@ -23,9 +21,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from grpo_core.trainer.sharding import whole_weights
+from grpo_core.trainer.sharding import unsharded_params
 
-# what leaves the distribution as it is, of the fields that transformers may set otherwise
+# values of the generation fields that leave the distribution unchanged
 NEUTRAL = {
     "top_k": 0,
     "top_p": 1.0,
@@ -38,12 +36,14 @@ NEUTRAL = {
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt, what a right completion says, and a tag by which evaluation groups its figures.
+    """A prompt and what rewards need to score its completions.
 
     Attributes:
         prompt: token ids.
-        columns: whatever else rewards may want to know of it, by name.
-        source: the prompt as it was given, a string or chat messages.
+        answer: the correct answer.
+        tag: evaluation reports metrics by tag.
+        columns: further columns of the data, by name.
+        source: the prompt before tokenization, a string or chat messages.
     """
 
     prompt: tuple[int, ...]
@@ -55,7 +55,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn; no top-k, top-p or penalty, so the policy itself is sampled."""
+    """Options of sampling. Without top-k, top-p and penalties the policy itself is sampled."""
 
     max_new_tokens: int
     temperature: float = 1.0  # 0 takes the most likely token
@@ -69,7 +69,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Rollout:
-    """S completions, each with its end token; prompts padded left, completions right."""
+    """S completions with their end tokens; prompts are padded left, completions right."""
 
     prompt: Tensor  # [S, T_prompt] int64
     prompt_mask: Tensor  # [S, T_prompt] bool
@@ -77,11 +77,11 @@ class Rollout:
     completion_mask: Tensor  # [S, T_completion] bool
     sampler_logp: Tensor  # [S, T_completion] float32, nats; 0 where masked
     truncated: Tensor  # [S] bool: the length limit came before an end token
-    # of the weights that wrote them, see `rollouts`; None where nobody keeps count
+    # version of the sampler's weights, see `engine`; None where it is not tracked
     weight_version: int | None = None
 
     def select(self, sequences: Tensor | slice) -> Rollout:
-        """The part that belongs to the given sequences, in their order."""
+        """The given sequences, in the given order."""
         named = vars(self).items()
         parts: dict[str, Any] = {n: v[sequences] for n, v in named if isinstance(v, Tensor)}
         return replace(self, **parts)
@@ -93,10 +93,9 @@ class Rollout:
 
 
 class SampledLogp(LogitsProcessor):
-    """Leaves the scores alone and notes the log-probability of each token once it is drawn.
+    """Records the log-probability of each sampled token; does not change the scores.
 
-    The token drawn from one call's scores is the last input of the next call, so every call settles
-    the one before it.
+    The token sampled from the scores of one call is the last input token of the next call.
     """
 
     def __init__(self, temperature: float) -> None:
@@ -105,44 +104,39 @@ class SampledLogp(LogitsProcessor):
         self.columns: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self.settle(input_ids[:, -1])
+        self.record(input_ids[:, -1])
         self.scores = scores
         return scores
 
-    def settle(self, drawn: Tensor) -> None:
-        """Appends the log-probability [S] of the `drawn` tokens [S] under the scores last seen."""
+    def record(self, sampled: Tensor) -> None:
+        """Appends the log-probabilities [S] of the sampled tokens [S] under the last scores."""
         if self.scores is not None:
             logp = torch.log_softmax(self.scores.float() / self.temperature, dim=-1)
-            self.columns.append(logp.gather(1, drawn[:, None]).squeeze(1))
+            self.columns.append(logp.gather(1, sampled[:, None]).squeeze(1))
 
 
 @torch.no_grad()
 def rollout(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: Sampling
 ) -> Rollout:
-    """Draws one completion per prompt, from the global generator; for a group, repeat its prompt.
+    """Samples one completion per prompt with torch's global generator; repeat prompts for groups.
 
     Args:
-        model: a causal language model. Its generation config names the padding and end tokens;
-            every other field of it is ignored, see `ignored_fields`.
-        prompts: S lists of token ids, of any lengths but 0.
+        model: a causal language model. Its generation config gives the padding and end tokens;
+            its other fields are ignored, see `ignored_fields`.
+        prompts: S non-empty lists of token ids.
         sampling: length limit and temperature.
 
-    Returns:
-        The completions with the sampler's log-probabilities.
-
     Raises:
-        ValueError: a prompt is empty or too long for the model, see `check_context`, or the model
-            names no end token.
+        ValueError: a prompt is empty or too long for the model, or the model has no end token.
     """
     pad, ends = special_tokens(model)
     prompt, prompt_mask = left_pad(prompts, pad, model.device)
     check_context(model.config, prompt.shape[1], sampling.max_new_tokens)
-    # The tokens are drawn at `temperature`, so that is where their log-probability belongs; greedy
-    # reports it at 1.
+    # log-probabilities at the sampling temperature; at 1 for greedy completions
     sampled_logp = SampledLogp(sampling.temperature or 1.0)
     settings = plain_generation(sampling, pad, ends)
-    with evaluation_mode(model), whole_weights(model), generation_defaults(model, settings):
+    with evaluation_mode(model), unsharded_params(model), generation_defaults(model, settings):
         ids = model.generate(  # type: ignore[operator]
             input_ids=prompt,
             attention_mask=prompt_mask.long(),
@@ -150,7 +144,7 @@ def rollout(
             logits_processor=LogitsProcessorList([sampled_logp]),
         )
     completion = ids[:, prompt.shape[1] :]
-    sampled_logp.settle(completion[:, -1])
+    sampled_logp.record(completion[:, -1])
     sampler_logp = torch.stack(sampled_logp.columns[: completion.shape[1]], dim=1)
 
     is_end = torch.isin(completion, torch.tensor(ends, device=completion.device))
@@ -165,21 +159,89 @@ def rollout(
     )
 
 
+def make_rollout(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    logp: Sequence[Sequence[float]],
+    *,
+    pad: int,
+    ends: Sequence[int],
+    device: torch.device,
+    weight_version: int | None = None,
+) -> Rollout:
+    """A rollout from the lists that an inference engine returns.
+
+    Args:
+        prompts, completions: S non-empty lists of token ids.
+        logp: log-probabilities of the completions' tokens, nats.
+        pad: token id of padding.
+        ends: token ids that end a completion.
+        device: of the tensors.
+        weight_version: version of the engine's weights.
+
+    Raises:
+        ValueError: a list is empty, or tokens and log-probabilities differ in number.
+    """
+    for ids, scores in zip(completions, logp, strict=True):
+        if not ids or len(ids) != len(scores):
+            got = f"{len(ids)} and {len(scores)}"
+            raise ValueError(f"completions: expected tokens with a log-probability each, got {got}")
+    prompt, prompt_mask = left_pad(prompts, pad, device)
+    longest = max(map(len, completions))
+    gaps = [longest - len(ids) for ids in completions]
+    padded = [[*ids, *[pad] * gap] for ids, gap in zip(completions, gaps, strict=True)]
+    scored = [[*scores, *[0.0] * gap] for scores, gap in zip(logp, gaps, strict=True)]
+    lengths = torch.tensor([len(ids) for ids in completions], device=device)
+    return Rollout(
+        prompt=prompt,
+        prompt_mask=prompt_mask,
+        completion=torch.tensor(padded, device=device),
+        completion_mask=torch.arange(longest, device=device) < lengths[:, None],
+        sampler_logp=torch.tensor(scored, dtype=torch.float32, device=device),
+        truncated=torch.tensor([ids[-1] not in ends for ids in completions], device=device),
+        weight_version=weight_version,
+    )
+
+
+def concat_rollouts(rollouts: Sequence[Rollout], pad: int) -> Rollout:
+    """Concatenates rollouts of one weight version, padded to the longest."""
+    longest = {
+        name: max(getattr(each, name).shape[1] for each in rollouts)
+        for name in ("prompt", "completion")
+    }
+
+    def widen(each: Rollout, name: str) -> Tensor:
+        tensor: Tensor = getattr(each, name)
+        if tensor.ndim == 1:
+            return tensor
+        side = "prompt" if name.startswith("prompt") else "completion"
+        gap = longest[side] - tensor.shape[1]
+        fill = pad if name == side else 0
+        ends = (gap, 0) if side == "prompt" else (0, gap)
+        return torch.nn.functional.pad(tensor, ends, value=fill)
+
+    names = [name for name, value in vars(rollouts[0]).items() if isinstance(value, Tensor)]
+    tensors: dict[str, Any] = {
+        name: torch.cat([widen(each, name) for each in rollouts]) for name in names
+    }
+    return replace(rollouts[0], **tensors)
+
+
 def plain_generation(sampling: Sampling, pad: int, ends: list[int]) -> GenerationConfig:
-    """The policy itself: every field that transformers fills with a default of its own is given."""
-    drawing: dict[str, Any] = {"do_sample": False}
+    """A generation config that samples the policy itself, with every field that matters set."""
+    how: dict[str, Any] = {"do_sample": False}
     if sampling.temperature > 0:
-        drawing = {"do_sample": True, "temperature": sampling.temperature, **NEUTRAL}
+        how = {"do_sample": True, "temperature": sampling.temperature, **NEUTRAL}
     return GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens, pad_token_id=pad, eos_token_id=ends, **drawing
+        max_new_tokens=sampling.max_new_tokens, pad_token_id=pad, eos_token_id=ends, **how
     )
 
 
 @contextmanager
 def generation_defaults(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """Within it `generate` fills what a call leaves open from `settings`, not from the model's own.
+    """Context in which `generate` takes its defaults from `settings`, not from the model's config.
 
-    An adapter may have a generation config beside that of the model beneath it.
+    A peft model and the model inside it may both have a generation config.
     """
     holders: list[Any] = [m for m in model.modules() if "generation_config" in vars(m)]
     before = [holder.generation_config for holder in holders]
@@ -193,16 +255,13 @@ def generation_defaults(model: PreTrainedModel, settings: GenerationConfig) -> I
 
 
 def ignored_fields(model: PreTrainedModel) -> list[str]:
-    """The fields of the model's generation config that would change a rollout if they were heeded.
-
-    Those of `Sampling` are among them where they are set.
-    """
-    heeded = ("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version")
+    """Fields of the model's generation config that are set and have no effect on rollouts."""
+    used = ("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version")
     neutral = {**NEUTRAL, "do_sample": True, "temperature": 1.0, "use_cache": True}
     return sorted(
         name
         for name, value in vars(model.generation_config).items()
-        if name not in heeded
+        if name not in used
         and not name.startswith("_")
         and value not in (None, False, neutral.get(name))
     )
@@ -214,13 +273,13 @@ def check_context(
     completion: int,
     names: str = "longest_prompt + max_new_tokens",
 ) -> None:
-    """Raises ValueError if a prompt and its completion have more tokens than the model positions.
+    """Raises ValueError if prompt and completion have more tokens than the model has positions.
 
     Args:
-        config: of the model; nothing is checked of one without a limit, such as Bloom's or Mamba's.
+        config: of the model; models without a limit (Bloom, Mamba) pass.
         prompt: tokens of the longest prompt.
         completion: tokens of the longest completion.
-        names: what these two are called where they come from.
+        names: the two options, for the message.
     """
     positions = positions_of(config)
     if positions is not None and prompt + completion > positions:
@@ -231,21 +290,21 @@ def check_context(
 
 
 def positions_of(config: PretrainedConfig) -> int | None:
-    """How many positions a model knows, those of a stretched rotary embedding included."""
+    """Positions of a model, with a scaled rotary embedding; None without a limit."""
     text = config.get_text_config(decoder=True)
     names = ("max_position_embeddings", "max_seq_len")
     known = [value for name in names if isinstance(value := getattr(text, name, None), int)]
     if not known or known[0] < 1:
         return None
     rope = getattr(text, "rope_parameters", None) or {}
-    # one for all layers, or one for each kind of layer
+    # one entry for all layers, or one per kind of layer
     ropes = [rope, *(each for each in rope.values() if isinstance(each, dict))]
-    stretched = [
+    scaled = [
         int(each["factor"] * (each.get("original_max_position_embeddings") or known[0]))
         for each in ropes
         if each.get("factor")
     ]
-    return max(known[0], *stretched, 0)
+    return max(known[0], *scaled, 0)
 
 
 def special_tokens(model: PreTrainedModel) -> tuple[int, list[int]]:
@@ -274,7 +333,7 @@ def left_pad(
 
 @contextmanager
 def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Dropout off, and back to what it was."""
+    """Context with dropout off."""
     was_training = model.training
     model.eval()
     try:

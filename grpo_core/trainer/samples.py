@@ -1,6 +1,6 @@
-"""What the model writes: answers to the same few prompts, and a rollout's best and worst.
+"""Samples of what the model writes, in a JSON-lines file and for the console.
 
-They go to a JSON-lines file of the run, and to whoever shows it, see `console`.
+They are completions of a few fixed held-out prompts, and the best and worst of a rollout.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Kind = Literal["held out", "best", "worst"]
 
 @dataclass(frozen=True)
 class Sample:
-    """A completion and what it earned.
+    """A completion and its rewards.
 
     Attributes:
-        prompt: as it was given, a string or chat messages; decoded where only tokens were.
-        completion: without its special tokens.
-        answer: what a right completion says, if the problem has one.
-        reward: the sum that is trained on.
+        prompt: a string or chat messages; decoded if the problem has tokens only.
+        completion: without special tokens.
+        answer: the correct answer, if the problem has one.
+        reward: the total.
         parts: each reward that applies, by name.
     """
 
@@ -43,20 +43,20 @@ class Sample:
 
     @property
     def question(self) -> str:
-        """The prompt as one text: of chat messages the last."""
+        """The prompt as text: the last of several chat messages."""
         if isinstance(self.prompt, str):
             return self.prompt
         return str(self.prompt[-1]["content"])
 
 
 class Samples:
-    """Keeps samples as a run goes; only the main process does.
+    """Keeps the latest samples of a run, on rank 0 only.
 
     Args:
-        tokenizer: decodes.
+        tokenizer: decodes completions.
         path: JSON-lines file to append to.
-        label: the run's name in its lines.
-        count: held-out answers kept at a look, the first ones.
+        label: name of the run in the file.
+        count: held-out problems to keep, the first ones.
     """
 
     def __init__(
@@ -69,14 +69,15 @@ class Samples:
         self.held_out: list[Sample] = []
         self.rollout: list[Sample] = []
 
-    def look(self, step: int, problems: Sequence[Problem], found: Evaluation) -> None:
-        """Keeps the first held-out answers."""
+    def look(self, step: int, problems: Sequence[Problem], evaluation: Evaluation) -> None:
+        """Keeps the completions of the first held-out problems."""
         if not is_main():
             return
-        places = range(min(self.count, len(problems)))
         self.held_out = [
-            self._sample("held out", step, problems[n], found.completions[n], found.scores, n)
-            for n in places
+            self._sample("held out", step, problem, completion, evaluation.scores, n)
+            for n, (problem, completion) in enumerate(
+                zip(problems[: self.count], evaluation.completions, strict=False)
+            )
         ]
         self._write(self.held_out)
 
@@ -89,14 +90,14 @@ class Samples:
         *,
         keep: bool,
     ) -> None:
-        """The best and the worst completion of a rollout; one of them where all earned the same.
+        """Keeps the best and the worst completion of a rollout, or one if all rewards are equal.
 
         Args:
-            step: that it was drawn for.
-            problems: of this process, one for each completion.
-            completions: their token ids.
-            scores: what they earned.
-            keep: in the file as well.
+            step: of the rollout.
+            problems: of this rank, one for each completion.
+            completions: token ids.
+            scores: of the completions.
+            keep: whether to write them to the file.
         """
         if not is_main():
             return
@@ -119,19 +120,19 @@ class Samples:
         problem: Problem,
         ids: Sequence[int],
         scores: Scores,
-        place: int,
+        index: int,
     ) -> Sample:
         prompt = problem.source
         if prompt is None:
             prompt = self._text(problem.prompt)
-        parts = {name: float(part[place]) for name, part in scores.parts.items()}
+        parts = {name: float(part[index]) for name, part in scores.parts.items()}
         return Sample(
             kind=kind,
             step=step,
             prompt=prompt,
             completion=self._text(ids),
             answer=problem.answer,
-            reward=float(scores.total[place]),
+            reward=float(scores.total[index]),
             parts={name: value for name, value in parts.items() if value == value},
         )
 
@@ -144,7 +145,7 @@ class Samples:
 
 
 def shortened(text: str, limit: int) -> str:
-    """A text in one line: its beginning and its end, where the answer stands."""
+    """A text in one line of at most `limit` characters: its beginning and its end."""
     line = " ".join(text.split())
     if len(line) <= limit:
         return line

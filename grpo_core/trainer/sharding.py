@@ -1,7 +1,7 @@
-"""The model on several processes: replicas by DDP, or shards by FSDP2.
+"""The model on several ranks: replicas by DDP, or shards by FSDP2.
 
-Both average gradients over the ranks, and both hang their hooks on the forward of the module that
-`policy_of` returns: the loss has to be made inside of it, by a fused head.
+Both average gradients over the ranks by hooks on the forward of the module that `wrap_policy`
+returns. The loss must therefore be computed inside that forward, by a fused head.
 """
 
 from __future__ import annotations
@@ -30,32 +30,32 @@ from grpo_core.trainer.distributed import barrier, in_group, is_main
 if TYPE_CHECKING:
     from grpo_core.trainer.config import Shard
 
-# an adapter's modules as peft names them, around those of the model beneath
+# prefix of parameter names in peft's format
 PEFT_PREFIX = "base_model.model."
 
 
-def beneath(model: PreTrainedModel) -> Any:
-    """The model that has a backbone and a head: peft puts its own around it."""
+def unwrap_peft(model: PreTrainedModel) -> Any:
+    """The transformers model inside peft's wrapper, if there is one."""
     return model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
 
 
-def policy_of(model: PreTrainedModel, shard: Shard) -> nn.Module:
-    """What is called for the loss; with "fsdp" the model itself, sharded in place."""
+def wrap_policy(model: PreTrainedModel, shard: Shard) -> nn.Module:
+    """The module to call for the loss: DDP around the model, or the model sharded in place."""
     if not in_group():
         return model
     if shard == "fsdp":
-        return sharded(model)
+        return shard_model(model)
     return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def sharded(model: PreTrainedModel, *, keep_root: bool = True) -> PreTrainedModel:
-    """FSDP2: every block that transformers says is not to be split, and the rest, in shards.
+def shard_model(model: PreTrainedModel, *, keep_root: bool = True) -> PreTrainedModel:
+    """Shards a model in place by FSDP2: each block of `_no_split_modules`, then the rest.
 
     Args:
-        model: an adapter's is sharded beneath it.
-        keep_root: hold embedding and head whole between forward and backward.
+        model: of a peft model the transformers model inside is sharded.
+        keep_root: keep embedding and head gathered between forward and backward.
     """
-    root = beneath(model)
+    root = unwrap_peft(model)
     names = set(root._no_split_modules or ())
     for module in list(root.modules()):
         if type(module).__name__ in names:
@@ -65,14 +65,14 @@ def sharded(model: PreTrainedModel, *, keep_root: bool = True) -> PreTrainedMode
 
 
 def is_sharded(model: PreTrainedModel) -> bool:
-    """Whether FSDP2 holds its weights."""
-    return isinstance(beneath(model), FSDPModule)
+    """Whether FSDP2 has sharded the model."""
+    return isinstance(unwrap_peft(model), FSDPModule)
 
 
-def accumulating(policy: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
-    """Around forward and backward of a microbatch: replicas exchange gradients after the last.
+def gradient_sync(policy: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
+    """Context for a microbatch: DDP averages gradients over ranks after the last one only.
 
-    Shards exchange theirs at every backward; to wait would hold whole gradients.
+    FSDP2 does so at every backward; to wait would hold unsharded gradients.
     """
     if isinstance(policy, DistributedDataParallel) and not last:
         return policy.no_sync()
@@ -80,10 +80,10 @@ def accumulating(policy: nn.Module, *, last: bool) -> AbstractContextManager[Any
 
 
 @contextmanager
-def whole_weights(model: PreTrainedModel) -> Iterator[None]:
-    """Within it a sharded model is put together once, and not anew for every token it writes."""
+def unsharded_params(model: PreTrainedModel) -> Iterator[None]:
+    """Context in which parameters, once gathered, stay gathered (for token-wise generation)."""
     blocks = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    inner = [block for block in blocks if block is not beneath(model)]
+    inner = [block for block in blocks if block is not unwrap_peft(model)]
     for block in inner:
         block.set_reshard_after_forward(False, recurse=False)
     try:
@@ -95,24 +95,26 @@ def whole_weights(model: PreTrainedModel) -> Iterator[None]:
             block.reshard()
 
 
-def whole(value: Tensor) -> Tensor:
-    """A number that shards have computed together."""
+def full_tensor(value: Tensor) -> Tensor:
+    """A tensor gathered from its shards."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def shards_of(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """This process's part of a sharded model's trained weights and of its optimizer's state."""
+def sharded_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """This rank's shards of the trained weights and of the optimizer's state."""
     options = StateDictOptions(ignore_frozen_params=True)
-    weights, moments = get_state_dict(beneath(model), optimizer, options=options)
+    weights, moments = get_state_dict(unwrap_peft(model), optimizer, options=options)
     return {"model": weights, "optimizer": moments}
 
 
-def load_shards(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-    """Puts back what `shards_of` gave and `torch.distributed.checkpoint` has saved."""
-    state = shards_of(model, optimizer)
+def load_sharded_state(
+    folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer
+) -> None:
+    """Loads what `torch.distributed.checkpoint` saved from `sharded_state`."""
+    state = sharded_state(model, optimizer)
     dcp.load(state, checkpoint_id=folder)
     set_state_dict(
-        beneath(model),
+        unwrap_peft(model),
         optimizer,
         model_state_dict=state["model"],
         optim_state_dict=state["optimizer"],
@@ -121,25 +123,25 @@ def load_shards(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Opt
 
 
 def export(model: PreTrainedModel, folder: Path) -> None:
-    """Whole weights in the transformers format (peft's, for an adapter), by the main process."""
+    """Saves unsharded weights in the transformers format (an adapter in peft's) on rank 0."""
     weights: dict[str, Any] = {}
     if is_sharded(model):
         adapter = hasattr(model, "peft_config")
         options = StateDictOptions(
             full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapter
         )
-        found = get_model_state_dict(beneath(model), options=options)
+        state = get_model_state_dict(unwrap_peft(model), options=options)
         prefix = PEFT_PREFIX if adapter else ""
-        weights = {"state_dict": {prefix + name: value for name, value in found.items()}}
+        weights = {"state_dict": {prefix + name: value for name, value in state.items()}}
     if is_main():
         model.save_pretrained(folder, **weights)
     barrier()
 
 
-def not_finite(model: nn.Module) -> str | None:
-    """The name of a parameter that is not finite in this process's part of it, if there is one."""
+def find_nonfinite(model: nn.Module) -> str | None:
+    """The name of a parameter whose local shard is not finite, if there is one."""
     for name, weight in model.named_parameters():
-        mine = weight.to_local() if isinstance(weight, DTensor) else weight
-        if not torch.isfinite(mine.detach()).all():
+        local = weight.to_local() if isinstance(weight, DTensor) else weight
+        if not torch.isfinite(local.detach()).all():
             return name
     return None

@@ -1,13 +1,13 @@
-"""The trainer: rollout -> score -> advantage -> pack -> loss -> backward -> optimizer.
+"""The trainer: rollout, score, advantage, pack, loss, backward, optimizer.
 
-GRPO needs no value model. Each prompt is answered G times, and an answer is as good as it is better
-than its group's mean. Several updates are made of every rollout, so that from the second on the
-ratio leaves 1 and the clip has something to do.
+GRPO needs no value model. Each prompt is completed G times, and a completion's advantage is its
+reward minus the group mean. Several updates are made from each rollout. Ratios are 1 in the first
+one; clipping acts from the second.
 
-Randomness has no state: what step k draws depends on the seed, on k and on the weights alone.
+The random numbers of step k depend on the seed and on k only, so a checkpoint saves no generator.
 
-In a process group every process answers its share of the prompts, and all make the same updates:
-those of one process with the whole batch. See `shares` and `parallel`.
+In a process group every rank completes its part of the prompts, and the ranks together make the
+updates of one process with the whole batch, see `distributed` and `sharding`.
 """
 
 from __future__ import annotations
@@ -25,25 +25,37 @@ from grpo_core import HeadOutput, LossOutput, with_fused_head
 from grpo_core.cli.options import warmup
 from grpo_core.linear.model import has_fused_head
 from grpo_core.loss.metrics import merge_metrics
-from grpo_core.trainer import loop as training_loop
-from grpo_core.trainer import state as trainer_state
+from grpo_core.trainer import loop
 from grpo_core.trainer.baselines.supervised import learning_rate_share
-from grpo_core.trainer.batch import Batch, check_output_matrix, pack
-from grpo_core.trainer.clock import Clock
+from grpo_core.trainer.batch import Batch, check_output_matrix, is_padding_free, pack
+from grpo_core.trainer.checkpoint import give_up, resume_trainer
 from grpo_core.trainer.config import TrainerConfig as TrainerConfig
 from grpo_core.trainer.console import Bar, Console
-from grpo_core.trainer.distributed import joined
-from grpo_core.trainer.engine import Engine, Rollouts
-from grpo_core.trainer.forward import packed_logp, packed_loss, reference_logp
+from grpo_core.trainer.distributed import (
+    all_gather_cat,
+    check_ranks,
+    loss_divisor,
+    pad_microbatches,
+    rank,
+    rank_slice,
+    reduce_metrics,
+)
+from grpo_core.trainer.engine import Engine, EngineSync
+from grpo_core.trainer.forward import packed_logp, packed_loss, reference_logp, reference_of
+from grpo_core.trainer.groups import (
+    Round,
+    group_advantages,
+    merge_rounds,
+    needs_more,
+    randomness,
+    split_minibatches,
+)
+from grpo_core.trainer.measure import Clock
 from grpo_core.trainer.monitor import Logger, Metrics, Watch, sampler_mismatch, update_metrics
-from grpo_core.trainer.padding import is_padding_free
-from grpo_core.trainer.reference_model import reference_of
-from grpo_core.trainer.resampling import Answered, batch_advantages, collect, dealt_out
-from grpo_core.trainer.rewards import Reward, Scores
-from grpo_core.trainer.rollout import Problem, Rollout, Sampling, check_context
+from grpo_core.trainer.rewards import Reward, Scores, score
+from grpo_core.trainer.rollout import Problem, Rollout, Sampling, check_context, special_tokens
 from grpo_core.trainer.samples import Samples
-from grpo_core.trainer.sharding import accumulating, policy_of, whole
-from grpo_core.trainer.shares import alike, check_shares, divisor, figures_of_all, own_share
+from grpo_core.trainer.sharding import full_tensor, gradient_sync, wrap_policy
 
 DrawProblems = Callable[[int, random.Random], Sequence[Problem]]
 
@@ -53,28 +65,26 @@ class Trainer:
 
     Args:
         model: the policy; any causal language model of `transformers`. It gets a fused head, see
-            `with_fused_head`; for the other losses its logits have to be the plain product. In a
-            process group it is the same on every one of them; FSDP2 puts it on its device.
-        draw_problems: `draw_problems(count, rng)` -> training problems.
+            `with_fused_head`; the other losses need logits that are a plain product. All ranks of a
+            process group start with the same model; FSDP2 moves it to its device.
+        draw_problems: `draw_problems(count, rng)` returns training problems.
         reward: scores completions; see `grpo_core.trainer.rewards.Reward`.
-        config: the run.
+        config: options of the run.
         metrics_path: JSON-lines file to append each step's record to.
-        checkpoints: folder for checkpoints, of this run alone. With it, SIGINT (Ctrl-C) and SIGTERM
-            end a run after the step it is in, saved; `resume` goes on.
-        label: the run's name in records and on the progress bar.
-        loggers: take each step's record as well, see `loggers`.
-        samples: keeps what the model writes.
-        console: shows the run as it goes; None is a progress bar.
-        engine: writes the completions, see `rollouts`; None for the model itself.
-
-    In a process group only the main process writes and logs.
+        checkpoints: folder for the checkpoints of this run. With it, SIGINT (Ctrl-C) and SIGTERM
+            stop the run after the current step, saved; `resume` continues it.
+        label: name of the run in records and on the progress bar.
+        loggers: called with each step's record, on rank 0.
+        samples: keeps samples of the completions.
+        console: shows the progress; None is a progress bar.
+        engine: samples the completions, see `engine`; None for the model itself.
 
     Attributes:
-        policy: what is called for the loss, `model` with DDP or FSDP2 around it if need be.
-        drawn: this process's part of the last rollout, and what it earned.
+        policy: the module to call for the loss: the model, wrapped by DDP or sharded by FSDP2.
+        drawn: problems, completions and scores of the last rollout on this rank.
 
     Raises:
-        ValueError: the model or the options cannot do what is asked for.
+        ValueError: the options do not fit the model or the ranks.
     """
 
     def __init__(
@@ -92,7 +102,7 @@ class Trainer:
         console: Console | None = None,
         engine: Engine | None = None,
     ) -> None:
-        check_shares(config)
+        check_ranks(config)
         if problems := getattr(draw_problems, "problems", None):
             longest = max(len(problem.prompt) for problem in problems)
             check_context(model.config, longest, config.sampling.max_new_tokens)
@@ -112,130 +122,171 @@ class Trainer:
         self.console = console or Bar()
         wants_reference = config.objective.beta > 0
         self.reference = reference_of(model, config.shard) if wants_reference else None
-        self.policy = policy_of(model, config.shard)
-        self.end_to_end = is_padding_free(model, config.padding_free, config.autocast)
+        self.policy = wrap_policy(model, config.shard)
+        self.padding_free = is_padding_free(model, config.padding_free, config.autocast)
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
         )
-        self.rollouts = Rollouts(model, engine)
+        self.sampler = EngineSync(model, engine)
         self.steps_done = 0
         self.skipped_updates = 0
         self.skipped_in_a_row = 0
         self.watch = Watch()
-        self.drawn: Answered = [], [], Scores(torch.empty(0), {})
+        self.drawn: tuple[list[Problem], list[list[int]], Scores]
+        self.drawn = [], [], Scores(torch.empty(0), {})
 
     def train(self, evaluation: Callable[[], Metrics] | None = None) -> list[Metrics]:
-        """The steps that are left, with a progress bar, and a record of each.
+        """Makes the remaining steps; returns a record of each.
 
         Args:
-            evaluation: called before the first step, now and then, and at the end.
+            evaluation: called before the first step, every `evaluate_every` steps and at the end.
 
         Raises:
-            ValueError: the folder for checkpoints has some that were not resumed from.
+            ValueError: the folder has checkpoints from which the run was not resumed.
             Interrupted: after a signal, once the step is done and saved.
-            FloatingPointError: too many updates in a row were not finite, see `update`.
+            FloatingPointError: too many updates in a row were skipped, see `update`.
         """
-        return training_loop.train(self, evaluation)
+        return loop.train(self, evaluation)
 
     def resume(self) -> int:
-        """Goes on from the last checkpoint, if there is one; returns the steps that are done.
+        """Loads the last checkpoint, if there is one; returns the number of steps done.
 
-        The trainer must be made as it was for the run's start, from the model it started from: that
-        is the reference of the KL. On a CPU what follows is then what a straight run gives, bit for
-        bit. Records of later steps are taken out of the metrics file.
+        Construct the trainer as for the start of the run, with the model it started from, which is
+        the reference of the KL. On a CPU a resumed run is bitwise equal to an uninterrupted one.
+        Records of later steps are removed from the metrics file.
 
         Raises:
             ValueError: the checkpoint is of a run with other settings.
         """
-        return trainer_state.resume(self)
+        return resume_trainer(self)
 
     def step(self) -> Metrics:
-        """One rollout and the updates made of it."""
-        config, clock = self.config, Clock(self.model.device)
-        found = collect(self, clock)
-        with clock.phase("reference"):
-            minibatches = self.minibatches(found.drawn, found.rewards, found.order)
+        """One rollout and the updates made from it."""
+        config, clock, device = self.config, Clock(self.model.device), self.model.device
 
-        rate = self.set_learning_rate()
-        updates = [self.update(parts, clock) for _ in range(config.epochs) for parts in minibatches]
+        # rollout, score; dynamic sampling may need several rounds
+        rounds = [self.draw_round(clock)]
+        while needs_more(rounds, config):
+            rounds.append(self.draw_round(clock, again=len(rounds)))
+        drawn, rollout_metrics = merge_rounds(rounds, config, special_tokens(self.model)[0])
+
+        # dropout draws random numbers
+        with randomness(config.seed, self.steps_done, device, rank(), "updates"):
+            # advantage, pack
+            rewards = drawn.rewards.to(device)
+            with clock.phase("reference"):
+                minibatches = self.minibatches(drawn.rollout, rewards, drawn.order)
+
+            # loss, backward, optimizer
+            learning_rate = self.set_learning_rate()
+            updates = [
+                self.update(parts, clock) for _ in range(config.epochs) for parts in minibatches
+            ]
+
         self.steps_done += 1
         metrics = {
             "step": self.steps_done,
-            **found.figures,
+            **rollout_metrics,
             **sampler_mismatch([part for parts in minibatches for part in parts]),
             **update_metrics(updates),
-            "learning_rate": rate,
+            "learning_rate": learning_rate,
             "skipped_updates": self.skipped_updates,
             "seconds": clock.seconds,
             **clock.memory(),
         }
         self.watch(metrics)
-        self.drawn = found.answered
+        first = rounds[0]
+        self.drawn = first.problems, first.rollout.completions(), first.scores
         return metrics
 
-    def draw(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
-        """Completions by whoever writes them, with the weights of now; see `rollouts`."""
-        return self.rollouts.draw(prompts, sampling, self.steps_done)
+    def draw_round(self, clock: Clock, again: int = 0) -> Round:
+        """Rollout and score: completions of this rank's prompts, and their rewards."""
+        config, device = self.config, self.model.device
+        part = f"again {again}" if again else ""
+        with (
+            clock.phase("rollout"),
+            randomness(config.seed, self.steps_done, device, rank(), part) as rng,
+        ):
+            problems = self.draw_problems(config.prompts_per_step, rng)
+            problems = problems[rank_slice(len(problems))]
+            repeated = [problem for problem in problems for _ in range(config.group_size)]
+            rollout = self.draw([problem.prompt for problem in repeated], config.sampling)
+            order = torch.randperm(len(repeated)).to(device)
+        where = f"step {self.steps_done + 1}"
+        scores = score(self.reward, repeated, rollout.completions(), where)
+        rewards = scores.total
+        if config.shuffle_rewards:
+            rewards = rewards[rng.sample(range(len(rewards)), len(rewards))]
+        return Round(repeated, rollout, scores, rewards, order)
 
-    def minibatches(self, drawn: Rollout, rewards: Tensor, order: Tensor) -> list[list[Batch]]:
-        """What the updates are made of: each a list of parts that share an optimizer step.
+    def draw(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
+        """Completions sampled with the current weights."""
+        return self.sampler.draw(prompts, sampling, self.steps_done)
+
+    def minibatches(self, rollout: Rollout, rewards: Tensor, order: Tensor) -> list[list[Batch]]:
+        """Advantage and pack: minibatches as lists of microbatches, which share an update.
 
         Args:
-            drawn: S completions, those of a group side by side.
+            rollout: S completions, group by group.
             rewards: [S] float32.
-            order: [S] int64, in which they are dealt out.
+            order: [S] int64, the order in which minibatches take sequences.
         """
-        config = self.config
-        # of all processes, since some estimators look at the whole batch
-        everyone = joined(rewards)
-        advantage = batch_advantages(everyone, config)[own_share(len(everyone))]
-        split = dealt_out(self.packed(drawn, advantage), rewards, order, config)
-        minibatches = alike([each.microbatches(config.tokens_per_microbatch) for each in split])
+        # of all ranks, since some estimators use the whole batch
+        of_all = all_gather_cat(rewards)
+        advantage = group_advantages(of_all, self.config)[rank_slice(len(of_all))]
+        packed = self.packed(rollout, advantage)
+        split = split_minibatches(packed, rewards, order, self.config)
+        tokens = self.config.tokens_per_microbatch
+        minibatches = pad_microbatches([each.microbatches(tokens) for each in split])
         return [[self.with_logp(part) for part in parts] for parts in minibatches]
 
-    def packed(self, drawn: Rollout, advantage: Tensor) -> Batch:
-        """Completions and their advantages [S] float32 as the model will get them."""
+    def packed(self, rollout: Rollout, advantage: Tensor) -> Batch:
+        """Packs completions and their advantages [S] float32."""
         masks = self.config.mask_truncated
-        return pack(drawn, advantage, mask_truncated=masks, end_to_end=self.end_to_end)
+        return pack(rollout, advantage, mask_truncated=masks, padding_free=self.padding_free)
 
     def with_logp(self, part: Batch) -> Batch:
-        """The microbatch with the log-probabilities its ratio and KL are measured against."""
+        """Adds the log-probabilities that the ratio and the KL compare with."""
         config, rows = self.config, part.rows
         old_logp = ref_logp = None
         if config.old_logp == "sampler":
             old_logp = part.sampler_logp
-        elif not config.on_policy or self.rollouts.engine.separate:
-            # of an engine the distance is wanted, too
+        elif not config.on_policy or self.sampler.engine.separate:
+            # for an engine also to measure the mismatch
             old_logp = packed_logp(self.model, rows, config)
         if self.reference is not None:
             ref_logp = reference_logp(self.reference, rows, config)
         return replace(part, old_logp=old_logp, ref_logp=ref_logp)
 
     def update(self, parts: Sequence[Batch], clock: Clock) -> Metrics:
-        """One optimizer step; skipped and counted if it is not `TrainerConfig.sound`.
+        """Loss, backward and optimizer step of a minibatch.
+
+        The optimizer step is skipped and counted unless `TrainerConfig.is_update_safe`.
 
         Raises:
-            FloatingPointError: that happened too often in a row; names the file of the inputs.
+            FloatingPointError: too many updates in a row were skipped; names the file with the
+                inputs of the last one.
         """
-        found = []
+        of_parts = []
         with clock.phase("loss"):
-            objective, longest = self.config.objective, self.config.sampling.max_new_tokens
-            divided_by = divisor(parts, objective, longest)
+            longest = self.config.sampling.max_new_tokens
+            divisor = loss_divisor(parts, self.config.objective, longest)
             for number, part in enumerate(parts, 1):
-                with accumulating(self.policy, last=number == len(parts)):
-                    out = self.loss(part, divided_by)
+                with gradient_sync(self.policy, last=number == len(parts)):
+                    out = self.loss(part, divisor)
                     assert out.loss is not None
                     out.loss.backward()
-                found.append(out.metrics)
+                of_parts.append(out.metrics)
         with clock.phase("optimizer"):
             grad_norm = torch.nn.utils.clip_grad_norm_(
                 self.model.parameters(), self.config.max_grad_norm
             )
-            figures = {**figures_of_all(merge_metrics(found)), "grad_norm": whole(grad_norm)}
-            # The one place where the host waits for the device.
-            values = torch.stack([figure.float() for figure in figures.values()]).tolist()
-            metrics = dict(zip(figures, values, strict=True))
-            if self.config.sound(metrics):
+            tensors = reduce_metrics(merge_metrics(of_parts))
+            tensors["grad_norm"] = full_tensor(grad_norm)
+            # the only point where the host waits for the device
+            values = torch.stack([tensor.float() for tensor in tensors.values()]).tolist()
+            metrics = dict(zip(tensors, values, strict=True))
+            if self.config.is_update_safe(metrics):
                 self.optimizer.step()
                 self.skipped_in_a_row = 0
             else:
@@ -243,7 +294,7 @@ class Trainer:
                 self.skipped_in_a_row += 1
             self.optimizer.zero_grad()
         if self.skipped_in_a_row > self.config.max_skipped_updates:
-            trainer_state.give_up(self, parts, metrics)
+            give_up(self, parts, metrics)
         return metrics
 
     def loss(self, part: Batch, divisor: float | None) -> HeadOutput | LossOutput:
@@ -251,7 +302,7 @@ class Trainer:
         return packed_loss(self.policy, part, divisor, self.config)
 
     def set_learning_rate(self) -> float:
-        """Warm-up, then linear decay to 0 after the last step; returns the rate in force."""
+        """Warm-up, then linear decay to 0 after the last step; returns the current rate."""
         config = self.config
         share = learning_rate_share(self.steps_done, config.steps, warmup(config), final=0.0)
         for group in self.optimizer.param_groups:

@@ -1,17 +1,14 @@
-"""A model's weights one by one, whole, under the names of its checkpoint.
+"""A model's weights one by one, unsharded, under the names of its checkpoint, as engines load them.
 
-That is what an inference engine loads. Between a model in training and its checkpoint lie:
+| difference from the checkpoint         | handled by                                           |
+|----------------------------------------|------------------------------------------------------|
+| shards (FSDP2)                         | all ranks gather one weight at a time                |
+| an adapter (LoRA on linear layers)     | merged, W + s·B·A, in a copy of that weight          |
+| weights that transformers >= 5 renames | `revert_weight_conversion`, as in `save_pretrained`  |
+| or stacks while loading                |                                                      |
+| tied weights                           | appear once                                          |
 
-| what                                  | here                                                  |
-|---------------------------------------|-------------------------------------------------------|
-| shards (FSDP2)                        | put together one weight at a time, by all processes   |
-| an adapter (LoRA on linear layers)    | merged, W + s·B·A, into a copy of that weight         |
-| renamed or stacked weights, which     | as `save_pretrained` writes them, by transformers' own|
-| transformers >= 5 makes while loading | `revert_weight_conversion`                            |
-| tied weights                          | once                                                  |
-
-The model itself is not touched: to merge an adapter in place and take it out again would leave a
-rounding error in weights that do not train.
+The model is not modified: merging an adapter in place and back would leave rounding errors.
 """
 
 from __future__ import annotations
@@ -25,15 +22,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
-from grpo_core.trainer.sharding import beneath, whole
+from grpo_core.trainer.sharding import full_tensor, unwrap_peft
 
-# where peft keeps what it replaces, and what it trains in the place of a module
+# in peft's names: a replaced layer, a module trained as a whole, and its original
 BASE, SAVED, ORIGINAL = ".base_layer.", ".modules_to_save.", ".original_module."
 
 
 @dataclass(frozen=True)
-class Described:
-    """A weight that is still to come."""
+class WeightSpec:
+    """Name, dtype and shape of a weight."""
 
     name: str
     dtype: torch.dtype
@@ -41,34 +38,34 @@ class Described:
 
     @property
     def bytes(self) -> int:
-        """What it takes."""
+        """Its size."""
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A parameter under its checkpoint-like name, and the adapter that belongs on top of it."""
+    """A parameter without peft's prefixes in its name, and its adapter."""
 
     name: str
     weight: Tensor
     adapter: Any = None
 
     def tensor(self) -> Tensor:
-        """The whole weight, detached."""
-        weight = whole(self.weight.detach())
+        """The full weight with its adapter merged, detached."""
+        weight = full_tensor(self.weight.detach())
         return weight if self.adapter is None else weight + _delta(self.adapter).to(weight.dtype)
 
 
 class ModelWeights(Iterator[tuple[str, Tensor]]):
-    """Pairs of name and tensor, once; of a sharded model all processes take them together.
+    """Iterator over names and tensors; all ranks iterate together over a sharded model.
 
     Args:
-        model: any causal language model of `transformers`, or one beneath a LoRA adapter.
-        dtype: floating-point weights are handed out in; None leaves them as they are.
+        model: any causal language model of `transformers`, with a LoRA adapter or without.
+        dtype: of floating-point weights; None leaves it.
 
     Raises:
-        ValueError: once they are asked for; an adapter that cannot be merged weight by weight, or a
-            model whose checkpoint holds several of its weights in one.
+        ValueError: during iteration; an adapter cannot be merged weight by weight, or one tensor of
+            the checkpoint holds several weights of the model.
     """
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
@@ -79,32 +76,32 @@ class ModelWeights(Iterator[tuple[str, Tensor]]):
         return next(self._pairs)
 
     def to(self, dtype: torch.dtype) -> ModelWeights:
-        """These, from now on in another dtype."""
+        """Sets the dtype."""
         self.dtype = dtype
         return self
 
-    def described(self) -> list[Described]:
-        """All of them in order, without putting any together."""
+    def describe(self) -> list[WeightSpec]:
+        """The specs of all weights in order; gathers none."""
 
         def empty(source: _Source) -> Tensor:
             weight = source.weight
             return torch.empty(weight.shape, dtype=weight.dtype, device="meta")
 
-        return [Described(n, t.dtype, tuple(t.shape)) for n, t in self._converted(empty)]
+        return [WeightSpec(n, t.dtype, tuple(t.shape)) for n, t in self._converted(empty)]
 
     def _converted(self, read: Callable[[_Source], Tensor]) -> Iterator[tuple[str, Tensor]]:
-        base = beneath(self.model)
+        base = unwrap_peft(self.model)
         _check_conversions(base)
         for source in _sources(self.model):
-            found = revert_weight_conversion(base, {source.name: read(source)})
-            for name, tensor in found.items():
+            saved = revert_weight_conversion(base, {source.name: read(source)})
+            for name, tensor in saved.items():
                 casts = self.dtype is not None and tensor.is_floating_point()
                 yield name, tensor.to(self.dtype) if casts else tensor
 
 
 def _sources(model: PreTrainedModel) -> list[_Source]:
-    """The parameters of a model, those of its adapter taken out."""
-    base = beneath(model)
+    """The parameters of a model without those of its adapter."""
+    base = unwrap_peft(model)
     if not hasattr(model, "peft_config"):
         return [_Source(name, weight) for name, weight in base.named_parameters()]
     adapters = _adapters(base)
@@ -116,7 +113,7 @@ def _sources(model: PreTrainedModel) -> list[_Source]:
         plain = name.replace(BASE, ".")
         if SAVED in plain:
             before, _, after = plain.partition(SAVED)
-            # the adapter's name stands between
+            # followed by the adapter's name
             plain = f"{before}.{after.partition('.')[2]}"
         sources.append(_Source(plain, weight, adapters.get(owner)))
     return sources
@@ -126,12 +123,12 @@ def _adapters(base: nn.Module) -> dict[str, Any]:
     """The adapted layers by name.
 
     Raises:
-        ValueError: one of them is no plain LoRA of a linear layer, or its weight is tied.
+        ValueError: an adapter is not plain LoRA of a linear layer, or its weight is tied.
     """
     from peft.tuners.lora.layer import Linear
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    found, uses = {}, [id(w) for _, w in base.named_parameters(remove_duplicate=False)]
+    adapters, uses = {}, [id(w) for _, w in base.named_parameters(remove_duplicate=False)]
     for name, module in base.named_modules():
         if not isinstance(module, BaseTunerLayer):
             continue
@@ -139,32 +136,30 @@ def _adapters(base: nn.Module) -> dict[str, Any]:
         plain = type(layer) is Linear and type(layer.get_base_layer()) is nn.Linear
         if not plain or layer.lora_variant or any(layer.lora_bias.values()) or layer.merged:
             raise ValueError(
-                "model: expected LoRA adapters of linear layers, not merged yet and without DoRA "
-                f"or a bias, to merge for the engine, got {type(layer).__name__} at {name}"
+                "model: expected LoRA of linear layers, not merged, without DoRA or bias, for an "
+                f"engine with its own weights, got {type(layer).__name__} at {name}"
             )
         if len(layer.active_adapters) != 1:
             raise ValueError(f"model: expected one active adapter, got {layer.active_adapters}")
         if uses.count(id(layer.get_base_layer().weight)) > 1:
-            raise ValueError(
-                f"model: expected no adapter on a tied weight, whose twin has none, got {name}"
-            )
-        found[name] = layer
-    return found
+            raise ValueError(f"model: LoRA on a tied weight cannot be merged: {name}")
+        adapters[name] = layer
+    return adapters
 
 
 def _delta(layer: Any) -> Tensor:
-    """s·B·A of the active adapter, whole."""
+    """s·B·A of the active adapter."""
     name = layer.active_adapters[0]
-    up, down = (whole(part[name].weight.detach()) for part in (layer.lora_B, layer.lora_A))
+    up, down = (full_tensor(part[name].weight.detach()) for part in (layer.lora_B, layer.lora_A))
     delta: Tensor = (up @ down) * layer.scaling[name]
     return delta.T if layer.fan_in_fan_out else delta
 
 
 def _check_conversions(model: PreTrainedModel) -> None:
-    """Raises ValueError if a tensor of the checkpoint is made of several weights of the model."""
+    """Raises ValueError if one tensor of the checkpoint holds several weights of the model."""
     for conversion in getattr(model, "_weight_conversions", None) or ():
         if isinstance(conversion, WeightConverter) and len(conversion.target_patterns) > 1:
             raise ValueError(
-                f"model: expected weights that the checkpoint holds one by one, got "
-                f"{conversion.target_patterns}, which it holds together"
+                f"model: expected one tensor of the checkpoint per weight, got "
+                f"{conversion.target_patterns} in one tensor"
             )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from grpo_core.runs.demo import decimals
 from grpo_core.runs.demo.demo import Stage
-from grpo_core.trainer.rewards import accuracy
+from grpo_core.trainer.rules import accuracy
 
 COLUMNS = {"accuracy": "accuracy", "traps": "accuracy/trap", "format": "format", "length": "length"}
 MODES = ("greedy", "sampled")

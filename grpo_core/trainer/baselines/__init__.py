@@ -1,1 +1,4 @@
-"""What GRPO is compared with, on the same data, rewards and rollouts: SFT, DPO, PPO."""
+"""Baselines on the same data, rewards and rollouts as GRPO: SFT, DPO, PPO.
+
+Read `supervised` first: `dpo` uses its training loop. `ppo` is a subclass of `Trainer`.
+"""

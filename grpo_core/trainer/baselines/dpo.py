@@ -1,8 +1,8 @@
-"""DPO on pairs that the model has sampled itself: preferences without reinforcement learning.
+"""DPO on pairs of completions sampled from the model itself.
 
-`sample_pairs` answers every prompt several times and keeps the best and the worst, where the reward
-tells them apart. `train_preferences` learns from those pairs (arXiv 2305.18290, eq. 7), with the
-log-probabilities from hidden states, so that no logits of all tokens exist.
+`sample_pairs` completes every prompt several times and keeps the best and the worst completion if
+their rewards differ. `train_preferences` trains on these pairs (arXiv 2305.18290, eq. 7), with
+log-probabilities from hidden states, so that no logits of all tokens are held.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from grpo_core.cli.options import check_at_least, check_warmup
 from grpo_core.linear.logp import linear_logp
 from grpo_core.linear.model_probe import Around, read_head
 from grpo_core.loss.dpo_loss import dpo_loss, sequence_logp
-from grpo_core.trainer.baselines.supervised import Example, check_lengths, descend, pad_examples
-from grpo_core.trainer.batch import Rows, beneath, check_output_matrix
-from grpo_core.trainer.reference_model import adapter_off, reference_of
+from grpo_core.trainer.baselines.supervised import Example, check_lengths, optimize, pad_examples
+from grpo_core.trainer.batch import TokenRows, check_output_matrix
+from grpo_core.trainer.forward import adapter_off, reference_of
 from grpo_core.trainer.rewards import Reward, best_and_worst, score
 from grpo_core.trainer.rollout import Problem, Sampling, rollout
+from grpo_core.trainer.sharding import unwrap_peft
 
 
 class Pair(NamedTuple):
-    """Two answers to one prompt, token ids with their end token, the first the better one."""
+    """A prompt, its better and its worse completion: token ids with end tokens."""
 
     prompt: list[int]
     chosen: list[int]
@@ -36,11 +37,12 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class PreferenceConfig:
-    """A run of `train_preferences`.
+    """Configuration of `train_preferences`.
 
     Attributes:
-        steps, batch_size: updates, of so many pairs each.
-        beta: of DPO, how much a nat of log-ratio counts.
+        steps: updates.
+        batch_size: pairs per update.
+        beta: reward per nat of log-ratio.
     """
 
     steps: int
@@ -65,33 +67,33 @@ def sample_pairs(
     group_size: int,
     seed: int = 0,
 ) -> list[Pair]:
-    """A pair for every problem whose answers differ in reward: the best and the worst of them.
+    """The best and the worst completion of every problem whose rewards differ.
 
     Args:
-        model: what answers.
-        problems: each answered `group_size` times.
-        reward: tells answers apart.
-        sampling: how they are drawn.
+        model: samples the completions.
+        problems: each completed `group_size` times.
+        reward: scores the completions.
+        sampling: options of the rollout.
         group_size: at least 2.
-        seed: of the sampler; the global generator is left as it was found.
+        seed: of the sampler; torch's global generator is restored.
 
     Raises:
         ValueError: group_size is too small.
     """
     if group_size < 2:
         raise ValueError(f"group_size: expected at least 2, got {group_size}")
-    asked = [problem for problem in problems for _ in range(group_size)]
+    repeated = [problem for problem in problems for _ in range(group_size)]
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
-        drawn = rollout(model, [problem.prompt for problem in asked], sampling)
+        drawn = rollout(model, [problem.prompt for problem in repeated], sampling)
     completions = drawn.completions()
-    scores = score(reward, asked, completions, "pairs").total.view(-1, group_size)
+    scores = score(reward, repeated, completions, "pairs").total.view(-1, group_size)
     pairs = []
     for group, problem in enumerate(problems):
         best, worst = best_and_worst(scores[group])
         if scores[group, best] > scores[group, worst]:
-            answers = completions[group * group_size :]
-            pairs.append(Pair(list(problem.prompt), answers[best], answers[worst]))
+            of_group = completions[group * group_size :]
+            pairs.append(Pair(list(problem.prompt), of_group[best], of_group[worst]))
     return pairs
 
 
@@ -103,42 +105,42 @@ def train_preferences(
     seed: int = 0,
     label: str = "DPO",
 ) -> list[dict[str, float]]:
-    """Trains in place, as `supervised.descend` does.
+    """Trains in place, see `supervised.optimize`.
 
     Returns:
-        Of every step: "loss"; "accuracy", the share of pairs whose better answer has the larger
-        implied reward; "margin", the mean difference of those.
+        For every step: "loss"; "accuracy", the share of pairs whose better completion has the
+        larger implied reward; "margin", the mean difference of implied rewards.
 
     Raises:
         ValueError: there are no pairs, one has more tokens than the model has positions, or the
-            model does more to its logits than a product.
+            model's logits are not a plain product.
     """
     if not pairs:
-        raise ValueError("pairs: expected at least one, got none: the rewards of all are equal")
+        raise ValueError("pairs: expected at least one, got none: all rewards are equal")
     check_lengths(model, [Example(p.prompt, max(p.chosen, p.rejected, key=len)) for p in pairs])
     check_output_matrix(model)
     reference = reference_of(model)
 
-    def loss_of(some: list[Pair]) -> tuple[Tensor, Tensor]:
-        answers = [Example(pair.prompt, pair.chosen) for pair in some]
-        answers += [Example(pair.prompt, pair.rejected) for pair in some]
-        rows = pad_examples(answers, prompt_loss=False, device=model.device)
+    def loss_of(batch: list[Pair]) -> tuple[Tensor, Tensor]:
+        examples = [Example(pair.prompt, pair.chosen) for pair in batch]
+        examples += [Example(pair.prompt, pair.rejected) for pair in batch]
+        rows = pad_examples(examples, prompt_loss=False, device=model.device)
         with torch.no_grad(), adapter_off(reference):
-            ref_chosen, ref_rejected = answer_logp(reference, rows).chunk(2)
-        chosen, rejected = answer_logp(model, rows).chunk(2)
+            ref_chosen, ref_rejected = completion_logp(reference, rows).chunk(2)
+        chosen, rejected = completion_logp(model, rows).chunk(2)
         out = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=config.beta)
         margin = out.reward_chosen - out.reward_rejected
         accuracy = (margin > 0).float().mean()
         return out.loss, torch.stack([out.loss.detach(), accuracy, margin.mean()])
 
-    history = descend(model, pairs, config, loss_of, seed=seed, label=label)
+    history = optimize(model, pairs, config, loss_of, seed=seed, label=label)
     names = ("loss", "accuracy", "margin")
-    return [dict(zip(names, figures, strict=True)) for figures in history]
+    return [dict(zip(names, values, strict=True)) for values in history]
 
 
-def answer_logp(model: PreTrainedModel, rows: Rows) -> Tensor:
-    """Σ log π over each answer's tokens, [S] float32, differentiable."""
-    head = read_head(beneath(model).get_output_embeddings(), Around())
-    found = linear_logp(rows.hidden(model), head, rows.target)
+def completion_logp(model: PreTrainedModel, rows: TokenRows) -> Tensor:
+    """Σ log π over each completion's tokens, [S] float32, differentiable."""
+    head = read_head(unwrap_peft(model).get_output_embeddings(), Around())
+    logp = linear_logp(rows.hidden(model), head, rows.target).logp
     everything = torch.ones_like(rows.target, dtype=torch.bool)
-    return sequence_logp(found.logp, everything, rows.sequence, sequences=len(rows.ids))
+    return sequence_logp(logp, everything, rows.sequence, sequences=len(rows.ids))

@@ -1,4 +1,4 @@
-"""Next-token training, on whole texts (the base model) or on completions only (R1's cold start)."""
+"""Supervised training: next-token loss on whole texts, or on completions only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from grpo_core.cli.options import check_at_least, check_warmup, warmup
-from grpo_core.trainer.batch import Rows, rows_of
+from grpo_core.trainer.batch import TokenRows, find_rows
 from grpo_core.trainer.rollout import check_context
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ Item = TypeVar("Item")
 
 
 class Example(NamedTuple):
-    """Token ids of a text in two halves; `completion` carries its end token."""
+    """Token ids of a prompt and of a completion with its end token."""
 
     prompt: list[int]
     completion: list[int]
@@ -32,11 +32,13 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class SupervisedConfig:
+    """Configuration of `train_supervised`."""
+
     steps: int
     batch_size: int
     learning_rate: float
     warmup_steps: int | None
-    prompt_loss: bool  # whether the prompt's tokens are targets as well
+    prompt_loss: bool  # whether prompt tokens are targets too
     max_grad_norm: float = 1.0
     final_learning_rate: float = 0.1  # as a share of `learning_rate`
 
@@ -46,15 +48,15 @@ class SupervisedConfig:
 
 
 def learning_rate_share(step: int, steps: int, warmup_steps: int, final: float) -> float:
-    """Linear up to 1 over the warm-up, then down towards `final`; `step` counts from 0."""
+    """Linear warm-up to 1, then linear decay towards `final`; `step` counts from 0."""
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     left = (steps - step) / (steps - warmup_steps)
     return final + (1 - final) * left
 
 
-def pad_examples(examples: Sequence[Example], prompt_loss: bool, device: torch.device) -> Rows:
-    """The examples as rows, padded on the right with a 0 that is never attended to."""
+def pad_examples(examples: Sequence[Example], prompt_loss: bool, device: torch.device) -> TokenRows:
+    """The examples as rows, padded on the right."""
     longest = max(len(prompt) + len(completion) for prompt, completion in examples)
     ids = torch.zeros(len(examples), longest, dtype=torch.int64)
     attention = torch.zeros_like(ids, dtype=torch.bool)
@@ -64,7 +66,7 @@ def pad_examples(examples: Sequence[Example], prompt_loss: bool, device: torch.d
         ids[row, :length] = torch.tensor([*prompt, *completion])
         attention[row, :length] = True
         is_target[row, 0 if prompt_loss else len(prompt) : length] = True
-    return rows_of(ids.to(device), attention.to(device), is_target.to(device))
+    return find_rows(ids.to(device), attention.to(device), is_target.to(device))
 
 
 def check_lengths(model: PreTrainedModel, examples: Sequence[Example]) -> None:
@@ -81,7 +83,7 @@ def train_supervised(
     seed: int,
     label: str,
 ) -> list[float]:
-    """Trains in place by AdamW with warm-up, linear decay and clipping; a new order every epoch.
+    """Trains in place, see `optimize`.
 
     Returns:
         The loss of every step, nats per token.
@@ -93,15 +95,15 @@ def train_supervised(
         raise ValueError("examples: expected at least one, got none")
     check_lengths(model, examples)
 
-    def loss_of(chosen: list[Example]) -> tuple[Tensor, Tensor]:
-        rows = pad_examples(chosen, config.prompt_loss, model.device)
+    def loss_of(batch: list[Example]) -> tuple[Tensor, Tensor]:
+        rows = pad_examples(batch, config.prompt_loss, model.device)
         loss = cross_entropy(rows.logits(model).float(), rows.target)
         return loss, loss.detach()[None]
 
-    return [loss for (loss,) in descend(model, examples, config, loss_of, seed=seed, label=label)]
+    return [loss for (loss,) in optimize(model, examples, config, loss_of, seed=seed, label=label)]
 
 
-def descend(
+def optimize(
     model: PreTrainedModel,
     items: Sequence[Item],
     config: SupervisedConfig | PreferenceConfig,
@@ -113,15 +115,15 @@ def descend(
     """Trains in place by AdamW with warm-up, linear decay and clipping; a new order every epoch.
 
     Args:
-        model: what is trained.
-        items: what batches are drawn from.
+        model: to train.
+        items: to draw batches from.
         config: of the run.
-        loss_of: a batch -> (its loss, figures [k] detached, of which the loss is the first).
+        loss_of: maps a batch to its loss and to detached metrics [k], the loss first.
         seed: of the order.
-        label: on the progress bar.
+        label: of the progress bar.
 
     Returns:
-        The figures of every step.
+        The metrics of every step.
     """
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
@@ -133,16 +135,16 @@ def descend(
     for step in progress:
         if len(queue) < config.batch_size:
             queue = rng.sample(list(items), len(items))
-        chosen = [queue.pop() for _ in range(min(config.batch_size, len(queue)))]
+        batch = [queue.pop() for _ in range(min(config.batch_size, len(queue)))]
         share = learning_rate_share(step, config.steps, warmup(config), config.final_learning_rate)
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * share
 
-        loss, figures = loss_of(chosen)
+        loss, metrics = loss_of(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        history.append(figures.tolist())
+        history.append(metrics.tolist())
         progress.set_postfix(loss=f"{history[-1][0]:.3f}", refresh=False)
     return history

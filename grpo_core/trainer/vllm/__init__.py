@@ -1,1 +1,1 @@
-"""vLLM as the sampling engine: in the trainer's process, or as a server."""
+"""vLLM as the sampling engine: `engine` in the trainer's process, `server` over HTTP and NCCL."""

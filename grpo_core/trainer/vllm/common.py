@@ -1,31 +1,32 @@
-"""What the two ways to vLLM have in common: options, seeds, versions, the frame of an update."""
+"""Shared by both vLLM engines: options, seeds, weight versions, weight updates."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from types import ModuleType
 from typing import Any, Protocol
 
 import torch
 from packaging.version import Version
 
-from grpo_core.trainer.extras import extra
+from grpo_core.cli.options import check_package
 from grpo_core.trainer.rollout import Sampling
 
-# the first with packed pieces announced at the start, and with versions of weights
+# the first version with packed weight transfer and weight versions
 OLDEST = "0.28"
 
 
 class Client(Protocol):
-    """What takes new weights, as vLLM's `LLM` does."""
+    """Receives weights, as vLLM's `LLM` does."""
 
     def start_weight_update(self) -> None:
-        """Before the first piece."""
+        """Called before the first piece."""
         ...
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """After the last; with a version, the weights have it from now on."""
+        """Called after the last piece; sets the version of the weights, if there is one."""
         ...
 
 
@@ -33,28 +34,32 @@ def vllm_module(name: str = "") -> ModuleType:
     """vLLM, or a module within it.
 
     Raises:
-        ModuleNotFoundError: it is not installed.
-        ValueError: it is older than this code can talk to.
+        ModuleNotFoundError: vLLM is not installed.
+        ValueError: the version is too old.
     """
     package = f"'vllm>={OLDEST}'"
-    vllm = extra("vllm", "rollout: the engine is vLLM, which is not installed", package)
+    check_package("rollout", "vllm", package)
+    vllm = import_module("vllm")
     if Version(vllm.__version__) < Version(OLDEST):
         raise ValueError(f"vllm: expected {OLDEST} or later, got {vllm.__version__}")
-    return extra(f"vllm.{name}", f"rollout: needs vllm.{name}", package) if name else vllm
+    if not name:
+        return vllm
+    check_package("rollout", f"vllm.{name}", package)
+    return import_module(f"vllm.{name}")
 
 
 def request_options(sampling: Sampling, ends: Sequence[int]) -> dict[str, Any]:
-    """The options of one completion, under the names `SamplingParams` and the server share.
+    """Options of a completion, under the names that `SamplingParams` and the server share.
 
-    The policy itself is sampled: whatever would bend its distribution is switched off by name,
-    since a server fills gaps from the checkpoint's generation_config.json.
+    Everything that would change the policy's distribution is set to its neutral value, since a
+    server takes missing options from the checkpoint's generation_config.json.
     """
     return {
         "n": 1,
         "temperature": sampling.temperature,
         "max_tokens": sampling.max_new_tokens,
         "stop_token_ids": list(ends),
-        # of the token that is drawn, and of no other
+        # only the sampled token
         "logprobs": 0,
         "top_p": 1.0,
         "top_k": 0,
@@ -66,37 +71,35 @@ def request_options(sampling: Sampling, ends: Sequence[int]) -> dict[str, Any]:
 
 
 def seeds(count: int) -> list[int]:
-    """One for every completion: those of a group would otherwise be the same."""
+    """One seed per completion, so that completions of a group differ."""
     return torch.randint(2**31 - 1, (count,)).tolist()
 
 
 def check_ends(
     completions: Sequence[Sequence[int]], reasons: Sequence[str | None], ends: Sequence[int]
 ) -> None:
-    """Raises RuntimeError unless each ended with an end token of the model, or at the limit."""
+    """Raises RuntimeError unless each completion ends with an end token or at the limit."""
     for ids, reason in zip(completions, reasons, strict=True):
         ended = bool(ids) and ids[-1] in ends
         if not ids or reason not in ("stop", "length") or (reason == "stop" and not ended):
             last = ids[-1] if ids else None
             raise RuntimeError(
-                f"completion: expected an end by one of the tokens {list(ends)} or by the limit, "
+                f"completion: expected one of the end tokens {list(ends)}, or the length limit, "
                 f"got finish_reason {reason!r} after token {last}"
             )
 
 
 def version_number(before: str, after: str, session: str) -> int | None:
-    """The version that a trainer's session has given, None where another has, or it changed."""
+    """The version that this session has set; None if another has, or if it changed."""
     ours, _, number = before.partition("/")
     return int(number) if before == after and ours == session else None
 
 
 @contextmanager
 def weight_update(client: Client, version: str) -> Iterator[None]:
-    """Around the sending of weights: vLLM is told of the end in any case.
+    """Context for sending weights, which ends the update in vLLM in any case.
 
-    After an error without a version, so that the engine keeps the old one and its completions are
-    refused until a whole update has come. Should the end fail as well, its error is raised with the
-    first one as its context.
+    After an error no version is set, so that completions are refused until an update succeeds.
     """
     client.start_weight_update()
     complete = False
@@ -108,5 +111,5 @@ def weight_update(client: Client, version: str) -> Iterator[None]:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As vLLM writes it."""
+    """The name of a dtype in vLLM."""
     return str(dtype).removeprefix("torch.")

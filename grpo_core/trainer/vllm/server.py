@@ -1,14 +1,14 @@
-"""Rollouts by a vLLM server, on GPUs of its own.
+"""Rollouts by a vLLM server on other GPUs.
 
     VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs \\
         --weight-transfer-config '{"backend": "nccl"}'
 
-Completions come over HTTP, one request each. Weights go to its workers by NCCL, packed, in a group
-in which the trainer's main process is rank 0: the server is told what is to come, and receives
-while the trainer sends. Server and trainer cannot share a GPU, since NCCL refuses two ranks on one.
+Completions come over HTTP, one request each. Weights are sent to the workers by NCCL, packed, in a
+group whose rank 0 is the trainer's: the server gets the list of weights first, then receives while
+the trainer sends. Server and trainer cannot share a GPU, since NCCL allows one rank per GPU.
 
-For vLLM 0.28 to 0.33: routes and names were compared with the source of 0.28.0 and 0.33.0. It was
-only ever run against a stand-in for both ends, see `tests/fake_vllm`.
+For vLLM 0.28 to 0.33: routes and names were compared with the source of 0.28.0 and 0.33.0. Tested
+only with a stand-in for both sides, see `tests/fake_vllm`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo_core.trainer.distributed import gathered, is_main
-from grpo_core.trainer.rollout import Rollout, Sampling, special_tokens
-from grpo_core.trainer.rollout_tensors import rollout_of
+from grpo_core.trainer.distributed import all_gather_object, is_main
+from grpo_core.trainer.rollout import Rollout, Sampling, make_rollout, special_tokens
 from grpo_core.trainer.vllm.common import (
     check_ends,
     dtype_name,
@@ -38,22 +37,21 @@ from grpo_core.trainer.vllm.common import (
     vllm_module,
     weight_update,
 )
-from grpo_core.trainer.weights import Described, ModelWeights
+from grpo_core.trainer.weights import ModelWeights, WeightSpec
 
-# requests at a time; the server batches them
-AT_ONCE = 128
-# further attempts at a completion whose connection broke: it has a seed, and comes out the same
-ATTEMPTS = 3
-# seconds: of a rollout or an update; and of the end of one that has failed, where the server's
-# workers may wait for weights that never come
-PATIENCE, LAST_WORDS = 1800.0, 30.0
+# concurrent requests; the server batches them
+CONCURRENCY = 128
+# retries of a request whose connection broke; completions have seeds and come out equal
+RETRIES = 3
+# seconds for a request, and for ending an update that failed, while workers may wait for weights
+TIMEOUT, ABORT_TIMEOUT = 1800.0, 30.0
 
 
 class Server:
     """A vLLM server's HTTP routes.
 
     Raises:
-        ConnectionError: of every method; it cannot be reached, or answers with an error.
+        ConnectionError: by all methods; no connection, or a status that is an error.
     """
 
     def __init__(self, url: str) -> None:
@@ -61,62 +59,62 @@ class Server:
 
     def get(self, route: str) -> Any:
         """The answer to a GET."""
-        return self._ask(urllib.request.Request(f"{self.url}/{route}"), PATIENCE, ATTEMPTS)
+        return self._send(urllib.request.Request(f"{self.url}/{route}"), TIMEOUT, RETRIES)
 
     def post(
         self,
         route: str,
         body: dict[str, Any] | None = None,
         *,
-        patience: float = 0.0,
-        attempts: int = 0,
+        timeout: float = 0.0,
+        retries: int = 0,
     ) -> Any:
-        """The answer to a POST; `attempts` more if the connection breaks."""
+        """The answer to a POST, repeated `retries` times if the connection breaks."""
         data = json.dumps({} if body is None else body).encode()
         head = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{self.url}/{route}", data, head, method="POST")
-        return self._ask(request, patience or PATIENCE, attempts)
+        return self._send(request, timeout or TIMEOUT, retries)
 
     def start_weight_update(self) -> None:
-        """Of `vllm_common.Client`."""
+        """See `common.Client`."""
         self.post("start_weight_update")
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Of `vllm_common.Client`."""
+        """See `common.Client`."""
         if weight_version is None:
-            self.post("finish_weight_update", patience=LAST_WORDS)
+            self.post("finish_weight_update", timeout=ABORT_TIMEOUT)
         else:
             self.post("finish_weight_update", {"weight_version": weight_version})
 
-    def _ask(self, request: urllib.request.Request, patience: float, attempts: int) -> Any:
+    def _send(self, request: urllib.request.Request, timeout: float, retries: int) -> Any:
         try:
-            with urllib.request.urlopen(request, timeout=patience) as answer:
+            with urllib.request.urlopen(request, timeout=timeout) as answer:
                 text = answer.read()
         except urllib.error.HTTPError as error:
-            said = error.read().decode(errors="replace")
+            message = error.read().decode(errors="replace")
             if error.code == 404:
-                said += "; was the server started with VLLM_SERVER_DEV_MODE=1?"
-            raise ConnectionError(f"{request.full_url}: status {error.code}, {said}") from error
+                message += "; was the server started with VLLM_SERVER_DEV_MODE=1?"
+            raise ConnectionError(f"{request.full_url}: status {error.code}, {message}") from error
         except OSError as error:
-            if attempts:
+            if retries:
                 time.sleep(0.5)
-                return self._ask(request, patience, attempts - 1)
+                return self._send(request, timeout, retries - 1)
             raise ConnectionError(f"{request.full_url}: {error}; is the server up?") from error
         return json.loads(text) if text else None
 
 
 class VllmServer:
-    """A vLLM server that all processes of a group share; see `rollouts.Engine`.
+    """A vLLM server that all ranks share; see `engine.Engine`.
 
     Args:
         url: such as http://localhost:8000.
-        model: the trainer's; names padding and end tokens.
-        dtype: that weights are sent in; the server's own saves it the conversion.
+        model: the trainer's; gives padding and end tokens.
+        dtype: of the weights that are sent, ideally that of the server.
 
     Raises:
-        ModuleNotFoundError: there is no vLLM in the trainer's environment, which sends by it.
+        ModuleNotFoundError: vLLM, whose code sends weights, is not installed beside the trainer.
         ConnectionError: the server cannot be reached.
-        ValueError: it was started without what is needed.
+        ValueError: the server was started with other options than needed.
     """
 
     separate = True
@@ -131,26 +129,25 @@ class VllmServer:
         self.pad, self.ends = special_tokens(model)
         self.device, self.dtype = model.device, dtype
         self.name = self.server.get("v1/models")["data"][0]["id"]
-        # one for all processes
-        self.session = gathered(uuid4().hex)[0]
+        # equal on all ranks
+        self.session = all_gather_object(uuid4().hex)[0]
         self.group = open_group(self.server) if is_main() else None
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
-        """One completion per prompt, each by a seed of its own from torch's generator."""
+        """One completion per prompt, each with a seed from torch's generator."""
         named = request_options(sampling, self.ends) | {"model": self.name}
 
-        def ask(prompt: Sequence[int], seed: int) -> Any:
+        def complete(prompt: Sequence[int], seed: int) -> Any:
             body = named | {"prompt": list(prompt), "seed": seed, "return_token_ids": True}
-            found = self.server.post("v1/completions", body, attempts=ATTEMPTS)
-            return found["choices"][0]
+            return self.server.post("v1/completions", body, retries=RETRIES)["choices"][0]
 
         before = self.server.get("weight_info")["weight_version"]
-        with ThreadPoolExecutor(AT_ONCE) as threads:
-            choices = list(threads.map(ask, prompts, seeds(len(prompts))))
+        with ThreadPoolExecutor(CONCURRENCY) as threads:
+            choices = list(threads.map(complete, prompts, seeds(len(prompts))))
         after = self.server.get("weight_info")["weight_version"]
         completions = [choice["token_ids"] for choice in choices]
         check_ends(completions, [choice["finish_reason"] for choice in choices], self.ends)
-        return rollout_of(
+        return make_rollout(
             prompts,
             completions,
             [choice["logprobs"]["token_logprobs"] for choice in choices],
@@ -161,36 +158,36 @@ class VllmServer:
         )
 
     def update_weights(self, weights: ModelWeights, version: int) -> None:
-        """By NCCL, while the server receives; in the main process."""
+        """Sends weights by NCCL from rank 0 while the server receives."""
         weights = weights.to(self.dtype)
-        coming = weights.described()
-        announced = {
-            "names": [each.name for each in coming],
-            "dtype_names": [dtype_name(each.dtype) for each in coming],
-            "shapes": [list(each.shape) for each in coming],
+        specs = weights.describe()
+        update = {
+            "names": [spec.name for spec in specs],
+            "dtype_names": [dtype_name(spec.dtype) for spec in specs],
+            "shapes": [list(spec.shape) for spec in specs],
         }
         send = vllm_module("distributed.weight_transfer.packed_tensor")
         with weight_update(self.server, f"{self.session}/{version}"):
             threads = ThreadPoolExecutor(1)
             try:
-                body = {"update_info": announced}
+                body = {"update_info": update}
                 received = threads.submit(self.server.post, "update_weights", body)
                 send.packed_nccl_broadcast_producer(
-                    iterator=as_announced(weights, coming, received),
+                    iterator=check_specs(weights, specs, received),
                     group=self.group,
                     src=0,
                     post_iter_func=lambda pair: pair[1],
                 )
                 received.result()
             finally:
-                # after an error the server may never answer
+                # after an error the server may not answer
                 threads.shutdown(wait=False)
-        # keys and values of the weights before
+        # keys and values computed with the old weights
         self.server.post("reset_prefix_cache")
 
 
 def check_server(server: Server) -> None:
-    """Raises ValueError unless the server takes weights and tells log-probabilities as drawn."""
+    """Raises ValueError unless the server has the options for weights and log-probabilities."""
     config = server.get("server_info?config_format=json")["vllm_config"]
     transfer = (config.get("weight_transfer_config") or {}).get("backend")
     if transfer != "nccl":
@@ -199,15 +196,15 @@ def check_server(server: Server) -> None:
     mode = config["model_config"]["logprobs_mode"]
     if mode != "processed_logprobs":
         raise ValueError(
-            "rollout_url: expected a server with --logprobs-mode processed_logprobs, whose "
-            f"log-probabilities are those at the temperature, got {mode!r}"
+            "rollout_url: expected a server with --logprobs-mode processed_logprobs (at the "
+            f"sampling temperature), got {mode!r}"
         )
 
 
 def open_group(server: Server) -> Any:
-    """The NCCL group of the trainer, rank 0, and the server's workers; they meet in it at once."""
+    """Opens the NCCL group of the trainer, rank 0, and the server's workers."""
     network = vllm_module("utils.network_utils")
-    meeting = {
+    address = {
         "master_address": network.get_ip(),
         "master_port": network.get_open_port(),
         "world_size": server.get("get_world_size")["world_size"] + 1,
@@ -215,26 +212,26 @@ def open_group(server: Server) -> Any:
     join = vllm_module("distributed.weight_transfer.nccl_common").trainer_init
     threads = ThreadPoolExecutor(1)
     try:
-        body = {"init_info": {**meeting, "rank_offset": 1, "packed": True}}
-        joined = threads.submit(server.post, "init_weight_transfer_engine", body)
-        group = join(meeting)
-        joined.result()
+        body = {"init_info": {**address, "rank_offset": 1, "packed": True}}
+        server_joins = threads.submit(server.post, "init_weight_transfer_engine", body)
+        group = join(address)
+        server_joins.result()
     finally:
         threads.shutdown(wait=False)
     return group
 
 
-def as_announced(
-    weights: ModelWeights, coming: Sequence[Described], received: Future[Any]
+def check_specs(
+    weights: ModelWeights, specs: Sequence[WeightSpec], received: Future[Any]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The weights, as long as they are what the server waits for and it has not given up.
+    """Yields the weights while they match their specs and the server still receives.
 
     Raises:
-        RuntimeError: otherwise; both ends would hang in NCCL.
+        RuntimeError: a weight does not match; both sides would hang in NCCL.
     """
-    for (name, tensor), each in zip(weights, coming, strict=True):
+    for (name, tensor), spec in zip(weights, specs, strict=True):
         if received.done():
             received.result()
-        if (name, tensor.dtype, tuple(tensor.shape)) != (each.name, each.dtype, each.shape):
-            raise RuntimeError(f"weights: expected {each}, got {name} {list(tensor.shape)}")
+        if (name, tensor.dtype, tuple(tensor.shape)) != (spec.name, spec.dtype, spec.shape):
+            raise RuntimeError(f"weights: expected {spec}, got {name} {list(tensor.shape)}")
         yield name, tensor
