@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from grpo_core.cli.options import UserCodeError, load_from_file
 from grpo_core.trainer.math_rewards import math_accuracy
 from grpo_core.trainer.rewards import (
     RewardError,
@@ -41,18 +39,10 @@ def find_reward(name: str) -> RewardFunction:
         raise ValueError(
             f"rewards: expected math, {', '.join(RULES)} or path.py:function, got {name!r}"
         )
-    if not Path(path).is_file():
-        raise ValueError(f"rewards: expected a file, found no {path}")
-    spec = importlib.util.spec_from_file_location(f"rewards {Path(path).resolve()}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look up their module there
-    sys.modules[spec.name] = module
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise RewardError(f"rewards: {path} raised {type(error).__name__}: {error}") from error
-    found = getattr(module, function, None)
+        found = load_from_file("rewards", name)
+    except UserCodeError as error:
+        raise RewardError(str(error)) from error.__cause__
     if not callable(found):
         raise ValueError(f"rewards: {path} has no function {function!r}")
     reward: RewardFunction = found
