@@ -8,6 +8,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -202,8 +203,9 @@ def test_only_the_first_process_speaks(
     assert capsys.readouterr().err == ""
 
 
-def test_ctrl_c_during_the_imports_is_one_line(tmp_path: Path) -> None:
-    """After the first line torch is imported, which takes seconds; status 130, no traceback."""
+@pytest.mark.parametrize("delay", [0.0, 1.0])
+def test_ctrl_c_during_the_imports_is_one_line(delay: float, tmp_path: Path) -> None:
+    """After the first line torch and transformers are imported; status 130, no traceback."""
     process = subprocess.Popen(
         [sys.executable, "-m", "grpo_core.train", "--output", str(tmp_path / "run")],
         stdout=subprocess.PIPE,
@@ -213,6 +215,7 @@ def test_ctrl_c_during_the_imports_is_one_line(tmp_path: Path) -> None:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None and "R1-Zero" in process.stdout.readline()
+    time.sleep(delay)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert (process.returncode, errors.strip()) == (130, "interrupted")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import os
 import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -18,18 +21,42 @@ P = ParamSpec("P")
 
 
 def interruptible(main: Callable[P, int]) -> Callable[P, int]:
-    """A `main` that ends with one line and status 130 on Ctrl-C, in the middle of imports too."""
+    """A `main` that ends with one line and status 130 on Ctrl-C."""
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> int:
         try:
             return main(*args, **kwargs)
         except KeyboardInterrupt:
-            if is_first_process():
-                print("\ninterrupted", file=sys.stderr)
-            return 128 + signal.SIGINT
+            return report_interrupt()
 
     return wrapped
+
+
+@contextmanager
+def exit_on_interrupt() -> Iterator[None]:
+    """Within it Ctrl-C ends the process at once.
+
+    For imports: some packages turn a KeyboardInterrupt into an ImportError.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    in_thread = threading.current_thread() is not threading.main_thread()
+    if in_thread or before is not signal.default_int_handler:
+        # nothing to set, or ignored or handled by the caller
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(report_interrupt()))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def report_interrupt() -> int:
+    """Prints one line in the first process; returns the exit status of a shell for Ctrl-C."""
+    if is_first_process():
+        print("\ninterrupted", file=sys.stderr, flush=True)
+    return 128 + signal.SIGINT
 
 
 def training_command(name: str, kind: type, module: str) -> Callable[..., int]:
@@ -48,8 +75,10 @@ def training_command(name: str, kind: type, module: str) -> Callable[..., int]:
         parser, config = read_options(name, kind, arguments)
         if is_first_process():
             print(config.title, flush=True)
-        prepare(config.threads)
-        status: int = importlib.import_module(module).run(config, parser)
+        with exit_on_interrupt():
+            prepare(config.threads)
+            work = importlib.import_module(module)
+        status: int = work.run(config, parser)
         return status
 
     return main

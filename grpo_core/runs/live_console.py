@@ -165,7 +165,7 @@ def curves_block(records: Sequence[Metrics], parts: Sequence[str]) -> list[Text]
     for name, colour in zip(names, COLOURS, strict=False):
         if values := [record[name] for record in records if name in record]:
             head = f"{heads.get(name, shown_name(name)):<{MARGIN}.{MARGIN - 1}}"
-            last = f"{short(values[-1]):>7}    "
+            last = f"{short(values[-1]):>7}    ", QUIET
             cells.append(Text.assemble((head, QUIET), (curve(values, CURVE), colour), last))
     return [*(Text.assemble(*cells[k : k + 2]) for k in range(0, len(cells), 2)), Text()]
 
@@ -191,11 +191,14 @@ def steps_block(records: Sequence[Metrics], columns: Sequence[Column]) -> list[T
             "same": record["zero_std"] > ZERO_STD_LIMIT,
             "grad": not math.isfinite(record["grad_norm"]) or skipped,
         }
-        cells = [
-            Text(f"{column.text(record):>{column.width}}", BAD if troubles.get(column.head) else "")
-            for column in columns
-        ]
-        lines.append(Text("  ", "bold" if record is records[-1] else "").join(cells))
+        newest = record is records[-1]
+        cells = []
+        for column in columns:
+            style = f"bold {BAD}" if troubles.get(column.head) else "bold" if newest else "none"
+            if column.head == "step" and not newest:
+                style = QUIET
+            cells.append(Text(f"{column.text(record):>{column.width}}", style))
+        lines.append(Text("  ").join(cells))
     return [*lines, Text()]
 
 
@@ -233,7 +236,7 @@ def held_out_block(evaluations: Sequence[Metrics], width: int) -> list[Text]:
         columns.append((heads, values))
     deepest = max((len(heads) for heads, _ in columns), default=1)
     margin = ["held out", *[""] * (deepest - 1), *(f"step {each['step']}" for each in shown)]
-    lines = [Text(text.ljust(MARGIN), QUIET) for text in margin]
+    lines = [Text.assemble((text.ljust(MARGIN), QUIET)) for text in margin]
     for heads, values in columns:
         size = max(5, *map(len, heads + values))
         cells = [*heads, *[""] * (deepest - len(heads)), *values]
