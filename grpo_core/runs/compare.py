@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from grpo_core import RECIPES, Objective
 from grpo_core.cli.options import Parser
-from grpo_core.runs.config import CompareConfig, DemoConfig
+from grpo_core.runs.config import CompareConfig, DemoConfig, TaskOptions
 from grpo_core.runs.demo.demo import SAMPLED, Demo
 from grpo_core.runs.directory import clear
 from grpo_core.runs.plots import draw_methods, unless_missing
@@ -44,7 +44,6 @@ from grpo_core.trainer.reference_model import reference_of
 from grpo_core.trainer.rollout import Rollout
 from grpo_core.trainer.trainer import Trainer
 
-GROUP = 8
 METHODS = ("SFT", "DPO", "PPO", "GRPO", "GRPO, KL in the reward")
 
 
@@ -112,17 +111,11 @@ class Comparison:
 
     def __init__(self, config: CompareConfig, seed: int) -> None:
         self.config, self.seed = config, seed
-        self.demo = Demo(
-            DemoConfig(
-                output=str(Path(config.output) / f"seed-{seed}"),
-                seed=seed,
-                base_steps=config.base_steps,
-                held_out=config.held_out,
-                steps=config.steps,
-                prompts=config.prompts,
-                beta=config.beta,
-            )
-        )
+        shared = {each.name: getattr(config, each.name) for each in fields(TaskOptions)}
+        shared |= {"output": str(Path(config.output) / f"seed-{seed}")}
+        self.demo = Demo(DemoConfig(**shared, seed=seed, steps=config.steps, beta=config.beta))
+        self.group_size = self.demo.trainer_config.group_size
+        self.samples = config.steps * config.prompts * self.group_size
         self.demo.directory.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> list[Outcome]:
@@ -184,25 +177,22 @@ class Comparison:
                 problems,
                 self.demo.reward,
                 SAMPLED,
-                group_size=GROUP,
+                group_size=self.group_size,
                 seed=1000 * self.seed + step,
             )
         settings = PreferenceConfig(steps=4 * config.steps, batch_size=16, learning_rate=1e-4)
         with LiveBytes() as live:
             train_preferences(model, pairs, settings, seed=self.seed)
-        return Cost(config.steps * config.prompts * GROUP, 1, 2, live.peak / 2**20)
+        return Cost(
+            config.steps * config.prompts * self.demo.trainer_config.group_size,
+            1,
+            2,
+            live.peak / 2**20,
+        )
 
     def settings(self, objective: Objective) -> TrainerConfig:
         """The same for all methods that sample while they learn."""
-        return TrainerConfig(
-            objective=objective,
-            steps=self.config.steps,
-            prompts_per_step=self.config.prompts,
-            group_size=GROUP,
-            learning_rate=self.demo.config.learning_rate,
-            sampling=SAMPLED,
-            seed=self.seed,
-        )
+        return replace(self.demo.trainer_config, objective=objective)
 
     def train_online(self, trainer: Trainer, trained: int, held: int) -> Cost:
         """Runs a trainer; its memory is that of one update, where it is highest."""
@@ -220,8 +210,7 @@ class Comparison:
 
         trainer.update = measured_update  # type: ignore[assignment, method-assign]
         trainer.train()
-        samples = trainer.config.steps * trainer.config.prompts_per_step * GROUP
-        return Cost(samples, trained, held, peaks[0] / 2**20)
+        return Cost(self.samples, trained, held, peaks[0] / 2**20)
 
 
 class KLInRewardTrainer(Trainer):

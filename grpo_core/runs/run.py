@@ -169,7 +169,7 @@ class Run:
             self.write("results.json", stages)
             print("\n".join(results_table(stages)))
         if is_main():
-            print(f"all of it in {self.directory}/")
+            print(f"all results are in {self.directory}/")
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         """Writes a JSON file of the run directory, in the main process."""
