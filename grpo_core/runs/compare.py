@@ -183,12 +183,7 @@ class Comparison:
         settings = PreferenceConfig(steps=4 * config.steps, batch_size=16, learning_rate=1e-4)
         with LiveBytes() as live:
             train_preferences(model, pairs, settings, seed=self.seed)
-        return Cost(
-            config.steps * config.prompts * self.demo.trainer_config.group_size,
-            1,
-            2,
-            live.peak / 2**20,
-        )
+        return Cost(self.samples, 1, 2, live.peak / 2**20)
 
     def settings(self, objective: Objective) -> TrainerConfig:
         """The same for all methods that sample while they learn."""
