@@ -26,8 +26,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from grpo_core import RECIPES, without_fused_head
+from grpo_core.reinforce import main as reinforce
 from grpo_core.runs.demo import decimals
-from grpo_core.runs.reinforce import main as reinforce
 from grpo_core.trainer import Trainer
 from grpo_core.trainer.batch import Batch, pack
 from grpo_core.trainer.config import TrainerConfig

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from grpo_core import RECIPES
-from grpo_core.runs.compare import main
-from grpo_core.runs.comparison import METHODS, PricedTrainer
+from grpo_core.compare import main
+from grpo_core.runs.compare import METHODS, KLInRewardTrainer
 from grpo_core.trainer.config import TrainerConfig
 from grpo_core.trainer.forward import packed_logp
 from grpo_core.trainer.measure import LiveBytes
@@ -43,13 +43,13 @@ def test_a_comparison_leaves_behind_what_it_promises(
     table = (tmp_path / "compare.md").read_text()
     assert table.count("\n") == 2 + len(outcomes)
     shown = capsys.readouterr().out
-    assert all(f"\n{outcome['method']} " in shown for outcome in outcomes)
+    assert all(outcome["method"] in shown for outcome in outcomes)
 
 
 def test_the_kl_comes_off_the_reward_before_groups_are_compared() -> None:
     """By hand: with β large, what was likelier under the start is better."""
     config = TrainerConfig(objective=RECIPES["dapo"], sampling=Sampling(MAX_NEW_TOKENS), epochs=1)
-    trainer = PricedTrainer(
+    trainer = KLInRewardTrainer(
         micro_model(), draw_problems, share_of_sevens, config, beta=2.0, label="x"
     )
     with torch.no_grad():

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from grpo_core import RECIPES
-from grpo_core.runs.columns import NEAR_ZERO, choose, memory_of, percent, short
+from grpo_core.runs.columns import NEAR_ZERO, choose_columns, memory_text, percent, short
 from grpo_core.runs.console import Console, Lines, open_console
 from grpo_core.trainer import samples
 from grpo_core.trainer.evaluate import evaluate
@@ -201,7 +201,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorder:
 @pytest.mark.parametrize("height", [24, 40, 100])
 def test_a_frame_fits_the_terminal(height: int, recorded: Recorder) -> None:
     rich = pytest.importorskip("rich.console")
-    from grpo_core.runs.console_rich import Live
+    from grpo_core.runs.live_console import Live
 
     screen = io.StringIO()
     terminal = rich.Console(file=screen, width=80, height=height, force_terminal=True)
@@ -235,42 +235,47 @@ def plain(terminal: Any, frame: Any) -> str:
 
 def test_markup_in_a_completion_is_text_and_colours_tell(tmp_path: Path) -> None:
     rich = pytest.importorskip("rich.console")
-    from grpo_core.runs import console_blocks as blocks
+    from grpo_core.runs import live_console as blocks
 
     terminal = rich.Console(width=80, record=True, file=io.StringIO())
+    live = blocks.Live(terminal, moving=False)
+    live.begin("x", 0, config())
     texts = {"best": "[bold]1[/bold] [/b] :smile:", "worst": "long " * 100 + "end"}
     for kind, reward in (("best", 1.0), ("worst", 0.0)):
         sample = Sample(kind, 3, "?", texts[kind], None, reward, {})  # type: ignore[arg-type]
-        terminal.print(blocks.written(sample, 0.0, 1.0, 80))
+        live.samples.append(sample)
+    for block in live.sample_blocks():
+        terminal.print(*block, sep="\n")
     html = terminal.export_html(clear=False)
     shown = terminal.export_text()
     assert texts["best"] in shown
     assert " … " in shown and shown.rstrip().endswith("end") and len(shown.splitlines()) == 5
     assert blocks.GOOD in html and blocks.BAD in html
     record = {"step": 1, "reward": 0.0, "truncated": 0.3, "zero_std": 0.0, "grad_norm": math.nan}
-    columns = [column for column in choose([], config(), 80) if column.head in ("cut", "grad")]
-    terminal.print(blocks.table([record], columns))
+    columns = [
+        column for column in choose_columns([], config(), 80) if column.head in ("cut", "grad")
+    ]
+    terminal.print(*blocks.steps_block([record], columns))
     assert terminal.export_html().count(blocks.BAD) >= 1
 
 
 def test_held_out_figures_stand_under_their_names() -> None:
     """Of a part with an avg@k its mean is not repeated; of greedy answers it says so."""
-    rich = pytest.importorskip("rich.console")
-    from grpo_core.runs import console_blocks as blocks
+    pytest.importorskip("rich")
+    from grpo_core.runs.live_console import held_out_block
 
     figures = {"greedy_r.py:math": 0.5, "reward": 1.0, "r.py:math": 0.25, "r.py:math/avg@8": 0.25}
     first = {"step": 0, "held_out": figures}
     last = {"step": 5, "held_out": {**figures, "reward": 2.0, "r.py:math/pass@8": 0.75}}
-    terminal = rich.Console(width=80, file=io.StringIO())
-    lines = [line.split() for line in plain(terminal, blocks.looks([first, last], 80)).splitlines()]
+    lines = [line.plain.split() for line in held_out_block([first, last], 80)]
     assert lines[:4] == [
         ["held", "out", "math", "reward", "math", "math"],
         ["greedy", "avg@8", "pass@8"],
         ["step", "0", "0.500", "1.000", "0.250", "nan"],
         ["step", "5", "0.500", "2.000", "0.250", "0.750"],
     ]
-    narrow = plain(terminal, blocks.looks([first, last], 30)).splitlines()
-    assert narrow[0].split() == ["held", "out", "math", "reward"]
+    narrow = held_out_block([first, last], 30)
+    assert narrow[0].plain.split() == ["held", "out", "math", "reward"]
 
 
 def test_the_console_is_what_can_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,7 +297,7 @@ def test_wider_terminals_show_more_and_narrow_ones_the_most_important() -> None:
     parts = ["rewards.py:digits", "format", "brevity"]
 
     def heads(width: int) -> list[str]:
-        columns = choose(parts, config(), width)
+        columns = choose_columns(parts, config(), width)
         assert sum(column.width + 2 for column in columns) - 2 <= width
         return [column.head for column in columns]
 
@@ -332,21 +337,21 @@ def test_shares_texts_and_memory_in_few_characters() -> None:
     assert shortened("a\n b", 10) == "a b"
     assert shortened("0123456789" * 3, 13) == "01234 … 56789"
     peaks = {"rollout": 100.0, "loss": 200.4}
-    assert memory_of({"peak_resident_mib": peaks}) == "rollout 100, loss 200 MiB resident"
+    assert memory_text({"peak_resident_mib": peaks}) == "rollout 100, loss 200 MiB resident"
     gpu = {"rollout": 10240.0, "loss": 20480.0}
-    assert memory_of({"peak_cuda_mib": gpu}) == "rollout 10.0, loss 20.0 GiB allocated"
-    assert memory_of({"peak_resident_mib": {"rollout": 5.0, "loss": 5.0}}).startswith("5 MiB")
-    assert memory_of({}) == ""
+    assert memory_text({"peak_cuda_mib": gpu}) == "rollout 10.0, loss 20.0 GiB allocated"
+    assert memory_text({"peak_resident_mib": {"rollout": 5.0, "loss": 5.0}}).startswith("5 MiB")
+    assert memory_text({}) == ""
 
 
 def test_a_curve_runs_from_its_lowest_to_its_highest() -> None:
     pytest.importorskip("rich")
-    from grpo_core.runs.console_blocks import clock, spark
+    from grpo_core.runs.live_console import clock, curve
 
-    assert spark([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
-    assert spark([0, 0, 10, 10, math.nan], 2) == "▁█"
-    assert spark([3.0, 3.0], 4) == "▁▁  "
-    assert spark([], 3) == "   "
+    assert curve([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
+    assert curve([0, 0, 10, 10, math.nan], 2) == "▁█"
+    assert curve([3.0, 3.0], 4) == "▁▁  "
+    assert curve([], 3) == "   "
     assert (clock(65), clock(7384)) == ("1:05", "2:03:04")
 
 
@@ -354,7 +359,7 @@ def test_a_run_is_shown_from_its_files(
     tmp_path: Path, recorded: Recorder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("rich")
-    from grpo_core.runs.show import main
+    from grpo_core.show import main
 
     run_directory = tmp_path / "run"
     run_directory.mkdir()

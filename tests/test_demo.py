@@ -12,8 +12,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from grpo_core.runs.demo.demo import Demo, DemoConfig
-from grpo_core.runs.demo.main import main
+from grpo_core.cli.options import help_text
+from grpo_core.runs.config import DemoConfig
+from grpo_core.runs.demo.demo import Demo
+from grpo_core.train import main
 from grpo_core.trainer.measure import MACHINE
 from grpo_core.trainer.trainer import Trainer
 from tests.test_checkpoint import inherited
@@ -115,9 +117,9 @@ def test_help_documents_every_option(capsys: pytest.CaptureFixture[str]) -> None
         main(["--help"])
     assert stop.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for name, field in DemoConfig.__dataclass_fields__.items():
+    for name in DemoConfig.__dataclass_fields__:
         assert f"--{name}" in shown
-        assert field.metadata["help"].split(":")[0] in shown
+        assert help_text(DemoConfig, name).split(":")[0] in shown
 
 
 @pytest.mark.slow
@@ -147,7 +149,7 @@ def test_an_interrupted_run_says_what_is_left(
     monkeypatch.setattr(Demo, "base_model", interrupt)
     with inherited(signal.SIGINT, signal.SIG_IGN):
         assert main(["--output", str(tmp_path), "--no_plot", "--overwrite", "True"]) == 130
-    assert "interrupted; what was finished lies in" in capsys.readouterr().err
+    assert "interrupted; finished stages are in" in capsys.readouterr().err
     assert not (tmp_path / "results.json").exists()
     assert not (tmp_path / "r1").exists()
 
@@ -174,7 +176,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", terminated)
         assert main(again) == 128 + signal.SIGTERM
-    assert "with --resume True goes on" in capsys.readouterr().err
+    assert "with --resume True continues" in capsys.readouterr().err
     again += ["--resume", "True"]
     with monkeypatch.context() as patch:
         patch.setattr(Demo, "reinforce", interrupted)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -19,25 +21,23 @@ import torch
 from grpo_core import RECIPES, logp_loss
 from grpo_core.cli.options import (
     RECIPE_NAMES,
-    RUN_FILES,
-    RUN_FOLDERS,
     check_package,
     load_from_file,
     warmup,
 )
+from grpo_core.compare import main as compare
 from grpo_core.inspect.__main__ import main as inspect
-from grpo_core.runs.compare import main as compare
-from grpo_core.runs.comparison import Outcome
-from grpo_core.runs.comparison import lines as comparison_lines
+from grpo_core.plot import main as plot
+from grpo_core.reinforce import main as reinforce
+from grpo_core.runs.compare import Outcome
+from grpo_core.runs.compare import lines as comparison_lines
+from grpo_core.runs.config import RunConfig, find_objective
 from grpo_core.runs.demo.decimals import SHOWCASE
-from grpo_core.runs.demo.demo import Stage
-from grpo_core.runs.demo.main import main as train
-from grpo_core.runs.demo.report import plain
-from grpo_core.runs.plot_runs import main as plot
-from grpo_core.runs.reinforce import main as reinforce
-from grpo_core.runs.run import table
-from grpo_core.runs.run_config import RunConfig, find_objective
-from grpo_core.runs.show import main as show
+from grpo_core.runs.demo.report import Stage, plain
+from grpo_core.runs.directory import FILES, FOLDERS
+from grpo_core.runs.run import results_table
+from grpo_core.show import main as show
+from grpo_core.train import main as train
 from grpo_core.trainer.baselines.dpo import PreferenceConfig
 from grpo_core.trainer.config import TrainerConfig
 from grpo_core.trainer.rollout import Sampling
@@ -203,14 +203,32 @@ def test_only_the_first_process_speaks(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("delay", [0.0, 1.0])
+def test_ctrl_c_during_the_imports_is_one_line(delay: float, tmp_path: Path) -> None:
+    """After the first line torch and transformers are imported; status 130, no traceback."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "grpo_core.train", "--output", str(tmp_path / "run")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell's background jobs ignore SIGINT
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout is not None and "R1-Zero" in process.stdout.readline()
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors.strip()) == (130, "interrupted")
+
+
 @pytest.mark.parametrize("main", [train, reinforce, compare])
-@pytest.mark.parametrize("name", [*RUN_FILES, *RUN_FOLDERS])
+@pytest.mark.parametrize("name", [*FILES, *FOLDERS])
 def test_a_run_is_not_overwritten(
     main: Main, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whatever is left of it, and whoever has made it; nothing is touched."""
     output = tmp_path / "run"
-    left = output / name if name in RUN_FILES else output / name / "step-000040" / "trainer.pt"
+    left = output / name if name in FILES else output / name / "step-000040" / "trainer.pt"
     left.parent.mkdir(parents=True)
     left.write_text("precious")
     words = ["--output", str(output)]
@@ -442,7 +460,7 @@ def test_the_objective_that_the_document_shows(backend: Any, device: str, tmp_pa
 def test_the_final_table_fits_a_terminal() -> None:
     figures = {"accuracy/pass@16": 0.5, "a_reward_function_of_a_very_long_name/avg@16": 1 / 3}
     stages = {when: {how: figures for how in ("greedy", "sampled")} for when in ("before", "after")}
-    lines = table(stages)
+    lines = results_table(stages)
     assert max(map(len, lines)) == 80
     assert lines[2].split() == ["accuracy/pass@16", *["0.500"] * 4]
     assert lines[0].split() == ["held", "out", "greedy", "greedy", "sampled", "sampled"]

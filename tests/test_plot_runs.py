@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from grpo_core.runs.plot_runs import accuracy_panels, main, read_histories
+from grpo_core.plot import main
+from grpo_core.runs.plots import points, read_histories, reward_panels
 
 
 def write_run(directory: Path, steps: int, **more: Any) -> Path:
@@ -67,14 +68,14 @@ def test_held_out_figures_of_any_reward_and_of_several_answers(tmp_path: Path) -
             held_out = {name: step / 20 for name in (*figures, "reward", "a.py:digits")}
             file.write("\n" + json.dumps({"stage": "grpo", "step": step, "held_out": held_out}))
     histories = read_histories([run])
-    panels = {panel.title: panel for panel in accuracy_panels(histories)}
+    panels = {panel.title: panel for panel in reward_panels(histories)}
     assert list(panels) == ["Accuracy, held out", "Math, held out", "Digits, held out"]
     math_panel = panels["Math, held out"]
     assert math_panel.note == "line: avg@8, dashed: pass@8, dotted: greedy"
-    assert [style for _, style in math_panel.curves] == ["-", "--", ":"]
+    assert list(math_panel.curves.values()) == ["-", "--", ":"]
     (history,) = histories.values()
-    for curve, _ in math_panel.curves:
-        assert curve(history) == [(11, 0.55), (12, 0.6)]
-    ((curve, _),) = panels["Accuracy, held out"].curves
-    assert [step for step, _ in curve(history)] == [0, 5, 10]
+    for figure in math_panel.curves:
+        assert points(history, figure) == [(11, 0.55), (12, 0.6)]
+    (figure,) = panels["Accuracy, held out"].curves
+    assert [step for step, _ in points(history, figure)] == [0, 5, 10]
     assert main([str(run)]) == 0

@@ -13,11 +13,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from grpo_core.reinforce import main
+from grpo_core.runs.config import RunConfig
 from grpo_core.runs.demo import decimals
-from grpo_core.runs.loggers import flat, open_logger
-from grpo_core.runs.reinforce import main
-from grpo_core.runs.run import check_positions
-from grpo_core.runs.run_config import RunConfig
+from grpo_core.runs.model import check_positions
+from grpo_core.runs.run import flat, open_logger
 from grpo_core.trainer.measure import MACHINE
 from grpo_core.trainer.trainer import Trainer
 from tests.test_checkpoint import full_disk

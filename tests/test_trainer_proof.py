@@ -19,9 +19,9 @@ from transformers import ByT5Tokenizer
 from grpo_core import RECIPES, fused_linear_loss, fused_loss
 from grpo_core.cli.options import Parser, add_options, read_yaml
 from grpo_core.objective.advantage import estimate_advantages
-from grpo_core.runs.reinforce import main as reinforce
+from grpo_core.reinforce import main as reinforce
+from grpo_core.runs.config import RunConfig
 from grpo_core.runs.run import Run
-from grpo_core.runs.run_config import RunConfig
 from grpo_core.trainer.evaluate import evaluate
 from grpo_core.trainer.measure import Clock
 from grpo_core.trainer.rewards import FunctionReward, Scores

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from grpo_core.runs.reinforce import main
+from grpo_core.reinforce import main
 from grpo_core.trainer.engine import EngineSync
 from grpo_core.trainer.rollout import Sampling
 from grpo_core.trainer.vllm import engine as vllm_engine

@@ -10,7 +10,7 @@ import torch
 from bench.accuracy.document import DOCUMENT
 from bench.accuracy.measure import Measured
 from bench.batch import dtype_name
-from grpo_core.runs.plot import INK, QUIET, STYLE
+from grpo_core.runs.plots import INK, QUIET, STYLE
 
 PICTURE = DOCUMENT.parent / "images/accuracy.png"
 # the chunked contenders would lie on the lines of their libraries

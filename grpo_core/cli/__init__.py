@@ -1,4 +1,4 @@
-"""Command lines: options declared by dataclasses, read and checked before torch is loaded.
+"""Command lines: options declared in dataclasses, read and checked before torch is imported.
 
-Read `options`: `Parser` (one-line errors), `option` (a field with its help), `begin`.
+Read `options` (fields with help, the parser, checks), then `command` (the main of a command).
 """

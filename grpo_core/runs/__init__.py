@@ -1,4 +1,5 @@
-"""What the commands run: the embedded task, reinforcement of any model, comparison, plots.
+"""What the commands run: the embedded task, reinforcement learning of any model, comparison, plots.
 
-Each command of `grpo_core` is a file of a few lines that calls `main` here.
+Read `config` (the options), then `run` (reinforcement of a model) or `demo` (the embedded task).
+`console` and `plots` show a run; `directory` says which files it writes.
 """

@@ -1,4 +1,4 @@
-"""The figures of a step as columns of a table, as many as a terminal has room for."""
+"""The figures of a step as columns of a table, and what is said of its memory and its loss."""
 
 from __future__ import annotations
 
@@ -11,87 +11,72 @@ from grpo_core.trainer.measure import MACHINE
 from grpo_core.trainer.monitor import Metrics
 from grpo_core.trainer.rewards import shown_name
 
-GAP = 2  # between columns
-LONGEST_HEAD = 12
-
+NEAR_ZERO = 0.01  # more than rounding leaves of a loss that is 0
 LOSS_IS_ZERO = (
     "the loss is {loss}, and nothing is wrong: the advantages of a group sum to 0, so on "
     "policy the loss is near 0 whatever is learnt, while its gradient is not. Watch the reward."
 )
-# more than rounding leaves, less than a loss that says something
-NEAR_ZERO = 0.01
 
 
 @dataclass(frozen=True)
 class Column:
-    """A figure, under its head.
-
-    Attributes:
-        head: at the top of the column.
-        text: of a record.
-        rank: the lower, the longer it stays where room is short.
-        width: of its widest usual text, or of its head.
-    """
+    """A figure of a step; where room is short, columns of the lowest rank stay."""
 
     head: str
-    text: Callable[[Metrics], str]
     rank: int
     width: int
+    text: Callable[[Metrics], str]
 
 
-def choose(parts: Sequence[str], config: TrainerConfig, width: int) -> list[Column]:
-    """The columns that fit, in the order in which they are shown.
+def choose_columns(parts: Sequence[str], config: TrainerConfig, width: int) -> list[Column]:
+    """The columns that fit.
 
     Args:
         parts: names of rewards.
-        config: of the run; without a KL in the objective there is no column of it.
-        width: of the terminal.
+        config: of the run; there is a column of the KL if it is in the objective.
+        width: of the terminal, in characters.
     """
+
+    def figure(
+        head: str, rank: int, name: str = "", form: Callable[[float], str] = short, width: int = 0
+    ) -> Column:
+        def text(record: Metrics) -> str:
+            value = record.get(name or head)
+            return "–" if value is None else form(value)
+
+        return Column(head, rank, width or max(5, len(head)), text)
+
     rewards = [
-        _figure(name, rank=1 if place == 0 else 3, head=shown_name(name)[:LONGEST_HEAD])
-        for place, name in enumerate(parts)
+        figure(shown_name(name)[:12], 3 if place else 1, name) for place, name in enumerate(parts)
     ]
-    kl = [_figure("kl", rank=1, head="KL")] if config.objective.beta > 0 else []
-    known = [
-        Column("step", lambda record: str(record["step"]), 0, 4),
-        _figure("reward", rank=0),
+    columns = [
+        Column("step", 0, 4, lambda record: str(record["step"])),
+        figure("reward", 0),
         *rewards,
-        _figure("length", rank=2, text=lambda value: f"{value:.1f}"),
-        _share("truncated", rank=2, head="cut"),
-        _share("zero_std", rank=4, head="same"),
-        *kl,
-        _figure("entropy", rank=2),
-        _share("clip_fraction", rank=2, head="clip"),
-        _figure("ratio_max", rank=6, head="ratio≤"),
-        _figure("grad_norm", rank=2, head="grad"),
-        _figure("learning_rate", rank=7, head="rate"),
-        Column("s", lambda record: _seconds(sum(record.get("seconds", {}).values())), 2, 5),
-        Column("MiB", lambda record: f"{peak(record):.0f}", 5, 6),
+        figure("length", 2, form="{:.1f}".format),
+        figure("cut", 2, "truncated", percent, 4),
+        figure("same", 4, "zero_std", percent, 4),
+        *([figure("KL", 1, "kl")] if config.objective.beta > 0 else []),
+        figure("entropy", 2),
+        figure("clip", 2, "clip_fraction", percent, 4),
+        figure("ratio≤", 6, "ratio_max"),
+        figure("grad", 2, "grad_norm"),
+        figure("rate", 7, "learning_rate"),
+        Column("s", 2, 5, lambda record: seconds(sum(record.get("seconds", {}).values()))),
+        Column("MiB", 5, 6, lambda record: f"{max(memory(record).values(), default=0.0):.0f}"),
     ]
-    chosen: list[int] = []
-    for place in sorted(range(len(known)), key=lambda place: (known[place].rank, place)):
-        room = sum(known[other].width + GAP for other in [*chosen, place]) - GAP
-        if room <= width:
-            chosen.append(place)
-    return [known[place] for place in sorted(chosen)]
+    chosen, room = [], width + 2
+    for column in sorted(columns, key=lambda column: column.rank):
+        if column.width + 2 <= room:
+            chosen.append(column)
+            room -= column.width + 2
+    return [column for column in columns if column in chosen]
 
 
-def _figure(
-    name: str, *, rank: int, head: str = "", text: Callable[[float], str] | None = None
-) -> Column:
-    """A number of the record; a dash where it has none."""
-    form = text or short
-
-    def cell(record: Metrics) -> str:
-        return form(record[name]) if name in record else "–"
-
-    return Column(head or name, cell, rank, max(5, len(head or name)))
-
-
-def _share(name: str, *, rank: int, head: str) -> Column:
-    """The same in percent."""
-    column = _figure(name, rank=rank, head=head, text=percent)
-    return Column(head, column.text, rank, 4)
+def row(columns: Sequence[Column], cells: Sequence[str]) -> str:
+    """A line of the table."""
+    pairs = zip(columns, cells, strict=True)
+    return "  ".join(f"{cell:>{column.width}}" for column, cell in pairs)
 
 
 def percent(share: float) -> str:
@@ -102,49 +87,38 @@ def percent(share: float) -> str:
 
 
 def short(value: float) -> str:
-    """Three digits or so, in at most six characters."""
+    """About three digits, in at most six characters."""
     size = abs(value)
-    if not math.isfinite(value):
-        return str(value)
-    if size == 0 or 0.001 <= size < 10:
-        return f"{value:.3f}"
-    if size < 0.001:
-        return f"{value:.0e}".replace("e-0", "e-")
-    if size < 1000:
-        return f"{value:.1f}"
-    return f"{value:.0f}" if size < 1e5 else f"{value:.0e}".replace("e+0", "e")
+    if size and (size < 0.001 or 1e5 <= size < math.inf):
+        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:.3f}" if size < 10 else f"{value:.1f}" if size < 1000 else f"{value:.0f}"
 
 
-def _seconds(value: float) -> str:
+def seconds(value: float) -> str:
+    """Seconds in at most five characters."""
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
 
 
-def peaks_of(record: Metrics) -> dict[str, float]:
-    """MiB by phase, whatever was measured."""
-    found: dict[str, float] = next((record[name] for name in MACHINE[1:] if name in record), {})
-    return found
+def memory(record: Metrics) -> dict[str, float]:
+    """MiB at the highest of each phase, on the GPU or of the process."""
+    return next((record[name] for name in MACHINE[1:] if name in record), {})
 
 
-def peak(record: Metrics) -> float:
-    """MiB at a step's highest; 0 if it was not measured."""
-    return max(peaks_of(record).values(), default=0.0)
-
-
-def memory_of(record: Metrics) -> str:
-    """The peak of each phase in words, with its unit; of the process, where none stands out."""
-    peaks = peaks_of(record)
+def memory_text(record: Metrics) -> str:
+    """The memory of each phase with its unit; one value if all phases have the same."""
+    peaks = memory(record)
     if not peaks:
         return ""
-    what = "allocated" if "peak_cuda_mib" in record else "resident"
-    unit, divisor = ("MiB", 1) if peak(record) < 10240 else ("GiB", 1024)
-    digits = 0 if divisor == 1 else 1
-    sizes = {name: f"{mib / divisor:.{digits}f}" for name, mib in peaks.items()}
-    if what == "resident" and len(set(sizes.values())) == 1:
-        return f"{sizes.popitem()[1]} {unit} resident, the most so far"
-    return ", ".join(f"{name} {size}" for name, size in sizes.items()) + f" {unit} {what}"
+    large = max(peaks.values()) >= 10240
+    sizes = {name: f"{mib / 1024:.1f}" if large else f"{mib:.0f}" for name, mib in peaks.items()}
+    kind = "allocated" if "peak_cuda_mib" in record else "resident"
+    unit = f"{'GiB' if large else 'MiB'} {kind}"
+    if kind == "resident" and len(set(sizes.values())) == 1:
+        return f"{sizes.popitem()[1]} {unit}, the most so far"
+    return ", ".join(f"{name} {size}" for name, size in sizes.items()) + f" {unit}"
 
 
 def explanation(record: Metrics) -> str:
-    """What there is to say to a loss that looks like nothing learnt; "" to another."""
+    """A note on a loss near 0; "" for other losses."""
     loss = record["loss"]
     return LOSS_IS_ZERO.format(loss=short(loss)) if abs(loss) < NEAR_ZERO else ""

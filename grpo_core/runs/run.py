@@ -1,37 +1,40 @@
-"""Reinforcement learning of a model on prompts, from the options of `reinforce` to results.json.
+"""Reinforcement learning of a model on prompts: `python -m grpo_core.reinforce`.
 
-A run's directory holds config.json, metrics.jsonl, samples.jsonl, checkpoints, and at the end
-results.json and the model in the `transformers` format (or peft's, for an adapter).
+    python -m grpo_core.reinforce --model Qwen/Qwen3-0.6B --data train.jsonl --rewards math format
+    python -m grpo_core.reinforce run.yaml
+
+The run directory gets config.json, metrics.jsonl, samples.jsonl, checkpoints, and at the end
+results.json and the model in the format of `transformers` (of peft, for an adapter).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import signal
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
+from traceback import format_exception
+from types import ModuleType
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer
 
-from grpo_core.cli.options import check_unchanged, read_resumed
+from grpo_core.cli.options import Parser, UserCodeError, check_package, check_unchanged
+from grpo_core.runs.config import GYM, RunConfig
 from grpo_core.runs.console import open_console
-from grpo_core.runs.engines import make_engine
-from grpo_core.runs.loggers import open_logger
-from grpo_core.runs.run_config import GYM, RunConfig, clear
+from grpo_core.runs.directory import clear, read_resumed
+from grpo_core.runs.model import check_positions, from_hub, load_model, make_engine
+from grpo_core.trainer.checkpoint import Interrupted, heeding_interrupts
 from grpo_core.trainer.data import Epochs, fingerprint, problems_of, read_records
-from grpo_core.trainer.distributed import barrier, in_group, is_main, rank, world
+from grpo_core.trainer.distributed import barrier, is_main, process_group, rank, world
 from grpo_core.trainer.evaluate import Evaluation, evaluate
-from grpo_core.trainer.monitor import Metrics, write_whole, writing
-from grpo_core.trainer.rewards import FunctionReward, find_reward, shown_name
-from grpo_core.trainer.rollout import Problem, Sampling, positions_of
+from grpo_core.trainer.monitor import Logger, Metrics, write_whole, writing
+from grpo_core.trainer.rewards import FunctionReward, RewardError, find_reward, shown_name
+from grpo_core.trainer.rollout import Problem, Sampling
 from grpo_core.trainer.rules import COMPARING, RULES, TAGS
 from grpo_core.trainer.samples import Samples, shortened
 from grpo_core.trainer.sharding import export
@@ -39,8 +42,31 @@ from grpo_core.trainer.tasks import reasoning_gym_task
 from grpo_core.trainer.trainer import Trainer
 
 
+def run(config: RunConfig, parser: Parser) -> int:
+    """Trains, in the process group of the launcher if there is one; returns the exit status."""
+    with process_group(), heeding_interrupts():
+        try:
+            reinforcement = Run(config)
+        except (OSError, ValueError, ImportError) as error:
+            if trace := _traceback(error):
+                _print_error(trace)
+            parser.error(str(error))
+        try:
+            reinforcement.train()
+        except (FloatingPointError, RewardError) as error:
+            _print_error(f"\nstopped: {error}{_traceback(error)}")
+            return 1
+        except OSError as error:
+            # perhaps only in this process, whose exit must not wait for the others
+            raise SystemExit(f"\nstopped: {error}") from error
+        except (Interrupted, KeyboardInterrupt) as stop:
+            _print_error("\ninterrupted; the same command with --resume True continues")
+            return 128 + (stop.number if isinstance(stop, Interrupted) else signal.SIGINT)
+    return 0
+
+
 class Run:
-    """Model, data and reward of a run, made and checked before anything is trained."""
+    """Model, data and reward of a run, loaded and checked before anything is trained."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config, self.directory = config, Path(config.output)
@@ -51,7 +77,7 @@ class Run:
             if str(error).partition(":")[0] in vars(config):
                 raise
             raise ValueError(f"data: {error}") from error
-        # of the held-out problems as well: checkpoints know only of those that are trained on
+        # includes the held-out problems, of which checkpoints know nothing
         self.data = {"data_fingerprint": fingerprint(problems)}
         if config.resume:
             file = self.directory / "config.json"
@@ -79,7 +105,7 @@ class Run:
             engine=make_engine(config, self.model),
         )
         if world() > 1:
-            # dropout is every process's own
+            # every process has its own dropout
             torch.manual_seed(config.seed + rank())
 
     def task(self) -> tuple[list[Problem], FunctionReward]:
@@ -95,7 +121,7 @@ class Run:
                 seed=config.seed,
                 chat=tokenizer.chat_template is not None,
             )
-            # its own scoring takes the place of comparing answers
+            # its own scoring replaces the comparison of answers
             for place, name in enumerate(config.rewards):
                 if name in COMPARING:
                     names[place], functions[place] = "accuracy", reward.functions["accuracy"]
@@ -108,11 +134,11 @@ class Run:
                 longest_prompt=config.longest_prompt or None,
                 compared=any(name in COMPARING for name in config.rewards),
             )
-        dropped = sorted({*TAGS} & {*tokenizer.all_special_tokens})
-        if dropped and {*RULES} & {*config.rewards}:
+        special = sorted({*TAGS} & {*tokenizer.all_special_tokens})
+        if special and {*RULES} & {*config.rewards}:
             raise ValueError(
                 f"rewards: expected a tokenizer that leaves {', '.join(TAGS)} in a text, this one "
-                f"has {dropped} among its special tokens"
+                f"has {special} among its special tokens"
             )
         if len(set(names)) < len(names):
             raise ValueError(f"rewards: expected names that differ, got {names}")
@@ -122,7 +148,7 @@ class Run:
         return problems, reward
 
     def train(self) -> None:
-        """From the start or the last checkpoint to results.json and the model."""
+        """Trains from the start or the last checkpoint; writes results.json and the model."""
         if self.config.resume:
             self.trainer.resume()
         elif is_main():
@@ -130,136 +156,126 @@ class Run:
         barrier()
         self.write("config.json", asdict(self.config) | self.data)
         if self.held_out and not self.trainer.steps_done:
-            self.write("before.json", self.measured())
-        self.trainer.train(self.look if self.held_out else None)
+            self.write("before.json", self.measure())
+        self.trainer.train(self.evaluate_held_out if self.held_out else None)
         with writing(self.directory / "model"):
             export(self.model, self.directory / "model")
-        after = self.measured() if self.held_out else {}
+        after = self.measure() if self.held_out else {}
         if is_main():
             self.tokenizer.save_pretrained(self.directory / "model")
         if is_main() and after:
             before = json.loads((self.directory / "before.json").read_text("utf-8"))
             stages = {"before": before, "after": after}
             self.write("results.json", stages)
-            print("\n".join(table(stages)))
+            print("\n".join(results_table(stages)))
         if is_main():
-            print(f"all of it in {self.directory}/")
+            print(f"all results are in {self.directory}/")
 
     def write(self, name: str, content: dict[str, Any]) -> None:
-        """A file of the run directory, by the main process."""
+        """Writes a JSON file of the run directory, in the main process."""
         if is_main():
             self.directory.mkdir(parents=True, exist_ok=True)
             write_whole(self.directory / name, json.dumps(content, indent=2) + "\n")
 
-    def look(self) -> Metrics:
-        """Held-out figures on the way, at the temperature of the rollouts; keeps some answers."""
-        found = self.sampled()
+    def evaluate_held_out(self) -> Metrics:
+        """Held-out figures during training; keeps some of the answers."""
+        sampled = self.evaluate_sampled()
         assert self.trainer.samples is not None
-        self.trainer.samples.look(self.trainer.steps_done, self.held_out, found)
+        self.trainer.samples.look(self.trainer.steps_done, self.held_out, sampled)
         if self.config.eval_samples == 1:
-            return found.metrics
-        greedy = self.greedy().metrics
-        return {f"greedy_{name}": greedy[name] for name in found.scores.parts} | found.metrics
+            return sampled.metrics
+        greedy = self.evaluate_greedy().metrics
+        return {f"greedy_{name}": greedy[name] for name in sampled.scores.parts} | sampled.metrics
 
-    def greedy(self) -> Evaluation:
-        """The most likely answer to every held-out problem."""
-        return self.evaluated(Sampling(self.config.max_new_tokens, temperature=0.0))
+    def evaluate_greedy(self) -> Evaluation:
+        """The greedy answer to every held-out problem."""
+        return self._evaluate(Sampling(self.config.max_new_tokens, temperature=0.0))
 
-    def sampled(self) -> Evaluation:
-        """As many answers to each as the options say."""
+    def evaluate_sampled(self) -> Evaluation:
+        """`eval_samples` answers to every held-out problem."""
         config = self.config
         temperature = config.eval_temperature or config.temperature
         sampling = Sampling(config.max_new_tokens, temperature)
-        return self.evaluated(sampling, samples=config.eval_samples, k=config.eval_k)
+        return self._evaluate(sampling, samples=config.eval_samples, k=config.eval_k)
 
-    def evaluated(
+    def _evaluate(
         self, sampling: Sampling, *, samples: int = 1, k: Sequence[int] = ()
     ) -> Evaluation:
-        """Held-out problems, answered by whoever writes the completions of the training."""
+        """Held-out problems, answered by the sampling engine of the training."""
         model, held_out, draw = self.model, self.held_out, self.trainer.draw
         return evaluate(model, held_out, self.reward, sampling, samples=samples, k=k, draw=draw)
 
-    def measured(self) -> dict[str, Metrics]:
+    def measure(self) -> dict[str, Metrics]:
         """Held-out figures, greedy and sampled."""
-        return {"greedy": self.greedy().metrics, "sampled": self.sampled().metrics}
+        greedy, sampled = self.evaluate_greedy(), self.evaluate_sampled()
+        return {"greedy": greedy.metrics, "sampled": sampled.metrics}
 
 
-def load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The policy: whole, or beneath an adapter; with the tokenizer's end token if it names none."""
-    # shards go to their device one by one; a whole model may not fit there
-    on_gpu = torch.cuda.is_available() and not (in_group() and config.shard == "fsdp")
-    device = "cuda" if on_gpu else "cpu"
-    settings = {"dtype": torch.float32, "attn_implementation": config.attention or None}
-    model: Any = from_hub(AutoModelForCausalLM, config.model, **settings)
-    model.to(device)
-    generation = model.generation_config
-    if generation.eos_token_id is None:
-        generation.eos_token_id = tokenizer.eos_token_id
-        # transformers saves one that contradicts itself only as it was loaded
-        generation.validate(strict=True)
-    if config.gradient_checkpointing:
-        # the older name is deprecated where there is the newer one
-        old = model.gradient_checkpointing_enable
-        getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
-        model.train()
-    if config.lora_rank:
-        import peft
-
-        torch.manual_seed(config.seed)
-        adapter = peft.LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=2 * config.lora_rank,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        )
-        if config.gradient_checkpointing:
-            model.enable_input_require_grads()
-        model = peft.get_peft_model(model, adapter)
-    policy: PreTrainedModel = model
-    return policy
-
-
-def from_hub(kind: Any, name: str, **settings: Any) -> Any:
-    """`kind.from_pretrained`, whose errors name the option.
-
-    Raises:
-        ValueError: it cannot be had.
-    """
-    try:
-        return kind.from_pretrained(name, **settings)
-    except (ImportError, OSError, ValueError) as error:
-        raise ValueError(f"model: expected a causal language model in {name}: {error}") from error
-
-
-def check_positions(config: RunConfig, longest: int) -> None:
-    """Raises ValueError if prompt and completion may be longer than the model can read.
-
-    Args:
-        config: names the model, whose weights are not read.
-        longest: tokens of the longest prompt.
-    """
-    positions = positions_of(from_hub(AutoConfig, config.model))
-    if positions is None or longest + config.max_new_tokens <= positions:
-        return
-    has = f"the model has {positions} positions and the longest prompt {longest} tokens"
-    if longest < positions:
-        raise ValueError(
-            f"max_new_tokens: expected at most {positions - longest}, since {has}, got "
-            f"{config.max_new_tokens}; --longest_prompt leaves long prompts out"
-        )
-    raise ValueError(
-        f"longest_prompt: expected 1 to {positions - 1} less max_new_tokens, since {has}, got "
-        f"{config.longest_prompt}"
-    )
-
-
-def table(stages: dict[str, dict[str, Metrics]]) -> list[str]:
-    """Every held-out figure before and after, greedy and sampled; 80 columns."""
-    places = [(when, how) for how in ("greedy", "sampled") for when in ("before", "after")]
-    lines = [f"{'held out':36}" + "".join(f"{how:>11}" for _, how in places)]
-    lines.append(" " * 36 + "".join(f"{when:>11}" for when, _ in places))
+def results_table(stages: dict[str, dict[str, Metrics]]) -> list[str]:
+    """Every held-out figure before and after, greedy and sampled, in 80 columns."""
+    columns = [(when, how) for how in ("greedy", "sampled") for when in ("before", "after")]
+    lines = [f"{'held out':36}" + "".join(f"{how:>11}" for _, how in columns)]
+    lines.append(" " * 36 + "".join(f"{when:>11}" for when, _ in columns))
     for name in stages["before"]["sampled"]:
-        values = [stages[when][how].get(name) for when, how in places]
+        values = [stages[when][how].get(name) for when, how in columns]
         cells = (f"{'' if value is None else f'{value:.3f}':>11}" for value in values)
         lines.append(f"{shortened(name, 35):36}" + "".join(cells))
     return lines
+
+
+def open_logger(name: str, directory: Path, config: Mapping[str, Any]) -> Logger:
+    """A function that sends each step's record to a package.
+
+    Args:
+        name: tensorboard, trackio or wandb.
+        directory: of the run, which is called by its name.
+        config: the options, which trackio and wandb show.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed; the message says how to install it.
+    """
+
+    def package(module: str) -> ModuleType:
+        check_package("log", module, name)
+        return import_module(module)
+
+    if name == "tensorboard":
+        package(name)
+        writer = package("torch.utils.tensorboard").SummaryWriter(str(directory / name))
+
+        def write(record: Metrics) -> None:
+            for figure, value in flat(record).items():
+                writer.add_scalar(figure, value, record["step"])
+            writer.flush()
+
+        return write
+    tracker = package(name)
+    settings = {"dir": str(directory)} if name == "wandb" else {}
+    tracker.init(project="grpo_core", name=directory.name, config=dict(config), **settings)
+    return lambda record: tracker.log(flat(record), step=record["step"])
+
+
+def flat(record: Metrics, prefix: str = "") -> dict[str, float]:
+    """The numbers of a record; those of an inner record as "outer/inner"."""
+    numbers: dict[str, float] = {}
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            numbers |= flat(dict(value), f"{prefix}{name}/")
+        elif isinstance(value, int | float) and name != "step":
+            numbers[f"{prefix}{name}"] = float(value)
+    return numbers
+
+
+def _print_error(line: str) -> None:
+    """A line on standard error, by the main process."""
+    if is_main():
+        print(line, file=sys.stderr)
+
+
+def _traceback(error: Exception) -> str:
+    """The traceback of an error in the user's code, from that code on; "" for other errors."""
+    cause = error.__cause__ if isinstance(error, RewardError | UserCodeError) else None
+    if cause is None:
+        return ""
+    cause = cause.with_traceback(cause.__traceback__ and cause.__traceback__.tb_next)
+    return "\n" + "".join(format_exception(cause))

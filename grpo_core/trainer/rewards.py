@@ -8,22 +8,20 @@ returns.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import math
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from numbers import Real
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from grpo_core.cli.options import UserCodeError, load_from_file
 from grpo_core.trainer.rollout import Problem
 from grpo_core.trainer.rules import RULES, Rule, accuracy, strict_format
 
@@ -132,18 +130,10 @@ def find_reward(name: str) -> RewardFunction:
     path, colon, function = name.rpartition(":")
     if not colon or not path.endswith(".py"):
         raise ValueError(f"rewards: expected {', '.join(RULES)} or path.py:function, got {name!r}")
-    if not Path(path).is_file():
-        raise ValueError(f"rewards: expected a file, found no {path}")
-    spec = importlib.util.spec_from_file_location(f"rewards {Path(path).resolve()}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look up their module there
-    sys.modules[spec.name] = module
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise RewardError(f"rewards: {path} raised {type(error).__name__}: {error}") from error
-    reward: RewardFunction | None = getattr(module, function, None)
+        reward: RewardFunction = load_from_file("rewards", name)
+    except UserCodeError as error:
+        raise RewardError(str(error)) from error.__cause__
     if not callable(reward):
         raise ValueError(f"rewards: {path} has no function {function!r}")
     return reward

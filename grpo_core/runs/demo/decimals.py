@@ -1,10 +1,10 @@
 """The embedded task: "3.11 and 3.8, which is larger?"
 
-A language of 32 tokens, small enough to be learnt in under a minute and rich enough for the mistake
-that made the question famous: read as version numbers, 3.11 comes after 3.8. `corpus` writes what
-people would have written. Most of it compares the digits after the point as whole numbers
-(`fallacy`, `plain`); a minority aligns them first (`long`, `wait`). A model of this corpus copies
-the majority and can sample the minority, which is where reinforcement learning begins.
+A vocabulary of 32 tokens is enough for a famous mistake: compared as version numbers, 3.11 is
+larger than 3.8. Most texts of `corpus` make it: they compare the digits after the point as whole
+numbers (styles "fallacy" and "plain"). A minority aligns the digits first ("long" and "wait"). A
+model of this corpus follows the majority but can sample the minority, which reinforcement learning
+amplifies.
 
 Everything is drawn from a `random.Random`; nothing is read from disk or network.
 """
@@ -26,19 +26,18 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 WORDS = (" and", " which", " is", " larger", " the", " one", " align", " wait")
 CHARACTERS = "0123456789.,?=<> "
 
-# How often the corpus reasons in each style. The tagged styles other than `fallacy` are right, and
-# together a quarter.
+# shares of the corpus; "long" and "wait" are right
 STYLE_SHARES = {"fallacy": 0.60, "long": 0.20, "wait": 0.05, "plain": 0.15}
-# Equal integer parts are the interesting case, so they are drawn more often than chance would.
+# only pairs with equal integer parts can be traps
 EQUAL_INTEGER_SHARE = 0.85
-# Answered after every stage, never trained on: two traps, one pair where the fallacy is right, one
-# decided before the point.
+# answered after every stage and never trained on: two traps, one pair where the fallacy is right,
+# and one that the integer parts decide
 SHOWCASE = (("3.11", "3.8"), ("9.9", "9.11"), ("7.1", "7.25"), ("4.6", "8.15"))
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two decimals to compare, as written, with one or two digits after the point."""
+    """Two decimals to compare, as text, with one or two digits after the point."""
 
     left: str
     right: str
@@ -53,7 +52,7 @@ class Pair:
 
     @property
     def fallacy_answer(self) -> str:
-        """What comparing version numbers would say."""
+        """The larger of the two as version numbers."""
         return self.left if version(self.left) > version(self.right) else self.right
 
     @property
@@ -72,7 +71,7 @@ def version(decimal: str) -> tuple[int, int]:
 
 
 def draw_pair(rng: random.Random) -> Pair:
-    """Two different decimals from 1.1 to 9.99, no zero after the point."""
+    """Two different decimals from 1.1 to 9.99, without zeros after the point."""
     integers = [rng.randint(1, 9), rng.randint(1, 9)]
     if rng.random() < EQUAL_INTEGER_SHARE:
         integers[1] = integers[0]
@@ -81,13 +80,13 @@ def draw_pair(rng: random.Random) -> Pair:
 
 
 def draw_fraction(rng: random.Random) -> str:
-    """One digit or two, half the time each: "8", "11"."""
+    """One digit or two, with equal probability: "8", "11"."""
     tens = str(rng.randint(1, 9)) if rng.random() < 0.5 else ""
     return tens + str(rng.randint(1, 9))
 
 
 def held_out_pairs(count: int) -> list[Pair]:
-    """The showcase, then pairs drawn from a fixed seed: the same whatever the run's seed."""
+    """The showcase, then pairs drawn from a fixed seed, the same in every run."""
     rng = random.Random("held-out")
     pairs = [Pair(*decimals) for decimals in SHOWCASE]
     seen = with_swapped(pairs)
@@ -105,7 +104,7 @@ def with_swapped(pairs: Sequence[Pair]) -> set[Pair]:
 
 
 def draw_training_pairs(count: int, rng: random.Random, held_out: set[Pair]) -> list[Pair]:
-    """`count` pairs, none of them in `held_out` (which holds both orders, see `with_swapped`)."""
+    """`count` pairs that are not in `held_out`, which has both orders of its pairs."""
     pairs: list[Pair] = []
     while len(pairs) < count:
         pair = draw_pair(rng)
@@ -121,7 +120,7 @@ def compare(left: str, right: str) -> str:
 
 
 def thought(pair: Pair, style: str) -> str:
-    """The reasoning that goes between the think tags; `style` is "fallacy", "long" or "wait"."""
+    """The text between the think tags; `style` is "fallacy", "long" or "wait"."""
     (left, left_fraction), (right, right_fraction) = pair.left.split("."), pair.right.split(".")
     integers = compare(left, right)
     if left != right:
@@ -139,7 +138,7 @@ def thought(pair: Pair, style: str) -> str:
 
 
 def completion(pair: Pair, style: str) -> str:
-    """A worked answer; "fallacy" and "plain" fall for the trap, "long" and "wait" do not."""
+    """A completion; "fallacy" and "plain" are wrong on traps, "long" and "wait" are right."""
     if style == "plain":
         return f" the larger one is {pair.fallacy_answer}"
     answer = pair.fallacy_answer if style == "fallacy" else pair.answer
@@ -156,7 +155,7 @@ def corpus(count: int, rng: random.Random, held_out: set[Pair]) -> list[tuple[st
 
 
 def cold_start(count: int, rng: random.Random, held_out: set[Pair]) -> list[tuple[str, str]]:
-    """`count` right chains of thought, two "long" to one "wait": what R1 starts from."""
+    """`count` right chains of thought, two "long" to one "wait", for the start of R1."""
     styles = rng.choices(["long", "wait"], weights=[2, 1], k=count)
     pairs = draw_training_pairs(count, rng, held_out)
     return [
@@ -165,18 +164,16 @@ def cold_start(count: int, rng: random.Random, held_out: set[Pair]) -> list[tupl
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Characters, eight words and the four tags; padding on the left, as generation needs it."""
+    """A token for each character, for eight words and four tags; padding on the left."""
     vocabulary = [PAD, EOS, UNKNOWN, *TAGS, *WORDS, *CHARACTERS]
     tokenizer = Tokenizer(
         models.WordLevel({text: index for index, text in enumerate(vocabulary)}, unk_token=UNKNOWN)
     )
-    # A word carries the space before it; whatever is not one of the words falls apart into
-    # characters.
+    # a word includes the space before it; other text is split into characters
     known_words = "|".join(WORDS)
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(rf"({known_words})|[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
-    # Ordinary added tokens, not special ones: `decode(skip_special_tokens=True)` must keep what the
-    # reward looks for.
+    # not as special tokens, which `decode(skip_special_tokens=True)` would drop
     tokenizer.add_tokens(list(TAGS))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -188,7 +185,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A Llama of 0.64 M parameters with fresh weights; random numbers go on as before."""
+    """A Llama of 0.64 M parameters with random weights; the global generator is left as it was."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -207,6 +204,6 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
 
 
 def to_problem(pair: Pair, tokenizer: PreTrainedTokenizerFast) -> Problem:
-    """The pair as the trainer sees it: prompt ids, the true answer, and whether it is a trap."""
+    """The pair for the trainer: prompt ids, the right answer, and whether it is a trap."""
     ids = tokenizer(pair.question, add_special_tokens=False)["input_ids"]
     return Problem(prompt=tuple(ids), answer=pair.answer, tag="trap" if pair.trap else "easy")

@@ -1,12 +1,12 @@
 """The embedded run: base, R1-Zero and R1 on "3.11 and 3.8, which is larger?", in minutes.
 
     base     a model of a corpus in which most writers fall for the trap
-    R1-Zero  reinforcement learning straight on the base; nobody shows it a right trace
+    R1-Zero  reinforcement learning on the base, without demonstrations
     SFT      the base after a few steps on long chains of thought
-    R1       reinforcement learning on top of those
+    R1       reinforcement learning on the SFT model
 
-Everything a run leaves behind lies in its own directory: config.json, metrics.jsonl, samples.jsonl,
-results.json, report.md, curves.png and one folder per model in the `transformers` format.
+The run directory gets config.json, metrics.jsonl, samples.jsonl, results.json, report.md,
+curves.png and one folder per model in the format of `transformers`.
 """
 
 from __future__ import annotations
@@ -16,40 +16,68 @@ import inspect
 import json
 import random
 import shutil
+import signal
+import sys
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import transformers
 from transformers import LlamaForCausalLM, PreTrainedModel
 
+from grpo_core.cli.options import Parser
+from grpo_core.runs.config import DemoConfig
 from grpo_core.runs.console import open_console
 from grpo_core.runs.demo import decimals
-from grpo_core.runs.run_config import DemoConfig, clear
+from grpo_core.runs.demo.report import Stage, markdown, plain
+from grpo_core.runs.directory import clear
+from grpo_core.runs.plots import draw_demo, unless_missing
 from grpo_core.trainer.baselines.supervised import Example, SupervisedConfig, train_supervised
+from grpo_core.trainer.checkpoint import Interrupted, heeding_interrupts
 from grpo_core.trainer.evaluate import evaluate
 from grpo_core.trainer.monitor import append_json, keep_records, write_whole, writing
 from grpo_core.trainer.rewards import TextReward
 from grpo_core.trainer.rollout import Problem, Sampling
 from grpo_core.trainer.samples import Samples
-from grpo_core.trainer.trainer import Trainer, TrainerConfig
+from grpo_core.trainer.trainer import Trainer
 
-# The longest style takes 34 tokens; the rest is room for slips.
+# the longest style takes 34 tokens
 MAX_NEW_TOKENS = 40
 GREEDY = Sampling(MAX_NEW_TOKENS, temperature=0.0)
 SAMPLED = Sampling(MAX_NEW_TOKENS)
 COLD_START_EXAMPLES = 256
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A model's held-out figures and its answers to the showcase."""
-
-    name: str
-    greedy: dict[str, float]
-    sampled: dict[str, float]
-    answers: list[str]
+def run(config: DemoConfig, parser: Parser) -> int:
+    """Runs all stages and reports them; returns the exit status."""
+    start = time.perf_counter()
+    try:
+        demo = Demo(config)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    try:
+        with heeding_interrupts():
+            stages = demo.run()
+    except (FloatingPointError, OSError, ValueError) as error:
+        print(f"\nstopped: {error}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, Interrupted) as stop:
+        print(
+            f"\ninterrupted; finished stages are in {demo.directory}/, and the same command with "
+            "--resume True continues",
+            file=sys.stderr,
+        )
+        return 128 + (stop.number if isinstance(stop, Interrupted) else signal.SIGINT)
+    (demo.directory / "report.md").write_text(markdown(stages), "utf-8")
+    print("\n".join(plain(stages)))
+    if config.plot:
+        unless_missing(draw_demo, demo.directory, demo.directory / "curves.png")
+    seconds = time.perf_counter() - start
+    threads = torch.get_num_threads()
+    print(f"\n{seconds:.0f} s on {threads} threads; all results are in {demo.directory}/")
+    return 0
 
 
 class Demo:
@@ -57,6 +85,7 @@ class Demo:
 
     def __init__(self, config: DemoConfig) -> None:
         self.config = config
+        self.trainer_config = config.trainer(SAMPLED)
         self.directory = Path(config.output)
         self.metrics_path = self.directory / "metrics.jsonl"
         self.tokenizer = decimals.build_tokenizer()
@@ -68,11 +97,11 @@ class Demo:
         self.stages: list[Stage] = []
 
     def run(self) -> list[Stage]:
-        """Every stage asked for, in order; measured, saved and recorded as it is done.
+        """Trains, measures and saves every stage that was asked for, in order.
 
         Raises:
             ValueError: the run directory cannot be used; the base is too weak, see `check_base`.
-            Interrupted: by a signal in the middle of reinforcement learning, which is saved.
+            Interrupted: by a signal during reinforcement learning, which is saved.
         """
         self.config.check_here()
         if self.config.resume:
@@ -80,9 +109,9 @@ class Demo:
         else:
             clear(self.directory)
         self.write_config()
-        way = {"zero": ["R1-Zero"], "r1": ["SFT", "R1"], "both": ["R1-Zero", "SFT", "R1"]}
+        stages = {"zero": ["R1-Zero"], "r1": ["SFT", "R1"], "both": ["R1-Zero", "SFT", "R1"]}
         done = [stage.name for stage in self.stages]
-        for name in ["base", *way[self.config.stages]]:
+        for name in ["base", *stages[self.config.stages]]:
             if name not in done:
                 self.measure(name, self.build(name))
             if name == "base":
@@ -90,7 +119,7 @@ class Demo:
         return self.stages
 
     def build(self, name: str) -> PreTrainedModel:
-        """The model of a stage, from that of the stage before it."""
+        """The model of a stage, trained from that of the stage before it."""
         if name == "base":
             return self.base_model()
         if name == "SFT":
@@ -100,7 +129,7 @@ class Demo:
         return self.reinforce(LlamaForCausalLM.from_pretrained(self.directory / "sft"), name)
 
     def write_config(self) -> None:
-        """config.json: the options, and what they ran on."""
+        """Writes config.json: the options and the environment."""
         environment = {
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -111,14 +140,14 @@ class Demo:
         (self.directory / "config.json").write_text(text, "utf-8")
 
     def read_stages(self) -> None:
-        """The stages that an interrupted run has finished; what it noted of others is forgotten."""
+        """Reads the finished stages of an interrupted run; drops the records of the others."""
         if (results := self.directory / "results.json").exists():
             self.stages = [Stage(**stage) for stage in json.loads(results.read_text("utf-8"))]
         done = [stage.name for stage in self.stages]
         keep_records(self.metrics_path, lambda r: r["stage"] in done or "result" not in r)
 
     def base_model(self) -> PreTrainedModel:
-        """A model of the whole corpus: built once, then read from the run directory."""
+        """A model of the corpus: trained once, then read from the run directory."""
         config, folder = self.config, self.directory / "base"
         training = SupervisedConfig(
             steps=config.base_steps,
@@ -142,7 +171,7 @@ class Demo:
         return model
 
     def cold_start(self, model: PreTrainedModel) -> PreTrainedModel:
-        """A few steps on correct long chains of thought."""
+        """Trains a model for a few steps on long chains of thought that are right."""
         config = self.config
         training = SupervisedConfig(
             steps=config.sft_steps,
@@ -157,36 +186,25 @@ class Demo:
         return model
 
     def reinforce(self, model: PreTrainedModel, name: str) -> PreTrainedModel:
-        """GRPO from the given model."""
-        config = self.config
+        """Trains a model by GRPO."""
         trainer = Trainer(
             model,
             self.draw_problems,
             self.reward,
-            TrainerConfig(
-                objective=config.build_objective(),
-                steps=config.steps,
-                prompts_per_step=config.prompts,
-                learning_rate=config.learning_rate,
-                sampling=SAMPLED,
-                loss=config.loss,
-                old_logp=config.old_logp,
-                shuffle_rewards=config.shuffle_rewards,
-                seed=config.seed,
-            ),
+            self.trainer_config,
             metrics_path=self.metrics_path,
             checkpoints=self.directory / "checkpoints" / name.lower(),
             label=name,
             samples=Samples(self.tokenizer, self.directory / "samples.jsonl", label=name),
-            console=open_console(config.console),
+            console=open_console(self.config.console),
         )
-        if config.resume:
+        if self.config.resume:
             trainer.resume()
         trainer.train(lambda: self.progress(trainer))
         return model
 
     def progress(self, trainer: Trainer) -> dict[str, float]:
-        """Held-out figures on the way: sampled ones are smooth, greedy ones on the traps jump."""
+        """Held-out figures during training: sampled, and greedy on the traps."""
         sampled = evaluate(trainer.model, self.held_out, self.reward, SAMPLED)
         greedy = evaluate(trainer.model, self.traps, self.reward, GREEDY)
         if trainer.samples:
@@ -194,9 +212,9 @@ class Demo:
         return {**sampled.metrics, "greedy_accuracy/trap": greedy.metrics["accuracy"]}
 
     def measure(self, name: str, model: PreTrainedModel) -> None:
-        """Full held-out figures and the showcase's answers; the model is saved under its name.
+        """Saves the model, its held-out figures and its answers to the showcase.
 
-        With results.json a stage counts as finished, so that is written last and in one go.
+        A stage in results.json is finished, so that file is written last, in one piece.
         """
         greedy = evaluate(model, self.held_out, self.reward, GREEDY)
         sampled = evaluate(model, self.held_out, self.reward, SAMPLED)
@@ -214,8 +232,8 @@ class Demo:
     def check_base(self) -> None:
         """Raises ValueError if the base has not learnt the easy pairs.
 
-        Reinforcement learning sharpens what a model can already do; on one that cannot copy digits
-        it only makes noise.
+        Reinforcement learning amplifies what a model can already do; one that cannot copy digits
+        gets no reward.
         """
         reached = self.stages[0].greedy["accuracy/easy"]
         if reached < self.config.gate:
@@ -226,7 +244,7 @@ class Demo:
             )
 
     def draw_problems(self, count: int, rng: random.Random) -> list[Problem]:
-        """Training problems: any pair but the held-out ones."""
+        """Training problems, none of them held out."""
         pairs = decimals.draw_training_pairs(count, rng, self.excluded)
         return [decimals.to_problem(pair, self.tokenizer) for pair in pairs]
 

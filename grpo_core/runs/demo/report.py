@@ -1,93 +1,65 @@
-"""The run in words: a table of the stages, and the same questions answered at each."""
+"""The report of the embedded run: figures of the stages, and the same questions at each."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from grpo_core.runs.demo import decimals
-from grpo_core.runs.demo.demo import Stage
 from grpo_core.trainer.rules import accuracy
 
+# heads of the table, and the figures below them
 COLUMNS = {"accuracy": "accuracy", "traps": "accuracy/trap", "format": "format", "length": "length"}
-MODES = ("greedy", "sampled")
+HEADER = ["model", *(f"{head}, {mode}" for mode in ("greedy", "sampled") for head in COLUMNS)]
 
 
-def header() -> list[str]:
-    """`model`, then every figure greedy and every figure sampled."""
-    return ["model", *(f"{column}, {mode}" for mode in MODES for column in COLUMNS)]
+@dataclass(frozen=True)
+class Stage:
+    """A model's held-out figures and its answers to the showcase."""
+
+    name: str
+    greedy: dict[str, float]
+    sampled: dict[str, float]
+    answers: list[str]
 
 
-def table(stages: Sequence[Stage]) -> list[list[str]]:
-    """One row per stage, in the order of `header`."""
-    return [
-        [
-            stage.name,
-            *(
-                f"{figures[key]:.1f}" if key == "length" else f"{figures[key]:.3f}"
-                for figures in (stage.greedy, stage.sampled)
-                for key in COLUMNS.values()
-            ),
-        ]
-        for stage in stages
+def row(stage: Stage) -> list[str]:
+    """The cells of a stage, in the order of `HEADER`."""
+    return [stage.name] + [
+        f"{figures[name]:.1f}" if name == "length" else f"{figures[name]:.3f}"
+        for figures in (stage.greedy, stage.sampled)
+        for name in COLUMNS.values()
     ]
 
 
-def transcripts(stages: Sequence[Stage]) -> list[tuple[decimals.Pair, list[tuple[str, str, bool]]]]:
-    """Per showcase pair, each stage's name, its greedy answer, and whether that is right."""
+def transcripts(stages: Sequence[Stage]) -> list[tuple[str, list[tuple[str, str, str]]]]:
+    """Each question of the showcase; each stage's name and greedy answer, and ✓ if it is right."""
     shown = []
     for place, decimal_pair in enumerate(decimals.SHOWCASE):
         pair = decimals.Pair(*decimal_pair)
         answers = [(stage.name, stage.answers[place]) for stage in stages]
-        shown.append(
-            (pair, [(name, text, accuracy(text, pair.answer) == 1) for name, text in answers])
-        )
+        marked = [
+            (name, text, "✓" if accuracy(text, pair.answer) == 1 else "✗") for name, text in answers
+        ]
+        shown.append((pair.question, marked))
     return shown
 
 
 def markdown(stages: Sequence[Stage]) -> str:
-    """The whole report, for report.md."""
-    head = header()
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-    lines += ["| " + " | ".join(row) + " |" for row in table(stages)]
-    for pair, answers in transcripts(stages):
-        lines += ["", f"**{pair.question}**", ""]
-        lines += [
-            f"- {name}: `{answer}` {'✓' if right else '✗'}" for name, answer, right in answers
-        ]
+    """The report for report.md."""
+    lines = ["| " + " | ".join(HEADER) + " |", "|---|" + "---:|" * (len(HEADER) - 1)]
+    lines += ["| " + " | ".join(row(stage)) + " |" for stage in stages]
+    for question, answers in transcripts(stages):
+        lines += ["", f"**{question}**", ""]
+        lines += [f"- {name}: `{answer}` {mark}" for name, answer, mark in answers]
     return "\n".join(lines) + "\n"
 
 
 def plain(stages: Sequence[Stage]) -> list[str]:
-    """The whole report for a terminal of 80 columns."""
-    columns = [column.partition(", ") for column in header()]
-    rows = [[head for head, _, _ in columns], [mode for _, _, mode in columns], *table(stages)]
-    lines = [f"{name:8}" + "".join(f"{cell:>9}" for cell in cells) for name, *cells in rows]
-    for pair, answers in transcripts(stages):
-        lines += ["", pair.question]
-        lines += [f"  {name:8} {answer} {'✓' if right else '✗'}" for name, answer, right in answers]
+    """The report for a terminal of 80 columns."""
+    columns = [column.partition(", ") for column in HEADER]
+    table = [[head for head, _, _ in columns], [mode for _, _, mode in columns], *map(row, stages)]
+    lines = [f"{name:8}" + "".join(f"{cell:>9}" for cell in cells) for name, *cells in table]
+    for question, answers in transcripts(stages):
+        lines += ["", question, *(f"  {name:8} {text} {mark}" for name, text, mark in answers)]
     return lines
-
-
-def show(stages: Sequence[Stage]) -> None:
-    """Prints the report: in colour if `rich` is installed, else plain."""
-    if importlib.util.find_spec("rich") is None:
-        print("\n".join(plain(stages)))
-        return
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
-    figures = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
-    for place, column in enumerate(header()):
-        figures.add_column(column.replace(", ", "\n"), justify="right" if place else "left")
-    for row in table(stages):
-        figures.add_row(*row)
-    console.print(figures)
-    for pair, answers in transcripts(stages):
-        console.print(Text(f"\n{pair.question}", style="bold"))
-        for name, answer, right in answers:
-            mark = Text(" ✓", style="green") if right else Text(" ✗", style="red")
-            console.print(Text(f"  {name:<8} ", style="dim") + Text(answer) + mark)

@@ -1,32 +1,29 @@
 """The options of the commands that train, on the command line or in a YAML file; imports no torch.
 
-`RunConfig` is that of `python -m grpo_core.reinforce`, `DemoConfig` of `grpo_core.train`,
-`CompareConfig` of `grpo_core.compare`.
+`RunConfig` is for `python -m grpo_core.reinforce`, `DemoConfig` for `grpo_core.train`,
+`CompareConfig` for `grpo_core.compare`. Those of a training step are the trainer's own, see
+`TrainingOptions`; here they only get other defaults.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import shutil
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from grpo_core.cli.options import (
     RECIPE_NAMES,
-    RUN_FILES,
-    RUN_FOLDERS,
     check_at_least,
     check_file,
-    check_kept,
     check_more_than_0,
-    check_output,
     check_package,
     load_from_file,
     nearest,
     option,
 )
+from grpo_core.runs.directory import check_kept, check_output
 from grpo_core.trainer.config import TrainerConfig, TrainingOptions
 
 if TYPE_CHECKING:
@@ -35,18 +32,63 @@ if TYPE_CHECKING:
 
 GYM = "reasoning_gym:"
 PROMPTS = 16  # per step
+# the names that `trainer.named_rewards` knows
 REWARDS = ("math", "accuracy", "format", "brevity")
-OBJECTIVE = f"Loss: path.py:name of an Objective of yours, or one of {', '.join(RECIPE_NAMES)}."
-OVERWRITE = "Delete the run that is in --output and begin a new one."
-THREADS = "CPU threads; 0: torch's choice."
-CONSOLE = (
-    "rich: a live table (plain lines without rich or a terminal); plain: a line per step; off: "
-    "nothing."
-)
 
 
 @dataclass(frozen=True)
-class RunConfig(TrainingOptions):
+class CommandOptions:
+    """Options of every command that trains."""
+
+    output: str = option("", "Run directory; one with a run in it is refused.")
+    overwrite: bool = option(False, "Delete the run that is in --output and start a new one.")
+    threads: int = option(0, "CPU threads; 0: torch's choice. Take 1 on a busy machine.")
+
+    def check_here(self) -> None:
+        """Raises ValueError if the run directory cannot be used."""
+        check_output(self)
+
+
+@dataclass(frozen=True)
+class LearningOptions(CommandOptions, TrainingOptions):
+    """Options of the commands that run one trainer."""
+
+    resume: bool = option(False, "Continue the interrupted run in --output.")
+    objective: str = option(
+        "dapo",
+        f"Loss: path.py:name of your own Objective, or one of {', '.join(RECIPE_NAMES)}.",
+    )
+    beta: float | None = option(
+        None,
+        "Weight of the KL to the initial model. Default: 0 for a recipe; an objective from a file "
+        "keeps its own.",
+    )
+    console: Literal["rich", "plain", "off"] = option(
+        "rich",
+        "rich: a live table (plain lines without rich or a terminal); plain: a line per step; "
+        "off: nothing.",
+    )
+
+    def check_learning(self, prompts: int) -> None:
+        """Raises ValueError if one of these options is out of its range.
+
+        Args:
+            prompts: per step.
+        """
+        self.check(prompts)
+        check_at_least(self, 0, "threads")
+        if self.beta is not None and not 0 <= self.beta < math.inf:
+            raise ValueError(f"beta: expected a finite number >= 0, got {self.beta}")
+        check_objective(self.objective)
+
+    def trainer_config(self, objective: Objective, **more: Any) -> TrainerConfig:
+        """The trainer's configuration, with all options that it shares with the command."""
+        shared = {each.name: getattr(self, each.name) for each in fields(TrainingOptions)}
+        return TrainerConfig(**shared, objective=objective, **more)
+
+
+@dataclass(frozen=True)
+class RunConfig(LearningOptions):
     """Reinforcement learning of a causal language model on verifiable rewards."""
 
     model: str = option("", "Folder or hub name of a causal language model of transformers.")
@@ -55,9 +97,7 @@ class RunConfig(TrainingOptions):
         "Prompts: a .jsonl, .json or .parquet file with the columns prompt and answer, a data set "
         f"of the datasets library, or {GYM}NAME.",
     )
-    output: str = option("runs/reinforce", "Run directory; one with a run in it is refused.")
-    resume: bool = option(False, "Go on from the last checkpoint of the run in --output.")
-    overwrite: bool = option(False, OVERWRITE)
+    output: str = "runs/reinforce"
     held_out: int = option(
         0, "Number of problems, the first ones, that are for evaluation and never trained on."
     )
@@ -71,18 +111,12 @@ class RunConfig(TrainingOptions):
     system: str = option("", "System message before every prompt; needs a chat template.")
     template: str = option("", 'Prompt template, for example "Question: {prompt}".')
     longest_prompt: int = option(0, "Leave out prompts of more tokens; 0: keep all.")
-    objective: str = option("dapo", OBJECTIVE)
-    beta: float | None = option(
-        None,
-        "Weight of the KL to the starting model. Default: 0 for a recipe; an objective from a file "
-        "keeps its own.",
-    )
-    steps: int = option(100, "Training steps, one rollout each.")
+    steps: int = 100
     prompts: int | None = option(
         None, "Prompts per step. Default: 16, or the next multiple of the number of processes."
     )
-    epochs: int = option(1, "Passes over each rollout.")
-    learning_rate: float = option(1e-6, "Peak learning rate of AdamW.")
+    epochs: int = 1
+    learning_rate: float = 1e-6
     max_new_tokens: int = option(
         512, "Longest completion, in tokens. Keep the truncated share below 20%."
     )
@@ -93,15 +127,16 @@ class RunConfig(TrainingOptions):
         "model's own.",
     )
     rollout: Literal["transformers", "vllm", "vllm-server"] = option(
-        "transformers", "What generates: the model itself, vLLM on the same GPU, or a vLLM server."
+        "transformers",
+        "Sampling engine: the model itself, vLLM on the same GPU, or a vLLM server.",
     )
     rollout_url: str = option("http://localhost:8000", "URL of the vLLM server.")
     rollout_memory: float = option(0.4, "Share of the GPU's memory that vLLM takes.")
     rollout_sleep: bool = option(False, "Free vLLM's GPU memory between rollouts.")
     sampler_correction: Literal["none", "truncate", "zero", "reject"] = option(
         "none",
-        "Importance weight for a generator that differs from the trainer: truncate it at the "
-        "bounds, or outside of them zero the token or reject it.",
+        "Importance weight for a sampling engine that differs from the trainer: truncate it at "
+        "the bounds; or, outside of them, zero the token or reject it.",
     )
     sampler_level: Literal["token", "sequence", "geometric"] = option(
         "token", "Importance weight per token, or per sequence as a product or geometric mean."
@@ -110,7 +145,7 @@ class RunConfig(TrainingOptions):
     sampler_high: float = option(2.0, "Upper bound of the importance weight.")
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass.")
     lora_rank: int = option(0, "Train a LoRA adapter of this rank (needs peft); 0: all weights.")
-    evaluate_every: int = option(10, "Steps between evaluations on the held-out problems.")
+    evaluate_every: int = 10
     eval_samples: int = option(
         1,
         "Completions per held-out problem and evaluation; 2 or more also give avg@k, pass@k and a "
@@ -121,11 +156,9 @@ class RunConfig(TrainingOptions):
     )
     eval_temperature: float = option(0.0, "Temperature of evaluations; 0: that of the rollouts.")
     samples: int = option(4, "Held-out completions kept in samples.jsonl per evaluation.")
-    console: Literal["rich", "plain", "off"] = option("rich", CONSOLE)
     log: list[Literal["tensorboard", "trackio", "wandb"]] = option(
         [], "Also log to tensorboard, trackio or wandb."
     )
-    threads: int = option(0, THREADS)
 
     def __post_init__(self) -> None:
         for name in ("model", "data"):
@@ -140,7 +173,7 @@ class RunConfig(TrainingOptions):
             )
         if not all(map(math.isfinite, self.reward_weights)):
             raise ValueError(f"reward_weights: expected finite numbers, got {self.reward_weights}")
-        check_at_least(self, 0, "held_out", "longest_prompt", "lora_rank", "samples", "threads")
+        check_at_least(self, 0, "held_out", "longest_prompt", "lora_rank", "samples")
         check_at_least(self, 1, "prompts_per_step", "max_new_tokens", "eval_samples")
         check_at_least(self, 0, "eval_temperature", "sampler_low")
         check_more_than_0(self, "temperature", "rollout_memory")
@@ -156,21 +189,30 @@ class RunConfig(TrainingOptions):
                 raise ValueError(
                     f"eval_k: expected 1 to {self.eval_samples}, the eval_samples, got {k}"
                 )
-        self.check(self.prompts_per_step)
-        _check_beta(self.beta)
-        check_objective(self.objective)
+        self.check_learning(self.prompts_per_step)
+
+    @property
+    def title(self) -> str:
+        """The first line that the command prints."""
+        return f"{self.model} on {self.data}, in {self.output}/"
 
     @property
     def prompts_per_step(self) -> int:
-        """As given, else 16 or a few more, that every process may have as many."""
+        """As given, else 16 or the next multiple of the number of processes."""
         if self.prompts is not None:
             return self.prompts
-        return -(-PROMPTS // processes()) * processes()
+        return -(-PROMPTS // process_count()) * process_count()
+
+    @property
+    def weights(self) -> list[float]:
+        """One for each reward."""
+        default = [1.0, 0.2] if self.rewards == ["math", "format"] else [1.0] * len(self.rewards)
+        return self.reward_weights or default
 
     def check_here(self) -> None:
         """Raises ValueError or ModuleNotFoundError for what this machine lacks.
 
-        Processes, packages, files and the run directory; the model and the data are read later.
+        Processes, packages, files and the run directory; model and data are read later.
         """
         self._check_processes()
         for name in self.rewards:
@@ -182,7 +224,7 @@ class RunConfig(TrainingOptions):
                 )
             if name not in REWARDS:
                 check_file("rewards", path)
-        # reasoning-gym's data sets bring their own scoring
+        # the data sets of reasoning-gym have their own scoring
         if "math" in self.rewards and not self.data.startswith(GYM):
             check_package("rewards: math", "math_verify", "math-verify")
         self._check_sources()
@@ -199,8 +241,8 @@ class RunConfig(TrainingOptions):
         check_output(self)
 
     def _check_processes(self) -> None:
-        """Whether the options suit the processes that a launcher has started."""
-        count = processes()
+        """Whether the options suit the number of processes."""
+        count = process_count()
         if self.shard == "fsdp" and "WORLD_SIZE" not in os.environ:
             raise ValueError("shard: expected ddp, or a start by torchrun, got fsdp")
         if self.prompts_per_step % count:
@@ -215,7 +257,7 @@ class RunConfig(TrainingOptions):
             )
 
     def _check_sources(self) -> None:
-        """Whether data and model are where they should be; a name of the hub is tried later."""
+        """Whether local data and a local model exist; names on the hub are tried later."""
         path = Path(self.data)
         if self.data.startswith(GYM):
             check_package("data", "reasoning_gym", "reasoning-gym")
@@ -223,7 +265,7 @@ class RunConfig(TrainingOptions):
             check_file("data", self.data)
         if not self.data.startswith(GYM) and path.suffix not in (".jsonl", ".json"):
             check_package("data", "datasets")
-        # NAME or ORGANISATION/NAME is a name of the hub
+        # names on the hub are NAME or ORGANISATION/NAME
         is_path = self.model.startswith((".", "/", "~")) or self.model.count("/") > 1
         folder = Path(self.model)
         if is_path and not folder.is_dir():
@@ -231,14 +273,8 @@ class RunConfig(TrainingOptions):
         if folder.is_dir() and not (folder / "config.json").exists():
             raise ValueError(f"model: expected a model, found no config.json in {folder}")
 
-    @property
-    def weights(self) -> list[float]:
-        """One for each reward."""
-        default = [1.0, 0.2] if self.rewards == ["math", "format"] else [1.0] * len(self.rewards)
-        return self.reward_weights or default
-
     def trainer(self, sampling: Sampling) -> TrainerConfig:
-        """The part that the trainer needs."""
+        """The trainer's configuration."""
         from grpo_core.objective.off_policy import SamplerCorrection
 
         objective = find_objective(self.objective, self.beta)
@@ -247,71 +283,75 @@ class RunConfig(TrainingOptions):
                 self.sampler_level, self.sampler_correction, self.sampler_low, self.sampler_high
             )
             objective = objective.replace(factor=replace(objective.factor, sampler=correction))
-        shared: dict[str, Any] = {
-            each.name: getattr(self, each.name) for each in fields(TrainingOptions)
-        }
-        return TrainerConfig(
-            **shared,
-            objective=objective,
-            prompts_per_step=self.prompts_per_step,
-            sampling=sampling,
+        return self.trainer_config(
+            objective, prompts_per_step=self.prompts_per_step, sampling=sampling
         )
 
 
 @dataclass(frozen=True)
-class DemoConfig:
+class TaskOptions(CommandOptions):
+    """Options of the commands on the embedded task."""
+
+    overwrite: bool = option(False, "Delete the run that is in --output, except its base model.")
+    prompts: int = option(PROMPTS, "Prompts per step, 8 completions each.")
+    base_steps: int = option(700, "Training steps of the base model, 32 texts each.")
+    held_out: int = option(512, "Number of held-out questions.")
+    plot: bool = option(True, "Draw the results (needs matplotlib); --no_plot: do not.")
+
+
+@dataclass(frozen=True)
+class DemoConfig(TaskOptions, LearningOptions):
     """The embedded run; the defaults are those of the README's figures."""
 
-    output: str = option(
-        "runs/demo",
-        "Run directory; one with a run in it is refused, a base model in it is used again.",
-    )
-    resume: bool = option(False, "Go on with the interrupted run in --output.")
-    overwrite: bool = option(False, "Delete the run that is in --output, but for its base model.")
-    seed: int = option(0, "Seed of weights, corpus, prompts and sampling.")
+    output: str = "runs/demo"
     stages: Literal["zero", "r1", "both"] = option("both", "Which models to train from the base.")
-    loss: Literal["fused", "logits", "naive"] = option(
-        "fused",
-        "fused: loss in the model's forward, from hidden states; logits: fused_loss on the logits; "
-        "naive: plain PyTorch on the logits.",
-    )
-    objective: str = option("dapo", OBJECTIVE)
+    prompts: int = option(PROMPTS, "Prompts per step.")
+    learning_rate: float = 2e-4
     beta: float | None = option(
         None,
         "Weight of the KL to the model that a stage starts from. Default: 0.01 for a recipe; an "
         "objective from a file keeps its own.",
     )
-    steps: int = option(40, "Reinforcement learning steps, one rollout and 4 updates each.")
-    prompts: int = option(16, "Prompts per step, 8 completions each.")
-    learning_rate: float = option(2e-4, "Peak learning rate of reinforcement learning.")
     old_logp: Literal["trainer", "sampler"] = option(
         "trainer",
         "Denominator of the ratio: the trainer's log-probabilities (one more forward pass) or the "
         "sampler's.",
     )
     shuffle_rewards: bool = option(False, "The control: permute the rewards before each update.")
-    base_steps: int = option(700, "Training steps of the base model, 32 texts each.")
     sft_steps: int = option(10, "Steps on 32 long chains of thought each, before R1's learning.")
-    held_out: int = option(512, "Number of held-out questions.")
     gate: float = option(
         0.9, "Stop if the base model's greedy accuracy on pairs that are no trap is lower."
     )
-    threads: int = option(0, f"{THREADS} Take 1 on a busy machine.")
-    console: Literal["rich", "plain", "off"] = option("rich", CONSOLE)
-    plot: bool = option(True, "Draw curves.png (needs matplotlib); --no_plot: do not.")
 
     def __post_init__(self) -> None:
-        check_objective(self.objective)
-        _check_beta(self.beta)
         check_at_least(self, 1, "steps", "prompts", "base_steps", "sft_steps", "held_out")
         check_more_than_0(self, "learning_rate")
-        check_at_least(self, 0, "threads", "gate")
+        check_at_least(self, 0, "gate")
+        self.check_learning(self.prompts)
+
+    @property
+    def title(self) -> str:
+        """The first line that the command prints."""
+        trained = {"zero": "R1-Zero", "r1": "SFT and R1", "both": "R1-Zero, SFT and R1"}
+        return f"{trained[self.stages]} from a base model, in {self.output}/"
 
     def check_here(self) -> None:
-        """Raises ValueError for a run directory that cannot be used."""
+        """Raises ValueError if the model is to be sharded or the run directory cannot be used."""
+        if self.shard != "ddp":
+            raise ValueError(f"shard: expected ddp for the embedded run, got {self.shard}")
         if self.overwrite:
             check_kept(self.output, ("objective", self.objective.rpartition(":")[0]))
         check_output(self)
+
+    def trainer(self, sampling: Sampling) -> TrainerConfig:
+        """The trainer's configuration."""
+        return self.trainer_config(
+            self.build_objective(),
+            prompts_per_step=self.prompts,
+            sampling=sampling,
+            old_logp=self.old_logp,
+            shuffle_rewards=self.shuffle_rewards,
+        )
 
     def build_objective(self) -> Objective:
         """The objective with this run's KL term."""
@@ -319,79 +359,63 @@ class DemoConfig:
 
 
 @dataclass(frozen=True)
-class CompareConfig:
+class CompareConfig(TaskOptions):
     """DPO, PPO and GRPO from the same base; the defaults are those of the README's table."""
 
-    output: str = option(
-        "runs/compare",
-        "Run directory; one with a comparison in it is refused, base models in it are used again.",
-    )
-    overwrite: bool = option(False, "Replace the comparison that is in --output.")
+    output: str = "runs/compare"
     seeds: int = option(2, "Seeds per method, from 0 on.")
     steps: int = option(20, "Steps of PPO and GRPO; DPO gets as many completions.")
-    prompts: int = option(16, "Prompts per step, 8 completions each.")
     beta: float = option(0.01, "Weight of the KL, in the loss or in the reward.")
-    base_steps: int = option(700, "Training steps of the base model, 32 texts each.")
-    held_out: int = option(512, "Number of held-out questions.")
-    threads: int = option(0, THREADS)
-    plot: bool = option(True, "Draw compare.png (needs matplotlib); --no_plot: do not.")
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "seeds", "steps", "prompts", "base_steps", "held_out")
         check_at_least(self, 0, "threads", "beta")
 
-    def check_here(self) -> None:
-        """Raises ValueError for a run directory that cannot be used."""
-        check_output(self)
+    @property
+    def title(self) -> str:
+        """The first line that the command prints."""
+        return f"all methods, {self.seeds} seeds each, in {self.output}/"
 
 
-def clear(directory: Path) -> None:
-    """Removes an earlier run from a run directory."""
-    for name in RUN_FILES:
-        (directory / name).unlink(missing_ok=True)
-    for name in RUN_FOLDERS:
-        shutil.rmtree(directory / name, ignore_errors=True)
-
-
-def processes() -> int:
-    """How many a launcher has started."""
+def process_count() -> int:
+    """How many processes a launcher has started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _check_beta(beta: float | None) -> None:
-    if beta is not None and not 0 <= beta < float("inf"):
-        raise ValueError(f"beta: expected a finite number >= 0, got {beta}")
-
-
 def check_objective(name: str) -> None:
-    """Raises ValueError for what is neither a recipe nor an object in a file."""
-    if name not in RECIPE_NAMES and not name.rpartition(":")[0].endswith(".py"):
+    """Raises ValueError unless this is a recipe or names a file that exists."""
+    if name in RECIPE_NAMES:
+        return
+    path = name.rpartition(":")[0]
+    if not path.endswith(".py"):
         raise ValueError(
             f"objective: expected one of {', '.join(RECIPE_NAMES)} or path.py:name, got {name!r}"
             + nearest(name, RECIPE_NAMES)
         )
-    if name not in RECIPE_NAMES:
-        check_file("objective", name.rpartition(":")[0])
+    check_file("objective", path)
 
 
 def find_objective(name: str, beta: float | None, default: float = 0.0) -> Objective:
-    """An objective by the name of its recipe, or from a file as path.py:name.
+    """An objective: a recipe by its name, or from a file by path.py:name.
 
     Args:
-        beta: weight of the KL term, which is k3 where the objective has none. None is `default` for
-            a recipe, and leaves the objective of a file as it is.
+        name: of either.
+        beta: weight of the KL term, which is k3 if the objective has none. None means `default`
+            for a recipe, and leaves an objective from a file as it is.
+        default: weight of the KL term of a recipe.
 
     Raises:
-        ValueError: neither, or `beta` is no weight.
+        ValueError: there is no such objective.
     """
     check_objective(name)
     from grpo_core.objective.objective import Objective
     from grpo_core.objective.recipes import RECIPES
 
-    found = RECIPES[name] if name in RECIPES else load_from_file("objective", name)
-    if not isinstance(found, Objective):
-        raise ValueError(f"objective: expected an Objective in {name}, got {type(found).__name__}")
+    objective = RECIPES[name] if name in RECIPES else load_from_file("objective", name)
+    if not isinstance(objective, Objective):
+        given = type(objective).__name__
+        raise ValueError(f"objective: expected an Objective in {name}, got {given}")
     if beta is None and name not in RECIPES:
-        return found
+        return objective
     beta = default if beta is None else beta
-    return found.replace(beta=beta, kl=(found.kl or "k3") if beta > 0 else None)
+    return objective.replace(beta=beta, kl=(objective.kl or "k3") if beta > 0 else None)
