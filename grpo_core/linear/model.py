@@ -47,10 +47,7 @@ class Sealed:
 
 
 class HeadOutput(NamedTuple):
-    """The answer to a request, see `LossOutput` and `TokenLogp`; wrappers see the loss alone.
-
-    Its other attributes are logp and entropy, and after a `LossRequest` ratio, kl, factor and
-    metrics, all detached.
+    """The answer to a request: `LossOutput` or `TokenLogp`; wrappers see the loss alone.
 
     Attributes:
         loss: 0-dim float32, differentiable; None for a `LogpRequest`.
@@ -59,8 +56,43 @@ class HeadOutput(NamedTuple):
     loss: Tensor | None
     sealed: Sealed
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.sealed.content, name)
+    # properties, because torch.compile does not trace __getattr__ of a tuple
+
+    @property
+    def logp(self) -> Tensor:
+        """log π(target), nats, shaped like target, float32, detached like all that follow."""
+        return self.sealed.content.logp
+
+    @property
+    def entropy(self) -> Tensor:
+        """Of the distribution at the request's temperature, nats."""
+        return self.sealed.content.entropy
+
+    @property
+    def ratio(self) -> Tensor:
+        """π / π_old."""
+        return self._of_loss.ratio
+
+    @property
+    def kl(self) -> Tensor:
+        """The objective's estimate of KL(π ‖ π_ref), nats."""
+        return self._of_loss.kl
+
+    @property
+    def factor(self) -> Tensor:
+        """The factor of the surrogate."""
+        return self._of_loss.factor
+
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        """Figures of this call, see `metrics.METRICS`."""
+        return self._of_loss.metrics
+
+    @property
+    def _of_loss(self) -> LossOutput:
+        if isinstance(self.sealed.content, TokenLogp):
+            raise AttributeError("expected the answer to a LossRequest, got a LogpRequest's")
+        return self.sealed.content
 
 
 class Request:
