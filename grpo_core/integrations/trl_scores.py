@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from grpo_core.backends import Backend
-from grpo_core.linear.head import LinearHead, check_hidden
+from grpo_core.linear.head import LinearHead
 from grpo_core.linear.logp import logp_from_hidden
-from grpo_core.objective.validation import check_concrete
+from grpo_core.objective.validation import check_concrete, check_tensor
 
 FURTHER = ("log_sum_sq_probs", "mean_logits", "is_top1")
 # of temporaries for the further outputs: a few rows at a time, in cache
@@ -71,7 +71,7 @@ def linear_scores(
         NotImplementedError: a backend asked for by name that cannot run here.
     """
     check_concrete(hidden=hidden, lm_head=lm_head, target=target)
-    if check_hidden("hidden", hidden).ndim != 2:
+    if check_tensor("hidden", hidden).ndim != 2:
         raise ValueError(f"hidden: expected [N, D], got {list(hidden.shape)}")
     unknown = [name for name in further if name not in FURTHER]
     if unknown:
@@ -89,7 +89,7 @@ def linear_scores(
         backend=backend,
         validate=validate,
         ahead=True,
-        also=partial(_further, names, float(temperature)),
+        also=partial(_further, names, temperature),
         gathered=gathered,
     )
     values = dict(zip(names, others, strict=True))
