@@ -17,6 +17,7 @@ from torch import Tensor
 from grpo_core.backends import Backend
 from grpo_core.linear.head import LinearHead
 from grpo_core.linear.logp import logp_from_hidden
+from grpo_core.objective.validation import check_concrete, check_tensor
 
 FURTHER = ("log_sum_sq_probs", "mean_logits", "is_top1")
 # of temporaries for the further outputs: a few rows at a time, in cache
@@ -69,7 +70,8 @@ def linear_scores(
         ValueError: naming the argument, what was expected and what came.
         NotImplementedError: a backend asked for by name that cannot run here.
     """
-    if isinstance(hidden, Tensor) and hidden.ndim != 2:
+    check_concrete(hidden=hidden, lm_head=lm_head, target=target)
+    if check_tensor("hidden", hidden).ndim != 2:
         raise ValueError(f"hidden: expected [N, D], got {list(hidden.shape)}")
     unknown = [name for name in further if name not in FURTHER]
     if unknown:
@@ -87,7 +89,7 @@ def linear_scores(
         backend=backend,
         validate=validate,
         ahead=True,
-        also=partial(_further, names, float(temperature)),
+        also=partial(_further, names, temperature),
         gathered=gathered,
     )
     values = dict(zip(names, others, strict=True))

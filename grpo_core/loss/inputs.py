@@ -51,10 +51,10 @@ class LossInputs:
     ref_logp: Tensor | None
     ref_logits: Tensor | None = None
     sampler_logp: Tensor | None
-    target: Tensor
     mask: Tensor | None
     sequence_id: Tensor | None
     normalizer: Tensor | float | None
+    target: Tensor
     temperature: float = 1.0
     backend: Backend | None
     validate: bool | None
