@@ -199,7 +199,7 @@ def test_mypy_sees_the_types_of_the_wheel(distributions: Path, tmp_path: Path) -
         check=False,
     )
     assert 'Missing positional argument "target"' in done.stdout, done.stdout + done.stderr
-    assert "-> grpo_core.loss.fused_loss.LossOutput" in done.stdout, done.stdout
+    assert "-> grpo_core.loss.outputs.LossOutput" in done.stdout, done.stdout
     assert "py.typed" not in done.stdout, done.stdout
 
 
