@@ -233,7 +233,7 @@ def test_shards_write_completions_of_unequal_lengths(ranks: Found) -> None:
 
 def test_weights_that_one_process_has_poisoned_are_not_saved(ranks: Found, folder: Path) -> None:
     for rank in ranks:
-        assert rank["poisoned"].startswith("model: expected finite weights at step 0, lm_head.wei")
+        assert rank["poisoned"].startswith("non-finite values in lm_head.wei")
     assert not list((folder / "poisoned").glob("*step*"))
 
 

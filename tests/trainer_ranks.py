@@ -349,7 +349,8 @@ def with_engine(shard: str, engine: Any) -> dict[str, Any]:
     run.sampler = EngineSync(run.model, engine)
     history = run.train()
     for metrics in history:
-        metrics.pop("seconds", None)
+        for name in MACHINE:
+            metrics.pop(name, None)
     return {"history": history, "weights": weights(run.model), "calls": run.sampler.version}
 
 
