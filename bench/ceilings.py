@@ -1,24 +1,23 @@
-"""What this device can do at all: bandwidth of copying, of reading, of writing.
+"""The bandwidth of this device: copying, reading, writing.
 
-`python -m bench.ceilings [--json FILE] [--dry-run]`. The kernels of the loss are to be held against
-these figures, taken in the same minutes on the same card, rather than against a data sheet.
+`python -m bench.ceilings [--json FILE] [--dry-run]`. Compare the kernels of the loss with these
+figures, taken within minutes on the same card, rather than with a data sheet.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from bench.clock import median_seconds
-from bench.machine import describe
+from bench.machine import describe, median_seconds
 
 # of bfloat16, as logits: far beyond any cache
 ELEMENTS, DRY_ELEMENTS = 2**30, 2**12
@@ -67,28 +66,20 @@ def measure(device: str, elements: int) -> Iterator[Ceiling]:
     for block, warps in SHAPES:
         block = min(block, elements // TILES)
         name = f"{block:,} elements, {warps} warps"
-        call = _copier(source, sink, block, warps)
-        call()
+        copy = partial(
+            _copy_kernel[(elements // block,)], source, sink, BLOCK=block, num_warps=warps
+        )
+        copy()
         assert torch.equal(source, sink), "the copy differs"
-        yield Ceiling(f"copy, {name}", 2 * once, median_seconds(call, device))
+        yield Ceiling(f"copy, {name}", 2 * once, median_seconds(copy, device))
         sums = torch.empty(elements // (block * TILES), device=device)
-        call = _reader(source, sums, block, warps)
-        call()
+        read = partial(
+            _read_kernel[(len(sums),)], source, sums, BLOCK=block, TILES=TILES, num_warps=warps
+        )
+        read()
         expected = source.view(sums.numel(), -1).double().sum(1).float()
         torch.testing.assert_close(sums, expected, rtol=1e-3, atol=1e-1)
-        yield Ceiling(f"read, {name}", once, median_seconds(call, device))
-
-
-def _copier(source: Tensor, sink: Tensor, block: int, warps: int) -> Callable[[], object]:
-    """One program a block."""
-    grid = (source.numel() // block,)
-    return lambda: _copy_kernel[grid](source, sink, BLOCK=block, num_warps=warps)
-
-
-def _reader(source: Tensor, sums: Tensor, block: int, warps: int) -> Callable[[], object]:
-    """One program several blocks, of which it leaves the sum."""
-    grid = (sums.numel(),)
-    return lambda: _read_kernel[grid](source, sums, BLOCK=block, TILES=TILES, num_warps=warps)
+        yield Ceiling(f"read, {name}", once, median_seconds(read, device))
 
 
 def _main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -83,7 +83,7 @@ class Plans:
 
 @contextmanager
 def tuned(key: Key, tuning: Tuning | None) -> Iterator[None]:
-    """The kernels with another entry of the table, None for the rule of cards nobody measured."""
+    """The kernels with another entry of the table; None for the default."""
     kept = launch.TUNED.pop(key, None)
     if tuning is not None:
         launch.TUNED[key] = tuning
@@ -98,8 +98,8 @@ def tuned(key: Key, tuning: Tuning | None) -> Iterator[None]:
 def try_out(plans: Plans, tuning: Tuning, timer: Timer) -> Trial:
     """Checks a layout against the default one, then times it."""
     seconds: dict[str, float] = {}
-    default = launch.untuned(plans.V)
-    logp: dict[int, Tensor] = {}
+    trial = Trial(plans.key, plans.V, tuning, seconds, plans.logits.nbytes)
+    default, logp = launch.untuned(plans.V), None
     for name, call in plans.calls.items():
         with tuned(plans.key, None):
             expected = [tensor.clone() for tensor in call()]
@@ -110,23 +110,16 @@ def try_out(plans: Plans, tuning: Tuning, timer: Timer) -> Trial:
             # too many registers, too much shared memory, a compiler that gives up
             except (TritonError, RuntimeError) as failure:
                 why = f"{type(failure).__name__}: {' '.join(str(failure).split())[:100]}"
-                return Trial(plans.key, plans.V, tuning, {}, plans.logits.nbytes, why)
+                return replace(trial, failure=why)
             same = torch.equal if tuning.warps == default.warps else _equal_to_rounding
             if not all(map(same, found, expected)):
-                return Trial(
-                    plans.key, plans.V, tuning, {}, plans.logits.nbytes, f"{name}: another result"
-                )
-            if name != "gradient" and not torch.equal(logp.setdefault(0, found[0]), found[0]):
-                return Trial(
-                    plans.key,
-                    plans.V,
-                    tuning,
-                    {},
-                    plans.logits.nbytes,
-                    f"{name}: logp of other bits",
-                )
+                return replace(trial, failure=f"{name}: another result")
+            if name != "gradient":
+                logp = found[0] if logp is None else logp
+                if not torch.equal(logp, found[0]):
+                    return replace(trial, failure=f"{name}: logp of other bits")
             seconds[name] = timer(call, tuning)
-    return Trial(plans.key, plans.V, tuning, seconds, plans.logits.nbytes)
+    return trial
 
 
 def fits(tuning: Tuning) -> bool:

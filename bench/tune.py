@@ -24,8 +24,7 @@ from typing import Any
 
 import torch
 
-from bench.clock import median_seconds
-from bench.machine import describe
+from bench.machine import describe, median_seconds
 from bench.second_reading import CANDIDATES
 from bench.trials import Key, Plans, Timer, Trial, fits, try_out
 from grpo_core.kernels import launch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import warnings
 from importlib.metadata import PackageNotFoundError, version
@@ -10,9 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 # before the first import of a kernel: on every machine the tables are those of the interpreter
 os.environ["TRITON_INTERPRET"] = "1"
 
-from bench.accuracy.document import DOCUMENT, write
+from bench.accuracy.document import DOCUMENT, PICTURE, plot, write
 from bench.accuracy.measure import measure
-from bench.accuracy.plot import PICTURE, plot
 from grpo_core.hardware_rounding import round_as_hardware_does
 
 # the versions that docs/accuracy.md speaks of
@@ -21,7 +19,6 @@ PEERS = {"liger-kernel": "0.8.5", "trl": "1.16.0"}
 
 def main() -> None:
     """Checks that the peers are there, measures, writes."""
-    argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__).parse_args()
     for name, wanted in PEERS.items():
         try:
             found = version(name)
