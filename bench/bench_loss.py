@@ -27,32 +27,20 @@ from bench.truth import Truth, find_truth, refuse_wrong
 
 # a call takes milliseconds on a GPU and up to seconds on a CPU
 ROUNDS = {"cuda": 30, "cpu": 5}
-# (rows, V). On a GPU the vocabularies of Qwen 3 padded and unpadded (odd), Llama 3, Llama 2, GPT-2,
-# Gemma 3; on a CPU, as many rows as a few minutes allow
+# of Qwen 3 padded, Llama 2, Qwen 3 unpadded (odd), GPT-2, Llama 3, Gemma 3
+VOCABULARIES = (151_936, 32_000, 151_669, 50_257, 128_256, 262_144)
+# (rows, V, hidden size or 0)
 SHAPES = {
-    "cuda": (
-        (8192, 151_936),
-        (8192, 32_000),
-        (8192, 151_669),
-        (8192, 50_257),
-        (8192, 128_256),
-        (8192, 262_144),
-        (16_384, 151_936),
-    ),
-    "cpu": ((512, 151_936), (512, 32_000)),
+    "cuda": (*((8192, V, 0) for V in VOCABULARIES), (16_384, 151_936, 0)),
+    "cpu": ((512, 151_936, 0), (512, 32_000, 0)),
 }
-# (rows, V, D) from hidden states: rows of Qwen 3, Llama 3, Llama 2; on a CPU few of them
+HEADS = ((151_936, 4096), (151_936, 2048), (128_256, 4096), (32_000, 4096))
 HIDDEN_SHAPES = {
-    "cuda": (
-        (8192, 151_936, 4096),
-        (8192, 151_936, 2048),
-        (8192, 128_256, 4096),
-        (8192, 32_000, 4096),
-    ),
+    "cuda": tuple((8192, *head) for head in HEADS),
     "cpu": ((1024, 32_000, 512), (128, 151_936, 512)),
 }
-# without --long on a CPU: rows, sizes
-SHORT_ROWS, SHORT_SIZES = 128, 1
+# without --long a CPU measures the first vocabulary, from logits at this many rows
+SHORT_ROWS = 128
 DTYPES = {"cuda": (torch.bfloat16,), "cpu": (torch.float32, torch.bfloat16)}
 # the most demanding contender holds three times the float32 logits from bfloat16 ones, and six
 # times from float32 ones; the batch itself holds the logits twice
@@ -103,22 +91,19 @@ def fitting_rows(V: int, wanted: int) -> int:
 
 def shapes(from_hidden: bool, option: Any) -> list[Shape]:
     """The sizes of a run, by the options of the command line."""
-    standard: tuple[tuple[int, ...], ...] = (HIDDEN_SHAPES if from_hidden else SHAPES)[DEVICE]
-    if not (option.long or DEVICE == "cuda"):
-        standard = standard[:SHORT_SIZES]
-        if not from_hidden:
-            standard = tuple((min(SHORT_ROWS, N), V) for N, V in standard)
-    if option.vocabulary:
-        known = {V: [given for given in standard if given[1] == V] for V in option.vocabulary}
-        (N, _, *D) = standard[0]
-        standard = tuple(one for V in known for one in known[V] or [(N, V, *D)])
-    dtypes = DTYPES[DEVICE][:1] if from_hidden else DTYPES[DEVICE]
+    standard = (HIDDEN_SHAPES if from_hidden else SHAPES)[DEVICE]
+    short = DEVICE == "cpu" and not option.long
+    usual_rows, _, usual_size = standard[0]
     found = []
-    for N, V, *D in standard:
-        rows = option.rows or (N if from_hidden else fitting_rows(V, N))
-        size = (option.hidden or D[0]) if D else 0
-        found += [Shape(rows, V, size, dtype) for dtype in dtypes]
-    return list(dict.fromkeys(found))
+    for V in option.vocabulary or dict.fromkeys(V for _, V, _ in standard[: 1 if short else None]):
+        known = [shape for shape in standard if shape[1] == V]
+        for N, _, D in known or [(usual_rows, V, usual_size)]:
+            if from_hidden:
+                found.append((option.rows or N, V, option.hidden or D, DTYPES[DEVICE][0]))
+                continue
+            rows = option.rows or fitting_rows(V, min(N, SHORT_ROWS) if short else N)
+            found += [(rows, V, 0, dtype) for dtype in DTYPES[DEVICE]]
+    return list(dict.fromkeys(Shape(*shape) for shape in found))
 
 
 def jobs(from_hidden: bool, option: Any) -> list[Job]:

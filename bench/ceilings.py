@@ -28,12 +28,6 @@ TILES = 16
 
 
 @triton.jit
-def _copy_kernel(source_ptr, sink_ptr, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(sink_ptr + at, tl.load(source_ptr + at))
-
-
-@triton.jit
 def _read_kernel(source_ptr, sums_ptr, BLOCK: tl.constexpr, TILES: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
     at = program * BLOCK * TILES + tl.arange(0, BLOCK)
@@ -50,11 +44,6 @@ class Ceiling(NamedTuple):
     moved_bytes: int
     seconds: float
 
-    @property
-    def line(self) -> str:
-        """For people."""
-        return f"{self.name:<32}{self.moved_bytes / self.seconds / 1e12:8.3f} TB/s"
-
 
 def measure(device: str, elements: int) -> Iterator[Ceiling]:
     """Every ceiling; what a kernel computed is checked before it is timed."""
@@ -66,12 +55,6 @@ def measure(device: str, elements: int) -> Iterator[Ceiling]:
     for block, warps in SHAPES:
         block = min(block, elements // TILES)
         name = f"{block:,} elements, {warps} warps"
-        copy = partial(
-            _copy_kernel[(elements // block,)], source, sink, BLOCK=block, num_warps=warps
-        )
-        copy()
-        assert torch.equal(source, sink), "the copy differs"
-        yield Ceiling(f"copy, {name}", 2 * once, median_seconds(copy, device))
         sums = torch.empty(elements // (block * TILES), device=device)
         read = partial(
             _read_kernel[(len(sums),)], source, sums, BLOCK=block, TILES=TILES, num_warps=warps
@@ -88,11 +71,10 @@ def _main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU, interpreted")
     given = parser.parse_args()
-    device = "cpu" if given.dry_run else "cuda"
-    elements = DRY_ELEMENTS if given.dry_run else ELEMENTS
     found = []
-    for ceiling in measure(device, elements):
-        print(ceiling.line, flush=True)
+    for ceiling in measure(*("cpu", DRY_ELEMENTS) if given.dry_run else ("cuda", ELEMENTS)):
+        speed = ceiling.moved_bytes / ceiling.seconds / 1e12
+        print(f"{ceiling.name:<32}{speed:8.3f} TB/s", flush=True)
         found.append(ceiling)
     if given.json:
         record: dict[str, Any] = {"machine": describe(), "dry_run": given.dry_run}

@@ -9,8 +9,8 @@ import torch
 
 from bench.budget import SECONDS, Budget
 from bench.contenders import missing_peers
-from bench.machine import DEVICE, describe, device_name, versions
-from bench.report import legend, table
+from bench.machine import DEVICE, describe, device_name
+from bench.report import LEGEND, table
 
 BUDGET = pytest.StashKey[Budget]()
 
@@ -79,8 +79,7 @@ def pytest_benchmark_update_machine_info(
     config: pytest.Config, machine_info: dict[str, Any]
 ) -> None:
     """What --benchmark-json says of the machine."""
-    machine_info.update(device=device_name(), **versions(), about=describe())
-    machine_info["missing_peers"] = missing_peers()
+    machine_info.update(describe(), missing_peers=missing_peers())
 
 
 def pytest_terminal_summary(
@@ -96,7 +95,7 @@ def pytest_terminal_summary(
         for run in timed
     ]
     terminalreporter.section(f"{device_name()}, torch {torch.__version__}")
-    lines = [*table(runs), "", *legend()]
+    lines = [*table(runs), *LEGEND]
     skipped = terminalreporter.stats.get("skipped", [])
     if late := sum("out of time" in str(report.longrepr) for report in skipped):
         lines += ["", f"Out of time: {late} cases were not measured; --long measures all."]

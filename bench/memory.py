@@ -59,36 +59,27 @@ def peaks(V: int, D: int, tokens: int, device: str = DEVICE) -> dict[str, int]:
     }
 
 
-class Line:
-    """Peak bytes as a function of tokens, through the first and the last of three counts.
+def on_line(name: str, counts: dict[int, int], tokens: int) -> float:
+    """The peak of `tokens` on the line through the first and the last of three counts.
 
     Raises:
-        ValueError: the one between does not lie on it.
+        ValueError: the count between does not lie on it.
     """
-
-    def __init__(self, name: str, counts: dict[int, int]) -> None:
-        (few, low), (between, middle), (many, high) = counts.items()
-        self.slope = (high - low) / (many - few)
-        self.start = low - self.slope * few
-        if abs(self(between) - middle) > TOLERANCE * middle:
-            raise ValueError(
-                f"{name}: expected peaks on a line, got {counts} where {self(between):.0f} is on it"
-            )
-
-    def __call__(self, tokens: int) -> float:
-        return self.start + self.slope * tokens
+    (few, low), (between, middle), (many, high) = counts.items()
+    slope = (high - low) / (many - few)
+    expected = low + slope * (between - few)
+    if abs(expected - middle) > TOLERANCE * middle:
+        raise ValueError(f"{name}: expected {expected:.0f} at {between} of a line, got {counts}")
+    return low + slope * (tokens - few)
 
 
 def rows_of(V: int, D: int) -> list[str]:
     """A head's rows of the table, GiB."""
     counts = {tokens: peaks(V, D, tokens) for tokens in COUNTED}
-    lines = [
-        Line(f"{name}, V = {V:,}", {tokens: of[name] for tokens, of in counts.items()})
-        for name in PATHS
-    ]
+    of_path = {name: {n: counts[n][name] for n in COUNTED} for name in PATHS}
     model, rows = HEADS.get((V, D), ""), []
     for tokens in SHOWN:
-        sizes = [2 * tokens * V, *(line(tokens) for line in lines)]
+        sizes = [2 * tokens * V, *(on_line(name, c, tokens) for name, c in of_path.items())]
         cells = " | ".join(f"{size / 2**30:.2f}" for size in sizes)
         shown = f"{model}: {V:,} x {D:,}" if tokens == SHOWN[0] else ""
         rows.append(f"| {shown} | {tokens:,} | {cells} |")

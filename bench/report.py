@@ -14,7 +14,7 @@ from typing import Any
 
 Run = Mapping[str, Any]
 MIB = 2**20
-LEGEND = """\
+LEGEND = """
 vs naive  how many times fewer of 'x floor' than naive takes
 x clone   median over that of logits.clone(), which pays for fresh memory
 x floor   time over that of the least work, timed before every round; median of the ratios. From
@@ -27,12 +27,8 @@ x logits  the same over the size of the logits
 work      from logits, bytes moved per logit: operands as large as the logits of every operation, as
           inductor counts all for compiled, for Triton kernels each address once per program; from
           hidden states, matrix products of 2 * rows * V * D operations
-off       largest error of loss, logp, entropy and gradients against float64, of the norm of each"""
-
-
-def legend() -> list[str]:
-    """What the columns of `table` mean."""
-    return LEGEND.splitlines()
+off       largest error of loss, logp, entropy and gradients against float64, of the norm of each
+""".splitlines()
 
 
 def table(runs: Iterable[Run]) -> list[str]:
@@ -63,24 +59,16 @@ def _line(run: Run, naive: float | None) -> str:
     """One contender."""
     speedup = f"{naive / run['ratio_to_floor']:.2f}" if naive else "-"
     clone = "-" if run["from_hidden"] else f"{run['median'] / run['clone_seconds']:.2f}"
-    work = run["products"] if run["from_hidden"] else bytes_per_logit(run)
+    # bytes of large tensors; of all, where nobody tells them apart
+    work = run.get("products") or run.get("bytes_per_logit") or run.get("bytes_per_logit_issued")
+    off = max(value for name, value in run.items() if name.endswith("_error"))
     peak = run["peak_extra_bytes"]
     return (
         f"  {run['contender']:<20}{1e3 * run['median']:>10,.1f}{run['rounds']:>7}{speedup:>9}"
         f"{clone:>8}{run['ratio_to_floor']:>8.2f}{peak / MIB:>10,.1f}"
         f"{peak / run['logits_bytes']:>9.2f}{'-' if work is None else format(work, '.2f'):>7}"
-        f"{largest_error(run):>9.0e}"
+        f"{off:>9.0e}"
     )
-
-
-def bytes_per_logit(run: Run) -> float | None:
-    """Of large tensors, or of all where nobody tells them apart; None where nobody counted."""
-    return run["bytes_per_logit"] or run["bytes_per_logit_issued"]
-
-
-def largest_error(run: Run) -> float:
-    """Of everything that a contender returned."""
-    return max(value for name, value in run.items() if name.endswith("_error"))
 
 
 def page(record: Mapping[str, Any]) -> list[str]:
@@ -91,11 +79,10 @@ def page(record: Mapping[str, Any]) -> list[str]:
         | one["extra_info"]
         for one in record["benchmarks"]
     ]
-    versions = f"torch {machine['torch']}, triton {machine.get('triton') or 'absent'}"
-    lines = [f"Taken on {machine['device']}, {versions}, {record['datetime'][:10]}."]
-    if machine.get("missing_peers"):
+    lines = [f"Taken on {machine['device']}, {record['datetime'][:10]}: {machine['summary']}."]
+    if machine["missing_peers"]:
         lines.append(f"Absent: {', '.join(machine['missing_peers'])}.")
-    return [*lines, "", "```", *table(runs), "", *legend(), "```"]
+    return [*lines, "", "```", *table(runs), *LEGEND, "```"]
 
 
 def main() -> None:

@@ -584,14 +584,14 @@ def test_in_place_a_core_takes_eight_rows_at_most(dtype: torch.dtype):
 def test_a_page_says_what_it_was_taken_on():
     info = a_run()
     del info["median"], info["group"], info["rounds"]
-    machine = {"device": "a card", "torch": "2.13.0", "missing_peers": ["trl (no trl)"]}
+    machine = {"device": "a card", "summary": "torch 2.13.0", "missing_peers": ["trl (no trl)"]}
     record = {
         "datetime": "2026-11-25T02:00:00",
         "machine_info": machine,
         "benchmarks": [{"group": "x", "stats": {"median": 4.0, "rounds": 3}, "extra_info": info}],
     }
     lines = page(record)
-    assert "Taken on a card, torch 2.13.0, triton absent, 2026-11-25." in lines
+    assert "Taken on a card, 2026-11-25: torch 2.13.0." in lines
     assert "Absent: trl (no trl)." in lines
     assert any(line.split()[:3] == ["naive", "4,000.0", "3"] for line in lines)
 
@@ -645,9 +645,9 @@ def test_a_sweep_chooses_the_fastest_right_layout_and_writes_it_down(
 
 @interpreted
 def test_a_layout_with_another_result_is_found_out(monkeypatch: pytest.MonkeyPatch):
-    from bench import trials
+    from bench import tune
 
-    plans = trials.Plans(2, 2000, torch.bfloat16, "cpu")
+    plans = tune.Plans(2, 2000, torch.bfloat16, "cpu")
     right = plans.calls["one pass"]
     wrong = {4: 1e-6, 8: 1e-3, 16: 1e-6}
 
@@ -658,7 +658,7 @@ def test_a_layout_with_another_result_is_found_out(monkeypatch: pytest.MonkeyPat
         return (logp * (1 + off), *rest)
 
     def outcome(warps: int) -> str | float:
-        trial = trials.try_out(plans, Tuning(warps, backwards=True), lambda *_: 1.0)
+        trial = tune.try_out(plans, Tuning(warps, backwards=True), lambda *_: 1.0)
         return trial.failure or trial.total
 
     monkeypatch.setitem(plans.calls, "one pass", wrong_by_its_warps)
@@ -671,7 +671,7 @@ def test_a_layout_with_another_result_is_found_out(monkeypatch: pytest.MonkeyPat
 
 def test_no_program_is_to_hold_more_than_its_registers():
     from bench.second_reading import CANDIDATES
-    from bench.trials import fits
+    from bench.tune import fits
 
     assert all(map(fits, CANDIDATES.values()))
     assert fits(Tuning(8, held=49)) and not fits(Tuning(8, held=50))

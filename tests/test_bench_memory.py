@@ -9,7 +9,7 @@ import torch
 
 from bench.batch import TRAINED, Batch
 from bench.contenders import Contender, hidden_naive
-from bench.memory import RESULTS, Line
+from bench.memory import RESULTS, on_line
 from bench.meter import peak_extra_bytes
 
 DOCUMENT = Path(__file__).parent.parent / "docs/training.md"
@@ -32,7 +32,6 @@ def test_the_published_table_is_the_documents() -> None:
 
 
 def test_counts_that_are_on_no_line_are_refused() -> None:
-    line = Line("x", {1: 10, 2: 20, 3: 30})
-    assert line(7) == 70
-    with pytest.raises(ValueError, match="x: expected peaks on a line"):
-        Line("x", {1: 10, 2: 25, 3: 30})
+    assert on_line("x", {1: 10, 2: 20, 3: 30}, 7) == 70
+    with pytest.raises(ValueError, match="x: expected 20 at 2 of a line"):
+        on_line("x", {1: 10, 2: 25, 3: 30}, 7)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,21 +70,21 @@ def tables(found: Sequence[Measured]) -> Iterator[Table]:
     for quantity in BY_MARGIN:
         for dtype in DTYPES:
             here = [f for f in found if f.dtype == dtype and f.offset == 0]
-            yield _table(
-                quantity,
-                f"{TITLES[quantity].capitalize()}, {dtype_name(dtype)} logits",
-                {f"{m}": _of(quantity, here, lambda f, m=m: f.margin == m) for m in SHOWN},
-            )
+            columns = {f"{m}": [f for f in here if f.margin == m] for m in SHOWN}
+            title = f"{TITLES[quantity].capitalize()}, {dtype_name(dtype)} logits"
+            yield _table(quantity, title, columns)
     for quantity in QUANTITIES:
-        limit = f", margins up to {MODERATE:g} nats" if quantity in BY_MARGIN else ""
-        columns = {}
-        for dtype in DTYPES:
-            for offset in OFFSETS:
-                here = [f for f in found if f.dtype == dtype and f.offset == offset]
-                name = f"{dtype_name(dtype)}{f' {offset:+}'.replace('-', '−') if offset else ''}"
-                columns[name] = _of(quantity, here, moderate=quantity in BY_MARGIN)
+        columns = {
+            f"{dtype_name(dtype)}{f' {offset:+}'.replace('-', '−') if offset else ''}": [
+                f for f in found if f.dtype == dtype and f.offset == offset
+            ]
+            for dtype in DTYPES
+            for offset in OFFSETS
+        }
+        by_margin = quantity in BY_MARGIN
+        limit = f", margins up to {MODERATE:g} nats" if by_margin else ""
         title = f"{TITLES[quantity].capitalize()}, logits with an offset{limit}"
-        yield _table(quantity, title, columns)
+        yield _table(quantity, title, columns, MODERATE if by_margin else float("inf"))
 
 
 def write(found: Sequence[Measured], path: Path = DOCUMENT) -> None:
@@ -96,44 +96,31 @@ def write(found: Sequence[Measured], path: Path = DOCUMENT) -> None:
     path.write_text(f"{before}{START}\n{body}\n\n{after}")
 
 
-def _table(quantity: str, title: str, columns: dict[str, dict[str, float]]) -> Table:
-    """A row per contender that says something of the quantity, in their order."""
+def _table(
+    quantity: str, title: str, columns: dict[str, list[Measured]], limit: float = float("inf")
+) -> Table:
+    """A row per contender that returns the quantity: its worst error up to a margin."""
+
+    def cell(name: str, some: list[Measured]) -> str:
+        errors = [
+            float(error)
+            for f in some
+            if f.contender == name and quantity in f.errors
+            for error, margin in zip(f.errors[quantity], f.margins, strict=False)
+            if margin <= limit
+        ]
+        # "lost" where nothing is left, a dash where nothing was measured
+        if not errors or max(errors) >= LOST:
+            return "lost" if errors else "–"
+        mantissa, _, exponent = f"{max(errors):.1e}".partition("e")
+        return f"{mantissa}e{int(exponent)}"
+
     rows = {
-        name: tuple(_cell(column.get(name)) for column in columns.values())
+        name: tuple(cell(name, some) for some in columns.values())
         for name in CONTENDERS
         if quantity not in UNSAID.get(name, ())
     }
     return Table(title, tuple(columns), rows)
-
-
-def _of(
-    quantity: str,
-    found: Sequence[Measured],
-    where: Callable[[Measured], bool] = lambda f: True,
-    *,
-    moderate: bool = False,
-) -> dict[str, float]:
-    """The worst error of each contender that has the quantity."""
-    worst: dict[str, float] = {}
-    for one in found:
-        if quantity not in one.errors or not where(one):
-            continue
-        errors = one.errors[quantity]
-        if moderate:
-            errors = errors[one.margins <= MODERATE]
-        if errors.numel():
-            worst[one.contender] = max(worst.get(one.contender, 0.0), float(errors.amax()))
-    return worst
-
-
-def _cell(error: float | None) -> str:
-    """Two digits, "lost" where nothing is left, a dash where nothing was measured."""
-    if error is None:
-        return "–"
-    if error >= LOST:
-        return "lost"
-    mantissa, _, exponent = f"{error:.1e}".partition("e")
-    return f"{mantissa}e{int(exponent)}"
 
 
 def plot(found: Sequence[Measured], path: Path = PICTURE) -> None:
