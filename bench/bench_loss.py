@@ -177,9 +177,8 @@ def measure(job: Job, benchmark: BenchmarkFixture, budget: Budget | None) -> Non
     rounds = ROUNDS[DEVICE]
     if budget:
         rounds = budget.rounds(contender.name, clock() - start, rounds)
-    benchmark.group = job.group
+    benchmark.group, seconds = job.group, yardsticks.seconds
     benchmark.pedantic(timed, setup=yardsticks.measure, rounds=rounds)
-    input_bytes = sum(tensor.nbytes for tensor in batch.inputs[: max(1, case.gradients)])
     benchmark.extra_info.update(
         contender=contender.name,
         case=case.name,
@@ -187,9 +186,9 @@ def measure(job: Job, benchmark: BenchmarkFixture, budget: Budget | None) -> Non
         device=device_name(),
         threads=torch.get_num_threads(),
         **shape._replace(dtype=dtype_name(shape.dtype))._asdict(),
-        **{f"{name}_seconds": s for name, s in yardsticks.medians(rounds).items()},
+        **{f"{name}_seconds": statistics.median(s[-rounds:]) for name, s in seconds.items()},
         # of the gradients, which are part of every peak
-        returned_bytes=input_bytes * bool(case.gradients),
+        returned_bytes=sum(tensor.nbytes for tensor in batch.inputs[: case.gradients]),
         logits_bytes=shape.N * shape.V * shape.dtype.itemsize,
         peak_extra_bytes=peak,
         **counts,
@@ -198,9 +197,11 @@ def measure(job: Job, benchmark: BenchmarkFixture, budget: Budget | None) -> Non
     if benchmark.stats is not None:
         times = benchmark.stats.stats.data
         # each round beside its own floor: neighbours on the machine come and go
-        floors = yardsticks.floors()[-len(times) :]
+        floors = seconds["products" if case.from_hidden else "copy"][-len(times) :]
         ratios = [time / floor for time, floor in zip(times, floors, strict=True)]
-        benchmark.extra_info["ratio_to_floor"] = statistics.median(ratios)
+        # a copy of the logits reads and writes
+        least = 1 if case.from_hidden else case.floor / 2
+        benchmark.extra_info["ratio_to_floor"] = statistics.median(ratios) / least
 
 
 def count(
@@ -264,11 +265,8 @@ class Yardsticks:
             "clone": batch.pristine.clone,
             "copy": batch.restore,
         }
-        # a copy reads and writes
-        self.floor, self.per_floor = "copy", case.floor / 2
         if case.from_hidden:
             self.steps = {"products": Products(batch, case)}
-            self.floor, self.per_floor = "products", 1.0
         self.seconds: dict[str, list[float]] = {name: [] for name in self.steps}
 
     def measure(self) -> None:
@@ -277,11 +275,3 @@ class Yardsticks:
             start = clock()
             step()
             self.seconds[name].append(clock() - start)
-
-    def floors(self) -> list[float]:
-        """Seconds of the least work, before each round."""
-        return [self.per_floor * seconds for seconds in self.seconds[self.floor]]
-
-    def medians(self, rounds: int) -> dict[str, float]:
-        """Seconds of each over the last rounds."""
-        return {name: statistics.median(s[-rounds:]) for name, s in self.seconds.items()}

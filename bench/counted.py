@@ -70,18 +70,15 @@ def _count_at(N: int, contender: Contender, case: Case, dtype: torch.dtype) -> d
 
 
 @cache
-def published() -> list[dict[str, Any]]:
+def published() -> dict[tuple[str, str, str], dict[str, Any]]:
     """The figures of counted.json, which hold on every machine; a test holds them up to date."""
-    return json.loads((RESULTS / "counted.json").read_text())["figures"]
+    kept = json.loads((RESULTS / "counted.json").read_text())["figures"]
+    return {(one["contender"], one["case"], one["dtype"]): one for one in kept}
 
 
 def find_count(contender: str, case: Case, dtype: str) -> dict[str, Any]:
     """The figures of one contender with kernels; empty if nobody counted them."""
-    wanted = (contender, case.name, dtype)
-    for figures in published():
-        if (figures["contender"], figures["case"], figures["dtype"]) == wanted:
-            return figures
-    return {}
+    return published().get((contender, case.name, dtype), {})
 
 
 LEGEND = f"""\

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch._inductor.metrics as inductor_metrics
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -116,17 +115,21 @@ class CompiledMeter:
     kernels: int = 0
 
     def __enter__(self) -> CompiledMeter:
+        # an import of seconds, for compiled contenders only
+        from torch._inductor import metrics
+
+        self._metrics = metrics
         # inductor counts only for this log
         self._log = logging.getLogger("torch._inductor.compile_fx.__inductor_metrics")
         self._level = self._log.level
         self._log.setLevel(logging.INFO)
-        inductor_metrics.reset()
+        metrics.reset()
         return self
 
     def __exit__(self, *failure: object) -> None:
         self._log.setLevel(self._level)
-        self.accessed = inductor_metrics.num_bytes_accessed or None
-        self.kernels = inductor_metrics.generated_kernel_count
+        self.accessed = self._metrics.num_bytes_accessed or None
+        self.kernels = self._metrics.generated_kernel_count
 
 
 def _name(func: Any) -> str:

@@ -275,11 +275,6 @@ def run_sweep(
     return trials
 
 
-def _seconds(call: Callable[[], object], _: Tuning) -> float:
-    """The timer of a GPU."""
-    return median_seconds(call, "cuda")
-
-
 def _pretend(call: Callable[[], object], tuning: Tuning) -> float:
     """A timer for machines that cannot time: eight warps are fastest."""
     return 1e-3 * (1 + abs(tuning.warps - 8) / 8 + (tuning.num_stages or 3) / 100)
@@ -290,7 +285,6 @@ def _main() -> None:
     parser.add_argument("--json", type=Path, help="write every trial there")
     parser.add_argument("--table", type=Path, default=TABLE, help="the launch.py to rewrite")
     parser.add_argument("--apply", type=Path, help="take the choice from such a JSON file")
-    parser.add_argument("--minutes", type=float, help=f"default: {MINUTES}")
     parser.add_argument("--dry-run", action="store_true", help="tiny, interpreted, untimed")
     given = parser.parse_args()
     if given.dry_run and given.table.resolve() == TABLE:
@@ -302,9 +296,14 @@ def _main() -> None:
             shape: Any = (DRY_VOCABULARIES, DTYPES[:1], DRY_N, "cpu", _pretend)
         else:
             rows = min(N, torch.cuda.mem_get_info()[1] // ROW_BYTES)
-            shape = (VOCABULARIES, DTYPES, rows, "cuda", _seconds)
-        usual = DRY_MINUTES if given.dry_run else MINUTES
-        trials = run_sweep(*shape, minutes=usual if given.minutes is None else given.minutes)
+            shape = (
+                VOCABULARIES,
+                DTYPES,
+                rows,
+                "cuda",
+                lambda call, _: median_seconds(call, "cuda"),
+            )
+        trials = run_sweep(*shape, minutes=DRY_MINUTES if given.dry_run else MINUTES)
         record = {"machine": describe(), "dry_run": given.dry_run}
         record["trials"] = [asdict(trial) for trial in trials]
         record["chosen"] = [[*key, asdict(tuning)] for key, tuning in choose(trials).items()]

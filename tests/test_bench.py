@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import cache, partial
+from graphlib import TopologicalSorter
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -448,6 +450,18 @@ def test_the_floor_is_the_products_alone(case: Case, products: int) -> None:
     assert torch.equal(floor.logits, right)
     if products == 3:
         assert torch.equal(floor.dweight, right.t() @ floor.hidden)
+
+
+def test_no_module_of_the_bench_imports_itself_on_the_way():
+    """Imports within functions included."""
+    root = Path(__file__).parent.parent
+    imports: dict[str, set[str]] = {}
+    for file in (root / "bench").rglob("*.py"):
+        nodes = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.ImportFrom)]
+        name = ".".join(file.relative_to(root).with_suffix("").parts)
+        imports[name] = {n.module for n in nodes if n.module and n.module.startswith("bench")}
+    # raises CycleError, which names the circle
+    assert len([*TopologicalSorter(imports).static_order()]) >= len(imports) > 15
 
 
 class Clock:
