@@ -56,12 +56,7 @@ def policy_loss(logp: Tensor, batch: Batch, recipe: Recipe) -> Tensor:
 
 
 def naive(
-    logits: Tensor,
-    batch: Batch,
-    recipe: Recipe,
-    *,
-    with_entropy: bool = False,
-    upcast: bool = True,
+    logits: Tensor, batch: Batch, recipe: Recipe, *, with_entropy: bool = False, upcast: bool = True
 ) -> Terms:
     """The loss by log_softmax (in float32) and gather; autograd finds the gradient."""
     log_softmax = torch.log_softmax(logits.float() if upcast else logits, dim=-1)
@@ -106,8 +101,8 @@ def trl(logits: Tensor, batch: Batch, recipe: Recipe) -> Terms:
     return policy_loss(logp, batch, recipe), logp, entropy.detach()
 
 
-def _arguments(batch: Batch, recipe: Recipe) -> dict[str, Any]:
-    """Of both of our losses."""
+def arguments(batch: Batch, recipe: Recipe) -> dict[str, Any]:
+    """Those of both of our losses but the rows and the target."""
     return {
         "objective": recipe,
         "advantage": batch.advantage,
@@ -118,7 +113,7 @@ def _arguments(batch: Batch, recipe: Recipe) -> dict[str, Any]:
 
 def ours(logits: Tensor, batch: Batch, recipe: Recipe, **options: Any) -> Terms:
     """The loss by `fused_loss`."""
-    out = fused_loss(logits, batch.target, **_arguments(batch, recipe), **options)
+    out = fused_loss(logits, batch.target, **arguments(batch, recipe), **options)
     return out.loss, out.logp, out.entropy
 
 
@@ -177,7 +172,7 @@ def hidden_ours(
     """The loss by `fused_linear_loss`; log-probabilities alone where no gradient is wanted."""
     if not torch.is_grad_enabled():
         return None, linear_token_logp(hidden, lm_head, batch.target).logp, None
-    out = fused_linear_loss(hidden, lm_head, batch.target, **_arguments(batch, recipe), **options)
+    out = fused_linear_loss(hidden, lm_head, batch.target, **arguments(batch, recipe), **options)
     return out.loss, out.logp, None
 
 

@@ -95,18 +95,15 @@ def refuse_wrong(name: str, outcome: Outcome, truth: Truth) -> dict[str, float]:
         found[what] = float(error.norm() / norm)
         if "dhidden" in truth.values:
             limit = ALLOWED[truth.dtype]
-            if not found[what] <= limit:
-                raise WrongResult(
-                    f"{name}: {what}: expected the float64 reference's, off by {found[what]:.2e} "
-                    f"of its size where {limit:.0e} is allowed"
-                )
-            continue
-        dtype = value.dtype if what == "dlogits" else torch.float32
-        allowed = _allowed(right, dtype)
-        if not bool((error <= allowed).all()):
+            right_enough, off = found[what] <= limit, f"{found[what]:.2e} of its size"
+        else:
+            allowed = _allowed(right, value.dtype if what == "dlogits" else torch.float32)
+            limit = float(allowed.min())
+            right_enough, off = bool((error <= allowed).all()), f"{float(error.max()):.2e}"
+        if not right_enough:
             raise WrongResult(
-                f"{name}: {what}: expected the float64 reference's, off by up to "
-                f"{float(error.max()):.2e} where {float(allowed.min()):.2e} or more is allowed"
+                f"{name}: {what}: expected the float64 reference's, off by up to {off} "
+                f"where {limit:.1e} or more is allowed"
             )
     return found
 

@@ -8,15 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench.accuracy.measure import (
-    CONTENDERS,
-    DTYPES,
-    OFFSETS,
-    OURS,
-    QUANTITIES,
-    UNSAID,
-    Measured,
-)
+from bench.accuracy.measure import CONTENDERS, DTYPES, OFFSETS, OURS, QUANTITIES, UNSAID, Measured
 from bench.batch import dtype_name
 from grpo_core.plot import INK, QUIET, STYLE
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bench.batch import MASKED, Batch
-from bench.contenders import hidden_liger, hidden_trl, liger, naive, trl
+from bench.contenders import arguments, hidden_liger, hidden_trl, liger, naive, trl
 from grpo_core import fused_loss
 from grpo_core.accuracy import exact_tokens
 from grpo_core.verify.checks import loss_scale
@@ -49,17 +49,9 @@ def _liger(logits: Tensor, batch: Batch, recipe: Any) -> Answer:
     return liger(logits, batch, recipe)[0], pad(logp, (0, 1)), None
 
 
-def _ours(logits: Tensor, batch: Batch, recipe: str, *, backend: Any) -> Answer:
+def _ours(logits: Tensor, batch: Batch, recipe: Any, *, backend: Any) -> Answer:
     """With its ratio."""
-    out = fused_loss(
-        logits,
-        batch.target,
-        objective=recipe,
-        advantage=batch.advantage,
-        old_logp=batch.old_logp,
-        sequence_id=batch.sequence_id,
-        backend=backend,
-    )
+    out = fused_loss(logits, batch.target, **arguments(batch, recipe), backend=backend)
     return out.loss, out.logp, out.entropy, out.ratio
 
 
