@@ -118,10 +118,13 @@ def jobs(from_hidden: bool, option: Any) -> list[Job]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One benchmark for every job."""
-    found = jobs(metafunc.function is test_from_hidden, metafunc.config.option)
-    names = [f"{job.group}: {job.contender.name}".replace(" ", "-") for job in found]
-    metafunc.parametrize("job", found, ids=names)
+    """One benchmark for every job; its name begins with from_logits or from_hidden."""
+    found = {
+        f"{source} {job.group}: {job.contender.name}".replace(" ", "-"): job
+        for source in ("from_logits", "from_hidden")
+        for job in jobs(source == "from_hidden", metafunc.config.option)
+    }
+    metafunc.parametrize("job", found.values(), ids=found)
 
 
 @lru_cache(maxsize=1)
@@ -140,18 +143,7 @@ def truth_of(shape: Shape, recipe: Any) -> Truth:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 @pytest.mark.benchmark(timer=clock, disable_gc=True)
-def test_from_logits(job: Job, benchmark: BenchmarkFixture, budget: Budget | None) -> None:
-    """The loss from logits."""
-    measure(job, benchmark, budget)
-
-
-@pytest.mark.benchmark(timer=clock, disable_gc=True)
-def test_from_hidden(job: Job, benchmark: BenchmarkFixture, budget: Budget | None) -> None:
-    """The loss from hidden states."""
-    measure(job, benchmark, budget)
-
-
-def measure(job: Job, benchmark: BenchmarkFixture, budget: Budget | None) -> None:
+def test_loss(job: Job, benchmark: BenchmarkFixture, budget: Budget | None) -> None:
     """Refuses what is wrong, counts products and bytes, then times."""
     contender, case, shape, _ = job
     if budget and not budget.start(contender.name):
