@@ -21,7 +21,7 @@ test-verl: .venv-verl/.ready  ## with the real verl 0.9.1, in an environment of 
 test-openrlhf: .venv-openrlhf/.ready  ## with the real OpenRLHF 0.11.2, in an environment of its own
 	OMP_NUM_THREADS=1 .venv-openrlhf/bin/python -m pytest tests/openrlhf
 
-bench: $(VENV)/.bench         ## what the kernels save, on this machine
+bench: $(VENV)/.bench         ## what the kernels save, on this machine, in three minutes
 	$(BIN)/python -m pytest bench/ --benchmark-only
 
 lint: $(VENV)/.test           ## format, lint, types

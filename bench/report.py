@@ -1,155 +1,99 @@
-"""A run of the benchmarks as a page: python -m bench.report FILE.json [--folder FOLDER].
+"""A run of the benchmarks as a table, and as a page: python -m bench.report FILE.json.
 
-Reads what `pytest bench/ --benchmark-only --benchmark-json FILE.json` wrote, and writes report.md
-with a table per case and, where matplotlib is installed, three figures: time, bandwidth, memory.
+Reads what `pytest bench/ --benchmark-only --benchmark-json FILE.json` wrote, and writes FILE.md.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from importlib.util import find_spec
-from itertools import groupby
-from pathlib import Path
+from statistics import median
 from typing import Any
 
-from bench.table import hidden_table
 from grpo_core.cli.options import Parser, existing_file
 
 Run = Mapping[str, Any]
 MIB = 2**20
-LEGEND = """\
-*GB/s*: bytes that have to move (one reading of the logits; one writing more for the gradient; one
-reading more where the ratio of a sequence waits for all its tokens) over the median time; *of copy*
-is its share of what a copy of the logits reached, before every round of the same run. *peak*: most
-memory held beyond that before the call, the gradient included, over that of the logits. *bytes*:
-moved per logit, counted and not sampled; see bench/README.md.
-"""
+LEGEND = """
+vs naive  how many times fewer of 'x floor' than naive takes
+x clone   median over that of logits.clone(), which pays for fresh memory
+x floor   time over that of the least work, timed before every round; median of the ratios. From
+          logits: to read them once, in two phases twice, and to write a gradient once, at the speed
+          of a copy into memory already in use. From hidden states: the bare matrix products, 3 with
+          a trained head, 2 with a frozen one, 1 for logp
+peak      MiB held at one time beyond those before the call, gradients included; on a CPU with one
+          thread: each further thread of ours-torch holds its own scratch
+x logits  the same over the size of the logits
+work      from logits, bytes moved per logit: operands as large as the logits of every operation, as
+          inductor counts all for compiled, for Triton kernels each address once per program; from
+          hidden states, matrix products of 2 * rows * V * D operations
+off       largest error of loss, logp, entropy and gradients against float64, of the norm of each
+""".splitlines()
 
 
-@dataclass(frozen=True)
-class Report:
-    """The runs of one session, and what they were taken on."""
+def table(runs: Iterable[Run]) -> list[str]:
+    """One table of at most 100 columns: a block per case and size, a line per contender.
 
-    runs: list[Run]
-    taken_on: str
-    absent: list[str]
-    hidden: list[Run] = field(default_factory=list)
-
-    @classmethod
-    def read(cls, path: Path) -> Report:
-        """From the JSON of pytest-benchmark."""
-        record = json.loads(path.read_text())
-        machine = record["machine_info"]
-        runs = [
-            {"median": one["stats"]["median"], "group": one["group"], **one["extra_info"]}
-            for one in record["benchmarks"]
-        ]
-        versions = f"torch {machine['torch']}, triton {machine.get('triton') or 'absent'}"
-        taken_on = f"{machine['device']}, {versions}, {record['datetime'][:10]}"
-        hidden = [run for run in runs if "hidden_case" in run]
-        runs = [run for run in runs if "hidden_case" not in run]
-        return cls(runs, taken_on, machine.get("missing_peers", []), hidden)
-
-    def cases(self) -> list[tuple[str, str]]:
-        """(case, dtype), in the order of the runs' cases."""
-        order = list(dict.fromkeys(run["case"] for run in self.runs))
-        pairs = dict.fromkeys((run["case"], run["dtype"]) for run in self.runs)
-        return sorted(pairs, key=lambda pair: (pair[1], order.index(pair[0])))
-
-    def of(self, case: str, dtype: str) -> list[Run]:
-        """The runs of one case."""
-        return [run for run in self.runs if (run["case"], run["dtype"]) == (case, dtype)]
-
-
-def bandwidth(run: Run) -> float:
-    """Bytes per second of what has to move."""
-    return run["necessary_bytes"] / run["median"]
-
-
-def copy_bandwidth(run: Run) -> float:
-    """Bytes per second of copying the logits, in the rounds of this run."""
-    return 2 * run["logits_bytes"] / run["copy_seconds"]
-
-
-def size_name(run: Run) -> str:
-    """Rows and vocabulary."""
-    return f"{run['N']:,} x {run['V']:,}"
-
-
-def markdown(report: Report, figures: Iterable[str]) -> list[str]:
-    """The page, a line at a time."""
-    taken_on = f"Taken on {report.taken_on}."
-    lines = [] if report.hidden and not report.runs else ["# From logits to the loss", "", taken_on]
-    lines += ["", *LEGEND.splitlines()] if lines else []
-    if report.absent:
-        lines += ["", f"Absent: {', '.join(report.absent)}."]
-    if report.hidden:
-        lines += ["# From hidden states to the loss", "", taken_on]
-        lines += ["", "```", *hidden_table(report.hidden), "```"]
-    for case, dtype in report.cases():
-        runs = sorted(report.of(case, dtype), key=lambda run: (run["V"], run["N"]))
-        lines += ["", f"## {case}, {dtype}"]
-        for size, members in groupby(runs, key=size_name):
-            lines += _table(size, list(members))
-    shown = [f"![{name.split('.')[0]}]({name})" for name in figures]
-    return [*lines, "", "## Figures", "", *shown] if shown else lines
-
-
-def _table(size: str, runs: list[Run]) -> list[str]:
-    """The contenders at one size."""
-    naive = next((run["median"] for run in runs if run["contender"] == "naive"), None)
-    copy = max(map(copy_bandwidth, runs)) / 1e9
+    Args:
+        runs: per benchmark its group, contender, median (seconds), rounds and `extra_info`.
+    """
     lines = [
-        "",
-        f"**{size}**, logits of {runs[0]['logits_bytes'] / MIB:,.0f} MiB, "
-        f"copied at {copy:,.0f} GB/s",
-        "",
-        "| contender | median | vs naive | GB/s | of copy | peak | bytes |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        f"{'contender':<22}{'median ms':>10}{'rounds':>7}{'vs naive':>9}{'x clone':>8}"
+        f"{'x floor':>8}{'peak':>10}{'x logits':>9}{'work':>7}{'off':>9}"
     ]
-    for run in runs:
-        speedup = f"{naive / run['median']:.1f}x" if naive else ""
-        share = bandwidth(run) / copy_bandwidth(run)
-        moved = run["bytes_per_logit"] or run["bytes_per_logit_issued"]
-        name = f"**{run['contender']}**" if is_ours(run["contender"]) else run["contender"]
-        lines.append(
-            f"| {name} | {_milliseconds(run['median'])} | {speedup} | {bandwidth(run) / 1e9:,.0f} "
-            f"| {share:.0%} | {run['peak_extra_bytes'] / run['logits_bytes']:.2f} "
-            f"| {'' if moved is None else format(moved, '.1f')} |"
-        )
+    runs = sorted(runs, key=lambda run: (run["from_hidden"], run["dtype"] != "float32"))
+    for group in dict.fromkeys(run["group"] for run in runs):
+        block = [run for run in runs if run["group"] == group]
+        over = {run["contender"]: run["ratio_to_floor"] for run in block}
+        first = block[0]
+        size = first["returned_bytes" if first["from_hidden"] else "logits_bytes"] / MIB
+        about = f"{'gradients' if first['from_hidden'] else 'logits'} of {size:,.0f} MiB"
+        for name in ("products", "clone", "copy"):
+            seconds = [run[f"{name}_seconds"] for run in block if f"{name}_seconds" in run]
+            about += f", {name} {1e3 * median(seconds):,.1f} ms" if seconds else ""
+        lines += ["", group, f"  {about}", *(_line(run, over.get("naive")) for run in block)]
     return lines
 
 
-def is_ours(contender: str) -> bool:
-    """Whether a contender is this repository's."""
-    return contender.startswith("ours")
+def _line(run: Run, naive: float | None) -> str:
+    """One contender."""
+    speedup = f"{naive / run['ratio_to_floor']:.2f}" if naive else "-"
+    clone = "-" if run["from_hidden"] else f"{run['median'] / run['clone_seconds']:.2f}"
+    # bytes of large tensors; of all, where nobody tells them apart
+    work = run.get("products") or run.get("bytes_per_logit") or run.get("bytes_per_logit_issued")
+    off = max(value for name, value in run.items() if name.endswith("_error"))
+    peak = run["peak_extra_bytes"]
+    return (
+        f"  {run['contender']:<20}{1e3 * run['median']:>10,.1f}{run['rounds']:>7}{speedup:>9}"
+        f"{clone:>8}{run['ratio_to_floor']:>8.2f}{peak / MIB:>10,.1f}"
+        f"{peak / run['logits_bytes']:>9.2f}{'-' if work is None else format(work, '.2f'):>7}"
+        f"{off:>9.0e}"
+    )
 
 
-def _milliseconds(seconds: float) -> str:
-    """Three digits."""
-    return f"{seconds * 1e3:,.3g} ms" if seconds < 1 else f"{seconds * 1e3:,.0f} ms"
+def page(record: Mapping[str, Any]) -> list[str]:
+    """The lines of the page, from the JSON of pytest-benchmark."""
+    machine = record["machine_info"]
+    runs = [
+        {"group": one["group"], "median": one["stats"]["median"], "rounds": one["stats"]["rounds"]}
+        | one["extra_info"]
+        for one in record["benchmarks"]
+    ]
+    lines = [f"Taken on {machine['device']}, {record['datetime'][:10]}: {machine['summary']}."]
+    if machine["missing_peers"]:
+        lines.append(f"Absent: {', '.join(machine['missing_peers'])}.")
+    return [*lines, "", "```", *table(runs), *LEGEND, "```"]
 
 
-def _main() -> None:
-    """Writes the page and its figures beside the JSON, in a folder of its name."""
+def main() -> None:
+    """Writes the page beside the JSON."""
     parser = Parser("bench.report", description=__doc__.splitlines()[0])
     parser.add_argument("file", type=existing_file, help="of --benchmark-json")
-    parser.add_argument("--folder", type=Path, help="default: FILE without .json")
-    given = parser.parse_args()
-    folder = given.folder or given.file.with_suffix("")
-    folder.mkdir(parents=True, exist_ok=True)
-    report = Report.read(given.file)
-    figures: list[str] = []
-    if find_spec("matplotlib") and report.runs:
-        from bench.figures import draw
-
-        figures = draw(report, folder)
-    text = "\n".join(markdown(report, figures)) + "\n"
-    (folder / "report.md").write_text(text)
+    file = parser.parse_args().file
+    text = "\n".join(page(json.loads(file.read_text()))) + "\n"
+    file.with_suffix(".md").write_text(text)
     print(text)
 
 
 if __name__ == "__main__":
-    _main()
+    main()
