@@ -11,7 +11,7 @@ import torch
 from bench.budget import SECONDS, Budget
 from bench.contenders import missing_peers
 from bench.machine import DEVICE, describe, device_name
-from bench.report import LEGEND, table
+from bench.table import LEGEND, table
 
 BUDGET = pytest.StashKey[Budget]()
 

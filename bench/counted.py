@@ -78,11 +78,6 @@ def published() -> dict[tuple[str, str, str], dict[str, Any]]:
     return {(one["contender"], one["case"], one["dtype"]): one for one in kept}
 
 
-def find_count(contender: str, case: Case, dtype: str) -> dict[str, Any]:
-    """The figures of one contender with kernels; empty if nobody counted them."""
-    return published().get((contender, case.name, dtype), {})
-
-
 LEGEND = f"""\
 Per logit of one more row (the difference of batches of {ROWS[0]} and {ROWS[1]} rows of {V:,}
 logits), so what does not grow with the rows cancels.

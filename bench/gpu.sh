@@ -87,16 +87,12 @@ part_ceilings() {
     "$PYTHON" -m bench.ceilings --json "$RESULTS/ceilings.json" ${DRY:+--dry-run}
 }
 
-timed() { # NAME, options of pytest: a run of some benchmarks, and its table as a page
-    local name=$1 rc
+timed() { # NAME, options of pytest: a run of some benchmarks, which ends in its table
+    local name=$1
     shift
     has pytest pytest_benchmark || return 77
     # shellcheck disable=SC2086
     "$PYTHON" -m pytest bench/ --benchmark-only --long --benchmark-json "$RESULTS/$name.json" $PLAIN "$@"
-    rc=$?
-    # a run that was interrupted has written what it had
-    [[ -s $RESULTS/$name.json ]] && "$PYTHON" -m bench.report "$RESULTS/$name.json" >/dev/null
-    return $rc
 }
 
 part_bench() {
@@ -134,7 +130,7 @@ run() { # one part, in a process that can be stopped
     echo "== $part" >&2
     export -f has timed "part_$part"
     export PYTHON RESULTS DRY MARKED PLAIN
-    # SIGINT lets pytest write what it has
+    # SIGINT lets pytest write what it has measured
     timeout --signal=INT --kill-after=15 "$LIMIT" bash -c "part_$part" 2>&1 \
         | tee "$RESULTS/$part.txt" >&2
     rc=${PIPESTATUS[0]}
@@ -164,9 +160,10 @@ run() { # one part, in a process that can be stopped
         printf '```\n'
     done
     for name in bench peers hidden; do
-        [[ -s $RESULTS/$name.md && " ${WANTED[*]} " == *" $name "* ]] || continue
-        printf '\n## %s\n\n' "$name"
-        cat "$RESULTS/$name.md"
+        [[ " ${WANTED[*]} " == *" $name "* ]] || continue
+        printf '\n## %s\n\n```\n' "$name"
+        sed -n '/^contender /,$p' "$RESULTS/$name.txt"
+        printf '```\n'
     done
 } >"$RESULTS/summary.md"
 

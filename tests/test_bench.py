@@ -26,7 +26,7 @@ from bench.contenders import Contender, contenders, hidden_naive, naive, ours
 from bench.counted import RESULTS, count, markdown
 from bench.kernel_meter import KernelMeter, Traffic
 from bench.meter import OperandMeter, ProductMeter, one_thread, peak_extra_bytes
-from bench.report import page, table
+from bench.table import table
 from bench.truth import WrongResult, find_truth, refuse_wrong
 from grpo_core import RECIPES, fused_loss, token_logp
 from grpo_core.kernels import launch
@@ -584,21 +584,6 @@ def test_in_place_a_core_takes_eight_rows_at_most(dtype: torch.dtype):
     assert a_core * threads <= rows < a_core * threads + 0.1
 
 
-def test_a_page_says_what_it_was_taken_on():
-    info = a_run()
-    del info["median"], info["group"], info["rounds"]
-    machine = {"device": "a card", "summary": "torch 2.13.0", "missing_peers": ["trl (no trl)"]}
-    record = {
-        "datetime": "2026-11-25T02:00:00",
-        "machine_info": machine,
-        "benchmarks": [{"group": "x", "stats": {"median": 4.0, "rounds": 3}, "extra_info": info}],
-    }
-    lines = page(record)
-    assert "Taken on a card, 2026-11-25: torch 2.13.0." in lines
-    assert "Absent: trl (no trl)." in lines
-    assert any(line.split()[:3] == ["naive", "4,000.0", "3"] for line in lines)
-
-
 @interpreted
 def test_a_sweep_chooses_the_fastest_right_layout_and_writes_it_down(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -708,8 +693,8 @@ def test_the_command_for_a_gpu_walks_through_every_part_without_one(tmp_path: Pa
         assert f"| {part} | done |" in summary
     assert re.search(r"\| trl \| (done|skipped)", summary)
     assert re.search(r"\| verify \| (done|skipped)", summary)
-    assert "ours-torch-inplace" in (tmp_path / "bench.md").read_text()
-    assert "ours-lean" in (tmp_path / "hidden.md").read_text()
+    assert "ours-torch-inplace" in (tmp_path / "bench.txt").read_text()
+    assert "ours-lean" in (tmp_path / "hidden.txt").read_text()
     assert "CPU" in summary.splitlines()[0] and "ours-lean" in summary
     assert json.loads((tmp_path / "tune.json").read_text())["dry_run"]
     assert "TUNED: dict" in (tmp_path / "launch.py").read_text()

@@ -1,16 +1,10 @@
-"""A run of the benchmarks as a table, and as a page: python -m bench.report FILE.json.
-
-Reads what `pytest bench/ --benchmark-only --benchmark-json FILE.json` wrote, and writes FILE.md.
-"""
+"""The table of a run, for at most 100 columns: a block per case and size, a line per contender."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from statistics import median
 from typing import Any
-
-from grpo_core.cli.options import Parser, existing_file
 
 Run = Mapping[str, Any]
 MIB = 2**20
@@ -32,7 +26,7 @@ off       largest error of loss, logp, entropy and gradients against float64, of
 
 
 def table(runs: Iterable[Run]) -> list[str]:
-    """One table of at most 100 columns: a block per case and size, a line per contender.
+    """The lines of the table.
 
     Args:
         runs: per benchmark its group, contender, median (seconds), rounds and `extra_info`.
@@ -69,31 +63,3 @@ def _line(run: Run, naive: float | None) -> str:
         f"{peak / run['logits_bytes']:>9.2f}{'-' if work is None else format(work, '.2f'):>7}"
         f"{off:>9.0e}"
     )
-
-
-def page(record: Mapping[str, Any]) -> list[str]:
-    """The lines of the page, from the JSON of pytest-benchmark."""
-    machine = record["machine_info"]
-    runs = [
-        {"group": one["group"], "median": one["stats"]["median"], "rounds": one["stats"]["rounds"]}
-        | one["extra_info"]
-        for one in record["benchmarks"]
-    ]
-    lines = [f"Taken on {machine['device']}, {record['datetime'][:10]}: {machine['summary']}."]
-    if machine["missing_peers"]:
-        lines.append(f"Absent: {', '.join(machine['missing_peers'])}.")
-    return [*lines, "", "```", *table(runs), *LEGEND, "```"]
-
-
-def main() -> None:
-    """Writes the page beside the JSON."""
-    parser = Parser("bench.report", description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=existing_file, help="of --benchmark-json")
-    file = parser.parse_args().file
-    text = "\n".join(page(json.loads(file.read_text()))) + "\n"
-    file.with_suffix(".md").write_text(text)
-    print(text)
-
-
-if __name__ == "__main__":
-    main()
