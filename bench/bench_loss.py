@@ -254,10 +254,8 @@ class Yardsticks:
     """
 
     def __init__(self, batch: Batch, case: Case) -> None:
-        self.steps: dict[str, Callable[[], object]] = {
-            "clone": batch.pristine.clone,
-            "copy": batch.restore,
-        }
+        self.steps: dict[str, Callable[[], object]]
+        self.steps = {"clone": batch.pristine.clone, "copy": batch.restore}
         if case.from_hidden:
             self.steps = {"products": Products(batch, case)}
         self.seconds: dict[str, list[float]] = {name: [] for name in self.steps}
