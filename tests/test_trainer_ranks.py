@@ -24,6 +24,8 @@ from tests.trainer_ranks import CASES, adapted, fixed_run, held_out, model_of, r
 
 pytestmark = [
     pytest.mark.slow,
+    # one worker starts the two processes
+    pytest.mark.xdist_group("trainer_ranks"),
     pytest.mark.filterwarnings("ignore:.*ran into max_new_tokens"),
     pytest.mark.filterwarnings("ignore:.*had equal rewards"),
     pytest.mark.filterwarnings("ignore:.*an update was skipped"),
