@@ -29,18 +29,18 @@ from bench.truth import Truth, find_truth, refuse_wrong
 ROUNDS = {"cuda": 30, "cpu": 5}
 # of Qwen 3 padded, Llama 2, Qwen 3 unpadded (odd), GPT-2, Llama 3, Gemma 3
 VOCABULARIES = (151_936, 32_000, 151_669, 50_257, 128_256, 262_144)
-# (rows, V, hidden size or 0)
+# (rows, V, hidden size or 0); "short" is a CPU without --long
 SHAPES = {
     "cuda": (*((8192, V, 0) for V in VOCABULARIES), (16_384, 151_936, 0)),
     "cpu": ((512, 151_936, 0), (512, 32_000, 0)),
+    "short": ((128, 151_936, 0),),
 }
 HEADS = ((151_936, 4096), (151_936, 2048), (128_256, 4096), (32_000, 4096))
 HIDDEN_SHAPES = {
     "cuda": tuple((8192, *head) for head in HEADS),
     "cpu": ((1024, 32_000, 512), (128, 151_936, 512)),
+    "short": ((1024, 32_000, 512),),
 }
-# without --long a CPU measures the first vocabulary, from logits at this many rows
-SHORT_ROWS = 128
 DTYPES = {"cuda": (torch.bfloat16,), "cpu": (torch.float32, torch.bfloat16)}
 # the most demanding contender holds three times the float32 logits from bfloat16 ones, and six
 # times from float32 ones; the batch itself holds the logits twice
@@ -91,19 +91,18 @@ def fitting_rows(V: int, wanted: int) -> int:
 
 def shapes(from_hidden: bool, option: Any) -> list[Shape]:
     """The sizes of a run, by the options of the command line."""
-    standard = (HIDDEN_SHAPES if from_hidden else SHAPES)[DEVICE]
-    short = DEVICE == "cpu" and not option.long
+    kind = DEVICE if DEVICE == "cuda" or option.long else "short"
+    standard = (HIDDEN_SHAPES if from_hidden else SHAPES)[kind]
     usual_rows, _, usual_size = standard[0]
     found = []
-    for V in option.vocabulary or dict.fromkeys(V for _, V, _ in standard[: 1 if short else None]):
+    for V in option.vocabulary or dict.fromkeys(V for _, V, _ in standard):
         known = [shape for shape in standard if shape[1] == V]
         for N, _, D in known or [(usual_rows, V, usual_size)]:
-            if from_hidden:
-                found.append((option.rows or N, V, option.hidden or D, DTYPES[DEVICE][0]))
-                continue
-            rows = option.rows or fitting_rows(V, min(N, SHORT_ROWS) if short else N)
-            found += [(rows, V, 0, dtype) for dtype in DTYPES[DEVICE]]
-    return list(dict.fromkeys(Shape(*shape) for shape in found))
+            rows = option.rows or (N if from_hidden else fitting_rows(V, N))
+            size = option.hidden or D if from_hidden else 0
+            dtypes = DTYPES[DEVICE][: 1 if from_hidden else None]
+            found += [Shape(rows, V, size, dtype) for dtype in dtypes]
+    return list(dict.fromkeys(found))
 
 
 def jobs(from_hidden: bool, option: Any) -> list[Job]:
