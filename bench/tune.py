@@ -49,7 +49,7 @@ AXES: dict[str, tuple[Any, ...]] = {
 STARTS = tuple(CANDIDATES.values())
 VOCABULARIES = (32_000, 50_257, 128_256, 151_669, 151_936, 262_144)
 DTYPES = (torch.bfloat16, torch.float32)
-N, MINUTES, DRY_MINUTES = 4096, 9.0, 0.2
+N, MINUTES, DRY_MINUTES = 4096, 9.0, 0.05
 # of memory per row: a bucket's three vocabularies, each with its gradient and a copy of it
 ROW_BYTES = 64 * VOCABULARIES[-1]
 DRY_VOCABULARIES, DRY_N = (2_000, 2_001), 2
