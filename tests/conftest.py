@@ -57,14 +57,14 @@ def poison():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(
-    params=[
-        "torch",
-        pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="needs triton")),
-    ]
-)
+BACKENDS = ("torch", "triton")
+
+
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend in turn; without a GPU, Triton is interpreted."""
+    if request.param == "triton" and not HAS_TRITON:
+        pytest.skip("needs triton")
     return request.param
 
 
