@@ -566,9 +566,9 @@ def test_one_table_sets_contenders_side_by_side():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts on the CPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_in_place_a_core_takes_eight_rows_at_most(dtype: torch.dtype):
-    """Of scratch; in float32 one, where powers are staged in the gradient."""
-    batch = Batch.draw(24, 151_936, dtype, "cpu")
+def test_in_place_a_core_takes_a_few_rows_of_scratch(dtype: torch.dtype):
+    """In float32 fewer, since exponentials are staged in the gradient."""
+    batch = Batch.draw(64, 151_936, dtype, "cpu")
     named = {one.name: one for one in contenders("cpu", ONE_PASS)}
     call, threads = named["ours-torch-inplace"].call(batch, ONE_PASS), 2
     before = torch.get_num_threads()
@@ -580,8 +580,8 @@ def test_in_place_a_core_takes_eight_rows_at_most(dtype: torch.dtype):
     finally:
         torch.set_num_threads(before)
     rows = live.peak / (151_936 * 4)
-    a_core = 1 if dtype == torch.float32 else 8
-    assert a_core * threads <= rows < a_core * threads + 0.1
+    expected = 5 if dtype == torch.float32 else 24
+    assert expected <= rows < expected + 0.1
 
 
 @interpreted
