@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 
 from grpo_core import RECIPES
-from grpo_core.runs import console
-from grpo_core.runs.columns import choose, memory_of, percent, short
+from grpo_core.runs.columns import NEAR_ZERO, choose, memory_of, percent, short
 from grpo_core.runs.console import Console, Lines, open_console
 from grpo_core.trainer import samples
 from grpo_core.trainer.evaluate import evaluate
@@ -109,7 +108,7 @@ def test_a_loss_that_is_not_near_zero_is_not_explained(
 ) -> None:
     """A constant length to divide by, and answers of all lengths."""
     _, history = run(tmp_path, Lines(), objective=RECIPES["dapo"], steps=2)
-    assert abs(history[1]["loss"]) > console.NEAR_ZERO
+    assert abs(history[1]["loss"]) > NEAR_ZERO
     shown = capsys.readouterr().out
     assert "nothing is wrong" not in shown
     assert " KL " not in shown

@@ -34,6 +34,7 @@ from grpo_core.integrations import trl_forward, trl_hook
 from grpo_core.integrations.presets.trl_options import AGGREGATIONS
 from grpo_core.integrations.trl import SUPPORTED, FusedGRPOTrainer, patch_log_probs
 from grpo_core.integrations.trl_forward import LossRequest
+from tests.combinations import pairwise
 from tests.trl_training import (
     Batch,
     Outcome,
@@ -43,7 +44,6 @@ from tests.trl_training import (
     make_trainer,
     micro_batch,
     outcome,
-    pairwise,
     parameters,
     quick,
 )

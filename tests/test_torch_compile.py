@@ -175,7 +175,7 @@ def test_the_operators_keep_their_promises(backend: str, device: str) -> None:
             # a fake target has no values
             "validate": False,
         }
-        torch.library.opcheck(torch.ops.grpo_core.loss.fused_loss.default, tuple(given.values()))
+        torch.library.opcheck(torch.ops.grpo_core.fused_loss.default, tuple(given.values()))
     numbers = torch.tensor([0.9], dtype=torch.float64)
     torch.library.opcheck(
         torch.ops.grpo_core.token_logp.default,
