@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick test-verl test-openrlhf bench lint clean
+.PHONY: demo test quick test-all test-verl test-openrlhf bench lint clean
 
 demo: $(VENV)/.train          ## train base, R1-Zero, SFT and R1 on the embedded task
 	$(BIN)/python -m grpo_core.train
@@ -12,8 +12,11 @@ demo: $(VENV)/.train          ## train base, R1-Zero, SFT and R1 on the embedded
 test: $(VENV)/.test           ## the whole test-suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 
+test-all: $(VENV)/.test       ## the test-suite and rare combinations
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup -m "rare or not rare"
+
 quick: $(VENV)/.test          ## the suite without its slow part
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow and not rare"
 
 test-verl: .venv-verl/.ready  ## with the real verl 0.9.1, in an environment of its own; 2 GB
 	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest tests/verl
@@ -21,7 +24,7 @@ test-verl: .venv-verl/.ready  ## with the real verl 0.9.1, in an environment of 
 test-openrlhf: .venv-openrlhf/.ready  ## with the real OpenRLHF 0.11.2, in an environment of its own
 	OMP_NUM_THREADS=1 .venv-openrlhf/bin/python -m pytest tests/openrlhf
 
-bench: $(VENV)/.bench         ## what the kernels save, on this machine
+bench: $(VENV)/.bench         ## what the kernels save, on this machine, in three minutes
 	$(BIN)/python -m pytest bench/ --benchmark-only
 
 lint: $(VENV)/.test           ## format, lint, types

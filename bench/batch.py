@@ -1,8 +1,7 @@
-"""The input of every contender, and what a contender returns."""
+"""The inputs of every contender, the cases, and what a contender returns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
@@ -10,18 +9,43 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_core import token_logp
+from grpo_core import linear_token_logp, token_logp
 
-Direction = Literal["forward", "forward + backward"]
-# one pass over the logits, and two: the ratio of a sequence waits for all of its tokens
 Recipe = Literal["dapo", "gspo"]
-# one token in a hundred is clipped
+# of old log-probabilities around the new ones: one token in a hundred is clipped
 TOKEN_SPREAD = 0.1
-# of GSPO's bounds, 3e-4 and 4e-4: far inside, and far outside for one sequence in eight
+# GSPO's bounds are 3e-4 and 4e-4: most sequences are far inside, one in eight is far outside
 SEQUENCE_INSIDE, SEQUENCE_OUTSIDE, EVERY = 1e-4, 1e-3, 8
 # rows of a sequence, the last of which predicts nothing and is masked
 SEQUENCE_ROWS = 128
 MASKED = -100
+# standard deviation of the logits, as of a trained model's
+SPREAD = 2.0
+
+
+class Case(NamedTuple):
+    """What is asked for: a loss from logits or hidden states, and gradients of some inputs."""
+
+    name: str
+    recipe: Recipe
+    from_hidden: bool
+    # inputs that get a gradient, in their order: logits; hidden states, output matrix
+    gradients: int
+    # the least work: readings and writings of the logits; matrix products of 2·N·V·D operations
+    floor: int
+
+
+# in the order of importance; a sequence's ratio waits for all of its tokens: two phases
+CASES = (
+    Case("one pass (dapo), forward + backward", "dapo", False, 1, 2),
+    Case("two phases (gspo), forward + backward", "gspo", False, 1, 3),
+    Case("one pass (dapo), forward", "dapo", False, 0, 1),
+)
+TRAINED, FROZEN, LOGP = HIDDEN_CASES = (
+    Case("trained head", "dapo", True, 2, 3),
+    Case("frozen head", "dapo", True, 1, 2),
+    Case("logp", "dapo", True, 0, 1),
+)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -30,7 +54,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 class Padded(NamedTuple):
-    """The same as trainers of whole sequences hold it, without what is masked."""
+    """Targets and the like as trainers of whole sequences hold them, without the masked rows."""
 
     target: Tensor  # [B, T - 1] int64
     old_logp: Tensor  # [B, T - 1] float32, nats
@@ -40,60 +64,76 @@ class Padded(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """N rows of V logits in B sequences of T, and what a policy update knows of each.
+    """N rows of V logits, or of hidden states and an output matrix, in B sequences of T.
 
     The last row of a sequence is masked, as where logits are given whole and targets shifted.
     """
 
-    logits: Tensor  # [N, V]
-    pristine: Tensor  # [N, V], the logits again, for contenders that overwrite them
+    inputs: tuple[Tensor, ...]  # logits [N, V]; or hidden states [N, D] and output matrix [V, D]
+    pristine: Tensor  # the first input again, for contenders that overwrite it
     target: Tensor  # [N] int64, MASKED in the last row of a sequence
-    word: Tensor  # [N] int64, the same, and some word where masked
+    token: Tensor  # [N] int64, the same, and any token where masked
     mask: Tensor  # [N] float32
     valid: Tensor  # [N] bool
     old_logp: Tensor  # [N] float32, nats
-    advantage: Tensor  # [N] float32, the same throughout a sequence
+    advantage: Tensor  # [N] float32, constant over a sequence
     sequence_id: Tensor  # [N] int64
     padded: Padded
     B: int
     T: int
+    scored: int  # tokens that count
 
     @classmethod
-    def draw(cls, N: int, V: int, dtype: torch.dtype, device: str) -> Batch:
-        """A batch of random logits and advantages, slightly off policy."""
+    def draw(cls, N: int, V: int, dtype: torch.dtype, device: str, D: int = 0) -> Batch:
+        """A batch of random logits and advantages, slightly off policy; hidden states if D > 0."""
         generator = torch.Generator(device).manual_seed(0)
+        normal = partial(torch.randn, generator=generator, device=device)
+        if D:
+            hidden, head = normal(N, D).to(dtype), (normal(V, D) * SPREAD * D**-0.5).to(dtype)
+            token = torch.randint(V, (N,), generator=generator, device=device)
+            logp = linear_token_logp(hidden, head, token).logp
+            return cls.of((hidden, head), token, logp, generator)
         logits = torch.empty(N, V, dtype=dtype, device=device)
         for row in logits:
-            row.copy_(torch.randn(V, generator=generator, device=device) * 2)
-        words = torch.randint(V, (N,), generator=generator, device=device)
-        return cls.of(words, token_logp(logits, words).logp, logits, generator)
+            row.copy_(normal(V) * SPREAD)
+        token = torch.randint(V, (N,), generator=generator, device=device)
+        return cls.of((logits,), token, token_logp(logits, token).logp, generator)
 
     @classmethod
-    def of(cls, words: Tensor, logp: Tensor, logits: Tensor, generator: torch.Generator) -> Batch:
-        """A batch of given words [N] of known log-probability, in sequences of one length."""
-        N, device = len(words), words.device
+    def of(
+        cls, inputs: tuple[Tensor, ...], token: Tensor, logp: Tensor, generator: torch.Generator
+    ) -> Batch:
+        """A batch of given tokens [N] of known log-probability, in sequences of one length."""
+        N, device = len(token), token.device
         T = SEQUENCE_ROWS if N % SEQUENCE_ROWS == 0 else N
         B = N // T
         normal = partial(torch.randn, generator=generator, device=device)
-        target = words.view(B, T).clone()
+        target = token.view(B, T).clone()
         target[:, -1] = MASKED
         drift = TOKEN_SPREAD * normal(B, T)
         drift -= drift[:, :-1].mean(1, keepdim=True)
         nth = torch.arange(B, device=device)
         drift += torch.where(nth % EVERY == EVERY - 1, SEQUENCE_OUTSIDE, SEQUENCE_INSIDE)[:, None]
-        valid, word = target != MASKED, target.clamp(min=0)
-        old_logp = (logp.view(B, T) - drift) * valid
-        advantage = normal(B)
+        return cls.with_old(inputs, target, (logp.view(B, T) - drift), normal(B))
+
+    @classmethod
+    def with_old(
+        cls, inputs: tuple[Tensor, ...], target: Tensor, old_logp: Tensor, advantage: Tensor
+    ) -> Batch:
+        """A batch of targets and old log-probabilities [B, T] and advantages [B]."""
+        B, T = target.shape
+        valid = target != MASKED
+        old_logp = old_logp * valid
         return cls(
-            logits=logits,
-            pristine=logits.clone(),
+            inputs=inputs,
+            pristine=inputs[0] if len(inputs) > 1 else inputs[0].clone(),
             target=target.flatten(),
-            word=word.flatten(),
+            token=target.clamp(min=0).flatten(),
             mask=valid.float().flatten(),
             valid=valid.flatten(),
             old_logp=old_logp.flatten(),
             advantage=advantage[:, None].expand(B, T).flatten(),
-            sequence_id=torch.arange(N, device=device) // T,
+            sequence_id=torch.arange(B * T, device=target.device) // T,
             padded=Padded(
                 target[:, :-1].contiguous(),
                 old_logp[:, :-1].contiguous(),
@@ -102,22 +142,28 @@ class Batch:
             ),
             B=B,
             T=T,
+            scored=int(valid.sum()),
         )
 
     @property
-    def scored(self) -> int:
-        """Tokens that count."""
-        return self.B * (self.T - 1)
+    def logits(self) -> Tensor:
+        """[N, V], of a batch of logits."""
+        (logits,) = self.inputs
+        return logits
+
+    def restore(self) -> None:
+        """Undoes what a contender wrote over the logits."""
+        if self.pristine is not self.inputs[0]:
+            self.inputs[0].copy_(self.pristine)
 
 
 class Outcome(NamedTuple):
     """What a contender computed; None for what it does not return."""
 
-    loss: Tensor  # 0-dim
+    loss: Tensor | None  # 0-dim
     logp: Tensor | None  # [N] nats, of any value where masked
     entropy: Tensor | None  # [N] nats, likewise
-    dlogits: Tensor | None  # [N, V]; None in the forward direction
+    gradients: tuple[Tensor, ...]  # of the first inputs, as many as the case asks for
 
 
-Terms = tuple[Tensor, Tensor | None, Tensor | None]  # loss, logp, entropy
-Loss = Callable[[Tensor, Batch, Recipe], Terms]
+Terms = tuple[Tensor | None, Tensor | None, Tensor | None]  # loss, logp, entropy

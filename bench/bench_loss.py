@@ -1,130 +1,267 @@
-"""The loss from logits: forward, and forward + backward, every contender side by side."""
+"""Every contender on every case and size: held to float64, counted, then timed.
+
+From logits the yardsticks are a clone and a copy of the logits, from hidden states the bare matrix
+products; each is timed before every round: what the machine is worth just then.
+"""
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.batch import Batch, Outcome, dtype_name
-from bench.conftest import DEVICE, clock
-from bench.counted import CASES, case_name, find_count
-from bench.machine import device_name
-from bench.meter import CompiledMeter, OperandMeter, one_thread, peak_extra_bytes
-from bench.paths import Contender, contenders
-from bench.truth import Truth, refuse_wrong
+from bench.batch import CASES, HIDDEN_CASES, TRAINED, Batch, Case, Outcome, dtype_name
+from bench.budget import Budget
+from bench.contenders import Contender, contenders
+from bench.counted import published
+from bench.machine import DEVICE, clock, device_name
+from bench.meter import CompiledMeter, OperandMeter, ProductMeter, one_thread, peak_extra_bytes
+from bench.truth import Truth, find_truth, refuse_wrong
 
 # a call takes milliseconds on a GPU and up to seconds on a CPU
 ROUNDS = {"cuda": 30, "cpu": 5}
-# what has to move, in times the size of the logits: a reading, a writing, a second reading
-NECESSARY = {CASES[0]: 1, CASES[1]: 2, CASES[2]: 3}
-TIMED = [
-    pytest.param(contender, case, id=f"{case[0]}-{case[1].replace(' ', '')}-{contender.name}")
-    for case in CASES
-    for contender in contenders(DEVICE, case[1])
-]
+# of Qwen 3 padded, Llama 2, Qwen 3 unpadded (odd), GPT-2, Llama 3, Gemma 3
+VOCABULARIES = (151_936, 32_000, 151_669, 50_257, 128_256, 262_144)
+# (rows, V, hidden size or 0); "short" is a CPU without --long
+SHAPES = {
+    "cuda": (*((8192, V, 0) for V in VOCABULARIES), (16_384, 151_936, 0)),
+    "cpu": ((512, 151_936, 0), (512, 32_000, 0)),
+    "short": ((128, 151_936, 0),),
+}
+HEADS = ((151_936, 4096), (151_936, 2048), (128_256, 4096), (32_000, 4096))
+HIDDEN_SHAPES = {
+    "cuda": tuple((8192, *head) for head in HEADS),
+    "cpu": ((1024, 32_000, 512), (128, 151_936, 512)),
+    "short": ((1024, 32_000, 512),),
+}
+DTYPES = {"cuda": (torch.bfloat16,), "cpu": (torch.float32, torch.bfloat16)}
+# the most demanding contender holds three times the float32 logits from bfloat16 ones, and six
+# times from float32 ones; the batch itself holds the logits twice
+MEMORY_SHARE = {"cuda": 1 / 8, "cpu": 1 / 12}
+# timed first in all cases and sizes
+FIRST = ("ours", "naive")
+
+
+class Shape(NamedTuple):
+    """Of a batch; D is 0 from logits."""
+
+    N: int
+    V: int
+    D: int
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        sizes = (size for size in (self.N, self.V, self.D) if size)
+        return f"{dtype_name(self.dtype)}, {' x '.join(f'{size:,}' for size in sizes)}"
+
+
+class Job(NamedTuple):
+    """What one benchmark measures."""
+
+    contender: Contender
+    case: Case
+    shape: Shape
+    rank: tuple[int, ...]  # jobs of a lower one come first
+
+    @property
+    def group(self) -> str:
+        """The block of the table."""
+        source = "from hidden states, " if self.case.from_hidden else ""
+        return f"{source}{self.case.name}, {self.shape.name}"
+
+
+def fitting_rows(V: int, wanted: int) -> int:
+    """At most the power of two whose float32 logits fill a share of the memory."""
+    if DEVICE == "cuda":
+        memory, _ = torch.cuda.mem_get_info()
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    fitting = max(1, int(memory * MEMORY_SHARE[DEVICE]) // (V * torch.float32.itemsize))
+    return min(1 << (fitting.bit_length() - 1), wanted)
+
+
+def shapes(from_hidden: bool, option: Any) -> list[Shape]:
+    """The sizes of a run, by the options of the command line."""
+    kind = DEVICE if DEVICE == "cuda" or option.long else "short"
+    standard = (HIDDEN_SHAPES if from_hidden else SHAPES)[kind]
+    usual_rows, _, usual_size = standard[0]
+    found = []
+    for V in option.vocabulary or dict.fromkeys(V for _, V, _ in standard):
+        known = [shape for shape in standard if shape[1] == V]
+        for N, _, D in known or [(usual_rows, V, usual_size)]:
+            rows = option.rows or (N if from_hidden else fitting_rows(V, N))
+            size = option.hidden or D if from_hidden else 0
+            dtypes = DTYPES[DEVICE][: 1 if from_hidden else None]
+            found += [Shape(rows, V, size, dtype) for dtype in dtypes]
+    return list(dict.fromkeys(found))
+
+
+def jobs(from_hidden: bool, option: Any) -> list[Job]:
+    """Everything that can be measured here."""
+    return [
+        Job(contender, case, shape, (not contender.name.startswith(FIRST), at, from_hidden, nth))
+        for at, shape in enumerate(shapes(from_hidden, option))
+        for nth, case in enumerate(HIDDEN_CASES if from_hidden else CASES)
+        for contender in contenders(DEVICE, case)
+        if shape.dtype in contender.dtypes
+    ]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One benchmark for every job; its name begins with from_logits or from_hidden."""
+    found = {
+        f"{source} {job.group}: {job.contender.name}".replace(" ", "-"): job
+        for source in ("from_logits", "from_hidden")
+        for job in jobs(source == "from_hidden", metafunc.config.option)
+    }
+    metafunc.parametrize("job", found.values(), ids=found)
+
+
+@lru_cache(maxsize=1)
+def draw(shape: Shape) -> Batch:
+    """The input of a job; one at a time is in memory."""
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+    return Batch.draw(shape.N, shape.V, shape.dtype, DEVICE, shape.D)
+
+
+@lru_cache
+def truth_of(shape: Shape, recipe: Any) -> Truth:
+    """What every contender has to find."""
+    return find_truth(draw(shape), recipe)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 @pytest.mark.benchmark(timer=clock, disable_gc=True)
-@pytest.mark.parametrize(("contender", "case"), TIMED)
-def test_loss(
-    contender: Contender,
-    case: Any,
-    batch: Batch,
-    truth: Callable[[Any], Truth],
-    benchmark: BenchmarkFixture,
-) -> None:
-    """Refuses what is wrong, counts bytes, then times."""
-    recipe, direction = case
-    N, V = batch.logits.shape
-    dtype = dtype_name(batch.logits.dtype)
-    call = contender.call(batch, direction, recipe)
-    operands = check_and_count(contender, call, batch, truth(recipe))
-    counted = (
-        find_count(contender.name, recipe, direction, dtype) if contender.kernels else operands
-    )
-    batch.logits.copy_(batch.pristine)
+def test_loss(job: Job, benchmark: BenchmarkFixture, budget: Budget | None) -> None:
+    """Refuses what is wrong, counts products and bytes, then times."""
+    contender, case, shape, _ = job
+    if budget and not budget.start(contender.name):
+        pytest.skip("out of time")
+    batch = draw(shape)
+    call = contender.call(batch, case)
+    truth = truth_of(shape, case.recipe)
+    batch.restore()
+    outcome, counts = count(contender, call, batch, case)
+    errors = refuse_wrong(contender.name, outcome, truth)
+    del outcome
+    batch.restore()
     peak = peak_extra_bytes(call, DEVICE)
+    yardsticks = Yardsticks(batch, case)
 
     def timed() -> None:
         # the result is freed within the round, as the clone is within its own
         call()
 
-    yardsticks = Yardsticks(batch)
-    benchmark.group = f"{case_name(recipe, direction)}, {dtype}, {N:,} x {V:,}"
-    benchmark.pedantic(timed, setup=yardsticks.measure, rounds=ROUNDS[DEVICE], warmup_rounds=1)
-    clone, copy = yardsticks.medians()
+    start = clock()
+    yardsticks.measure()
+    timed()
+    rounds = ROUNDS[DEVICE]
+    if budget:
+        rounds = budget.rounds(contender.name, clock() - start, rounds)
+    benchmark.group, seconds = job.group, yardsticks.seconds
+    benchmark.pedantic(timed, setup=yardsticks.measure, rounds=rounds)
     benchmark.extra_info.update(
         contender=contender.name,
-        case=case_name(recipe, direction),
+        case=case.name,
+        from_hidden=case.from_hidden,
         device=device_name(),
         threads=torch.get_num_threads(),
-        N=N,
-        V=V,
-        dtype=dtype,
-        logits_bytes=batch.logits.nbytes,
-        necessary_bytes=NECESSARY[case] * batch.logits.nbytes,
-        clone_seconds=clone,
-        copy_seconds=copy,
+        **shape._replace(dtype=dtype_name(shape.dtype))._asdict(),
+        **{f"{name}_seconds": statistics.median(s[-rounds:]) for name, s in seconds.items()},
+        # of the gradients, which are part of every peak
+        returned_bytes=sum(tensor.nbytes for tensor in batch.inputs[: case.gradients]),
+        logits_bytes=shape.N * shape.V * shape.dtype.itemsize,
         peak_extra_bytes=peak,
-        peak_extra_rows=peak / (V * batch.logits.itemsize),
-        bytes_per_logit_issued=counted.get("issued"),
-        bytes_per_logit=counted.get("distinct"),
+        **counts,
+        **{f"{name}_error": error for name, error in errors.items()},
     )
     if benchmark.stats is not None:
-        median = benchmark.stats.stats.median
-        benchmark.extra_info.update(ratio_to_clone=median / clone, ratio_to_copy=median / copy)
+        times = benchmark.stats.stats.data
+        # each round beside its own floor: neighbours on the machine come and go
+        floors = seconds["products" if case.from_hidden else "copy"][-len(times) :]
+        ratios = [time / floor for time, floor in zip(times, floors, strict=True)]
+        # a copy of the logits reads and writes
+        least = 1 if case.from_hidden else case.floor / 2
+        benchmark.extra_info["ratio_to_floor"] = statistics.median(ratios) / least
 
 
-def check_and_count(
-    contender: Contender, call: Callable[[], Outcome], batch: Batch, truth: Truth
-) -> dict[str, float | None]:
-    """Bytes per logit of the operations of one call, once its outcome was found right."""
-    operands = OperandMeter(threshold=batch.logits.nbytes // 2)
-    compiled = CompiledMeter()
-    batch.logits.copy_(batch.pristine)
-    counting = compiled if contender.compiled else nullcontext() if contender.kernels else operands
-    with one_thread(), counting:
+def count(
+    contender: Contender, call: Callable[[], Outcome], batch: Batch, case: Case
+) -> tuple[Outcome, dict[str, float | None]]:
+    """The outcome of one call, and bytes per logit or products of its operations."""
+    logits = batch.pristine.numel()
+    products, compiled = ProductMeter(), CompiledMeter()
+    operands = OperandMeter(threshold=batch.pristine.nbytes // 2)
+    meter: Any = products if case.from_hidden else compiled if contender.compiled else operands
+    with one_thread(), nullcontext() if contender.kernels else meter:
         try:
             outcome = call()
         except RuntimeError as failure:
             if not contender.compiled:
                 raise
             pytest.skip(f"torch.compile: {str(failure).splitlines()[0]}")
-    refuse_wrong(contender.name, outcome, truth)
-    logits = batch.logits.numel()
-    if contender.compiled:
-        return {"issued": compiled.accessed and compiled.accessed / logits}
-    return {"issued": operands.issued / logits, "distinct": operands.large / logits}
+    if case.from_hidden:
+        rows, V = int(batch.valid.sum()), len(batch.inputs[1])
+        return outcome, {
+            "products": products.operations / (2 * rows * V * batch.inputs[0].shape[1])
+        }
+    if contender.kernels:
+        key = contender.name, case.name, dtype_name(batch.pristine.dtype)
+        found = published().get(key, {})
+        issued, large = found.get("issued"), found.get("distinct")
+    elif contender.compiled:
+        issued, large = compiled.accessed and compiled.accessed / logits, None
+    else:
+        issued, large = operands.issued / logits, operands.large / logits
+    return outcome, {"bytes_per_logit_issued": issued, "bytes_per_logit": large}
+
+
+class Products:
+    """The bare products of a case, on every row that counts, into memory already in use."""
+
+    def __init__(self, batch: Batch, case: Case) -> None:
+        hidden, self.lm_head = batch.inputs
+        self.count = case.floor
+        self.hidden = hidden[batch.valid]
+        self.logits = self.hidden.new_empty(len(self.hidden), len(self.lm_head))
+        self.dhidden = torch.empty_like(self.hidden)
+        self.dweight = torch.empty_like(self.lm_head) if case == TRAINED else None
+
+    def __call__(self) -> None:
+        """One, two or three products; the logits stand for their gradient."""
+        torch.mm(self.hidden, self.lm_head.t(), out=self.logits)
+        if self.count > 1:
+            torch.mm(self.logits, self.lm_head, out=self.dhidden)
+        if self.count > 2:
+            torch.mm(self.logits.t(), self.hidden, out=self.dweight)
 
 
 class Yardsticks:
-    """A clone and a copy of the logits before every round: what bandwidth is worth just then.
+    """The least work of a case, timed before every round.
 
     A clone asks for fresh memory, which on a CPU costs more in page faults than in copying.
     """
 
-    def __init__(self, batch: Batch) -> None:
-        self.batch = batch
-        self.clone: list[float] = []
-        self.copy: list[float] = []
+    def __init__(self, batch: Batch, case: Case) -> None:
+        self.steps: dict[str, Callable[[], object]]
+        self.steps = {"clone": batch.pristine.clone, "copy": batch.restore}
+        if case.from_hidden:
+            self.steps = {"products": Products(batch, case)}
+        self.seconds: dict[str, list[float]] = {name: [] for name in self.steps}
 
     def measure(self) -> None:
-        """Times both; the copy restores the logits for the round to come."""
-        start = clock()
-        self.batch.logits.clone()
-        cloned = clock()
-        self.batch.logits.copy_(self.batch.pristine)
-        copied = clock()
-        self.clone.append(cloned - start)
-        self.copy.append(copied - cloned)
-
-    def medians(self) -> tuple[float, float]:
-        """Seconds of a clone and of a copy."""
-        return statistics.median(self.clone), statistics.median(self.copy)
+        """Times each; the copy restores the logits for the round to come."""
+        for name, step in self.steps.items():
+            start = clock()
+            step()
+            self.seconds[name].append(clock() - start)

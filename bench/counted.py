@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -21,48 +21,23 @@ from grpo_core.cli.options import Parser
 
 if TYPE_CHECKING:
     # whoever imports our kernels has decided whether they are interpreted
-    from bench.batch import Direction, Recipe
+    from bench.batch import Case
+    from bench.contenders import Contender
 
 # rows of several tiles, unaligned, so that first and last tiles are masked
 V = 20_001
 ROWS = (4, 7)
-CASES: tuple[tuple[Recipe, Direction], ...] = (
-    ("dapo", "forward"),
-    ("dapo", "forward + backward"),
-    ("gspo", "forward + backward"),
-)
 RESULTS = Path(__file__).parent / "results"
 # packages whose version decides a figure
 MAKERS = ("torch", "triton", "liger-kernel", "trl")
-PHASES = {"dapo": "one pass (dapo)", "gspo": "two phases (gspo)"}
 
 
-def case_name(recipe: str, direction: str) -> str:
-    """As groups of the benchmark and tables name it."""
-    return f"{PHASES[recipe]}, {direction}"
-
-
-def call_at(
-    contender: Any, recipe: Recipe, direction: Direction, dtype: torch.dtype = torch.bfloat16
-) -> Callable[[int], Callable[[], object]]:
-    """N -> the contender's call over a fresh batch of N rows."""
-
-    from bench.batch import Batch
-
-    def of_rows(N: int) -> Callable[[], object]:
-        return contender.call(Batch.draw(N, V, dtype, "cpu"), direction, recipe)
-
-    return of_rows
-
-
-def count(
-    contender: Any, recipe: Recipe, direction: Direction, dtype: torch.dtype
-) -> dict[str, Any]:
+def count(contender: Contender, case: Case, dtype: torch.dtype) -> dict[str, Any]:
     """What one step costs: see the columns of `markdown`."""
-    few, many = (_count_at(N, contender, recipe, direction, dtype) for N in ROWS)
+    few, many = (_count_at(N, contender, case, dtype) for N in ROWS)
     logits = (ROWS[1] - ROWS[0]) * V
     figures: dict[str, Any] = {
-        "case": case_name(recipe, direction),
+        "case": case.name,
         "dtype": str(dtype).removeprefix("torch."),
         "contender": contender.name,
     }
@@ -72,14 +47,13 @@ def count(
     return figures
 
 
-def _count_at(
-    N: int, contender: Any, recipe: Recipe, direction: Direction, dtype: torch.dtype
-) -> dict[str, Any]:
+def _count_at(N: int, contender: Contender, case: Case, dtype: torch.dtype) -> dict[str, Any]:
     """Totals of one call over N rows."""
+    from bench.batch import Batch
     from bench.kernel_meter import KernelMeter
     from bench.meter import CompiledMeter, OperandMeter, one_thread, peak_extra_bytes
 
-    call = call_at(contender, recipe, direction, dtype)(N)
+    call = contender.call(Batch.draw(N, V, dtype, "cpu"), case)
     operands = OperandMeter(threshold=V * dtype.itemsize)
     kernels = KernelMeter() if contender.kernels else None
     compiled = CompiledMeter()
@@ -98,28 +72,20 @@ def _count_at(
 
 
 @cache
-def published() -> list[dict[str, Any]]:
+def published() -> dict[tuple[str, str, str], dict[str, Any]]:
     """The figures of counted.json, which hold on every machine; a test holds them up to date."""
-    return json.loads((RESULTS / "counted.json").read_text())["figures"]
+    kept = json.loads((RESULTS / "counted.json").read_text())["figures"]
+    return {(one["contender"], one["case"], one["dtype"]): one for one in kept}
 
 
-def find_count(contender: str, recipe: Recipe, direction: Direction, dtype: str) -> dict[str, Any]:
-    """The figures of one contender with kernels; empty if nobody counted them."""
-    wanted = (contender, case_name(recipe, direction), dtype)
-    for figures in published():
-        if (figures["contender"], figures["case"], figures["dtype"]) == wanted:
-            return figures
-    return {}
-
-
-LEGEND = """\
-Per logit of one more row (the difference of batches of {few} and {many} rows of {V:,} logits), so
-what does not grow with the rows cancels.
+LEGEND = f"""\
+Per logit of one more row (the difference of batches of {ROWS[0]} and {ROWS[1]} rows of {V:,}
+logits), so what does not grow with the rows cancels.
 
 - *bytes*: what memory has to move. Of Triton kernels every address once per program and direction:
-  that a row's second reading within a program comes from registers or a cache is what `ours` is
-  built for, and what only a GPU can confirm. Of PyTorch's operations the operands as large as the
-  logits, each once per operation.
+  `ours` is built so that a row's second reading within a program comes from registers or a cache,
+  which only a GPU can confirm. Of PyTorch's operations the operands as large as the logits, each
+  once per operation.
 - *issued*: every lane of every load and store, every operand of every operation.
 - *Triton*, *torch*: kernels launched in one step, and operations of PyTorch that touch memory, each
   at least one kernel more on a GPU. *waits*: times the host waits for the device.
@@ -142,40 +108,34 @@ def markdown(figures: Iterable[Mapping[str, Any]]) -> list[str]:
                 "| contender | bytes | issued | Triton | torch | waits | peak |",
                 "|---|---:|---:|---:|---:|---:|---:|",
             ]
-        name = (
-            f"**{one['contender']}**" if one["contender"].startswith("ours") else one["contender"]
-        )
+        bold = "**" if one["contender"].startswith("ours") else ""
         itemsize = getattr(torch, one["dtype"]).itemsize
         lines.append(
-            f"| {name} | {one['distinct']:.1f} | {one['issued']:.1f} | {one['kernels']} "
-            f"| {one['operations']} | {one['waits']} | {one['peak'] / itemsize:.2f} |"
+            f"| {bold}{one['contender']}{bold} | {one['distinct']:.1f} | {one['issued']:.1f} "
+            f"| {one['kernels']} | {one['operations']} | {one['waits']} "
+            f"| {one['peak'] / itemsize:.2f} |"
         )
     return lines
 
 
-def _all_counts() -> list[dict[str, Any]]:
-    """Every contender but our torch backend, whose chunks follow the cache and not the rows."""
-    from bench.paths import contenders
-
-    return [
-        count(contender, recipe, direction, dtype)
-        for dtype in (torch.bfloat16, torch.float32)
-        for recipe, direction in CASES
-        for contender in contenders("interpreter", direction)
-        if not contender.name.startswith("ours-torch")
-    ]
-
-
-def _main() -> None:
+def main() -> None:
     """Writes both files, and prints the one for people."""
     Parser("bench.counted", description=__doc__.splitlines()[0]).parse_args()
+    from bench.batch import CASES
+    from bench.contenders import contenders
     from bench.machine import versions
 
-    figures = _all_counts()
+    figures = [
+        count(contender, case, dtype)
+        for dtype in (torch.bfloat16, torch.float32)
+        for case in CASES
+        for contender in contenders("interpreter", case)
+        # the chunks of our torch backend follow the cache and not the rows
+        if not contender.name.startswith("ours-torch")
+    ]
     made = ", ".join(f"{name} {versions()[name]}" for name in MAKERS)
     head = ["# Counted: bytes, launches, memory", "", f"By `python -m bench.counted`: {made}.", ""]
-    legend = LEGEND.format(few=ROWS[0], many=ROWS[1], V=V).splitlines()
-    text = "\n".join([*head, *legend, *markdown(figures)])
+    text = "\n".join([*head, *LEGEND.splitlines(), *markdown(figures)])
     (RESULTS / "counted.md").write_text(text + "\n")
     record = {"versions": versions(), "V": V, "rows": ROWS, "figures": figures}
     (RESULTS / "counted.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -184,4 +144,4 @@ def _main() -> None:
 
 if __name__ == "__main__":
     os.environ.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
-    _main()
+    main()

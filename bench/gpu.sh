@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything a GPU can tell about this repository: bash bench/gpu.sh [--dry-run] PART...
+# Everything that only a GPU can show: bash bench/gpu.sh [--dry-run] PART...
 #
 #   tests     compiled kernels against the float64 reference           needs pytest, hypothesis
 #   verify    every kernel, recipe and dtype: python -m grpo_core.verify
@@ -7,7 +7,7 @@
 #   bench     time, memory, bytes of ours and naive, every vocabulary  needs pytest-benchmark
 #   peers     the same with torch.compile, two vocabularies            needs pytest-benchmark
 #   hidden    from hidden states: ours, naive, Liger, TRL, products   needs pytest-benchmark
-#   trl       what a step of TRL's holds, with our code at its hook    needs trl
+#   trl       memory of a step of TRL, with and without our code        needs trl
 #   tune      sweeps the layouts, writes a launch.py to copy back      needs triton
 #   all       these, in this order
 #
@@ -44,27 +44,29 @@ if compgen -G ".whl/*.whl" >/dev/null; then
 fi
 [[ -n $DRY ]] && export TRITON_INTERPRET=1 CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
 
-has() { # whether modules can be imported; says which cannot, and why
-    local missing=0 module why
-    for module in "$@"; do
-        why=$("$PYTHON" -c "import $module" 2>&1) && continue
-        echo "skipped: $module (${why##*$'\n'})" && missing=1
-    done
-    return $missing
+has() { # whether modules are installed; says which are not
+    "$PYTHON" - "$@" <<'END'
+import sys
+from importlib.util import find_spec
+missing = [name for name in sys.argv[1:] if find_spec(name) is None]
+print("\n".join(f"skipped: {name}" for name in missing), end="\n" * bool(missing))
+sys.exit(bool(missing))
+END
 }
 
 has torch || exit 1
-if [[ -z $DRY ]] && ! "$PYTHON" -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then
+MACHINE=$("$PYTHON" -m bench.machine) || exit 1
+about() { sed -n "s/^ \"$1\": \"\([^\"]*\)\",$/\1/p" <<<"$MACHINE"; }
+if [[ -n $DRY ]]; then
+    RESULTS=$(mktemp -d)/dry-run
+elif [[ $MACHINE == *'"gpu": true'* ]]; then
+    RESULTS=bench/results/$(about folder)
+else
     echo "no GPU that torch can see; --dry-run walks the same way without one" >&2
     exit 1
 fi
-if [[ -n $DRY ]]; then
-    RESULTS=$(mktemp -d)/dry-run
-else
-    RESULTS=bench/results/$("$PYTHON" -m bench.machine --folder)
-fi
 mkdir -p "$RESULTS"
-"$PYTHON" -m bench.machine | tee "$RESULTS/machine.json"
+tee "$RESULTS/machine.json" <<<"$MACHINE"
 MARKED=$(grep -l "pytest.mark.gpu" tests/test_*.py)
 PLAIN="-q -p no:cacheprovider"
 
@@ -75,7 +77,6 @@ part_tests() {
 }
 
 part_verify() {
-    has grpo_core.verify || return 77
     local options=()
     [[ -n $DRY ]] && options=(--quick --recipe grpo)
     "$PYTHON" -m grpo_core.verify --json "$RESULTS/verify.json" "${options[@]}"
@@ -86,35 +87,30 @@ part_ceilings() {
     "$PYTHON" -m bench.ceilings --json "$RESULTS/ceilings.json" ${DRY:+--dry-run}
 }
 
-timed() { # NAME, FILE, options of pytest: a run of some benchmarks, and its report
-    local name=$1 file=$2 rc
-    shift 2
+timed() { # NAME, options of pytest: a run of some benchmarks, which ends in its table
+    local name=$1
+    shift
     has pytest pytest_benchmark || return 77
     # shellcheck disable=SC2086
-    "$PYTHON" -m pytest "bench/$file.py" --benchmark-only --benchmark-json "$RESULTS/$name.json" $PLAIN "$@"
-    rc=$?
-    # a run that was interrupted has written what it had
-    [[ -s $RESULTS/$name.json ]] && "$PYTHON" -m bench.report "$RESULTS/$name.json" >/dev/null
-    return $rc
+    "$PYTHON" -m pytest bench/ --benchmark-only --long --benchmark-json "$RESULTS/$name.json" $PLAIN "$@"
 }
 
 part_bench() {
-    local sizes=()
-    [[ -n $DRY ]] && sizes=(--rows 8 --vocabulary 3001 --vocabulary 5003)
-    timed bench bench_loss -k "not compiled" "${sizes[@]}"
+    local sizes=(-k "from_logits and not compiled")
+    [[ -n $DRY ]] && sizes=(-k "from_logits and inplace" --rows 8 --vocabulary 3001)
+    timed bench "${sizes[@]}"
 }
 
 part_peers() {
-    local sizes=(--rows 8192 --vocabulary 151936 --vocabulary 32000)
-    # compiling takes most of a minute and shows nothing on the way
-    [[ -n $DRY ]] && sizes=(--rows 8 --vocabulary 3001 -k "naive and not entropy")
-    timed peers bench_loss "${sizes[@]}"
+    local sizes=(-k from_logits --rows 8192 --vocabulary 151936 --vocabulary 32000)
+    [[ -n $DRY ]] && sizes=(-k "from_logits and phases and naive" --rows 8 --vocabulary 3001)
+    timed peers "${sizes[@]}"
 }
 
 part_hidden() {
-    local sizes=()
-    [[ -n $DRY ]] && sizes=(--rows 8 --vocabulary 3001 --hidden 32 -k "ours or naive")
-    timed hidden bench_hidden "${sizes[@]}"
+    local sizes=(-k from_hidden)
+    [[ -n $DRY ]] && sizes=(-k "from_hidden and ours" --rows 8 --vocabulary 3001 --hidden 32)
+    timed hidden "${sizes[@]}"
 }
 
 part_trl() {
@@ -134,7 +130,7 @@ run() { # one part, in a process that can be stopped
     echo "== $part" >&2
     export -f has timed "part_$part"
     export PYTHON RESULTS DRY MARKED PLAIN
-    # SIGINT lets pytest write what it has
+    # SIGINT lets pytest write what it has measured
     timeout --signal=INT --kill-after=15 "$LIMIT" bash -c "part_$part" 2>&1 \
         | tee "$RESULTS/$part.txt" >&2
     rc=${PIPESTATUS[0]}
@@ -148,12 +144,11 @@ run() { # one part, in a process that can be stopped
 }
 
 {
-    echo "# $("$PYTHON" -c 'import bench.machine as m; print(m.device_name())')${DRY:+, dry run}"
+    echo "# $(about device)${DRY:+, dry run}"
     echo
     date -u +"%Y-%m-%d %H:%M UTC, revision $(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
     echo
-    "$PYTHON" -c 'import bench.machine as m
-print(", ".join(f"{name} {version}" for name, version in m.versions().items() if version))'
+    about summary
     echo
     echo "| part | outcome | seconds | output |"
     echo "|---|---|---:|---|"
@@ -165,9 +160,10 @@ print(", ".join(f"{name} {version}" for name, version in m.versions().items() if
         printf '```\n'
     done
     for name in bench peers hidden; do
-        [[ -s $RESULTS/$name/report.md && " ${WANTED[*]} " == *" $name "* ]] || continue
-        printf '\n'
-        sed "s/^# /## /; s/^## Figures/### Figures/; s#](#]($name/#" "$RESULTS/$name/report.md"
+        [[ " ${WANTED[*]} " == *" $name "* ]] || continue
+        printf '\n## %s\n\n```\n' "$name"
+        sed -n '/^contender /,$p' "$RESULTS/$name.txt"
+        printf '```\n'
     done
 } >"$RESULTS/summary.md"
 

@@ -1,6 +1,7 @@
-"""What a figure was taken on: device, versions, and which packages are there.
+"""The machine: what a figure was taken on, and the clock.
 
-`python -m bench.machine` prints it as JSON; `--folder` prints the name under bench/results/.
+`python -m bench.machine` prints the device, the versions and the name of the folder under
+bench/results/ as JSON.
 """
 
 from __future__ import annotations
@@ -8,14 +9,21 @@ from __future__ import annotations
 import json
 import platform
 import re
+import statistics
+import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from grpo_core.cli.options import Parser
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PACKAGES = ("torch", "triton", "numpy", "pytest", "pytest-benchmark", "liger-kernel", "trl")
 PACKAGES += ("transformers", "hypothesis", "matplotlib")
+# more than the level-2 cache of any card: writing it leaves nothing of the last round there
+FLUSHED_BYTES = 256 * 2**20
+WARM_UP, ROUNDS = 3, 20
 
 
 def versions() -> dict[str, str | None]:
@@ -31,15 +39,22 @@ def versions() -> dict[str, str | None]:
 
 def device_name() -> str:
     """The GPU's name, or the number of threads."""
-    if torch.cuda.is_available():
+    if DEVICE == "cuda":
         return torch.cuda.get_device_name()
     return f"CPU, {torch.get_num_threads()} threads"
 
 
 def describe() -> dict[str, object]:
     """Everything a reader of a figure needs to know of the machine."""
-    about: dict[str, object] = {"device": device_name(), "versions": versions()}
-    if torch.cuda.is_available():
+    name, found = device_name(), versions()
+    about: dict[str, object] = {
+        "device": name,
+        "gpu": DEVICE == "cuda",
+        "folder": re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"),
+        "summary": ", ".join(f"{package} {v}" for package, v in found.items() if v),
+        "versions": found,
+    }
+    if DEVICE == "cuda":
         card = torch.cuda.get_device_properties(0)
         about |= {
             "capability": f"{card.major}.{card.minor}",
@@ -51,12 +66,32 @@ def describe() -> dict[str, object]:
     return about
 
 
-def folder() -> str:
-    """The device's name as a folder's."""
-    return re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
+def clock() -> float:
+    """Seconds, once the device has finished all it was given."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def median_seconds(call: Callable[[], object], device: str, rounds: int = ROUNDS) -> float:
+    """Median over `rounds` calls from a cold cache by the GPU's events; on a CPU one call."""
+    if device != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    flushed = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device)
+    for _ in range(WARM_UP):
+        call()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
+    for start, end in events:
+        flushed.zero_()
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) / 1e3 for start, end in events)
 
 
 if __name__ == "__main__":
-    parser = Parser("bench.machine", description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", action="store_true", help="the name under bench/results/")
-    print(folder() if parser.parse_args().folder else json.dumps(describe(), indent=1))
+    Parser("bench.machine", description=__doc__.splitlines()[0]).parse_args()
+    print(json.dumps(describe(), indent=1))

@@ -10,11 +10,9 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any
 
 import torch
-import torch._inductor.metrics as inductor_metrics
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -54,9 +52,9 @@ class OperandMeter(TorchDispatchMode):
     """Adds up the bytes that PyTorch operations read from and write to tensors.
 
     A view is free and so is reserving memory; an in-place operation reads and writes; an indexed
-    one touches as many elements as its index names (`scatter_add` too, which autograd uses in the
-    place of `scatter_add_` whenever a mode looks on). An operator that goes over its input several
-    times inside (log_softmax does) counts once, so this is what the operation *must* move.
+    one touches as many elements as its index names (also `scatter_add`, which autograd uses under a
+    dispatch mode). An operator that reads its input several times inside, as log_softmax does,
+    counts once: this is what the operation *must* move.
 
     Attributes:
         issued: bytes of all operands.
@@ -74,17 +72,11 @@ class OperandMeter(TorchDispatchMode):
         self.operations = 0
         self.waits = 0
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         moved = list(_traffic(func, args, kwargs or {}, result))
         self.operations += bool(moved)
-        self.waits += func._schema.name.removeprefix("aten::") in WAITS
+        self.waits += _name(func) in WAITS
         for tensor, nbytes in moved:
             self.issued += nbytes
             if tensor.untyped_storage().nbytes() >= self.threshold:
@@ -103,14 +95,8 @@ class ProductMeter(TorchDispatchMode):
         super().__init__()
         self.operations = 0
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        at = FACTORS.get(func._schema.name.removeprefix("aten::"))
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        at = FACTORS.get(_name(func))
         if at is not None:
             self.operations += 2 * args[at].numel() * args[at + 1].shape[-1]
         return func(*args, **(kwargs or {}))
@@ -129,29 +115,33 @@ class CompiledMeter:
     kernels: int = 0
 
     def __enter__(self) -> CompiledMeter:
+        # an import of seconds, for compiled contenders only
+        from torch._inductor import metrics
+
+        self._metrics = metrics
         # inductor counts only for this log
         self._log = logging.getLogger("torch._inductor.compile_fx.__inductor_metrics")
         self._level = self._log.level
         self._log.setLevel(logging.INFO)
-        inductor_metrics.reset()
+        metrics.reset()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *failure: object) -> None:
         self._log.setLevel(self._level)
-        self.accessed = inductor_metrics.num_bytes_accessed or None
-        self.kernels = inductor_metrics.generated_kernel_count
+        self.accessed = self._metrics.num_bytes_accessed or None
+        self.kernels = self._metrics.generated_kernel_count
+
+
+def _name(func: Any) -> str:
+    """Of an operation."""
+    return func._schema.name.removeprefix("aten::")
 
 
 def _traffic(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
 ) -> Iterator[tuple[Tensor, int]]:
     """(tensor, bytes) for every reading and every writing of one operation."""
-    name, schema = func._schema.name.removeprefix("aten::"), func._schema
+    name, schema = _name(func), func._schema
     is_view = any(out.alias_info and not out.alias_info.is_write for out in schema.returns)
     if is_view or name in ALLOCATES:
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -10,86 +11,106 @@ from torch import Tensor
 from bench.batch import Batch, Outcome, Recipe
 from grpo_core.loss.reference import reference_loss
 
-# evenly spaced ones of the first and of the last sequence
+# from logits: evenly spaced rows of the first and of the last sequence
 SAMPLE_ROWS = 4
-# float32 roundings of a log-probability near 12 nats and of what is computed from it
-RELATIVE = 2e-5
-# of the largest number: a hundredth of the gradient at a word of average probability
-ABSOLUTE = 1e-7
+# from hidden states: rows of dweight that are compared, beside those of the first targets
+SAMPLE_TOKENS = 64
+# of the norm of what is right: float32 roundings of a log-probability near 12 nats
+ROUNDING = 2e-5
+# the same from hidden states: logits that were rounded to 16 bits
+ALLOWED = {torch.float32: ROUNDING, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
 
 class WrongResult(AssertionError):
-    """A contender's loss, logp, entropy or dlogits is not that of the float64 reference."""
+    """A contender's loss, logp, entropy or a gradient is not that of the float64 reference."""
 
 
 class Truth(NamedTuple):
-    """The float64 reference over a whole batch; vectors and gradient at `rows` only."""
+    """The float64 reference: the loss of all rows, the rest at some rows."""
 
-    rows: Tensor  # [R] int64
-    valid: Tensor  # [R] bool, where logp and entropy mean something
-    loss: Tensor  # 0-dim
-    logp: Tensor  # [R]
-    entropy: Tensor  # [R]
-    dlogits: Tensor  # [R, V]
+    rows: Tensor  # [R] int64, rows whose logp, entropy and first gradient are compared
+    scored: Tensor  # [R] bool, where logp and entropy mean something
+    tokens: Tensor  # [W] int64, rows of the output matrix whose gradient is compared
+    values: dict[str, Tensor]  # loss, logp [R], entropy [R], dlogits; or dhidden and dweight
+    size: Tensor  # 0-dim, what the loss is a sum of
+    dtype: torch.dtype  # of the inputs
 
 
 def find_truth(batch: Batch, recipe: Recipe = "dapo") -> Truth:
-    """Loss of every row, a sequence at a time, and the gradient of some rows of two sequences."""
-    spaced = torch.linspace(0, batch.T - 1, min(SAMPLE_ROWS, batch.T)).long()
-    sampled = [0] if batch.B == 1 else [0, batch.B - 1]
+    """A sequence at a time."""
+    from_hidden = len(batch.inputs) > 1
+    device = batch.target.device
+    spaced, sampled = torch.arange(batch.T), range(batch.B)
+    tokens = batch.token[:0]
+    if from_hidden:
+        hidden, lm_head = (tensor.double() for tensor in batch.inputs)
+        V = len(lm_head)
+        tokens = torch.linspace(0, V - 1, min(SAMPLE_TOKENS, V), device=device).long()
+        tokens = torch.cat([tokens, batch.token[:SAMPLE_TOKENS]]).unique()
+        dweight = lm_head.new_zeros(len(tokens), lm_head.shape[1])
+    else:
+        spaced = torch.linspace(0, batch.T - 1, min(SAMPLE_ROWS, batch.T)).long()
+        sampled = sorted({0, batch.B - 1})
+    spaced = spaced.to(device)
     losses, vectors = [], []
     for nth in range(batch.B):
-        loss, *sample = _reference(batch, nth, recipe, spaced if nth in sampled else None)
-        losses.append(loss)
-        vectors += [sample] if sample else []
-    rows = torch.cat([spaced + nth * batch.T for nth in sampled]).to(batch.target.device)
-    logp, entropy, dlogits = (torch.cat(part) for part in zip(*vectors, strict=True))
-    return Truth(rows, batch.valid[rows], torch.stack(losses).sum(), logp, entropy, dlogits)
-
-
-def refuse_wrong(name: str, outcome: Outcome, truth: Truth) -> None:
-    """Raises WrongResult, naming the contender and the quantity, unless `outcome` is right."""
-    _compare(f"{name}: loss", outcome.loss, truth.loss, torch.float32)
-    for what, found, right in (
-        ("logp", outcome.logp, truth.logp),
-        ("entropy", outcome.entropy, truth.entropy),
-    ):
-        if found is not None:
-            scored = truth.valid
-            _compare(f"{name}: {what}", found[truth.rows][scored], right[scored], torch.float32)
-    if outcome.dlogits is not None:
-        dlogits = outcome.dlogits.view(-1, outcome.dlogits.shape[-1])[truth.rows]
-        _compare(f"{name}: dlogits", dlogits, truth.dlogits, dlogits.dtype)
-
-
-def _reference(batch: Batch, nth: int, recipe: Recipe, sample: Tensor | None) -> tuple[Tensor, ...]:
-    """Loss of a sequence as part of the batch's mean; logp, entropy, dlogits of sampled rows."""
-    rows = slice(nth * batch.T, (nth + 1) * batch.T)
-    logits = batch.pristine[rows].double().requires_grad_(sample is not None)
-    out = reference_loss(
-        logits,
-        batch.target[rows],
-        objective=recipe,
-        advantage=batch.advantage[rows],
-        old_logp=batch.old_logp[rows],
-        sequence_id=torch.zeros_like(batch.target[rows]),
-        normalizer=float(batch.scored if recipe == "dapo" else batch.B),
-    )
-    if sample is None:
-        return (out.loss,)
-    (dlogits,) = torch.autograd.grad(out.loss, logits)
-    at = sample.to(logits.device)
-    return out.loss.detach(), out.logp[at], out.entropy[at], dlogits[at]
-
-
-def _compare(what: str, value: Tensor, truth: Tensor, dtype: torch.dtype) -> None:
-    """Raises WrongResult unless every number is right to the roundings of its dtype."""
-    size = truth.abs()
-    floor = ABSOLUTE * (size.amax() if truth.ndim > 1 else max(1.0, float(size.amax())) * 100)
-    allowed = (RELATIVE + torch.finfo(dtype).eps) * size + floor
-    error = (value.double() - truth).abs()
-    if not bool((error <= allowed).all()):
-        raise WrongResult(
-            f"{what}: expected the float64 reference's, off by up to {float(error.max()):.2e} "
-            f"where {float(allowed.min()):.2e} or more is allowed"
+        rows = slice(nth * batch.T, (nth + 1) * batch.T)
+        logits = hidden[rows] @ lm_head.t() if from_hidden else batch.pristine[rows].double()
+        out = reference_loss(
+            logits.requires_grad_(nth in sampled),
+            batch.target[rows],
+            objective=recipe,
+            advantage=batch.advantage[rows],
+            old_logp=batch.old_logp[rows],
+            sequence_id=torch.zeros_like(batch.target[rows]),
+            normalizer=float(batch.scored if recipe == "dapo" else batch.B),
         )
+        losses.append(out.loss.detach())
+        if nth in sampled:
+            (gradient,) = torch.autograd.grad(out.loss, logits)
+            if from_hidden:
+                dweight += gradient[:, tokens].t() @ hidden[rows]
+                gradient = gradient @ lm_head
+            vectors.append((out.logp[spaced], out.entropy[spaced], gradient[spaced]))
+    rows = torch.cat([spaced + nth * batch.T for nth in sampled])
+    logp, entropy, gradient = (torch.cat(part) for part in zip(*vectors, strict=True))
+    values = {"loss": torch.stack(losses).sum(), "logp": logp, "entropy": entropy}
+    values |= {"dhidden": gradient, "dweight": dweight} if from_hidden else {"dlogits": gradient}
+    size, dtype = batch.advantage.abs().mean(), batch.inputs[0].dtype
+    return Truth(rows, batch.valid[rows], tokens, values, size, dtype)
+
+
+def refuse_wrong(name: str, outcome: Outcome, truth: Truth) -> dict[str, float]:
+    """Errors of everything that a contender returned, relative to the norm of the truth.
+
+    Raises:
+        WrongResult: one is more than a rounding; it names the contender and the quantity.
+    """
+    found = {}
+    for what, value, right in _pairs(outcome, truth):
+        norm = truth.size if what == "loss" else right.norm()
+        found[what] = float((value.double() - right).norm() / norm)
+        limit = ROUNDING if "dlogits" in truth.values else ALLOWED[truth.dtype]
+        if what == "dlogits":
+            limit += torch.finfo(value.dtype).eps
+        # a NaN is wrong as well
+        if not found[what] <= limit:
+            raise WrongResult(
+                f"{name}: {what}: expected the float64 reference's, off by {found[what]:.1e} of "
+                f"its size where {limit:.1e} is allowed"
+            )
+    return found
+
+
+def _pairs(outcome: Outcome, truth: Truth) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(quantity, what was found, what is right) of everything that a contender returned."""
+    right = truth.values
+    if outcome.loss is not None:
+        yield "loss", outcome.loss, right["loss"]
+    for what, vector in (("logp", outcome.logp), ("entropy", outcome.entropy)):
+        if vector is not None:
+            yield what, vector[truth.rows][truth.scored], right[what][truth.scored]
+    for nth, gradient in enumerate(outcome.gradients):
+        what = "dweight" if nth else "dhidden" if "dhidden" in right else "dlogits"
+        at = truth.tokens if nth else truth.rows
+        yield what, gradient.view(-1, gradient.shape[-1])[at], right[what]

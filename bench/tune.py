@@ -16,20 +16,24 @@ import ast
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, fields, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from triton.errors import TritonError
 
-from bench.clock import median_seconds
 from bench.experiments.second_reading import time_candidates
-from bench.machine import describe
-from bench.trials import Key, Plans, Timer, Trial, try_out
+from bench.machine import describe, median_seconds
+from grpo_core import RECIPES
+from grpo_core.backends import triton as triton_backend
 from grpo_core.cli.options import Parser, existing_file, new_file
 from grpo_core.kernels import launch
 from grpo_core.kernels.launch import Layout
+from grpo_core.kernels.records import Rows, Slopes, Terms, TokenVectors
 
 # values to try of every field of `Layout`
 AXES: dict[str, tuple[Any, ...]] = {
@@ -41,13 +45,125 @@ AXES: dict[str, tuple[Any, ...]] = {
 V_EXPERIMENT = 151_936
 VOCABULARIES = (32_000, 50_257, 128_256, 151_669, 151_936, 262_144)
 DTYPES = (torch.bfloat16, torch.float32)
-N, MINUTES, DRY_MINUTES = 4096, 9.0, 0.2
+N, MINUTES, DRY_MINUTES = 4096, 9.0, 0.05
 # of memory per row: a bucket's three vocabularies, each with its gradient and a copy of it
 ROW_BYTES = 64 * VOCABULARIES[-1]
 DRY_VOCABULARIES, DRY_N = (2_000, 2_001), 2
 # gains below this share are the timer's
 NOISE = 0.02
 TABLE = Path(launch.__file__).resolve()
+
+
+Key = tuple[str, str, int]
+Timer = Callable[[Callable[[], object], Layout], float]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One layout on one vocabulary: seconds of each plan, or why not; `nbytes` of its logits."""
+
+    key: Key
+    V: int
+    tuning: Layout
+    seconds: dict[str, float]
+    nbytes: int
+    failure: str = ""
+
+    @property
+    def terabytes(self) -> float:
+        """TB/s of the one pass, counted as one reading and one writing."""
+        return 2e-12 * self.nbytes / self.seconds["one pass"]
+
+    @property
+    def total(self) -> float:
+        """Seconds of all plans."""
+        return float("inf") if self.failure else sum(self.seconds.values())
+
+
+class Plans:
+    """The three plans over the same rows, and what each leaves behind."""
+
+    def __init__(self, rows: int, V: int, dtype: torch.dtype, device: str) -> None:
+        self.logits = torch.empty(rows, V, dtype=dtype, device=device)
+        for row in self.logits:
+            row.copy_(2 * torch.randn(V, device=device))
+        self.V, self.target = V, torch.randint(V, (rows,), device=device)
+        self.key = launch.tuning_key(self.logits.device, dtype, V)
+        self.dlogits = torch.empty_like(self.logits)
+        # every row counts and has a gradient
+        weight = torch.full((rows,), 1 / rows, device=device)
+        self.tokens = TokenVectors(self.target, weight, advantage=weight * rows)
+        surrogate = RECIPES["dapo"].surrogate
+        self.terms = Terms(surrogate.function, surrogate.args, None, False, 0.0)
+        self.stats = triton_backend.row_stats(Rows.of(self.logits), self.target, 1.0)
+        self.calls: dict[str, Callable[[], tuple[Tensor, ...]]] = {
+            "statistics": self._statistics,
+            "one pass": self._one_pass,
+            "gradient": self._gradient,
+        }
+
+    def _statistics(self) -> tuple[Tensor, ...]:
+        stats = triton_backend.row_stats(Rows.of(self.logits), self.target, 1.0)
+        return stats.logp, stats.entropy
+
+    def _one_pass(self) -> tuple[Tensor, ...]:
+        rows = Rows.of(self.logits)
+        found = triton_backend.row_loss(rows, self.tokens, 1.0, self.terms, self.dlogits)
+        return found.logp, found.loss, found.dlogp, self.dlogits
+
+    def _gradient(self) -> tuple[Tensor, ...]:
+        slopes = Slopes(self.tokens.weight, None, None)
+        rows = Rows.of(self.logits)
+        triton_backend.row_dlogits(rows, self.target, 1.0, slopes, self.stats, self.dlogits)
+        return (self.dlogits,)
+
+
+@contextmanager
+def tuned(key: Key, tuning: Layout | None) -> Iterator[None]:
+    """The kernels with another entry of the table; None for the default."""
+    kept = launch.TUNED.pop(key, None)
+    if tuning is not None:
+        launch.TUNED[key] = tuning
+    try:
+        yield
+    finally:
+        launch.TUNED.pop(key, None)
+        if kept is not None:
+            launch.TUNED[key] = kept
+
+
+def try_out(plans: Plans, tuning: Layout, timer: Timer) -> Trial:
+    """Checks a layout against the default one, then times it."""
+    seconds: dict[str, float] = {}
+    trial = Trial(plans.key, plans.V, tuning, seconds, plans.logits.nbytes)
+    default, logp = launch.choose_layout(plans.V, plans.logits.element_size()), None
+    for name, call in plans.calls.items():
+        with tuned(plans.key, None):
+            expected = [tensor.clone() for tensor in call()]
+        with tuned(plans.key, tuning):
+            plans.dlogits.fill_(float("nan"))
+            try:
+                found = call()
+            # too many registers, too much shared memory, a compiler that gives up
+            except (TritonError, RuntimeError) as failure:
+                why = f"{type(failure).__name__}: {' '.join(str(failure).split())[:100]}"
+                return replace(trial, failure=why)
+            same = torch.equal if tuning.warps == default.warps else _equal_to_rounding
+            if not all(map(same, found, expected)):
+                return replace(trial, failure=f"{name}: another result")
+            if name != "gradient":
+                logp = found[0] if logp is None else logp
+                if not torch.equal(logp, found[0]):
+                    return replace(trial, failure=f"{name}: logp of other bits")
+            seconds[name] = timer(call, tuning)
+    return trial
+
+
+def _equal_to_rounding(found: Tensor, expected: Tensor) -> bool:
+    """Whether two results differ by no more than another order of summation makes them."""
+    relative = 1e-5 + 2 * torch.finfo(expected.dtype).eps
+    absolute = 1e-5 * float(expected.abs().max())
+    return torch.allclose(found, expected, rtol=relative, atol=absolute)
 
 
 def sweep(bucket: list[Plans], timer: Timer, deadline: float) -> Iterator[Trial]:
@@ -145,11 +261,6 @@ def run_sweep(
     return trials
 
 
-def _seconds(call: Callable[[], object], _: Layout) -> float:
-    """The timer of a GPU."""
-    return median_seconds(call, "cuda")
-
-
 def _pretend(call: Callable[[], object], tuning: Layout) -> float:
     """A timer for machines that cannot time: eight warps are fastest."""
     return 1e-3 * (1 + abs(tuning.warps - 8) / 8 + (tuning.num_stages or 3) / 100)
@@ -160,7 +271,6 @@ def _main() -> None:
     parser.add_argument("--json", type=new_file, help="write every trial there")
     parser.add_argument("--table", type=Path, default=TABLE, help="the launch.py to rewrite")
     parser.add_argument("--apply", type=existing_file, help="take the choice from such a JSON file")
-    parser.add_argument("--minutes", type=float, help=f"default: {MINUTES}")
     parser.add_argument("--dry-run", action="store_true", help="tiny, interpreted, untimed")
     given = parser.parse_args()
     if given.dry_run and given.table.resolve() == TABLE:
@@ -172,9 +282,14 @@ def _main() -> None:
             shape: Any = (DRY_VOCABULARIES, DTYPES[:1], DRY_N, "cpu", _pretend)
         else:
             rows = min(N, torch.cuda.mem_get_info()[1] // ROW_BYTES)
-            shape = (VOCABULARIES, DTYPES, rows, "cuda", _seconds)
-        usual = DRY_MINUTES if given.dry_run else MINUTES
-        trials = run_sweep(*shape, minutes=usual if given.minutes is None else given.minutes)
+            shape = (
+                VOCABULARIES,
+                DTYPES,
+                rows,
+                "cuda",
+                lambda call, _: median_seconds(call, "cuda"),
+            )
+        trials = run_sweep(*shape, minutes=DRY_MINUTES if given.dry_run else MINUTES)
         record = {"machine": describe(), "dry_run": given.dry_run}
         if not given.dry_run:
             record["second_reading"] = time_candidates(rows, V_EXPERIMENT, torch.bfloat16)

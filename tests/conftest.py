@@ -32,8 +32,12 @@ hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips `gpu` tests where there is no GPU."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips `gpu` tests without a GPU; leaves out `rare` ones unless -m names them."""
+    if "rare" not in config.option.markexpr:
+        rare = [item for item in items if "rare" in item.keywords]
+        config.hook.pytest_deselected(items=rare)
+        items[:] = [item for item in items if "rare" not in item.keywords]
     for item in items:
         if "gpu" in item.keywords and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
@@ -53,14 +57,14 @@ def poison():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(
-    params=[
-        "torch",
-        pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="needs triton")),
-    ]
-)
+BACKENDS = ("torch", "triton")
+
+
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     """Each backend in turn; without a GPU, Triton is interpreted."""
+    if request.param == "triton" and not HAS_TRITON:
+        pytest.skip("needs triton")
     return request.param
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench.accuracy.contenders import OURS
-from bench.accuracy.document import MODERATE, Table, number, read, tables, write
-from bench.accuracy.measure import MARGINS, OF_ANOTHER, QUANTITIES, Measured, measure
+from bench.accuracy.document import DOCUMENT, END, MODERATE, START, Table, tables, write
+from bench.accuracy.measure import MARGINS, OF_ANOTHER, OURS, QUANTITIES, Measured, measure
 from bench.batch import dtype_name
 from grpo_core import fused_loss
 from grpo_core.loss.reference import reference_loss
@@ -18,6 +18,27 @@ from tests.conftest import HAS_GPU, HAS_TRITON
 
 # beyond, e^−margin under the loss scale is too small for a float16 to be a normal number
 FLOAT16_LIMIT = 18
+
+
+def read(path: Path = DOCUMENT) -> list[Table]:
+    """The tables that a document shows."""
+    text = path.read_text()
+    shown = text[text.index(START) + len(START) : text.index(END)]
+    found = []
+    for block in shown.split("### ")[1:]:
+        title, _, header, _, *lines = block.strip().splitlines()
+        rows = {}
+        for line in lines:
+            name, *cells = (cell.strip().strip("*") for cell in line.strip("|").split("|"))
+            rows[name] = tuple(cells)
+        columns = tuple(cell.strip() for cell in header.strip("|").split("|")[1:])
+        found.append(Table(title, columns, rows))
+    return found
+
+
+def number(cell: str) -> float:
+    """What a cell says; infinite where everything is lost."""
+    return float("inf") if cell == "lost" else float(cell)
 
 
 def allowed(quantity: str, dtype: torch.dtype, margin: float) -> float:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.hidden import HiddenBatch, HiddenContender
-from bench.memory import PATHS, RESULTS, Line
+from bench.batch import TRAINED, Batch
+from bench.contenders import Contender, hidden_naive
+from bench.memory import RESULTS, on_line
 from bench.meter import peak_extra_bytes
 
 DOCUMENT = Path(__file__).parent.parent / "docs/training.md"
@@ -18,8 +19,8 @@ def test_plain_pytorch_holds_twelve_bytes_a_logit() -> None:
     """Of logits in bfloat16, and not fourteen, as long as nobody else holds them."""
     V, found = 3_000, []
     for tokens in (128, 256):
-        batch = HiddenBatch.draw(tokens, V, 16, torch.bfloat16, "cpu")
-        call = HiddenContender("naive", PATHS["naive"]).call(batch, "trained head")
+        batch = Batch.draw(tokens, V, torch.bfloat16, "cpu", D=16)
+        call = Contender("naive", hidden_naive).call(batch, TRAINED)
         found.append(peak_extra_bytes(call, "cpu"))
     assert (found[1] - found[0]) / (128 * V) == pytest.approx(12, rel=0.02)
 
@@ -31,7 +32,6 @@ def test_the_published_table_is_the_documents() -> None:
 
 
 def test_counts_that_are_on_no_line_are_refused() -> None:
-    line = Line("x", {1: 10, 2: 20, 3: 30})
-    assert line(7) == 70
-    with pytest.raises(ValueError, match="x: expected peaks on a line"):
-        Line("x", {1: 10, 2: 25, 3: 30})
+    assert on_line("x", {1: 10, 2: 20, 3: 30}, 7) == 70
+    with pytest.raises(ValueError, match="x: expected 20 at 2 of a line"):
+        on_line("x", {1: 10, 2: 25, 3: 30}, 7)

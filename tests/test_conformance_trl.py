@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 import math
 import random
-from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -27,6 +26,7 @@ from grpo_core import fused_loss
 from grpo_core.integrations.presets import TrlPreset, preset
 from grpo_core.integrations.presets.trl import AGGREGATIONS, TrlOptions
 from grpo_core.loss.reference import reference_loss
+from tests.combinations import pairwise
 from tests.trl_harness import TrlCase, TrlResult, trl_advantages, trl_loss, trl_sampler_ratio
 
 pytestmark = [
@@ -191,38 +191,43 @@ class Worst:
         )
 
 
-def grid(loss_type: str) -> Iterator[dict[str, Any]]:
-    """Every combination of the options that change a formula."""
-    for level, beta, unbiased, delta, threshold, top, mode, bonus in itertools.product(
-        ("token", "sequence"),
-        (0.0, 0.04),
-        (True, False),
-        (None, 3.0),
-        (None, THRESHOLD),
-        (1.0, 0.5),
+# options that change a formula, and micro-batches of an update
+CHOICES: dict[str, list[Any]] = {
+    "importance_sampling_level": ["token", "sequence"],
+    "beta": [0.0, 0.04],
+    "use_bias_correction_kl": [True, False],
+    "delta": [None, 3.0],
+    "off_policy_mask_threshold": [None, THRESHOLD],
+    "top_entropy_quantile": [1.0, 0.5],
+    "vllm_importance_sampling_mode": ["none", "token_truncate", "sequence_mask"],
+    "entropy_coef": [0.0, 0.01],
+    "gradient_accumulation_steps": [4, 1],
+}
+
+
+def options_of(loss_type: str, chosen: dict[str, Any]) -> dict[str, Any]:
+    """The options of TRL for some of `CHOICES`."""
+    options = chosen | {
+        "loss_type": loss_type,
+        "epsilon_high": 0.28,
+        # a number that float32 holds, as TRL does
+        "sapo_temperature_neg": 1.0625,
+        "max_completion_length": 9,
+        "gradient_accumulation_steps": 4,
+        "steps_per_generation": 8,
+    }
+    mode = options.pop("vllm_importance_sampling_mode")
+    if mode == "none":
+        return options
+    if loss_type == "vespo" and mode == "sequence_mask":
         # TRL has vespo's ratios per token only
-        ("none", "token_truncate", "token_mask" if loss_type == "vespo" else "sequence_mask"),
-        (0.0, 0.01),
-    ):
-        options: dict[str, Any] = {
-            "loss_type": loss_type,
-            "importance_sampling_level": level,
-            "beta": beta,
-            "use_bias_correction_kl": unbiased,
-            "off_policy_mask_threshold": threshold,
-            "top_entropy_quantile": top,
-            "entropy_coef": bonus,
-            "delta": delta,
-            "epsilon_high": 0.28,
-            # a number that float32 holds, as TRL does
-            "sapo_temperature_neg": 1.0625,
-            "max_completion_length": 9,
-            "gradient_accumulation_steps": 4,
-            "steps_per_generation": 8,
-        }
-        if mode != "none":
-            options |= {"use_vllm": True, "vllm_importance_sampling_mode": mode} | MODES[mode]
-        yield options
+        mode = "token_mask"
+    return options | {"use_vllm": True, "vllm_importance_sampling_mode": mode} | MODES[mode]
+
+
+def every_choice() -> list[dict[str, Any]]:
+    """All combinations of `CHOICES`."""
+    return [dict(zip(CHOICES, row, strict=True)) for row in itertools.product(*CHOICES.values())]
 
 
 def trl_case(given: Problem, options: dict[str, Any], ratios: dict[str, Tensor]) -> TrlCase:
@@ -256,35 +261,36 @@ def tolerance(options: dict[str, Any]) -> float:
 
 
 @pytest.mark.parametrize("loss_type", AGGREGATIONS)
-def test_the_whole_grid(loss_type: str) -> None:
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.rare)])
+def test_the_grid(loss_type: str, every: bool) -> None:
+    """Any two choices meet in some case; every combination of them is rare."""
     given = problem()
     ratios = sampler_ratios(given)
     worst = {EXACT: Worst(), SINGLE: Worst()}
-    for options in grid(loss_type):
-        for G in (4, 1):
-            case = dataclasses.replace(
-                trl_case(given, options, ratios), gradient_accumulation_steps=G
-            )
-            theirs = trl_loss(case, **options)
-            ours = preset("trl", **options).accumulating(G)
-            out = reference_loss(given.logits, **given.arguments(ours, case))
-            (gradient,) = torch.autograd.grad(out.loss, given.logits)
-            found = worst[tolerance(options)]
-            found.compare(given, out, gradient, theirs)
-            found.compare_metrics(ours.metrics(out), theirs.metrics)
+    cases = every_choice() if every else pairwise(CHOICES)
+    for chosen in cases:
+        options, G = options_of(loss_type, chosen), chosen["gradient_accumulation_steps"]
+        case = dataclasses.replace(trl_case(given, options, ratios), gradient_accumulation_steps=G)
+        theirs = trl_loss(case, **options)
+        ours = preset("trl", **options).accumulating(G)
+        out = reference_loss(given.logits, **given.arguments(ours, case))
+        (gradient,) = torch.autograd.grad(out.loss, given.logits)
+        found = worst[tolerance(options)]
+        found.compare(given, out, gradient, theirs)
+        found.compare_metrics(ours.metrics(out), theirs.metrics)
     for allowed, found in worst.items():
         print(f"{loss_type}, allowed {allowed:g}: {found}")
         assert max(found.loss, found.gradient) <= allowed, str(found)
         # shares are counted in float32
         assert found.metric <= SINGLE, str(found)
-    assert sum(found.cases for found in worst.values()) == 2 * 2**6 * 3 * 2
+    assert sum(found.cases for found in worst.values()) == len(cases)
 
 
 def test_the_grid_reaches_what_it_is_about() -> None:
     """Each option changes TRL's gradient; sequences are dropped, tokens masked, ratios clipped."""
     given = problem()
     ratios = sampler_ratios(given)
-    plain = next(grid("grpo"))
+    plain = options_of("grpo", every_choice()[0])
     before = trl_loss(trl_case(given, plain, ratios), **plain)
     for change in (
         {"importance_sampling_level": "sequence"},
@@ -311,18 +317,19 @@ def test_the_grid_reaches_what_it_is_about() -> None:
     assert 0 < of_sequence.metrics["clip_ratio/region_mean"] < 1
 
 
-def a_few(loss_type: str, count: int) -> list[dict[str, Any]]:
-    """Some of the grid, the same ones every time."""
-    return random.Random(loss_type).sample(list(grid(loss_type)), count)
+def pairs_with(loss_type: str) -> list[dict[str, Any]]:
+    """The cases of a loss type among those in which any two choices of any loss types meet."""
+    cases = pairwise({"loss_type": list(AGGREGATIONS)} | CHOICES)
+    return [case for case in cases if case["loss_type"] == loss_type]
 
 
 @pytest.mark.parametrize("loss_type", AGGREGATIONS)
 def test_the_kernels(backend: str, device: str, loss_type: str) -> None:
-    """In float32, on a part of the grid: thin where Triton is interpreted."""
+    """In float32: any two choices meet; where Triton is interpreted, over all loss types."""
     given = problem(1)
     ratios = sampler_ratios(given)
-    worst, count = Worst(), 40 if backend == "torch" else 10
-    for options in a_few(loss_type, count):
+    worst, cases = Worst(), pairwise(CHOICES) if backend == "torch" else pairs_with(loss_type)
+    for options in (options_of(loss_type, chosen) for chosen in cases):
         case = trl_case(given, options, ratios)
         theirs = trl_loss(case, **options)
         ours = preset("trl", **options).accumulating(1)
@@ -336,7 +343,7 @@ def test_the_kernels(backend: str, device: str, loss_type: str) -> None:
         worst.compare(given, out, leaf.grad.cpu(), theirs)
         worst.compare_metrics(ours.metrics(out), theirs.metrics)
     print(f"{loss_type}, {backend}: {worst}")
-    assert worst.cases == count
+    assert worst.cases == len(cases) > 1
     # VESPO's weight is the exponential of a sum of many logarithms
     allowed = 2e-5 if loss_type == "vespo" else 5e-6
     assert max(worst.loss, worst.gradient, worst.metric) < allowed, str(worst)

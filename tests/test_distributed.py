@@ -11,7 +11,8 @@ from tests.ranks import CASES, HALVES, alone, run
 from tests.test_head import assert_close
 from tests.tiny_models import V
 
-pytestmark = pytest.mark.slow
+# one worker starts the two processes
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ import re
 import runpy
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, ForwardRef, NamedTuple
 
@@ -29,8 +30,12 @@ import grpo_core
 from grpo_core import Objective, fused_loss
 from tests.conftest import HAS_TRITON
 
-# a command is run as such, although its module may be imported
-pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+pytestmark = [
+    # a command is run as such, although its module may be imported
+    pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning"),
+    # one worker runs every page once
+    pytest.mark.xdist_group("documents"),
+]
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 API = DOCS / "api.md"
@@ -152,14 +157,26 @@ def check_imports(tree: ast.AST) -> None:
             assert name in names_made(ast.parse(Path(spec.origin).read_text("utf-8"))), name
 
 
+@pytest.fixture(scope="module")
+def run_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], dict[str, Any]]:
+    """`run` in a fresh working directory; what a page has left is kept."""
+
+    @cache
+    def once(page: Path) -> dict[str, Any]:
+        with pytest.MonkeyPatch.context() as patch:
+            folder = tmp_path_factory.mktemp(page.stem)
+            patch.chdir(folder)
+            torch.manual_seed(0)
+            return run(page, folder)
+
+    return once
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_python_runs_as_it_stands(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_python_runs_as_it_stands(page: Path, run_once: Callable[[Path], dict[str, Any]]) -> None:
     if not blocks(page, "python"):
         pytest.skip("no Python")
-    monkeypatch.chdir(tmp_path)
-    run(page, tmp_path)
+    run_once(page)
 
 
 @pytest.mark.parametrize("text", NOT_RUN)
@@ -177,11 +194,10 @@ def test_a_name_that_is_not_defined_is_found(tmp_path: Path, monkeypatch) -> Non
 
 
 def test_the_step_trains_on_nothing_behind_the_first_end_token(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_once: Callable[[Path], dict[str, Any]],
 ) -> None:
     """The whole step of docs/usage.md, held to a loop over its completions."""
-    monkeypatch.chdir(tmp_path)
-    found = run(DOCS / "usage.md", tmp_path)
+    found = run_once(DOCS / "usage.md")
     ids, start = found["ids"].tolist(), found["prompt_length"]
     trained = []
     for tokens in ids:
@@ -200,11 +216,10 @@ def test_the_step_trains_on_nothing_behind_the_first_end_token(
     ["torch", pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="no triton"))],
 )
 def test_the_surrogate_of_the_document_is_its_formula(
-    backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backend: Any, run_once: Callable[[Path], dict[str, Any]]
 ) -> None:
     """From user code, on every backend: −(r^p / p)·A, by autograd over plain PyTorch."""
-    monkeypatch.chdir(tmp_path)
-    objective = run(DOCS / "objectives.md", tmp_path)["DAMPED"]
+    objective = run_once(DOCS / "objectives.md")["DAMPED"]
     assert isinstance(objective, Objective)
     (power,) = objective.surrogate.args
     logits = torch.randn(3, 5, 11, dtype=torch.float64, requires_grad=True)

@@ -22,6 +22,8 @@ from grpo_core import (
 from grpo_core.loss.reference import reference_loss
 from grpo_core.objective.objective import KL
 from grpo_core.verify.accuracy import Result, compare_losses
+from tests.combinations import paired
+from tests.conftest import BACKENDS
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -204,22 +206,24 @@ def check(
         assert close, f"{name}: {value} is not {exact.metrics[name]}"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", OBJECTIVES)
+@paired(name=OBJECTIVES, dtype=DTYPES, backend=BACKENDS)
 def test_every_objective(backend: str, device: str, name: str, dtype: torch.dtype) -> None:
     buffer, arguments = case("odd V", dtype)
     check(backend, device, OBJECTIVES[name], "odd V", buffer, arguments)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("peaked", [False, True])
+@paired(
+    shape=SHAPES,
+    dtype=DTYPES,
+    peaked=[False, True],
+    name=["grpo", "sequence", "entropy", "exact KL, entropy"],
+    backend=BACKENDS,
+)
 def test_every_shape(
-    backend: str, device: str, shape: str, dtype: torch.dtype, peaked: bool
+    backend: str, device: str, shape: str, dtype: torch.dtype, peaked: bool, name: str
 ) -> None:
     buffer, arguments = case(shape, dtype, peaked=peaked)
-    for name in ("grpo", "sequence", "entropy", "exact KL, entropy"):
-        check(backend, device, OBJECTIVES[name], shape, buffer, arguments)
+    check(backend, device, OBJECTIVES[name], shape, buffer, arguments)
 
 
 @pytest.mark.parametrize("name", ["grpo", "dapo", "sequence"])

@@ -35,6 +35,7 @@ from grpo_core.integrations import trl_forward, trl_hook
 from grpo_core.integrations.presets.trl import AGGREGATIONS
 from grpo_core.integrations.trl import SUPPORTED, FusedGRPOTrainer, patch_log_probs
 from grpo_core.integrations.trl_forward import TrlLossRequest
+from tests.combinations import pairwise
 from tests.trl_training import (
     Batch,
     Outcome,
@@ -44,7 +45,6 @@ from tests.trl_training import (
     make_trainer,
     micro_batch,
     outcome,
-    pairwise,
     parameters,
     quick,
 )

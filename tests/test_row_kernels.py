@@ -17,8 +17,9 @@ from grpo_core.kernels import kl, surrogates
 from grpo_core.kernels.records import RowLoss, Rows, Slopes, Terms, TokenVectors
 from tests import oracles
 from tests.accuracy import FLOOR, assert_no_worse
+from tests.combinations import paired
 from tests.compiled import uninterpreted
-from tests.conftest import HAS_TRITON
+from tests.conftest import BACKENDS, HAS_TRITON
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -47,9 +48,7 @@ def one_pass(kernels: ModuleType, logits: Tensor, target: Tensor, **changes: Any
     return kernels.row_loss(Rows.of(logits), tokens, **(arguments | changes))
 
 
-@pytest.mark.parametrize("V", VOCABULARIES)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@paired(V=VOCABULARIES, dtype=DTYPES, temperature=[1.0, 0.7], backend=BACKENDS)
 def test_statistics_of_ordinary_rows(
     kernels: ModuleType, device: str, V: int, dtype: torch.dtype, temperature: float
 ) -> None:
@@ -97,8 +96,7 @@ def test_confident_tokens_keep_their_digits(
     assert error.max() < 64 * FLOOR
 
 
-@pytest.mark.parametrize("V", VOCABULARIES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@paired(V=VOCABULARIES, dtype=DTYPES, backend=BACKENDS)
 def test_a_row_has_the_same_bits_in_every_plan(
     kernels: ModuleType, device: str, V: int, dtype: torch.dtype
 ) -> None:
@@ -321,8 +319,7 @@ def with_reference(
     return result, dlogits
 
 
-@pytest.mark.parametrize("V", VOCABULARIES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@paired(V=VOCABULARIES, dtype=DTYPES, backend=BACKENDS)
 def test_the_exact_kl_leaves_every_other_bit_alone(
     kernels: ModuleType, device: str, V: int, dtype: torch.dtype
 ) -> None:

@@ -20,16 +20,26 @@ from tests.micro import MAX_NEW_TOKENS, micro_model
 from tests.test_checkpoint import records, trainer
 from tests.test_reinforce import files, options  # noqa: F401
 from tests.test_reinforce import records as records_of
-from tests.trainer_ranks import CASES, adapted, fixed_run, held_out, model_of, run
+from tests.trainer_ranks import (
+    CASES,
+    SHARDS,
+    adapted,
+    fixed_run,
+    held_out,
+    model_of,
+    run,
+    shards_of,
+)
 
 pytestmark = [
     pytest.mark.slow,
+    # one worker starts the two processes
+    pytest.mark.xdist_group("trainer_ranks"),
     pytest.mark.filterwarnings("ignore:.*ran into max_new_tokens"),
     pytest.mark.filterwarnings("ignore:.*had equal rewards"),
     pytest.mark.filterwarnings("ignore:.*an update was skipped"),
 ]
 
-SHARDS = ("ddp", "fsdp")
 Found = list[dict[str, Any]]
 
 
@@ -51,8 +61,9 @@ def alone() -> dict[str, dict[str, Any]]:
     return {name: fixed_run(name, "ddp") for name in CASES}
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("shard", SHARDS)
+@pytest.mark.parametrize(
+    ("shard", "name"), [(shard, name) for name in CASES for shard in shards_of(name)]
+)
 def test_two_processes_make_the_updates_of_one(
     shard: str, name: str, ranks: Found, alone: dict[str, dict[str, Any]]
 ) -> None:

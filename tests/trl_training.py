@@ -10,11 +10,9 @@ import copy
 import functools
 import importlib
 import importlib.metadata
-import random
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -290,24 +288,3 @@ def outcome(trainer: GRPOTrainer, inputs: dict[str, Any], window: int, training:
     found = {name: list(values) for name, values in metrics.items()}
     metrics.clear()
     return Outcome(loss.item(), gradients, found)
-
-
-def pairwise(choices: dict[str, list[Any]], seed: int = 0) -> list[dict[str, Any]]:
-    """Few combinations, in which any two choices of different factors meet."""
-    names, draw = list(choices), random.Random(seed)
-    places = {name: range(len(values)) for name, values in choices.items()}
-    open_pairs = {
-        (a, i, b, j) for a, b in combinations(names, 2) for i in places[a] for j in places[b]
-    }
-
-    def covered(case: dict[str, int]) -> set[tuple[str, int, str, int]]:
-        return {(a, case[a], b, case[b]) for a, b in combinations(names, 2)} & open_pairs
-
-    cases = []
-    while open_pairs:
-        a, i, b, j = min(open_pairs)
-        drawn = [{n: draw.choice(places[n]) for n in names} | {a: i, b: j} for _ in range(60)]
-        best = max(drawn, key=lambda case: len(covered(case)))
-        open_pairs -= covered(best)
-        cases.append({name: choices[name][at] for name, at in best.items()})
-    return cases

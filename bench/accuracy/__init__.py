@@ -1,6 +1,5 @@
-"""How many digits are right: ours beside PyTorch, Liger and TRL, against float64.
+"""How many digits are right, beside PyTorch, Liger and TRL: python -m bench.accuracy.
 
-    python -m bench.accuracy
-
-writes the tables of docs/accuracy.md and the plot beside it.
+Measures, and writes the tables of docs/accuracy.md and the picture beside it. `measure` runs the
+contenders against float64, `document` writes.
 """

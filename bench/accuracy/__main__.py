@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import warnings
-from importlib.metadata import PackageNotFoundError, version
 
 # before the first import of a kernel: on every machine the tables are those of the interpreter
 os.environ["TRITON_INTERPRET"] = "1"
 
-from bench.accuracy.document import DOCUMENT, write
+from bench.accuracy.document import DOCUMENT, PICTURE, plot, write
 from bench.accuracy.measure import measure
-from bench.accuracy.plot import PICTURE, plot
+from bench.machine import versions
 from grpo_core.cli.options import Parser
 from grpo_core.verify.interpreter_rounding import round_as_hardware_does
 
@@ -23,12 +22,10 @@ def main() -> None:
     """Checks that the peers are there, measures, writes."""
     Parser("bench.accuracy", description=__doc__).parse_args()
     for name, wanted in PEERS.items():
-        try:
-            found = version(name)
-        except PackageNotFoundError:
-            raise SystemExit(f"{name}: expected {wanted}, got none: pip install {name}") from None
-        if found != wanted:
-            warnings.warn(f"{name}: expected {wanted}, got {found}", stacklevel=1)
+        if (found := versions()[name]) != wanted:
+            raise SystemExit(
+                f"{name}: expected {wanted}, got {found}: pip install {name}=={wanted}"
+            )
     # numpy reports what IEEE arithmetic defines
     warnings.filterwarnings("ignore", ".*encountered in.*", RuntimeWarning, "triton")
     round_as_hardware_does()

@@ -1,15 +1,24 @@
-"""Errors of every contender against float64: by dtype, offset of the logits and margin."""
+"""Errors of every contender against float64: by dtype, offset of the logits and margin.
+
+All minimise DAPO's objective with advantage 1, each as its library gives it. What starts from
+hidden states gets the logits as hidden states and the identity as output matrix: that product adds
+no rounding.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from bench.accuracy.contenders import CONTENDERS, Loss
+from bench.batch import MASKED, Batch
+from bench.contenders import arguments, hidden_liger, hidden_trl, liger, naive, trl
+from grpo_core import fused_loss
 from grpo_core.verify.accuracy import exact_tokens
 from grpo_core.verify.checks import loss_scale
 from grpo_core.verify.inputs import set_margins
@@ -26,6 +35,42 @@ ROWS = 8
 V = 2501
 # nats of the old policy below the policy, at most: no token is clipped
 SPREAD = 0.1
+Answer = tuple[Tensor | None, ...]  # loss, logp, entropy and perhaps ratio; None if not returned
+
+
+def _with_head(loss: Callable[..., Answer], logits: Tensor, batch: Batch, recipe: str) -> Answer:
+    """A loss from hidden states, on logits."""
+    return loss(logits, torch.eye(logits.shape[1], dtype=logits.dtype), batch, recipe)
+
+
+def _liger(logits: Tensor, batch: Batch, recipe: Any) -> Answer:
+    """Its log-probabilities come from a kernel of their own."""
+    from liger_kernel.transformers.grpo_loss import fused_selective_log_softmax
+
+    logp = fused_selective_log_softmax(logits.detach()[None], batch.padded.target, 1.0)[0]
+    return liger(logits, batch, recipe)[0], pad(logp, (0, 1)), None
+
+
+def _ours(logits: Tensor, batch: Batch, recipe: Any, *, backend: Any) -> Answer:
+    """With its ratio."""
+    out = fused_loss(logits, batch.target, **arguments(batch, recipe), backend=backend)
+    return out.loss, out.logp, out.entropy, out.ratio
+
+
+# in the order of the tables; (logits [N, V], batch, recipe) -> answer
+CONTENDERS: dict[str, Callable[..., Answer]] = {
+    "PyTorch, logits' dtype": partial(naive, with_entropy=True, upcast=False),
+    "PyTorch, float32": partial(naive, with_entropy=True),
+    "Liger, Triton": _liger,
+    "Liger, chunked": partial(_with_head, hidden_liger),
+    "TRL, Triton": trl,
+    "TRL, chunked": partial(_with_head, partial(hidden_trl, chunk=V // 3)),
+    "ours, PyTorch": partial(_ours, backend="torch"),
+    "ours, Triton": partial(_ours, backend="triton"),
+}
+OURS = ("ours, PyTorch", "ours, Triton")
+# what a contender does not return
+UNSAID = {"Liger, Triton": ("entropy",), "Liger, chunked": ("logp", "entropy", "ratio")}
 
 
 class Measured(NamedTuple):
@@ -75,22 +120,24 @@ def measure(
             yield Measured(name, dtype, offset, margin, found, errors)
 
 
-def _answer(loss: Loss, logits: Tensor, target: Tensor, old_logp: Tensor) -> dict[str, Tensor]:
-    """All that a contender computes, its gradient included."""
-    leaf = logits.clone().requires_grad_()
-    answer = loss(leaf, target, old_logp)
-    (loss_scale(logits.dtype) * answer.loss).backward()
+def _answer(
+    loss: Callable[..., Answer], logits: Tensor, target: Tensor, old_logp: Tensor
+) -> dict[str, Tensor]:
+    """All that a contender computes, its gradient included; a masked row ends the sequence."""
+    leaf = torch.cat((logits, logits[-1:])).requires_grad_()
+    target, old_logp = pad(target, (0, 1), value=MASKED)[None], pad(old_logp, (0, 1))[None]
+    batch = Batch.with_old((leaf.detach(),), target, old_logp, torch.ones(1))
+    value, *rest = loss(leaf, batch, "dapo")
+    (loss_scale(logits.dtype) * value).backward()
     assert leaf.grad is not None
-    found = {"dlogits": leaf.grad, "loss": answer.loss.detach()[None]}
-    for quantity in ("logp", "entropy", "ratio"):
-        value = getattr(answer, quantity)
-        if value is not None:
-            found[quantity] = value.detach()
-    if answer.entropy is not None:
-        other = loss(logits, (target + 1) % V, old_logp).entropy
-        assert other is not None
-        found[OF_ANOTHER] = other.detach()
-    return found
+    found = dict(zip(("logp", "entropy", "ratio"), rest, strict=False))
+    if len(rest) < 3 and found["logp"] is not None:
+        found["ratio"] = (found["logp"].float() - batch.old_logp).exp()
+    if found["entropy"] is not None:
+        other = Batch.with_old(batch.inputs, (target + 1) % V, old_logp, batch.padded.advantage)
+        found[OF_ANOTHER] = loss(leaf, other, "dapo")[2]
+    found = {name: one.detach()[:-1] for name, one in found.items() if one is not None}
+    return found | {"dlogits": leaf.grad[:-1], "loss": value.detach()[None]}
 
 
 def _relative(value: Tensor, truth: Tensor) -> Tensor:
