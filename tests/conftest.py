@@ -32,13 +32,24 @@ hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
 
 
+# test files that run every kernel
+INTERPRETED_QUICKLY = ("test_row_kernels.py", "test_advantages.py", "test_weights.py")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips `gpu` tests without a GPU; leaves out `rare` ones unless -m names them."""
+    """Skips `gpu` tests without a GPU; leaves out `rare` ones unless -m names them.
+
+    Interpreted kernels are slow: `make quick` has those of `INTERPRETED_QUICKLY` alone.
+    """
     if "rare" not in config.option.markexpr:
         rare = [item for item in items if "rare" in item.keywords]
         config.hook.pytest_deselected(items=rare)
         items[:] = [item for item in items if "rare" not in item.keywords]
     for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        interpreted = params.get("backend") == "triton" and not HAS_GPU
+        if interpreted and item.path.name not in INTERPRETED_QUICKLY:
+            item.add_marker(pytest.mark.slow)
         if "gpu" in item.keywords and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 

@@ -32,6 +32,7 @@ from tests.trl_harness import TrlCase, TrlResult, trl_advantages, trl_loss, trl_
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.xdist_group("trl"),
+    pytest.mark.slow,
 ]
 
 B, T, V = 6, 6, 7

@@ -54,6 +54,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.xdist_group("trl"),
+    pytest.mark.slow,
 ]
 # float32, sums in another order
 CLOSE = 2e-5
@@ -167,7 +168,6 @@ GRID = {
 }
 
 
-@pytest.mark.slow
 def test_the_grid(tmp_path: Path, calls: dict[str, int]) -> None:
     """Any two choices of `GRID` meet in some case; loss, gradients and metrics are stock TRL's."""
     cases = pairwise(GRID)
@@ -570,7 +570,6 @@ def test_generate_and_the_plain_forward_are_untouched(tmp_path: Path) -> None:
     assert torch.equal(*plain) and torch.equal(*words)
 
 
-@pytest.mark.slow
 def test_memory_and_products() -> None:
     """What docs/integrations.md says, at smaller sizes; and all four ways compute the same."""
     step = Step(16, 3000, 4, "cpu")
@@ -585,7 +584,6 @@ def test_memory_and_products() -> None:
     assert max(safe, fast) < 0.6 * logits
 
 
-@pytest.mark.slow
 def test_two_processes(tmp_path: Path) -> None:
     """Gloo: a training under DDP and a loss under FSDP2 are stock TRL's on two processes."""
     options = TRAININGS["dapo"] | {"entropy_coef": 0.01, "per_device_train_batch_size": 2}

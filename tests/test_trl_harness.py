@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     # to import TRL takes longer than to run what is here: one worker does
     pytest.mark.xdist_group("trl"),
+    pytest.mark.slow,
 ]
 
 LENGTHS = [7, 4, 1, 6, 0, 7]
