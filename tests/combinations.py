@@ -1,0 +1,45 @@
+"""Combinations of options: a few that hold every pair of choices, in place of all."""
+
+from __future__ import annotations
+
+import random
+from itertools import combinations, product
+from typing import Any
+
+import pytest
+
+
+def pairwise(choices: dict[str, list[Any]], seed: int = 0) -> list[dict[str, Any]]:
+    """Few combinations; any two choices of different options meet in one of them."""
+    names, draw = list(choices), random.Random(seed)
+    places = {name: range(len(values)) for name, values in choices.items()}
+    open_pairs = {
+        (a, i, b, j) for a, b in combinations(names, 2) for i in places[a] for j in places[b]
+    }
+
+    def covered(case: dict[str, int]) -> set[tuple[str, int, str, int]]:
+        return {(a, case[a], b, case[b]) for a, b in combinations(names, 2)} & open_pairs
+
+    cases = []
+    while open_pairs:
+        a, i, b, j = min(open_pairs)
+        drawn = [{n: draw.choice(places[n]) for n in names} | {a: i, b: j} for _ in range(60)]
+        best = max(drawn, key=lambda case: len(covered(case)))
+        open_pairs -= covered(best)
+        cases.append({name: choices[name][at] for name, at in best.items()})
+    return cases
+
+
+def paired(**choices: Any) -> pytest.MarkDecorator:
+    """Parametrizes a test by the combinations of `pairwise`; all others are `rare`.
+
+    With `backend` among them that fixture takes its values from here.
+    """
+    axes = {name: list(values) for name, values in choices.items()}
+    places = {name: list(range(len(values))) for name, values in axes.items()}
+    common = {tuple(case.values()) for case in pairwise(places)}
+    cases = [
+        pytest.param(*row, marks=() if place in common else pytest.mark.rare)
+        for place, row in zip(product(*places.values()), product(*axes.values()), strict=True)
+    ]
+    return pytest.mark.parametrize(list(axes), cases, indirect=[n for n in axes if n == "backend"])
