@@ -19,7 +19,7 @@ from bench.accuracy.measure import (
     Measured,
 )
 from bench.batch import dtype_name
-from grpo_core.runs.plot import INK, QUIET, STYLE
+from grpo_core.runs.plots import INK, QUIET, STYLE
 
 DOCUMENT = Path(__file__).parents[2] / "docs/accuracy.md"
 PICTURE = DOCUMENT.parent / "images/accuracy.png"
