@@ -37,7 +37,7 @@ SHOWN = (1_024, 4_096, 16_384)
 TOLERANCE = 0.01
 RESULTS = Path(__file__).parent / "results"
 HEADER = (
-    "| words x hidden size | tokens | logits | naive | in place | from hidden states |",
+    "| vocabulary x hidden size | tokens | logits | naive | in place | from hidden states |",
     "|---|---:|---:|---:|---:|---:|",
 )
 

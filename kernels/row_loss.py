@@ -159,6 +159,8 @@ def _row_loss_kernel(
                 TILES,
             )
         else:
+            # in place, no thread may overwrite the target's logit before all have read it
+            tl.debug_barrier()
             write_row_zeros(out_ptr, V, THREADS, WIDTH)
 
 

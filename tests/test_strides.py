@@ -18,7 +18,6 @@ from grpo_core import (
     PolicyFactor,
     Rejection,
     SamplerCorrection,
-    SequenceWeight,
     fused_linear_loss,
     fused_loss,
     group_advantages,
@@ -199,15 +198,11 @@ CASES: dict[str, tuple[Callable[..., Answers], Callable[[], dict[str, Tensor]]]]
     ),
     "fused_linear_loss": (hidden_loss(SAMPLED, B, T), lambda: tokens(B, T)),
     "fused_linear_loss, packed": (hidden_loss("gspo", N, plan="lean"), lambda: of_groups(N)),
-    "fused_linear_loss, temperatures": (
-        hidden_loss("dapo", N),
-        lambda: of_groups(N) | {"temperature": 0.5 + torch.rand(N)},
-    ),
     "linear_token_logp": (
         lambda backend, **given: linear_token_logp(
             leaf(N, D), leaf(V, D, seed=2), backend=backend, **given
         ),
-        lambda: some(tokens(N), "target", "mask") | {"temperature": 0.5 + torch.rand(N)},
+        lambda: some(tokens(N), "target", "mask"),
     ),
     "linear_logp": (scores(linear_logp, N), lambda: scored(N)),
     "linear_logp, lean": (scores(linear_logp, B, T, plan="lean"), lambda: scored(B, T)),
@@ -231,16 +226,6 @@ CASES: dict[str, tuple[Callable[..., Answers], Callable[[], dict[str, Tensor]]]]
         lambda: some(tokens(B, T), "target", "mask", "old_logp", "advantage"),
     ),
     "preset": (by_preset, lambda: tokens(B, T)),
-    "SequenceWeight": (
-        lambda backend, **given: [SequenceWeight().of(**given, sequences=B)],
-        lambda: {
-            "log_ratio": torch.randn(N),
-            "sampler_ratio": torch.rand(N) + 0.5,
-            "advantage": torch.randn(N),
-            "valid": torch.rand(N) < 0.8,
-            "sequence": torch.arange(N) // T,
-        },
-    ),
     "gae": (
         scalars(gae),
         lambda: batch(rewards=torch.randn(B, T), values=torch.randn(B, T)),
@@ -299,6 +284,7 @@ def test_every_public_function_is_among_them() -> None:
     """What is public, can be called and takes vectors; records and settings take none."""
     vectorless = {
         "RECIPES",
+        "GroupNorm",
         "clip",
         "merge_metrics",
         "without_fused_head",

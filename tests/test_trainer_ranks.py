@@ -279,7 +279,7 @@ def test_the_command_under_torchrun(files: Path, tmp_path: Path) -> None:  # noq
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("all of it in") == 1
+    assert done.stdout.count("all results are in") == 1
     logged = records_of(tmp_path / "run")
     assert [record["step"] for record in logged] == [0, 1, 2, 3]
     assert all(record["length"] <= MAX_NEW_TOKENS for record in logged[1:])
