@@ -809,3 +809,33 @@ def test_a_head_that_is_not_finite_passes_nothing_on(name: str, plan: str, where
         assert out.metrics["nonfinite_rows"] > 0
         for key, gradient in found.items():
             assert torch.equal(gradient, torch.zeros_like(gradient)), key
+
+
+def test_a_target_at_the_edge_of_a_vocabulary_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every vocabulary entry is a target once, so that all first and last columns are."""
+    from grpo_core.linear import vocab_slices
+
+    V = 384
+    hidden, weight = torch.randn(V, 8), torch.randn(V, 8)
+    slices = []
+    add = vocab_slices._add_slice
+    monkeypatch.setattr(
+        vocab_slices, "_add_slice", lambda *given: slices.append(given[2]) or add(*given)
+    )
+    gradients = []
+    for plan in ("fast", "lean"):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+        out = fused_linear_loss(
+            *leaves,
+            torch.arange(V),
+            objective="dapo",
+            advantage=torch.randn(V, generator=torch.Generator().manual_seed(1)),
+            sequence_id=torch.arange(V) // 4,
+            plan=plan,
+            memory_budget=2**18,
+        )
+        out.loss.backward()
+        gradients.append([x.grad for x in leaves])
+    assert len(slices) > 2
+    for lean, fast in zip(*reversed(gradients), strict=True):
+        torch.testing.assert_close(lean, fast)
