@@ -57,7 +57,7 @@ __all__ = [
 ]
 
 # imported when first used, so that `python -m grpo_core.train --help` needs no torch
-__getattr__, __dir__ = exports(
+__getattr__ = exports(
     __name__,
     {
         "integrations.presets": "preset",
@@ -75,3 +75,7 @@ __getattr__, __dir__ = exports(
         "objective.recipes": "RECIPES clip",
     },
 )
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -8,10 +8,8 @@ from importlib import import_module
 from typing import Any
 
 
-def exports(
-    package: str, homes: Mapping[str, str]
-) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` of a package.
+def exports(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
+    """`__getattr__` of a package.
 
     Args:
         package: its dotted name.
@@ -26,7 +24,4 @@ def exports(
         setattr(sys.modules[package], name, value)
         return value
 
-    def names() -> list[str]:
-        return sorted([*modules, *(["__version__"] if package == "grpo_core" else [])])
-
-    return get, names
+    return get

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Batch", "Problem", "Rollout", "Sampling", "Trainer", "TrainerConfig", "pack"]
 
-__getattr__, __dir__ = exports(
+__getattr__ = exports(
     __name__,
     {
         "batch": "Batch pack",
@@ -27,3 +27,7 @@ __getattr__, __dir__ = exports(
         "trainer": "Trainer",
     },
 )
+
+
+def __dir__() -> list[str]:
+    return __all__
