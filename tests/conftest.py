@@ -68,7 +68,7 @@ def poison():
     torch.use_deterministic_algorithms(False)
 
 
-BACKENDS = ("torch", "triton")
+BACKENDS = ("torch", "cpu", "triton")
 
 
 @pytest.fixture(params=BACKENDS)
