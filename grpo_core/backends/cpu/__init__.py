@@ -29,7 +29,7 @@ def row_stats(
     rows: Rows, target: Tensor, temperature: float, ref_rows: Rows | None = None
 ) -> RowStats:
     """Softmax statistics of every row at its target; the state as in `online_softmax`."""
-    vectors = torch.zeros(7, rows.N)
+    vectors = target.new_zeros(7, rows.N, dtype=torch.float32)
     run(
         kernels().stats,
         rows.N,
@@ -58,7 +58,8 @@ def row_loss(
     kl_estimator = compile_kl(None if tokens.ref_logp is None else terms.kl)
     if surrogate is None or kl_estimator is None:
         return _loss_in_two_readings(rows, tokens, temperature, terms, dlogits, ref_rows)
-    vectors, dropped = torch.zeros(10, rows.N), torch.zeros(rows.N, dtype=torch.bool)
+    vectors = tokens.weight.new_zeros(10, rows.N)
+    dropped = vectors.new_zeros(rows.N, dtype=torch.bool)
     run(
         kernels().loss,
         rows.N,
