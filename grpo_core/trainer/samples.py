@@ -70,15 +70,13 @@ class Samples:
         self.rollout: list[Sample] = []
 
     def look(self, step: int, problems: Sequence[Problem], evaluation: Evaluation) -> None:
-        """Keeps the completions of the first held-out problems."""
-        if not is_main():
-            return
-        self.held_out = [
-            self._sample("held out", step, problem, completion, evaluation.scores, n)
-            for n, (problem, completion) in enumerate(
-                zip(problems[: self.count], evaluation.completions, strict=False)
-            )
+        """Keeps and writes the completions of the first held-out problems."""
+        chosen: list[tuple[Kind, int]] = [
+            ("held out", index) for index in range(min(self.count, len(problems)))
         ]
+        self.held_out = self._samples(
+            step, problems, evaluation.completions, evaluation.scores, chosen
+        )
         self._write(self.held_out)
 
     def step(
@@ -99,42 +97,43 @@ class Samples:
             scores: of the completions.
             keep: whether to write them to the file.
         """
-        if not is_main():
-            return
         best, worst = best_and_worst(scores.total)
-        chosen: list[tuple[Kind, int]] = []
-        if not scores.total[best].isnan():
-            chosen.append(("best", best))
-            if scores.total[best] != scores.total[worst]:
-                chosen.append(("worst", worst))
-        self.rollout = [
-            self._sample(kind, step, problems[n], completions[n], scores, n) for kind, n in chosen
-        ]
+        chosen: list[tuple[Kind, int]] = [("best", best), ("worst", worst)]
+        if scores.total[best] == scores.total[worst]:
+            chosen = chosen[:1]
+        if scores.total[best].isnan():
+            chosen = []
+        self.rollout = self._samples(step, problems, completions, scores, chosen)
         if keep:
             self._write(self.rollout)
 
-    def _sample(
+    def _samples(
         self,
-        kind: Kind,
         step: int,
-        problem: Problem,
-        ids: Sequence[int],
+        problems: Sequence[Problem],
+        completions: Sequence[Sequence[int]],
         scores: Scores,
-        index: int,
-    ) -> Sample:
-        prompt = problem.source
-        if prompt is None:
-            prompt = self._text(problem.prompt)
-        parts = {name: float(part[index]) for name, part in scores.parts.items()}
-        return Sample(
-            kind=kind,
-            step=step,
-            prompt=prompt,
-            completion=self._text(ids),
-            answer=problem.answer,
-            reward=float(scores.total[index]),
-            parts={name: value for name, value in parts.items() if value == value},
-        )
+        chosen: Sequence[tuple[Kind, int]],
+    ) -> list[Sample]:
+        """The samples of the chosen indices; none on other ranks than 0."""
+        if not is_main():
+            return []
+        return [
+            Sample(
+                kind=kind,
+                step=step,
+                prompt=problems[n].source or self._text(problems[n].prompt),
+                completion=self._text(completions[n]),
+                answer=problems[n].answer,
+                reward=float(scores.total[n]),
+                parts={
+                    name: float(part[n])
+                    for name, part in scores.parts.items()
+                    if part[n] == part[n]
+                },
+            )
+            for kind, n in chosen
+        ]
 
     def _text(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))

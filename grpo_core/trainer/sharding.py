@@ -136,12 +136,3 @@ def export(model: PreTrainedModel, folder: Path) -> None:
     if is_main():
         model.save_pretrained(folder, **weights)
     barrier()
-
-
-def find_nonfinite(model: nn.Module) -> str | None:
-    """The name of a parameter whose local shard is not finite, if there is one."""
-    for name, weight in model.named_parameters():
-        local = weight.to_local() if isinstance(weight, DTensor) else weight
-        if not torch.isfinite(local.detach()).all():
-            return name
-    return None

@@ -22,11 +22,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo_core import HeadOutput, LossOutput, with_fused_head
-from grpo_core.cli.options import warmup
 from grpo_core.linear.model import has_fused_head
 from grpo_core.loss.metrics import merge_metrics
 from grpo_core.trainer import loop
-from grpo_core.trainer.baselines.supervised import learning_rate_share
 from grpo_core.trainer.batch import Batch, check_output_matrix, is_padding_free, pack
 from grpo_core.trainer.checkpoint import give_up, resume_trainer
 from grpo_core.trainer.config import TrainerConfig as TrainerConfig
@@ -52,6 +50,7 @@ from grpo_core.trainer.groups import (
 )
 from grpo_core.trainer.measure import Clock
 from grpo_core.trainer.monitor import Logger, Metrics, Watch, sampler_mismatch, update_metrics
+from grpo_core.trainer.optimizer import adamw, set_learning_rate
 from grpo_core.trainer.rewards import Reward, Scores, score
 from grpo_core.trainer.rollout import Problem, Rollout, Sampling, check_context, special_tokens
 from grpo_core.trainer.samples import Samples
@@ -124,9 +123,7 @@ class Trainer:
         self.reference = reference_of(model, config.shard) if wants_reference else None
         self.policy = wrap_policy(model, config.shard)
         self.padding_free = is_padding_free(model, config.padding_free, config.autocast)
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
-        )
+        self.optimizer = adamw(model.parameters(), config.learning_rate)
         self.sampler = EngineSync(model, engine)
         self.steps_done = 0
         self.skipped_updates = 0
@@ -178,7 +175,7 @@ class Trainer:
                 minibatches = self.minibatches(drawn.rollout, rewards, drawn.order)
 
             # loss, backward, optimizer
-            learning_rate = self.set_learning_rate()
+            learning_rate = set_learning_rate(self.optimizer, config, self.steps_done)
             updates = [
                 self.update(parts, clock) for _ in range(config.epochs) for parts in minibatches
             ]
@@ -231,19 +228,22 @@ class Trainer:
             rewards: [S] float32.
             order: [S] int64, the order in which minibatches take sequences.
         """
-        # of all ranks, since some estimators use the whole batch
-        of_all = all_gather_cat(rewards)
-        advantage = group_advantages(of_all, self.config)[rank_slice(len(of_all))]
-        packed = self.packed(rollout, advantage)
+        packed = pack(
+            rollout,
+            self.advantages(rewards),
+            mask_truncated=self.config.mask_truncated,
+            padding_free=self.padding_free,
+        )
         split = split_minibatches(packed, rewards, order, self.config)
         tokens = self.config.tokens_per_microbatch
         minibatches = pad_microbatches([each.microbatches(tokens) for each in split])
         return [[self.with_logp(part) for part in parts] for parts in minibatches]
 
-    def packed(self, rollout: Rollout, advantage: Tensor) -> Batch:
-        """Packs completions and their advantages [S] float32."""
-        masks = self.config.mask_truncated
-        return pack(rollout, advantage, mask_truncated=masks, padding_free=self.padding_free)
+    def advantages(self, rewards: Tensor) -> Tensor:
+        """Advantages [S] float32 from the rewards of this rank's completions."""
+        # of all ranks, since some estimators use the whole batch
+        of_all = all_gather_cat(rewards)
+        return group_advantages(of_all, self.config)[rank_slice(len(of_all))]
 
     def with_logp(self, part: Batch) -> Batch:
         """Adds the log-probabilities that the ratio and the KL compare with."""
@@ -300,11 +300,3 @@ class Trainer:
     def loss(self, part: Batch, divisor: float | None) -> HeadOutput | LossOutput:
         """The objective on packed rows."""
         return packed_loss(self.policy, part, divisor, self.config)
-
-    def set_learning_rate(self) -> float:
-        """Warm-up, then linear decay to 0 after the last step; returns the current rate."""
-        config = self.config
-        share = learning_rate_share(self.steps_done, config.steps, warmup(config), final=0.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * share
-        return config.learning_rate * share
