@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grpo_core import HeadOutput, LossOutput, with_fused_head
@@ -170,8 +170,8 @@ class Trainer:
         # dropout draws random numbers
         with randomness(config.seed, self.steps_done, device, rank(), "updates"):
             # advantage, pack
-            rewards = drawn.rewards.to(device)
             with clock.phase("reference"):
+                rewards = drawn.rewards.to(device)
                 minibatches = self.minibatches(drawn.rollout, rewards, drawn.order)
 
             # loss, backward, optimizer
@@ -228,14 +228,15 @@ class Trainer:
             rewards: [S] float32.
             order: [S] int64, the order in which minibatches take sequences.
         """
+        config = self.config
         packed = pack(
             rollout,
             self.advantages(rewards),
-            mask_truncated=self.config.mask_truncated,
+            mask_truncated=config.mask_truncated,
             padding_free=self.padding_free,
         )
-        split = split_minibatches(packed, rewards, order, self.config)
-        tokens = self.config.tokens_per_microbatch
+        split = split_minibatches(packed, rewards, order, config)
+        tokens = config.tokens_per_microbatch
         minibatches = pad_microbatches([each.microbatches(tokens) for each in split])
         return [[self.with_logp(part) for part in parts] for parts in minibatches]
 
@@ -267,10 +268,9 @@ class Trainer:
             FloatingPointError: too many updates in a row were skipped; names the file with the
                 inputs of the last one.
         """
-        of_parts = []
+        config, of_parts = self.config, []
         with clock.phase("loss"):
-            longest = self.config.sampling.max_new_tokens
-            divisor = loss_divisor(parts, self.config.objective, longest)
+            divisor = loss_divisor(parts, config.objective, config.sampling.max_new_tokens)
             for number, part in enumerate(parts, 1):
                 with gradient_sync(self.policy, last=number == len(parts)):
                     out = self.loss(part, divisor)
@@ -278,22 +278,20 @@ class Trainer:
                     out.loss.backward()
                 of_parts.append(out.metrics)
         with clock.phase("optimizer"):
-            grad_norm = torch.nn.utils.clip_grad_norm_(
-                self.model.parameters(), self.config.max_grad_norm
-            )
+            grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
             tensors = reduce_metrics(merge_metrics(of_parts))
             tensors["grad_norm"] = full_tensor(grad_norm)
             # the only point where the host waits for the device
             values = torch.stack([tensor.float() for tensor in tensors.values()]).tolist()
             metrics = dict(zip(tensors, values, strict=True))
-            if self.config.is_update_safe(metrics):
+            if config.is_update_safe(metrics):
                 self.optimizer.step()
                 self.skipped_in_a_row = 0
             else:
                 self.skipped_updates += 1
                 self.skipped_in_a_row += 1
             self.optimizer.zero_grad()
-        if self.skipped_in_a_row > self.config.max_skipped_updates:
+        if self.skipped_in_a_row > config.max_skipped_updates:
             give_up(self, parts, metrics)
         return metrics
 
