@@ -71,8 +71,8 @@ class Watch:
 
     def __call__(self, metrics: Metrics) -> None:
         """Checks the metrics of a step, and adds new warnings to them under "warnings"."""
-        streak = self.state["zero_std_streak"] + 1
-        streak = streak if metrics["zero_std"] > ZERO_STD_LIMIT else 0
+        is_equal = metrics["zero_std"] > ZERO_STD_LIMIT
+        streak = self.state["zero_std_streak"] + 1 if is_equal else 0
         has_skipped = metrics["skipped_updates"] > self.state["skipped"]
         self.state |= {"zero_std_streak": streak, "skipped": metrics["skipped_updates"]}
         problems = {
@@ -83,9 +83,9 @@ class Watch:
             "sampler_mismatch": metrics.get("sampler_mismatch", 0.0) > MISMATCH_LIMIT,
             "clip_fraction": metrics.get("clip_fraction", 0.0) > CLIP_LIMIT,
         }
-        new = [kind for kind, is_one in problems.items() if is_one]
-        new = [kind for kind in new if kind not in self.state["warned"]]
-        self.state["warned"] += new
+        warned = self.state["warned"]
+        new = [kind for kind, exists in problems.items() if exists and kind not in warned]
+        warned += new
         messages = [WARNINGS[kind].format(streak=streak, **metrics) for kind in new]
         if has_skipped:
             messages.append(WARNINGS["skipped"].format(**metrics))

@@ -86,16 +86,12 @@ class ModelWeights(Iterator[tuple[str, Tensor]]):
 
 
 def _merged(weight: Tensor, adapter: Any) -> Tensor:
-    """The full weight with its adapter merged, W + s·B·A; detached."""
+    """The full weight with its adapter merged; detached."""
     weight = full_tensor(weight.detach())
     if adapter is None:
         return weight
-    name = adapter.active_adapters[0]
-    up, down = (
-        full_tensor(part[name].weight.detach()) for part in (adapter.lora_B, adapter.lora_A)
-    )
-    delta = (up @ down) * adapter.scaling[name]
-    return weight + (delta.T if adapter.fan_in_fan_out else delta).to(weight.dtype)
+    delta = full_tensor(adapter.get_delta_weight(adapter.active_adapters[0]).detach())
+    return weight + delta.to(weight.dtype)
 
 
 def _parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor, Any]]:

@@ -72,9 +72,6 @@ class PPOTrainer(Trainer):
             several ranks is asked for, which the critic does not support.
     """
 
-    critic: Critic
-    critic_optimizer: torch.optim.Optimizer
-
     def __init__(self, *args: Any, critic: CriticConfig | None = None, **named: Any) -> None:
         super().__init__(*args, **named)
         objective = self.config.objective
