@@ -86,9 +86,8 @@ class Watch:
         warned = self.state["warned"]
         new = [kind for kind, exists in problems.items() if exists and kind not in warned]
         warned += new
-        messages = [WARNINGS[kind].format(streak=streak, **metrics) for kind in new]
-        if has_skipped:
-            messages.append(WARNINGS["skipped"].format(**metrics))
+        told = [*new, "skipped"] if has_skipped else new
+        messages = [WARNINGS[kind].format_map(metrics | {"streak": streak}) for kind in told]
         if messages:
             metrics["warnings"] = messages
         for message in messages:
