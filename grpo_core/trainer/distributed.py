@@ -99,29 +99,25 @@ def check_ranks(config: TrainerConfig) -> None:
         )
     if world() == 1:
         return
-    ranks, prompts = f"on {world()} ranks", config.prompts_per_step
-    completions = prompts * config.group_size // world()
-    entropy = config.objective.entropy_aggregation
-    top_entropy = config.objective.factor.top_entropy
-    if prompts % world():
-        expected = f"a multiple of {world()}, the number of ranks"
+    ranks, prompts, objective = world(), config.prompts_per_step, config.objective
+    completions = prompts * config.group_size // ranks
+    if prompts % ranks:
+        expected = f"a multiple of {ranks}, the number of ranks"
         raise ValueError(f"prompts_per_step: expected {expected}, got {prompts}")
     if config.minibatches > completions:
-        expected = f"at most {completions}, the completions of a step on each of {world()} ranks"
+        expected = f"at most {completions}, the completions of a step on each of {ranks} ranks"
         raise ValueError(f"minibatches: expected {expected}, got {config.minibatches}")
-    if config.loss != "fused":
-        reason = "since gradients are averaged only for a loss inside the model's forward"
-        raise ValueError(f"loss: expected 'fused' {ranks}, {reason}, got {config.loss!r}")
-    if entropy is not None:
-        reason = "since its divisor counts one rank only"
-        raise ValueError(
-            f"objective.entropy_aggregation: expected None {ranks}, {reason}, got {entropy!r}"
-        )
-    if top_entropy < 1:
-        reason = "since its quantile is of one rank only"
-        raise ValueError(
-            f"objective.factor.top_entropy: expected 1 {ranks}, {reason}, got {top_entropy}"
-        )
+    inside = "gradients are averaged only for a loss inside the model's forward"
+    divisor, quantile = "its divisor counts one rank only", "its quantile is of one rank only"
+    for name, value, allowed, reason in (
+        ("loss", config.loss, "fused", inside),
+        ("objective.entropy_aggregation", objective.entropy_aggregation, None, divisor),
+        ("objective.factor.top_entropy", objective.factor.top_entropy, 1, quantile),
+    ):
+        if value != allowed:
+            raise ValueError(
+                f"{name}: expected {allowed!r} on {ranks} ranks, since {reason}, got {value!r}"
+            )
 
 
 def rank_slice(count: int) -> slice:

@@ -105,12 +105,7 @@ def evaluate(
 
 
 def sampled_metrics(parts: Mapping[str, Tensor], k: Sequence[int]) -> dict[str, float]:
-    """avg@n and pass@k of each part that applies to any problem.
-
-    Args:
-        parts: [n, P] each, NaN where it does not apply.
-        k: of pass@k.
-    """
+    """avg@n and pass@k of each part [n, P] that applies to any problem; NaN where it does not."""
     metrics = {}
     for name, part in parts.items():
         applies = ~part.isnan()
@@ -130,12 +125,8 @@ def sampled_metrics(parts: Mapping[str, Tensor], k: Sequence[int]) -> dict[str, 
 def pass_at(k: int, tries: int, correct: int) -> float:
     """Unbiased estimate of the probability that one of k completions is correct.
 
-    1 − C(n − c, k) / C(n, k): the share of the choices of k from n tries with a correct one.
-
-    Args:
-        k: completions to choose.
-        tries: n, completions drawn, at least k.
-        correct: c of them.
+    1 − C(n − c, k) / C(n, k): the share of the choices of k from n tries, c of which are correct,
+    with a correct one.
 
     Source: Chen et al. 2021, "Evaluating Large Language Models Trained on Code", eq. 1
     (arXiv 2107.03374).

@@ -16,7 +16,7 @@ def adamw(weights: Iterable[torch.nn.Parameter], learning_rate: float) -> torch.
 
 
 def learning_rate_share(step: int, steps: int, warmup_steps: int, final: float) -> float:
-    """Linear warm-up to 1, then linear decay towards `final`; `step` counts from 0."""
+    """Linear warm-up to 1, then linear decay to `final` after the last step; counts from 0."""
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     left = (steps - step) / (steps - warmup_steps)
@@ -26,13 +26,9 @@ def learning_rate_share(step: int, steps: int, warmup_steps: int, final: float) 
 def set_learning_rate(
     optimizer: torch.optim.Optimizer, config: Any, step: int, final: float = 0.0
 ) -> float:
-    """Sets and returns the learning rate of a step.
+    """Sets and returns the learning rate of a step, see `learning_rate_share`.
 
-    Args:
-        optimizer: its groups get the rate.
-        config: has `steps`, `warmup_steps` and the peak, `learning_rate`.
-        step: counts from 0.
-        final: the rate after the last step, as a share of the peak.
+    `config` has `steps`, `warmup_steps` and the peak, `learning_rate`.
     """
     share = learning_rate_share(step, config.steps, warmup(config), final)
     for group in optimizer.param_groups:

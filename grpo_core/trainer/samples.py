@@ -71,12 +71,9 @@ class Samples:
 
     def look(self, step: int, problems: Sequence[Problem], evaluation: Evaluation) -> None:
         """Keeps and writes the completions of the first held-out problems."""
-        chosen: list[tuple[Kind, int]] = [
-            ("held out", index) for index in range(min(self.count, len(problems)))
-        ]
-        self.held_out = self._samples(
-            step, problems, evaluation.completions, evaluation.scores, chosen
-        )
+        completions, scores = evaluation.completions, evaluation.scores
+        chosen: list[tuple[Kind, int]] = [("held out", n) for n, _ in enumerate(problems)]
+        self.held_out = self._samples(step, problems, completions, scores, chosen[: self.count])
         self._write(self.held_out)
 
     def step(
@@ -90,12 +87,7 @@ class Samples:
     ) -> None:
         """Keeps the best and the worst completion of a rollout, or one if all rewards are equal.
 
-        Args:
-            step: of the rollout.
-            problems: of this rank, one for each completion.
-            completions: token ids.
-            scores: of the completions.
-            keep: whether to write them to the file.
+        `problems` has one entry per completion; with `keep` the samples go to the file as well.
         """
         best, worst = best_and_worst(scores.total)
         chosen: list[tuple[Kind, int]] = [("best", best), ("worst", worst)]
@@ -126,11 +118,7 @@ class Samples:
                 completion=self._text(completions[n]),
                 answer=problems[n].answer,
                 reward=float(scores.total[n]),
-                parts={
-                    name: float(part[n])
-                    for name, part in scores.parts.items()
-                    if part[n] == part[n]
-                },
+                parts={k: float(v[n]) for k, v in scores.parts.items() if not v[n].isnan()},
             )
             for kind, n in chosen
         ]

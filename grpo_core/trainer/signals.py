@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-# what ends a process that does not handle the signal
+# how a signal ends a process
 DEFAULT: dict[int, Any] = {
     signal.SIGINT: signal.default_int_handler,
     signal.SIGTERM: signal.SIG_DFL,
@@ -18,16 +18,11 @@ DEFAULT: dict[int, Any] = {
 
 
 class Interrupted(Exception):
-    """A signal stopped the run, after a checkpoint was saved.
-
-    Attributes:
-        number: of the signal.
-        checkpoint: the last one.
-    """
+    """The signal `number` stopped the run, after a checkpoint was saved."""
 
     def __init__(self, number: int, checkpoint: Path) -> None:
         super().__init__(f"{signal.Signals(number).name}: stopped after saving {checkpoint}")
-        self.number, self.checkpoint = number, checkpoint
+        self.number = number
 
 
 class StopRequest:
@@ -56,7 +51,7 @@ def stop_request() -> Iterator[StopRequest]:
 
 @contextmanager
 def heeding_interrupts() -> Iterator[None]:
-    """Context in which signals act by default if the process started ignoring them.
+    """Context in which signals that are ignored act by default.
 
     Background jobs of a script ignore SIGINT.
     """

@@ -1,14 +1,9 @@
-"""A model's weights one by one, unsharded, under the names of its checkpoint, as engines load them.
+"""A model's weights one by one, under the names of its checkpoint, as engines load them.
 
-| difference from the checkpoint         | handled by                                           |
-|----------------------------------------|------------------------------------------------------|
-| shards (FSDP2)                         | all ranks gather one weight at a time                |
-| an adapter (LoRA on linear layers)     | merged, W + s·B·A, in a copy of that weight          |
-| weights that transformers >= 5 renames | `revert_weight_conversion`, as in `save_pretrained`  |
-| or stacks while loading                |                                                      |
-| tied weights                           | appear once                                          |
-
-The model is not modified: merging an adapter in place and back would leave rounding errors.
+Shards are gathered for one weight at a time, by all ranks together. A LoRA adapter is merged,
+W + s·B·A, into a copy: in place and back would leave rounding errors. Weights that transformers
+renames or stacks while loading get their old names, as in `save_pretrained`. Tied weights appear
+once.
 """
 
 from __future__ import annotations
