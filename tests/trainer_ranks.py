@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from grpo_core import RECIPES, Estimator, PolicyFactor
 from grpo_core.trainer.batch import Batch
-from grpo_core.trainer.checkpoint import Interrupted, checkpoints, save_trainer
+from grpo_core.trainer.checkpoint import checkpoints, save_trainer
 from grpo_core.trainer.distributed import (
     all_gather_object,
     in_group,
@@ -32,6 +32,7 @@ from grpo_core.trainer.measure import MACHINE
 from grpo_core.trainer.rewards import Scores
 from grpo_core.trainer.rollout import Problem, Rollout, Sampling, rollout
 from grpo_core.trainer.sharding import export, shard_model
+from grpo_core.trainer.signals import Interrupted
 from grpo_core.trainer.trainer import Trainer, TrainerConfig
 from grpo_core.trainer.weights import ModelWeights
 from tests.engines import CopyEngine

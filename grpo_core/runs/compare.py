@@ -34,13 +34,13 @@ from grpo_core.runs.plots import draw_methods, unless_missing
 from grpo_core.trainer.baselines.dpo import PreferenceConfig, sample_pairs, train_preferences
 from grpo_core.trainer.baselines.ppo import CriticConfig, PPOTrainer
 from grpo_core.trainer.batch import Batch, pack
-from grpo_core.trainer.checkpoint import heeding_interrupts
 from grpo_core.trainer.config import TrainerConfig
 from grpo_core.trainer.evaluate import evaluate
 from grpo_core.trainer.forward import packed_logp, reference_logp, reference_of
 from grpo_core.trainer.groups import randomness
 from grpo_core.trainer.measure import LiveBytes
 from grpo_core.trainer.rollout import Rollout
+from grpo_core.trainer.signals import heeding_interrupts
 from grpo_core.trainer.trainer import Trainer
 
 METHODS = ("SFT", "DPO", "PPO", "GRPO", "GRPO, KL in the reward")

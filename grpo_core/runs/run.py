@@ -28,7 +28,6 @@ from grpo_core.runs.config import GYM, RunConfig
 from grpo_core.runs.console import open_console
 from grpo_core.runs.directory import clear, read_resumed
 from grpo_core.runs.model import check_positions, from_hub, load_model, make_engine
-from grpo_core.trainer.checkpoint import Interrupted, heeding_interrupts
 from grpo_core.trainer.data import Epochs, fingerprint, problems_of, read_records
 from grpo_core.trainer.distributed import barrier, is_main, process_group, rank, world
 from grpo_core.trainer.evaluate import Evaluation, evaluate
@@ -38,6 +37,7 @@ from grpo_core.trainer.rollout import Problem, Sampling
 from grpo_core.trainer.rules import COMPARING, RULES, TAGS
 from grpo_core.trainer.samples import Samples, shortened
 from grpo_core.trainer.sharding import export
+from grpo_core.trainer.signals import Interrupted, heeding_interrupts
 from grpo_core.trainer.tasks import reasoning_gym_task
 from grpo_core.trainer.trainer import Trainer
 

@@ -35,12 +35,12 @@ from grpo_core.runs.demo.report import Stage, markdown, plain
 from grpo_core.runs.directory import clear
 from grpo_core.runs.plots import draw_demo, unless_missing
 from grpo_core.trainer.baselines.supervised import Example, SupervisedConfig, train_supervised
-from grpo_core.trainer.checkpoint import Interrupted, heeding_interrupts
 from grpo_core.trainer.evaluate import evaluate
 from grpo_core.trainer.monitor import append_json, keep_records, write_whole, writing
 from grpo_core.trainer.rewards import TextReward
 from grpo_core.trainer.rollout import Problem, Sampling
 from grpo_core.trainer.samples import Samples
+from grpo_core.trainer.signals import Interrupted, heeding_interrupts
 from grpo_core.trainer.trainer import Trainer
 
 # the longest style takes 34 tokens
