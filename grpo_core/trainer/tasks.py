@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo_core.cli.options import check_package
 from grpo_core.trainer.data import problems_of
-from grpo_core.trainer.rewards import FunctionReward, prepend_think
+from grpo_core.trainer.rewards import FunctionReward
 from grpo_core.trainer.rollout import Problem
-from grpo_core.trainer.rules import given_answer
+from grpo_core.trainer.rules import given_answer, prepend_think
 
 # tells base models and chat models where to put the answer
 INSTRUCTION = (
