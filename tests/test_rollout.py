@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaForCausalLM, WatermarkingConfig
 
 from grpo_core.trainer.engine import EngineSync
-from grpo_core.trainer.rollout import Sampling, check_context, ignored_fields, positions_of, rollout
+from grpo_core.trainer.generation import check_context, ignored_fields, positions_of
+from grpo_core.trainer.rollout import Sampling, rollout
 from tests.micro import EOS, PAD, VOCABULARY, micro_model
 
 PROMPTS = [[5], [3, 9, 4, 11, 6], [8, 2], [12, 12, 12]]

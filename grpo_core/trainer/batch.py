@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo_core.trainer.config import PaddingFree
-from grpo_core.trainer.rollout import Rollout, evaluation_mode
+from grpo_core.trainer.generation import evaluation_mode
+from grpo_core.trainer.rollout import Rollout
 from grpo_core.trainer.sharding import unsharded_params, unwrap_peft
 
 

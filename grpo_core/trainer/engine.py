@@ -18,15 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo_core.trainer.distributed import all_gather_object, is_main, world
+from grpo_core.trainer.generation import check_context, ignored_fields, special_tokens
 from grpo_core.trainer.monitor import warn
-from grpo_core.trainer.rollout import (
-    Rollout,
-    Sampling,
-    check_context,
-    ignored_fields,
-    rollout,
-    special_tokens,
-)
+from grpo_core.trainer.rollout import Rollout, Sampling, rollout
 from grpo_core.trainer.weights import ModelWeights
 
 

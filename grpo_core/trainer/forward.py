@@ -17,7 +17,7 @@ from grpo_core.loss.reference import reference_loss
 from grpo_core.trainer.batch import Batch, TokenRows
 from grpo_core.trainer.config import Shard, TrainerConfig
 from grpo_core.trainer.distributed import in_group
-from grpo_core.trainer.rollout import evaluation_mode
+from grpo_core.trainer.generation import evaluation_mode
 from grpo_core.trainer.sharding import shard_model
 
 

@@ -42,6 +42,7 @@ from grpo_core.trainer.distributed import (
 )
 from grpo_core.trainer.engine import Engine, EngineSync
 from grpo_core.trainer.forward import packed_logp, packed_loss, reference_logp, reference_of
+from grpo_core.trainer.generation import check_context, special_tokens
 from grpo_core.trainer.groups import (
     Round,
     group_advantages,
@@ -53,7 +54,7 @@ from grpo_core.trainer.groups import (
 from grpo_core.trainer.measure import Clock
 from grpo_core.trainer.monitor import Logger, Metrics, Watch, sampler_mismatch, update_metrics
 from grpo_core.trainer.rewards import Reward, Scores, score
-from grpo_core.trainer.rollout import Problem, Rollout, Sampling, check_context, special_tokens
+from grpo_core.trainer.rollout import Problem, Rollout, Sampling
 from grpo_core.trainer.samples import Samples
 from grpo_core.trainer.sharding import full_tensor, gradient_sync, wrap_policy
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from grpo_core.cli.options import check_at_least, check_warmup, warmup
 from grpo_core.trainer.batch import TokenRows, find_rows
-from grpo_core.trainer.rollout import check_context
+from grpo_core.trainer.generation import check_context
 
 if TYPE_CHECKING:
     from grpo_core.trainer.baselines.dpo import PreferenceConfig

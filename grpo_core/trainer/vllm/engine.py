@@ -21,7 +21,8 @@ from uuid import uuid4
 import torch
 from transformers import PreTrainedModel
 
-from grpo_core.trainer.rollout import Rollout, Sampling, make_rollout, special_tokens
+from grpo_core.trainer.generation import special_tokens
+from grpo_core.trainer.rollout import Rollout, Sampling, make_rollout
 from grpo_core.trainer.vllm.common import (
     check_ends,
     dtype_name,

@@ -27,7 +27,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo_core.trainer.distributed import all_gather_object, is_main
-from grpo_core.trainer.rollout import Rollout, Sampling, make_rollout, special_tokens
+from grpo_core.trainer.generation import special_tokens
+from grpo_core.trainer.rollout import Rollout, Sampling, make_rollout
 from grpo_core.trainer.vllm.common import (
     check_ends,
     dtype_name,
