@@ -1,20 +1,16 @@
 """Sampling engines: the trainer's own model, or an engine whose weights are kept in sync.
 
-An engine has its own weights, with a version: the number of steps done. Before it is asked for
-completions it gets the trainer's weights if its version is another. Completions carry the version
-they were sampled with, and another version than the trainer's is an error. A process that starts
-or resumes always sends the weights first.
-
-`OwnModel` is the default. For vLLM see `vllm.engine` and `vllm.server`.
+The version of an engine's weights is the number of steps done. An engine with another version than
+the trainer gets the trainer's weights before it samples; a process that starts or resumes always
+sends them. Completions carry the version they were sampled with; any other version is an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo_core.trainer.distributed import all_gather_object, is_main, world
@@ -48,7 +44,7 @@ class Engine(Protocol):
 
 
 class OwnModel:
-    """The trainer's own model, which always has the newest weights."""
+    """The trainer's own model, the default."""
 
     separate = False
     shared = False
@@ -61,8 +57,8 @@ class OwnModel:
         """Samples by `rollout`."""
         return replace(rollout(self.model, prompts, sampling), weight_version=self.version)
 
-    def update_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
-        """Records the version."""
+    def update_weights(self, weights: ModelWeights, version: int) -> None:
+        """Records the version; the weights are the newest."""
         self.version = version
 
 
@@ -115,7 +111,7 @@ class EngineSync:
         """
         check_context(self.model.config, max(map(len, prompts), default=0), sampling.max_new_tokens)
         if self.version != version:
-            self.push(version)
+            self._push(version)
         sampled = self.engine.generate(prompts, sampling)
         if sampled.weight_version != version:
             raise RuntimeError(
@@ -124,7 +120,7 @@ class EngineSync:
             )
         return sampled
 
-    def push(self, version: int) -> None:
+    def _push(self, version: int) -> None:
         """Sends the model's weights to the engine; all ranks call it together."""
         self.version = None
         weights = ModelWeights(self.model)
