@@ -24,13 +24,13 @@ Record = Mapping[str, Any]
 Messages = Sequence[Mapping[str, str]]
 
 
-def read_records(source: str | Path, split: str = "train") -> list[dict[str, Any]]:
+def read_records(source: str | Path) -> list[dict[str, Any]]:
     """Reads all records of a file, or of a data set of the `datasets` library.
 
     Args:
         source: JSON lines (.jsonl) or a JSON list (.json); with `datasets` also a .parquet file, a
-            folder written by `save_to_disk`, or the name of a data set.
-        split: of a data set with several.
+            folder written by `save_to_disk`, or the name of a data set. Of a data set with several
+            splits, "train" is read.
 
     Raises:
         FileNotFoundError, ValueError: there is no such file; a line is not a record.
@@ -46,9 +46,9 @@ def read_records(source: str | Path, split: str = "train") -> list[dict[str, Any
         data: Any = datasets.load_dataset("parquet", data_files=str(path), split="train")
     elif path.is_dir():
         data = datasets.load_from_disk(str(path))
-        data = data[split] if isinstance(data, datasets.DatasetDict) else data
+        data = data["train"] if isinstance(data, datasets.DatasetDict) else data
     else:
-        data = datasets.load_dataset(str(source), split=split)
+        data = datasets.load_dataset(str(source), split="train")
     return [dict(record) for record in data]
 
 

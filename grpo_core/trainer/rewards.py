@@ -10,11 +10,11 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from numbers import Real
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,10 +43,8 @@ class Scores(NamedTuple):
     parts: dict[str, Tensor]  # each [S] float32; NaN where a reward does not apply
 
 
-class Reward(Protocol):
-    def __call__(
-        self, problems: Sequence[Problem], completions: Sequence[Sequence[int]]
-    ) -> Scores: ...
+# scores S completions (token ids) of S problems
+Reward = Callable[[Sequence[Problem], Sequence[Sequence[int]]], Scores]
 
 
 def score(

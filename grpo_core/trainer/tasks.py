@@ -13,7 +13,7 @@ from grpo_core.trainer.rewards import FunctionReward
 from grpo_core.trainer.rollout import Problem
 from grpo_core.trainer.rules import given_answer, prepend_think
 
-# tells base models and chat models where to put the answer
+# asks base models and chat models for the format that rules expect
 INSTRUCTION = (
     "Think between <think> and </think>, then give the final answer alone between <answer> and "
     "</answer>."
@@ -27,7 +27,6 @@ def reasoning_gym_task(
     size: int,
     seed: int = 0,
     chat: bool = False,
-    **options: Any,
 ) -> tuple[list[Problem], FunctionReward]:
     """Problems of a reasoning-gym data set, and a reward of 1 for a full score.
 
@@ -37,7 +36,6 @@ def reasoning_gym_task(
         size: number of problems.
         seed: of the data set.
         chat: make chat messages, with the instruction as system message.
-        options: of the data set.
 
     Returns:
         The problems, and their reward under the name "accuracy".
@@ -50,7 +48,7 @@ def reasoning_gym_task(
     import reasoning_gym
 
     try:
-        data = reasoning_gym.create_dataset(name, size=size, seed=seed, **options)
+        data = reasoning_gym.create_dataset(name, size=size, seed=seed)
     except ValueError as error:
         raise ValueError(f"name: expected a data set of reasoning-gym, got {name!r}") from error
     records = [

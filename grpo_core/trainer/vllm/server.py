@@ -49,15 +49,13 @@ class Server:
 
     def get(self, route: str) -> Any:
         """The answer to a GET."""
-        return self._send(urllib.request.Request(f"{self.url}/{route}"), TIMEOUT, RETRIES)
+        return self._ask(route, None, TIMEOUT, RETRIES)
 
     def post(
         self, route: str, body: dict[str, Any], timeout: float = TIMEOUT, retries: int = 0
     ) -> Any:
         """The answer to a POST, repeated `retries` times if the connection breaks."""
-        data, head = json.dumps(body).encode(), {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{self.url}/{route}", data, head, method="POST")
-        return self._send(request, timeout, retries)
+        return self._ask(route, json.dumps(body).encode(), timeout, retries)
 
     def get_weight_version(self) -> str:
         """The version that the last update has set."""
@@ -79,20 +77,22 @@ class Server:
         """Discards keys and values."""
         self.post("reset_prefix_cache", {})
 
-    def _send(self, request: urllib.request.Request, timeout: float, retries: int) -> Any:
+    def _ask(self, route: str, data: bytes | None, timeout: float, retries: int) -> Any:
+        url, head = f"{self.url}/{route}", {"Content-Type": "application/json"}
         try:
+            request = urllib.request.Request(url, data, head)
             with urllib.request.urlopen(request, timeout=timeout) as answer:
                 text = answer.read()
         except urllib.error.HTTPError as error:
             message = error.read().decode(errors="replace")
             if error.code == 404:
                 message += "; was the server started with VLLM_SERVER_DEV_MODE=1?"
-            raise ConnectionError(f"{request.full_url}: status {error.code}, {message}") from error
+            raise ConnectionError(f"{url}: status {error.code}, {message}") from error
         except OSError as error:
             if retries:
                 time.sleep(0.5)
-                return self._send(request, timeout, retries - 1)
-            raise ConnectionError(f"{request.full_url}: {error}; is the server up?") from error
+                return self._ask(route, data, timeout, retries - 1)
+            raise ConnectionError(f"{url}: {error}; is the server up?") from error
         return json.loads(text) if text else None
 
 
