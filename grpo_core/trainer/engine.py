@@ -98,12 +98,7 @@ class EngineSync:
         self.version = None
 
     def draw(self, prompts: Sequence[Sequence[int]], sampling: Sampling, version: int) -> Rollout:
-        """Completions sampled with the model's current weights.
-
-        Args:
-            prompts: S lists of token ids.
-            sampling: length limit and temperature.
-            version: of the model's weights.
+        """Completions sampled with the model's current weights, whose version is given.
 
         Raises:
             ValueError: a prompt is too long for the model.

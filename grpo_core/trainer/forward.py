@@ -37,13 +37,11 @@ def packed_logp(model: PreTrainedModel, rows: TokenRows, config: TrainerConfig) 
 def packed_loss(
     policy: Any, part: Batch, divisor: float | None, config: TrainerConfig
 ) -> HeadOutput | LossOutput:
-    """The objective on packed rows, with gradient.
+    """The objective on the rows of a microbatch, with gradient.
 
     Args:
         policy: a model with a fused head, wrapped or not; for the other losses the model itself.
-        part: a microbatch.
         divisor: see `distributed.loss_divisor`.
-        config: the run.
     """
     rows = part.rows
     terms: dict[str, Any] = {

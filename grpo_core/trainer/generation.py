@@ -20,7 +20,7 @@ NEUTRAL = {
 
 
 def special_tokens(model: PreTrainedModel) -> tuple[int, list[int]]:
-    """The padding token and the end tokens; without a padding token, the first end token pads."""
+    """The padding token, by default the first end token, and the end tokens."""
     config = model.generation_config
     end = config.eos_token_id
     ends = [end] if isinstance(end, int) else list(end or ())
@@ -36,12 +36,10 @@ def check_context(
     completion: int,
     names: str = "longest_prompt + max_new_tokens",
 ) -> None:
-    """Raises ValueError if a prompt and a completion have more tokens than the model has positions.
+    """Raises ValueError if a model has too few positions for so many tokens.
 
     Args:
-        config: of the model.
-        prompt, completion: tokens of the longest ones.
-        names: the two options, for the message.
+        names: the options that limit prompt and completion, for the message.
     """
     positions = positions_of(config)
     if positions is not None and prompt + completion > positions:
@@ -69,31 +67,28 @@ def positions_of(config: PretrainedConfig) -> int | None:
     return max(known[0], *scaled, 0)
 
 
-def plain_config(
-    max_new_tokens: int, temperature: float, pad: int, ends: list[int]
-) -> GenerationConfig:
-    """A generation config that samples the policy itself; temperature 0 takes the likeliest."""
+@contextmanager
+def plain_generation(
+    model: PreTrainedModel, max_new_tokens: int, temperature: float
+) -> Iterator[GenerationConfig]:
+    """Context in which `generate` samples the policy itself; yields the config to call it with.
+
+    The model's own config must be replaced as well: `generate` takes from it what its argument
+    leaves out. A peft model and the model inside it may both have one.
+    """
+    pad, ends = special_tokens(model)
     how: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         how = {"do_sample": True, "temperature": temperature, **NEUTRAL}
-    return GenerationConfig(
+    config = GenerationConfig(
         max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=ends, **how
     )
-
-
-@contextmanager
-def generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Context in which the model has this generation config.
-
-    `generate` takes the fields that its argument leaves out from the model's own. A peft model and
-    the model inside it may both have one.
-    """
     holders: list[Any] = [m for m in model.modules() if "generation_config" in vars(m)]
     before = [holder.generation_config for holder in holders]
     try:
         for holder in holders:
             holder.generation_config = config
-        yield
+        yield config
     finally:
         for holder, own in zip(holders, before, strict=True):
             holder.generation_config = own

@@ -127,14 +127,7 @@ def group_advantages(rewards: Tensor, config: TrainerConfig) -> Tensor:
 def split_minibatches(
     packed: Batch, rewards: Tensor, order: Tensor, config: TrainerConfig
 ) -> list[Batch]:
-    """Splits the kept sequences into `config.minibatches`; an empty minibatch becomes a filler.
-
-    Args:
-        packed: S sequences.
-        rewards: [S] float32.
-        order: [S] int64.
-        config: the run.
-    """
+    """Splits the kept of S sequences, in this order, into minibatches; an empty one is a filler."""
     kept = _is_kept(rewards, config)
     if config.dynamic_sampling == "off":
         # split first: every rank then has the same sizes, whichever rewards are NaN

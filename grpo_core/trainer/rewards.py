@@ -53,9 +53,6 @@ def score(
     """Calls a reward and checks its scores; returns them on the CPU.
 
     Args:
-        reward: scores the completions.
-        problems: S.
-        completions: S, token ids.
         where: start of every message, such as "step 3".
 
     Raises:

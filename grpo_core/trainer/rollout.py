@@ -18,8 +18,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from grpo_core.trainer.generation import (
     check_context,
     evaluation_mode,
-    generation_config,
-    plain_config,
+    plain_generation,
     special_tokens,
 )
 from grpo_core.trainer.sharding import unsharded_params
@@ -27,20 +26,14 @@ from grpo_core.trainer.sharding import unsharded_params
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt and what rewards need to score its completions.
+    """A prompt and what rewards need to score its completions."""
 
-    Attributes:
-        prompt: token ids.
-        answer: the correct answer.
-        tag: evaluation reports metrics by tag.
-        columns: further columns of the data, by name.
-        source: the prompt before tokenization, a string or chat messages.
-    """
-
-    prompt: tuple[int, ...]
-    answer: Any = None
-    tag: str = ""
+    prompt: tuple[int, ...]  # token ids
+    answer: Any = None  # the correct answer
+    tag: str = ""  # evaluation reports metrics by tag
+    # further columns of the data, by name
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    # the prompt before tokenization, a string or chat messages
     source: Any = field(default=None, compare=False)
 
 
@@ -126,8 +119,11 @@ def rollout(
     check_context(model.config, prompt.shape[1], sampling.max_new_tokens)
     # log-probabilities at the sampling temperature; at 1 for greedy completions
     sampled_logp = SampledLogp(sampling.temperature or 1.0)
-    config = plain_config(sampling.max_new_tokens, sampling.temperature, pad, ends)
-    with evaluation_mode(model), unsharded_params(model), generation_config(model, config):
+    with (
+        evaluation_mode(model),
+        unsharded_params(model),
+        plain_generation(model, sampling.max_new_tokens, sampling.temperature) as config,
+    ):
         ids = model.generate(  # type: ignore[operator]
             input_ids=prompt,
             attention_mask=prompt_mask.long(),
@@ -160,15 +156,11 @@ def make_rollout(
     device: torch.device,
     weight_version: int | None = None,
 ) -> Rollout:
-    """A rollout from the lists that an inference engine returns.
+    """A rollout from lists of token ids and log-probabilities (nats), as engines return them.
 
     Args:
-        prompts, completions: S non-empty lists of token ids.
-        logp: log-probabilities of the completions' tokens, nats.
         pad: token id of padding.
         ends: token ids that end a completion.
-        device: of the tensors.
-        weight_version: version of the engine's weights.
 
     Raises:
         ValueError: a list is empty, or tokens and log-probabilities differ in number.

@@ -28,17 +28,12 @@ def reasoning_gym_task(
     seed: int = 0,
     chat: bool = False,
 ) -> tuple[list[Problem], FunctionReward]:
-    """Problems of a reasoning-gym data set, and a reward of 1 for a full score.
+    """Problems of a reasoning-gym data set; their reward "accuracy" is 1 for a full score, else 0.
 
     Args:
         name: such as "chain_sum"; `reasoning_gym.factory.DATASETS` lists them all.
-        tokenizer: of the model.
         size: number of problems.
-        seed: of the data set.
         chat: make chat messages, with the instruction as system message.
-
-    Returns:
-        The problems, and their reward under the name "accuracy".
 
     Raises:
         ModuleNotFoundError: reasoning-gym is not installed.
