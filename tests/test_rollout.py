@@ -249,7 +249,7 @@ def test_errors_say_what_was_expected() -> None:
         rollout(micro_model(), [[3], []], Sampling(4))
     with pytest.raises(ValueError, match="max_new_tokens: expected at least 1, got 0"):
         Sampling(0)
-    with pytest.raises(ValueError, match=r"temperature: expected at least 0, got -1\.0"):
+    with pytest.raises(ValueError, match=r"temperature: expected 0 or more, got -1\.0"):
         Sampling(4, -1.0)
     endless = micro_model()
     for none in (None, []):

@@ -215,23 +215,23 @@ def check_output_matrix(model: PreTrainedModel) -> None:
         )
 
 
-def is_padding_free(model: PreTrainedModel, wish: PaddingFree, autocast: bool = False) -> bool:
+def is_padding_free(model: PreTrainedModel, mode: PaddingFree, autocast: bool = False) -> bool:
     """Whether the model gets concatenated sequences.
 
     Args:
         model: any of transformers.
-        wish: "auto" for attentions that gain from it and models that support it, "always", "never".
+        mode: "auto" for attentions that gain from it and models that support it, "always", "never".
         autocast: the model computes in bfloat16, which FlashAttention requires.
 
     Raises:
         ValueError: "always" for a model that mixes sequences.
     """
     attention = str(getattr(model.config, "_attn_implementation", ""))
-    if wish == "never" or (wish == "auto" and not ("flash" in attention or "flex" in attention)):
+    if mode == "never" or (mode == "auto" and not ("flash" in attention or "flex" in attention)):
         return False
     with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
         separate = separates_sequences(model)
-    if wish == "always" and not separate:
+    if mode == "always" and not separate:
         raise ValueError(
             "padding_free: expected a model that keeps concatenated sequences separate, got "
             f"{type(model).__name__} with {attention or 'its own'} attention"

@@ -161,40 +161,30 @@ class FunctionReward:
 def _columns(problems: Sequence[Problem]) -> dict[str, list[Any]]:
     """The columns of the problems, each as a list, and `answer`."""
     names = {name for problem in problems for name in problem.columns}
-    for name in sorted(names):
-        missing = sum(name not in problem.columns for problem in problems)
-        if missing:
-            raise RewardError(
-                f"columns: expected every problem to have {name!r}, {missing} of {len(problems)} "
-                "lack it"
-            )
     if reserved := names & ARGUMENTS:
         raise RewardError(
             f"columns: expected other names than {sorted(reserved)}, which are arguments of every "
             "reward"
         )
-    columns = {name: [problem.columns[name] for problem in problems] for name in names}
-    return {"answer": [problem.answer for problem in problems]} | columns
+    columns = {"answer": [problem.answer for problem in problems]}
+    for name in sorted(names):
+        columns[name] = [each.columns[name] for each in problems if name in each.columns]
+        if missing := len(problems) - len(columns[name]):
+            got = f"{missing} of {len(problems)} lack it"
+            raise RewardError(f"columns: expected every problem to have {name!r}, {got}")
+    return columns
 
 
-def _named_arguments(
-    name: str, function: RewardFunction, available: Collection[str]
-) -> Collection[str]:
-    """The available arguments that a function takes.
-
-    Raises:
-        RewardError: it cannot be called with these.
-    """
+def _named_arguments(name: str, function: RewardFunction, available: Collection[str]) -> set[str]:
+    """The available arguments that a function takes; raises RewardError if it needs others."""
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
         raise RewardError(f"reward {name!r}: expected a function, got {function!r}") from None
     takes_all = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    named = {
-        each
-        for each in available
-        if each in signature.parameters or (takes_all and each != "prompt_opens")
-    }
+    named = signature.parameters.keys() & set(available)
+    if takes_all:
+        named |= set(available) - {"prompt_opens"}
     try:
         signature.bind(**dict.fromkeys(named))
     except TypeError as error:

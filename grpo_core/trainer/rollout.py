@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from grpo_core.cli.options import check_at_least
 from grpo_core.trainer.generation import (
     check_context,
     evaluation_mode,
@@ -45,10 +46,8 @@ class Sampling:
     temperature: float = 1.0  # 0 takes the most likely token
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: expected at least 1, got {self.max_new_tokens}")
-        if self.temperature < 0:
-            raise ValueError(f"temperature: expected at least 0, got {self.temperature}")
+        check_at_least(self, 1, "max_new_tokens")
+        check_at_least(self, 0, "temperature")
 
 
 @dataclass(frozen=True)
