@@ -22,8 +22,6 @@ class CopyEngine:
         deaf: takes versions and no weights.
     """
 
-    separate = True
-
     def __init__(
         self,
         model: Any,
@@ -59,7 +57,6 @@ class CopyEngine:
 class GivenEngine:
     """Hands out completions that are given to it, step by step."""
 
-    separate = False
     shared = False
 
     def __init__(self, *rollouts: Rollout) -> None:

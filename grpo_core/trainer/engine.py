@@ -8,7 +8,6 @@ sends them. Completions carry the version they were sampled with; any other vers
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Protocol
 
 from transformers import PreTrainedModel
@@ -21,14 +20,12 @@ from grpo_core.trainer.weights import ModelWeights
 
 
 class Engine(Protocol):
-    """Samples completions.
+    """Samples completions with its own copy of the weights.
 
     Attributes:
-        separate: whether the engine has its own copy of the weights.
         shared: whether one engine serves all ranks and gets its weights from rank 0.
     """
 
-    separate: bool
     shared: bool
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
@@ -43,31 +40,12 @@ class Engine(Protocol):
         ...
 
 
-class OwnModel:
-    """The trainer's own model, the default."""
-
-    separate = False
-    shared = False
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.version: int | None = None
-
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
-        """Samples by `rollout`."""
-        return replace(rollout(self.model, prompts, sampling), weight_version=self.version)
-
-    def update_weights(self, weights: ModelWeights, version: int) -> None:
-        """Records the version; the weights are the newest."""
-        self.version = version
-
-
 class EngineSync:
     """Samples from an engine and keeps its weights in sync with the model.
 
     Args:
         model: the trainer's.
-        engine: None for the model itself.
+        engine: None for the model itself, which always has the newest weights.
 
     Raises:
         ValueError: the engine serves one rank only and there are several; the engine cannot load
@@ -75,23 +53,23 @@ class EngineSync:
     """
 
     def __init__(self, model: PreTrainedModel, engine: Engine | None = None) -> None:
-        self.model = model
+        self.model, self.engine = model, engine
+        self.version: int | None = None
         special_tokens(model)
         if ignored := ignored_fields(model):
             warn(
                 f"rollouts ignore {', '.join(ignored)} of the model's generation_config and sample "
                 "the policy itself, by the options of the run"
             )
-        self.engine: Engine = OwnModel(model) if engine is None else engine
-        if self.engine.separate and not self.engine.shared and world() > 1:
+        if engine is None:
+            return
+        if not engine.shared and world() > 1:
             raise ValueError(
                 f"engine: expected one that all {world()} ranks share, such as a vLLM server, "
-                f"got {type(self.engine).__name__}"
+                f"got {type(engine).__name__}"
             )
-        if self.engine.separate:
-            # raises for weights that the engine could not load
-            ModelWeights(model).describe()
-        self.version: int | None = None
+        # raises for weights that the engine could not load
+        ModelWeights(model).describe()
 
     def forget(self) -> None:
         """Call it when the model's weights were replaced, as by those of a checkpoint."""
@@ -105,8 +83,10 @@ class EngineSync:
             RuntimeError: the engine has other weights, or could not load these.
         """
         check_context(self.model.config, max(map(len, prompts), default=0), sampling.max_new_tokens)
+        if self.engine is None:
+            return rollout(self.model, prompts, sampling)
         if self.version != version:
-            self._push(version)
+            self._push(self.engine, version)
         sampled = self.engine.generate(prompts, sampling)
         if sampled.weight_version != version:
             raise RuntimeError(
@@ -115,20 +95,19 @@ class EngineSync:
             )
         return sampled
 
-    def _push(self, version: int) -> None:
+    def _push(self, engine: Engine, version: int) -> None:
         """Sends the model's weights to the engine; all ranks call it together."""
         self.version = None
         weights = ModelWeights(self.model)
         failed = True
         try:
-            if is_main() or not self.engine.shared:
-                self.engine.update_weights(weights, version)
+            if is_main() or not engine.shared:
+                engine.update_weights(weights, version)
             failed = False
         finally:
-            if self.engine.separate:
-                # gathering a sharded weight takes all ranks, also those that send nothing
-                for _ in weights:
-                    pass
+            # gathering a sharded weight takes all ranks, also those that send nothing
+            for _ in weights:
+                pass
             any_failed = any(all_gather_object(failed))
         if any_failed:
             raise RuntimeError("engine: rank 0 could not send the weights")

@@ -252,7 +252,7 @@ class Trainer:
         old_logp = ref_logp = None
         if config.old_logp == "sampler":
             old_logp = part.sampler_logp
-        elif not config.on_policy or self.sampler.engine.separate:
+        elif not config.on_policy or self.sampler.engine is not None:
             # for an engine also to measure the mismatch
             old_logp = packed_logp(self.model, rows, config)
         if self.reference is not None:

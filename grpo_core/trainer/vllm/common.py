@@ -38,7 +38,6 @@ class Vllm:
         dtype: of the weights that are sent.
     """
 
-    separate = True
     client: Any  # vLLM's `LLM`, or a `Server` with methods of the same names
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
