@@ -29,10 +29,8 @@ class CopyEngine:
         version: int | None = None,
         off: float = 0.0,
         deaf: bool = False,
-        shared: bool = False,
     ) -> None:
         self.model, self.version, self.off, self.deaf = model, version, off, deaf
-        self.shared = shared
         self.updates: list[int] = []
         self.asked: list[Sampling] = []
 
@@ -56,8 +54,6 @@ class CopyEngine:
 
 class GivenEngine:
     """Hands out completions that are given to it, step by step."""
-
-    shared = False
 
     def __init__(self, *rollouts: Rollout) -> None:
         self.rollouts = list(rollouts)

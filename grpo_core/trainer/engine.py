@@ -12,7 +12,7 @@ from typing import Protocol
 
 from transformers import PreTrainedModel
 
-from grpo_core.trainer.distributed import all_gather_object, is_main, world
+from grpo_core.trainer.distributed import all_gather_object, is_main
 from grpo_core.trainer.generation import check_context, ignored_fields, special_tokens
 from grpo_core.trainer.monitor import warn
 from grpo_core.trainer.rollout import Rollout, Sampling, rollout
@@ -22,11 +22,8 @@ from grpo_core.trainer.weights import ModelWeights
 class Engine(Protocol):
     """Samples completions with its own copy of the weights.
 
-    Attributes:
-        shared: whether one engine serves all ranks and gets its weights from rank 0.
+    All ranks sample from it, and rank 0 updates its weights.
     """
-
-    shared: bool
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
         """One completion per prompt, with log-probabilities at the sampling temperature.
@@ -48,8 +45,8 @@ class EngineSync:
         engine: None for the model itself, which always has the newest weights.
 
     Raises:
-        ValueError: the engine serves one rank only and there are several; the engine cannot load
-            the model's weights, see `weights`; or the model has no end token.
+        ValueError: the engine cannot load the model's weights, see `weights`, or the model has no
+            end token.
     """
 
     def __init__(self, model: PreTrainedModel, engine: Engine | None = None) -> None:
@@ -61,15 +58,9 @@ class EngineSync:
                 f"rollouts ignore {', '.join(ignored)} of the model's generation_config and sample "
                 "the policy itself, by the options of the run"
             )
-        if engine is None:
-            return
-        if not engine.shared and world() > 1:
-            raise ValueError(
-                f"engine: expected one that all {world()} ranks share, such as a vLLM server, "
-                f"got {type(engine).__name__}"
-            )
-        # raises for weights that the engine could not load
-        ModelWeights(model).describe()
+        if engine is not None:
+            # raises for weights that the engine could not load
+            ModelWeights(model).describe()
 
     def forget(self) -> None:
         """Call it when the model's weights were replaced, as by those of a checkpoint."""
@@ -82,9 +73,9 @@ class EngineSync:
             ValueError: a prompt is too long for the model.
             RuntimeError: the engine has other weights, or could not load these.
         """
-        check_context(self.model.config, max(map(len, prompts), default=0), sampling.max_new_tokens)
         if self.engine is None:
             return rollout(self.model, prompts, sampling)
+        check_context(self.model.config, max(map(len, prompts), default=0), sampling.max_new_tokens)
         if self.version != version:
             self._push(self.engine, version)
         sampled = self.engine.generate(prompts, sampling)
@@ -101,7 +92,7 @@ class EngineSync:
         weights = ModelWeights(self.model)
         failed = True
         try:
-            if is_main() or not engine.shared:
+            if is_main():
                 engine.update_weights(weights, version)
             failed = False
         finally:

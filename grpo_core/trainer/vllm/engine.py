@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from grpo_core.trainer.distributed import world
 from grpo_core.trainer.rollout import Rollout, Sampling
 from grpo_core.trainer.vllm.common import Completion, Vllm, dtype_name, vllm_module
 from grpo_core.trainer.weights import ModelWeights
@@ -38,10 +39,9 @@ class VllmEngine(Vllm):
 
     Raises:
         ModuleNotFoundError: vLLM is not installed.
-        ValueError: vLLM is too old, or model or environment do not support CUDA IPC.
+        ValueError: there are several ranks, vLLM is too old, or model or environment do not support
+            CUDA IPC.
     """
-
-    shared = False
 
     def __init__(
         self,
@@ -55,6 +55,11 @@ class VllmEngine(Vllm):
     ) -> None:
         if not 0 < memory < 1:
             raise ValueError(f"memory: expected a share between 0 and 1, got {memory}")
+        if world() > 1:
+            raise ValueError(
+                f"engine: expected one that all {world()} ranks share, such as a vLLM server, got "
+                "VllmEngine"
+            )
         vllm = vllm_module()
         self.gpu = sending_gpu(model)
         super().__init__(model, dtype)

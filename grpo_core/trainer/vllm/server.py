@@ -110,8 +110,6 @@ class VllmServer(Vllm):
         ValueError: the server was started with other options than needed.
     """
 
-    shared = True
-
     def __init__(
         self, url: str, model: PreTrainedModel, *, dtype: torch.dtype = torch.bfloat16
     ) -> None:
