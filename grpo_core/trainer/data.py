@@ -138,7 +138,7 @@ def _full_prompt(prompt: Any, system: str | None, template: str | None) -> str |
     is_messages = isinstance(prompt, list) and all(
         isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in prompt
     )
-    if not prompt or not (is_text or is_messages):
+    if not (is_text or is_messages) or not prompt:
         raise ValueError(f"expected a prompt, a string or messages, got {prompt!r:.60}")
     if template is not None:
         if not is_text:
