@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from grpo_core.runs.config import RunConfig
 from grpo_core.trainer.distributed import in_group
 from grpo_core.trainer.engine import Engine
-from grpo_core.trainer.rollout import positions_of
+from grpo_core.trainer.generation import positions_of
 from grpo_core.trainer.vllm.engine import VllmEngine
 from grpo_core.trainer.vllm.server import VllmServer
 

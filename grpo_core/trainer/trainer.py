@@ -40,6 +40,7 @@ from grpo_core.trainer.distributed import (
 )
 from grpo_core.trainer.engine import Engine, EngineSync
 from grpo_core.trainer.forward import packed_logp, packed_loss, reference_logp, reference_of
+from grpo_core.trainer.generation import check_context, special_tokens
 from grpo_core.trainer.groups import (
     Round,
     group_advantages,
@@ -52,7 +53,7 @@ from grpo_core.trainer.measure import Clock
 from grpo_core.trainer.monitor import Logger, Metrics, Watch, sampler_mismatch, update_metrics
 from grpo_core.trainer.optimizer import adamw, set_learning_rate
 from grpo_core.trainer.rewards import Reward, Scores, score
-from grpo_core.trainer.rollout import Problem, Rollout, Sampling, check_context, special_tokens
+from grpo_core.trainer.rollout import Problem, Rollout, Sampling
 from grpo_core.trainer.samples import Samples
 from grpo_core.trainer.sharding import full_tensor, gradient_sync, wrap_policy
 
@@ -252,7 +253,7 @@ class Trainer:
         old_logp = ref_logp = None
         if config.old_logp == "sampler":
             old_logp = part.sampler_logp
-        elif not config.on_policy or self.sampler.engine.separate:
+        elif not config.on_policy or self.sampler.engine is not None:
             # for an engine also to measure the mismatch
             old_logp = packed_logp(self.model, rows, config)
         if self.reference is not None:

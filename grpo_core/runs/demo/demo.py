@@ -37,8 +37,9 @@ from grpo_core.runs.plots import draw_demo, unless_missing
 from grpo_core.trainer.baselines.supervised import Example, SupervisedConfig, train_supervised
 from grpo_core.trainer.evaluate import evaluate
 from grpo_core.trainer.monitor import append_json, keep_records, write_whole, writing
-from grpo_core.trainer.rewards import TextReward
+from grpo_core.trainer.rewards import FunctionReward
 from grpo_core.trainer.rollout import Problem, Sampling
+from grpo_core.trainer.rules import find_reward
 from grpo_core.trainer.samples import Samples
 from grpo_core.trainer.signals import Interrupted, heeding_interrupts
 from grpo_core.trainer.trainer import Trainer
@@ -89,7 +90,8 @@ class Demo:
         self.directory = Path(config.output)
         self.metrics_path = self.directory / "metrics.jsonl"
         self.tokenizer = decimals.build_tokenizer()
-        self.reward = TextReward(self.tokenizer)
+        functions = {name: find_reward(name) for name in ("accuracy", "format")}
+        self.reward = FunctionReward(self.tokenizer, functions, {"format": 0.2})
         pairs = decimals.held_out_pairs(config.held_out)
         self.excluded = decimals.with_swapped(pairs)
         self.held_out = [decimals.to_problem(pair, self.tokenizer) for pair in pairs]

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from grpo_core.cli.options import check_at_least, check_warmup
 from grpo_core.trainer.batch import TokenRows, find_rows
+from grpo_core.trainer.generation import check_context
 from grpo_core.trainer.optimizer import adamw, set_learning_rate
-from grpo_core.trainer.rollout import check_context
 
 Item = TypeVar("Item")
 
