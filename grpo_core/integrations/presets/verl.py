@@ -24,12 +24,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.backends.formula import as_torch
-from grpo_core.integrations.presets.base import (
-    Preset,
-    TokenMeans,
-    padded_mask,
-    read_options,
-)
+from grpo_core.integrations.presets.base import Preset, TokenMeans, padded_mask, read_options
 from grpo_core.integrations.presets.verl_options import (
     AGGREGATIONS,
     GROUP,
@@ -37,7 +32,7 @@ from grpo_core.integrations.presets.verl_options import (
     KLS,
     VerlOptions,
 )
-from grpo_core.loss.fused_loss import LossOutput
+from grpo_core.loss.outputs import LossOutput
 from grpo_core.objective.advantage import relative_advantages
 from grpo_core.objective.objective import Objective, Surrogate
 from grpo_core.objective.off_policy import MAX_LOG_RATIO, SamplerCorrection
@@ -94,9 +89,11 @@ class VerlPreset(Preset):
         Raises:
             ValueError: a preset without `rollout_correction`.
         """
-        if self.options.correction is None:
+        if self.options.rollout_correction is None:
             raise ValueError("rollout_correction: expected a preset with one, got None")
-        return self.options.correction.of_batch(old_log_prob, rollout_log_prob, response_mask)
+        return self.options.rollout_correction.of_batch(
+            old_log_prob, rollout_log_prob, response_mask
+        )
 
     def normalizer(
         self,
@@ -243,9 +240,11 @@ def verl_preset(**options: Any) -> VerlPreset:
 
 def _preset(options: VerlOptions, *, weighted: bool) -> VerlPreset:
     """Makes the objective and the descriptions of its arguments."""
-    correction = options.correction
-    if correction is not None and options.loss_mode != "bypass_mode":
-        weighted = weighted or correction.needs_whole_batch(options.loss)
+    correction = options.rollout_correction
+    if correction is not None and correction.sampler and options.loss_mode != "bypass_mode":
+        # only a whole batch has its mean weight; geo_mean averages bounded weights of a sequence
+        whole = correction.rollout_is_batch_normalize or options.loss == "geo_mean"
+        weighted = weighted or whole
     level = {"gspo": "sequence_token", "geo_mean": "sequence"}.get(options.loss, "token")
     objective = Objective(
         surrogate=_surrogate(options),
@@ -281,7 +280,7 @@ def _surrogate(options: VerlOptions) -> Surrogate:
 
 def _factor(options: VerlOptions, weighted: bool) -> PolicyFactor:
     """The factors of the policy term, and the rejections."""
-    correction = options.correction
+    correction = options.rollout_correction
     rejections = () if correction is None else correction.rejections
     sampler = None if correction is None else correction.sampler
     current = options.loss_mode == "bypass_mode"
@@ -307,7 +306,7 @@ def _arguments(options: VerlOptions, weighted: bool) -> dict[str, str]:
     }
     if options.use_kl_loss:
         arguments["ref_logp"] = "data['ref_log_prob']"
-    correction = options.correction
+    correction = options.rollout_correction
     if weighted:
         arguments["mask"] = "response_mask, after rollout_rs"
         arguments["sampler_logp"] = (
