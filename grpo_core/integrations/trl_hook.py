@@ -1,7 +1,8 @@
 """The hook: the function of TRL that computes log-probabilities from hidden states.
 
 TRL's trainers look up `_ChunkedLogProbFunction` in `trl.trainer.utils` at every call. `HOOKS` lists
-the versions of TRL and the parameters of the function; other versions are refused.
+the versions of TRL that are known; others are refused. A patch holds for the whole process: threads
+that train at the same time must share it.
 """
 
 from __future__ import annotations
@@ -9,23 +10,28 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from grpo_core.integrations.trl_scores import FURTHER, linear_scores
+from grpo_core.backends import Backend
 from grpo_core.linear.head import LinearHead
+from grpo_core.linear.logp import logp_from_hidden
+from grpo_core.objective.validation import check_concrete
 
 INSTALL = "pip install 'trl==1.16.0'"
 NAME = "_ChunkedLogProbFunction"
+FURTHER = ("log_sum_sq_probs", "mean_logits", "is_top1")
+# for the temporaries of the further outputs, so that they stay in cache
+BLOCK_BYTES = 2**22
 _FIRST = ("weight", "bias", "targets", "temperature", "chunk_size")
-_LAST = ("final_logit_softcapping", "logit_scale")
-_SINCE_1_15 = ("ctx", "hidden", *_FIRST, *_LAST, "outputs")
-_BEFORE = ("ctx", "last_hidden", *_FIRST, *_LAST)
+_SHARED = (*_FIRST, "final_logit_softcapping", "logit_scale")
 
 
 @dataclass(frozen=True)
@@ -34,27 +40,27 @@ class Hook:
 
     Attributes:
         parameters: parameters of TRL's function.
-        outputs: number of results of `apply`: logp and entropy, or these and three more.
-        modules: modules besides `trl.trainer.utils` that look up the function.
+        outputs: what it returns after the log-probabilities.
+        importers: modules that import the function by name.
         unserved: the trainers that do not call the function; "" if all do.
     """
 
-    parameters: tuple[str, ...]
-    outputs: int
-    modules: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ("ctx", "hidden", *_SHARED, "outputs")
+    outputs: tuple[str, ...] = ("entropy", *FURTHER)
+    importers: tuple[str, ...] = ()
     unserved: str = ""
 
 
+_BEFORE_1_15 = ("ctx", "last_hidden", *_SHARED), ("entropy",)
 HOOKS = {
-    "1.16": Hook(_SINCE_1_15, 5),
-    "1.15": Hook(_SINCE_1_15, 5),
+    "1.16": Hook(),
+    "1.15": Hook(),
     "1.14": Hook(
-        _BEFORE,
-        2,
-        tuple(f"trl.trainer.{name}_trainer" for name in ("grpo", "dpo", "kto")),
-        "not RLOO and SFT; GRPO, DPO and KTO only with use_liger_kernel=True",
+        *_BEFORE_1_15,
+        importers=tuple(f"trl.trainer.{name}_trainer" for name in ("grpo", "dpo", "kto")),
+        unserved="not RLOO and SFT; GRPO, DPO and KTO only with use_liger_kernel=True",
     ),
-    "1.13": Hook(_BEFORE, 2, (), "only AsyncGRPO; the other trainers compute full logits"),
+    "1.13": Hook(*_BEFORE_1_15, unserved="only AsyncGRPO; the other trainers compute full logits"),
 }
 
 
@@ -79,16 +85,14 @@ def known_hook() -> Hook:
         ImportError: without TRL.
         RuntimeError: an unknown version, or a function with other parameters.
     """
-    utils = trl_utils()
-    version = import_module("trl").__version__
+    present, version = getattr(trl_utils(), NAME, None), import_module("trl").__version__
     hook = HOOKS.get(".".join(version.split(".")[:2]))
     if hook is None:
         known = ", ".join(HOOKS)
         raise RuntimeError(f"trl: expected one of the versions {known}, got {version}; {INSTALL}")
-    present = getattr(utils, NAME, None)
-    if present is None or isinstance(present, _Replacement):
-        if present is None:
-            raise RuntimeError(f"trl: expected trl.trainer.utils.{NAME}, got none; {INSTALL}")
+    if present is None:
+        raise RuntimeError(f"trl: expected trl.trainer.utils.{NAME}, got none; {INSTALL}")
+    if isinstance(present, LogProbPatch):
         return hook
     if not str(getattr(present, "__module__", "")).startswith("trl."):
         raise RuntimeError(
@@ -104,31 +108,43 @@ def known_hook() -> Hook:
     return hook
 
 
-class _Replacement:
-    """The object at the hook while a patch is active."""
-
-    def __init__(self, apply: Callable[..., tuple[Tensor | None, ...]]) -> None:
-        # the number of rows depends on data, which a compiled graph cannot follow
-        self.apply = torch.compiler.disable(apply)
-
-
 class LogProbPatch:
-    """An active replacement at the hook; `undo`, or leaving the `with` block, removes it."""
+    """A replacement of TRL's function until `undo`, or the end of the `with` block.
 
-    def __init__(self, apply: Callable[..., tuple[Tensor | None, ...]], hook: Hook) -> None:
-        utils = trl_utils()
-        self._replacement, self._before = _Replacement(apply), getattr(utils, NAME)
-        modules = [import_module(name) for name in hook.modules]
-        if hook.modules:
-            # modules that have imported the name
-            modules = [m for n, m in list(sys.modules.items()) if n.startswith("trl.")]
-        self._homes = [utils, *(m for m in modules if m is not utils and self._is_home(m))]
+    Args:
+        compute: (hidden [N, D], head, target [N], temperature, outputs) -> log-probabilities and
+            the optional outputs, as in `LinearScores`.
+        hook: of the installed TRL.
+    """
+
+    def __init__(self, compute: Callable[..., tuple[Tensor | None, ...]], hook: Hook) -> None:
+        self._compute, self._hook = compute, hook
+        # the number of rows depends on data, which a compiled graph cannot follow
+        self.apply = torch.compiler.disable(self._apply)
+        for name in hook.importers:
+            import_module(name)
+        self._before = getattr(trl_utils(), NAME)
+        modules = [module for name, module in sys.modules.items() if name.startswith("trl.")]
+        self._homes = [module for module in modules if vars(module).get(NAME) is self._before]
         for home in self._homes:
-            setattr(home, NAME, self._replacement)
-        self._active = True
+            setattr(home, NAME, self)
 
-    def _is_home(self, module: Any) -> bool:
-        return vars(module).get(NAME) is self._before
+    def _apply(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] | None = None,
+    ) -> tuple[Tensor | None, ...]:
+        head = LinearHead(weight, bias, final_logit_softcapping, logit_scale)
+        outputs = self._hook.outputs if outputs is None else outputs
+        results = self._compute(hidden, head, targets, temperature, outputs)
+        return results[: 1 + len(self._hook.outputs)]
 
     def undo(self) -> None:
         """Restores the previous object; a second call does nothing.
@@ -136,17 +152,14 @@ class LogProbPatch:
         Raises:
             RuntimeError: a later patch is still active.
         """
-        if not self._active:
-            return
         for home in self._homes:
-            if getattr(home, NAME) is not self._replacement:
+            if getattr(home, NAME) is not self:
                 raise RuntimeError(
                     f"undo: expected this patch at {home.__name__}.{NAME}, got "
                     f"{getattr(home, NAME)!r}; undo patches in the reverse order"
                 )
-        for home in self._homes:
-            setattr(home, NAME, self._before)
-        self._active = False
+        while self._homes:
+            setattr(self._homes.pop(), NAME, self._before)
 
     def __enter__(self) -> LogProbPatch:
         return self
@@ -183,32 +196,100 @@ def patch_log_probs(*, memory_budget: int | None = None) -> LogProbPatch:
             stacklevel=2,
         )
 
-    def apply(
+    def compute(
         hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
+        head: LinearHead,
+        target: Tensor,
         temperature: float,
-        chunk_size: int,
-        final_logit_softcapping: float | None = None,
-        logit_scale: float = 1.0,
-        outputs: tuple[str, ...] = ("entropy", *FURTHER),
-    ) -> tuple[Tensor | None, ...]:
+        outputs: tuple[str, ...],
+    ) -> LinearScores:
         unknown = set(outputs) - {"log_probs", "entropy", *FURTHER}
         if unknown:
             raise ValueError(f"outputs: expected TRL's names, got {sorted(unknown)}")
         scores = linear_scores(
             hidden,
-            LinearHead(weight, bias, final_logit_softcapping, logit_scale),
-            targets,
+            head,
+            target,
             temperature=temperature,
-            further=[name for name in FURTHER if name in outputs] if hook.outputs == 5 else (),
+            further=[name for name in FURTHER if name in outputs],
             memory_budget=memory_budget,
-            gathered=lambda: trl_utils().maybe_gather_lm_head_ctx(weight, bias),
+            gathered=lambda: trl_utils().maybe_gather_lm_head_ctx(head.weight, head.bias),
         )
-        if hook.outputs == 2:
-            return scores.logp, scores.entropy
-        entropy = scores.entropy if "entropy" in outputs else None
-        return scores.logp, entropy, *scores[2:]
+        return scores if "entropy" in outputs else scores._replace(entropy=None)
 
-    return LogProbPatch(apply, hook)
+    return LogProbPatch(compute, hook)
+
+
+class LinearScores(NamedTuple):
+    """Of each of N rows, float32 [N]; None for an output that was not asked for."""
+
+    logp: Tensor  # nats, differentiable
+    entropy: Tensor | None  # nats, differentiable
+    log_sum_sq_probs: Tensor | None  # log Σ_j p_j²
+    mean_logits: Tensor | None  # of logits / T, over the vocabulary
+    is_top1: Tensor | None  # bool, whether the target is the first of the largest logits
+
+
+def linear_scores(
+    hidden: Tensor,
+    lm_head: Tensor | LinearHead,
+    target: Tensor,
+    *,
+    temperature: float = 1.0,
+    further: Collection[str] = (),
+    memory_budget: int | None = None,
+    gathered: Callable[[], AbstractContextManager[object]] = nullcontext,
+    backend: Backend | None = None,
+) -> LinearScores:
+    """`linear_logp`, and the further outputs of TRL's function.
+
+    With a frozen head the forward also computes the gradient of logp, since TRL differentiates the
+    entropy only for its bonus.
+
+    Args:
+        hidden: [N, D].
+        lm_head, target, temperature, memory_budget, backend: as in `linear_logp`.
+        further: names in `FURTHER`.
+        gathered: a context that the backward enters to use the head, for sharded weights.
+    """
+    check_concrete(hidden=hidden, lm_head=lm_head, target=target)
+    logp, entropy, *others = logp_from_hidden(
+        hidden,
+        lm_head,
+        target,
+        temperature=temperature,
+        mask=None,
+        plan="fast",
+        memory_budget=memory_budget,
+        logits_dtype=None,
+        backend=backend,
+        validate=None,
+        ahead=True,
+        also=partial(_further, further, temperature),
+        gathered=gathered,
+    )
+    values = dict(zip(further, others, strict=True))
+    return LinearScores(logp, entropy, *(values.get(name) for name in FURTHER))
+
+
+def _further(
+    names: Collection[str], temperature: float, logits: Tensor, target: Tensor
+) -> list[Tensor]:
+    """The further outputs of those names, of the logits [n, V] of a chunk."""
+    if not names:
+        return []
+    rows = max(1, BLOCK_BYTES // (4 * logits.shape[1]))
+    blocks = []
+    for block, labels in zip(logits.split(rows), target.split(rows), strict=True):
+        z = block.float() / temperature
+        values = {}
+        if "is_top1" in names:
+            values["is_top1"] = z.argmax(1) == labels
+        if "mean_logits" in names:
+            values["mean_logits"] = z.mean(1)
+        if "log_sum_sq_probs" in names:
+            p = z.sub_(z.amax(1, keepdim=True)).exp_()
+            total = p.sum(1)
+            values["log_sum_sq_probs"] = p.square_().sum(1).log() - 2 * total.log()
+        blocks.append([values[name] for name in names])
+    return [torch.cat(pieces) for pieces in zip(*blocks, strict=True)]
