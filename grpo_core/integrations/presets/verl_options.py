@@ -130,7 +130,8 @@ class VerlOptions:
             if value in values:
                 raise NotImplementedError(f"{name}={value!r}: not supported; {values[value]}")
         check_options(self)
-        check("dro_beta", self.dro_beta, POSITIVE, optional=self.loss_mode != "dro")
+        if self.loss_mode == "dro":
+            check("dro_beta", self.dro_beta, POSITIVE)
         self._read_rollout_correction()
         if self.loss == "vanilla":
             check("clip_ratio_c", self.clip_ratio_c, at_least(1 + self.high))
