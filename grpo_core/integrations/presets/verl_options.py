@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,17 @@ from grpo_core.integrations.presets.base import (
 from grpo_core.integrations.presets.rollout_correction import RolloutOptions
 from grpo_core.objective.advantage import Estimator
 from grpo_core.objective.aggregation import Aggregation
-from grpo_core.objective.objective import KL
+from grpo_core.objective.objective import KL, Surrogate
+from grpo_core.objective.recipes import (
+    cispo,
+    clip,
+    dppo_kl,
+    dppo_tv,
+    dro,
+    importance,
+    reinforce,
+    sapo,
+)
 
 AGGREGATIONS: dict[str, Aggregation] = {
     "token-mean": "token_mean",
@@ -47,9 +57,22 @@ KLS: dict[str, KL] = {
     "low_var_kl+": "k3_plus",
     "k3+": "k3_plus",
 }
-MODES = ("vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "geo_mean", "dro", "cispo")
-# verl's trainer selects bypass_mode itself
+# the policy terms, by the loss mode
+SURROGATES: dict[str, Callable[[VerlOptions], Surrogate]] = {
+    "vanilla": lambda given: clip(given.low, given.high, given.clip_ratio_c),
+    "dppo_tv": lambda given: dppo_tv(given.low, given.high, given.clip_ratio_c),
+    "dppo_kl": lambda given: dppo_kl(given.low, given.high, given.clip_ratio_c),
+    "gspo": lambda given: clip(given.low, given.high),
+    "sapo": lambda given: sapo(given.tau_pos, given.tau_neg),
+    "gpg": lambda given: reinforce(),
+    "geo_mean": lambda given: importance(),
+    "dro": lambda given: dro(given.dro_beta),  # type: ignore[arg-type]
+    "cispo": lambda given: cispo(1 + given.high, max(1 - given.low, 0.0)),
+}
+MODES = tuple(SURROGATES)
+# verl's trainer selects bypass_mode itself, whose losses are vanilla and reinforce
 LOSSES = (*MODES, "bypass_mode")
+SURROGATES["reinforce"] = SURROGATES["gpg"]
 # loss modes that ignore loss_agg_mode
 OWN_AGGREGATION = ("sapo", "geo_mean")
 # the epsilon that verl adds to a standard deviation
