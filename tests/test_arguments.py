@@ -32,7 +32,7 @@ from grpo_core import (
     merge_metrics,
     token_logp,
 )
-from grpo_core.integrations.trl_hook import linear_scores
+from grpo_core.integrations.trl_scores import linear_scores
 from grpo_core.loss.dpo_loss import dpo_loss, sequence_logp
 from grpo_core.loss.reference import reference_loss
 from grpo_core.objective.advantage import decoupled_advantages, relative_advantages

@@ -24,7 +24,7 @@ from trl import GRPOConfig
 
 from grpo_core import fused_loss
 from grpo_core.integrations.presets import TrlPreset, preset
-from grpo_core.integrations.presets.trl_options import AGGREGATIONS, TrlOptions
+from grpo_core.integrations.presets.trl import AGGREGATIONS, TrlOptions
 from grpo_core.loss.reference import reference_loss
 from tests.combinations import pairwise
 from tests.trl_harness import TrlCase, TrlResult, trl_advantages, trl_loss, trl_sampler_ratio

@@ -32,7 +32,7 @@ from trl.trainer import grpo_trainer
 from bench.trl_head import WAYS, Step
 from grpo_core import Objective, clip
 from grpo_core.integrations import trl_hook, trl_loss
-from grpo_core.integrations.presets.trl_options import AGGREGATIONS
+from grpo_core.integrations.presets.trl import AGGREGATIONS
 from grpo_core.integrations.trl import SUPPORTED, FusedGRPOTrainer, patch_log_probs
 from grpo_core.integrations.trl_loss import TrlLossRequest
 from tests.combinations import pairwise

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from grpo_core import LinearHead, linear_logp, linear_token_logp
-from grpo_core.integrations.trl_hook import FURTHER, linear_scores
+from grpo_core.integrations.trl_scores import FURTHER, linear_scores
 from tests.accuracy import assert_no_worse
 from tests.test_linear_loss import D, V, changed, make_head, materialised, products
 

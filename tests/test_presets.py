@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo_core import Estimator, GroupNorm, Objective, clip, fused_loss, preset
 from grpo_core.integrations.presets import Preset
-from grpo_core.integrations.presets.trl_options import AGGREGATIONS as TRL_LOSSES
-from grpo_core.integrations.presets.trl_options import TrlOptions
+from grpo_core.integrations.presets.trl import AGGREGATIONS as TRL_LOSSES
+from grpo_core.integrations.presets.trl import TrlOptions
 from grpo_core.integrations.presets.verl_options import LOSSES as VERL_LOSSES
 from grpo_core.integrations.presets.verl_options import VerlOptions
 from grpo_core.objective.recipes import cispo, dppo_tv

@@ -28,7 +28,7 @@ from grpo_core import (
     token_logp,
     with_fused_head,
 )
-from grpo_core.integrations.trl_hook import linear_scores
+from grpo_core.integrations.trl_scores import linear_scores
 from grpo_core.loss.dpo_loss import dpo_loss, sequence_logp
 from grpo_core.objective.value import gae, rewards_with_kl, value_loss, whiten
 from tests.conftest import HAS_TRITON
