@@ -1,18 +1,9 @@
-"""TRL 1.16's GRPO loss: the options of `GRPOConfig`, by name and with their defaults -> a preset.
+"""TRL 1.16's GRPO loss: the options of `GRPOConfig` -> a preset.
 
-Differences from `GRPOTrainer._compute_loss`, none of them in ordinary batches:
-
-- A token whose sampler log-probability is NaN is masked and counted. TRL gives it the ratio 1; its
-  off-policy mask gives it the distance 0 but counts it in the length of the mean.
-- A token whose own loss is not finite is left out and counted. TRL's loss is NaN then.
-- TRL gathers the entropies of all ranks for `top_entropy_quantile`; here they are of this call.
-- vespo's W in TRL includes the sampler ratios of masked positions; here these are 1. This differs
-  only if the bounds exclude 1.
-- δ below 1 + ε_high is refused.
-- Equal rewards have advantage 0 exactly; in TRL the rounding error over 1e-4.
-
-Metrics are of this rank; TRL sums numerators and denominators over ranks before it divides. Where
-completions are padded to a width of 1, TRL takes tokens for sequences and counts empty rows.
+docs/objectives.md lists the differences from `GRPOTrainer._compute_loss`, none of them in ordinary
+batches. Metrics are of this rank; TRL sums numerators and denominators over ranks before it
+divides. Where completions are padded to a width of 1, TRL takes tokens for sequences and counts
+empty rows.
 """
 
 from __future__ import annotations

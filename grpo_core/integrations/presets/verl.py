@@ -1,17 +1,7 @@
 """verl 0.9.1's actor loss: options of its actor, policy_loss and algorithm -> a preset.
 
 Covers `verl.trainer.ppo.core_algos` (policy losses, agg_loss, kl_penalty, advantage estimators) as
-combined by `verl.workers.utils.losses.ppo_loss`. Differences:
-
-- verl clamps log-ratios of tokens to ±20 (gspo: at most 10; dro, geo_mean: not at all). Here they
-  are unchanged, and a token whose ratio overflows float32 is left out.
-- verl's k3 clamps log-ratios to ±20 and its value to 10, with gradient 0 beyond either.
-- A group of one has A = R in verl (rloo_vectorized: 0) and 0 here.
-- A token whose rollout log-probability is NaN is masked here; in verl the loss is NaN.
-- verl adds 1e-8 to counts. A batch without tokens is NaN in verl (token-sum: 0) and 0 here.
-- geo_mean with advantages per token: where A = 0, verl sets the log-ratio to 0; here it is at least
-  −clip_ratio_low, as where A < 0. Both agree for one advantage per completion.
-- `clip_ratio_c` below 1 + clip_ratio_high is refused for vanilla.
+combined by `verl.workers.utils.losses.ppo_loss`. docs/objectives.md lists the differences.
 """
 
 from __future__ import annotations
