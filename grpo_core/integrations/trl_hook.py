@@ -34,13 +34,11 @@ class Hook:
     Attributes:
         parameters: parameters of TRL's function.
         outputs: what it returns after the log-probabilities.
-        importers: modules that import the function by name.
         unserved: the trainers that do not call the function; "" if all do.
     """
 
     parameters: tuple[str, ...] = ("ctx", "hidden", *_SHARED, "outputs")
     outputs: tuple[str, ...] = ("entropy", *FURTHER)
-    importers: tuple[str, ...] = ()
     unserved: str = ""
 
 
@@ -50,7 +48,6 @@ HOOKS = {
     "1.15": Hook(),
     "1.14": Hook(
         *_BEFORE_1_15,
-        importers=tuple(f"trl.trainer.{name}_trainer" for name in ("grpo", "dpo", "kto")),
         unserved="not RLOO and SFT; GRPO, DPO and KTO only with use_liger_kernel=True",
     ),
     "1.13": Hook(*_BEFORE_1_15, unserved="only AsyncGRPO; the other trainers compute full logits"),
@@ -79,25 +76,23 @@ def known_hook() -> Hook:
         RuntimeError: an unknown version, or a function with other parameters.
     """
     present, version = getattr(trl_utils(), NAME, None), import_module("trl").__version__
+
+    def refuse(expected: str, got: object) -> RuntimeError:
+        return RuntimeError(f"trl: expected {expected}, got {got}; {INSTALL}")
+
     hook = HOOKS.get(".".join(version.split(".")[:2]))
     if hook is None:
-        known = ", ".join(HOOKS)
-        raise RuntimeError(f"trl: expected one of the versions {known}, got {version}; {INSTALL}")
-    if present is None:
-        raise RuntimeError(f"trl: expected trl.trainer.utils.{NAME}, got none; {INSTALL}")
+        raise refuse(f"one of the versions {', '.join(HOOKS)}", version)
     if isinstance(present, LogProbPatch):
         return hook
+    home = f"trl.trainer.utils.{NAME}"
+    if present is None:
+        raise refuse(home, "none")
     if not str(getattr(present, "__module__", "")).startswith("trl."):
-        raise RuntimeError(
-            f"trl: expected TRL's trl.trainer.utils.{NAME}, got {present!r}, which something else "
-            "put there"
-        )
+        raise refuse(f"TRL's {home}", f"{present!r}, which something else put there")
     parameters = tuple(inspect.signature(present.forward).parameters)
     if parameters != hook.parameters:
-        raise RuntimeError(
-            f"trl: expected {NAME} of TRL {version} to take {hook.parameters}, got {parameters}; "
-            f"{INSTALL}"
-        )
+        raise refuse(f"{home} of TRL {version} to take {hook.parameters}", parameters)
     return hook
 
 
@@ -114,13 +109,8 @@ class LogProbPatch:
         self._compute, self._hook = compute, hook
         # the number of rows depends on data, which a compiled graph cannot follow
         self.apply = torch.compiler.disable(self._apply)
-        for name in hook.importers:
-            import_module(name)
-        self._before = getattr(trl_utils(), NAME)
-        modules = [module for name, module in sys.modules.items() if name.startswith("trl.")]
-        self._homes = [module for module in modules if vars(module).get(NAME) is self._before]
-        for home in self._homes:
-            setattr(home, NAME, self)
+        self._before, self._active = getattr(trl_utils(), NAME), True
+        _replace(self._before, self)
 
     def _apply(
         self,
@@ -145,20 +135,30 @@ class LogProbPatch:
         Raises:
             RuntimeError: a later patch is still active.
         """
-        for home in self._homes:
-            if getattr(home, NAME) is not self:
-                raise RuntimeError(
-                    f"undo: expected this patch at {home.__name__}.{NAME}, got "
-                    f"{getattr(home, NAME)!r}; undo patches in the reverse order"
-                )
-        while self._homes:
-            setattr(self._homes.pop(), NAME, self._before)
+        if not self._active:
+            return
+        found = getattr(trl_utils(), NAME)
+        if found is not self:
+            raise RuntimeError(
+                f"undo: expected this patch at trl.trainer.utils.{NAME}, got {found!r}; undo "
+                "patches in the reverse order"
+            )
+        _replace(self, self._before)
+        self._active = False
 
     def __enter__(self) -> LogProbPatch:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.undo()
+
+
+def _replace(old: object, new: object) -> None:
+    """Replaces an object at the hook, also in the modules of TRL that have imported it by name."""
+    for name, module in list(sys.modules.items()):
+        # an entry may be None; a lazy module would import for getattr
+        if name.startswith("trl.") and module and vars(module).get(NAME) is old:
+            setattr(module, NAME, new)
 
 
 def patch_log_probs(*, memory_budget: int | None = None) -> LogProbPatch:

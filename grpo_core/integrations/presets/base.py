@@ -73,7 +73,9 @@ Rule = tuple[str, Callable[[Any], bool]]
 
 def one_of(choices: Collection[object]) -> Rule:
     """One of the choices."""
-    return f"one of {tuple(choices)}", lambda value: value in choices
+    # of a tuple, since a wrong value may have no hash
+    allowed = tuple(choices)
+    return f"one of {allowed}", lambda value: value in allowed
 
 
 def number(text: str, fits: Callable[[float], bool]) -> Rule:

@@ -137,8 +137,7 @@ class VerlOptions:
     # actor.policy_loss
     loss_mode: str = option("vanilla", one_of(LOSSES))
     dro_beta: float | None = None
-    # algorithm
-    # a mapping, read as `RolloutOptions`, or None
+    # algorithm; rollout_correction is a mapping, read as `RolloutOptions`, or None
     rollout_correction: Any = None
     adv_estimator: str = option("gae", one_of(ESTIMATORS))
     norm_adv_by_std_in_grpo: bool = True
@@ -150,7 +149,7 @@ class VerlOptions:
     def __post_init__(self) -> None:
         for name, values in UNSUPPORTED.items():
             value = getattr(self, name)
-            if value in values:
+            if isinstance(value, str) and value in values:
                 raise NotImplementedError(f"{name}={value!r}: not supported; {values[value]}")
         check_options(self)
         if self.loss_mode == "dro":
