@@ -10,25 +10,22 @@ results.json and the model in the format of `transformers` (of peft, for an adap
 from __future__ import annotations
 
 import json
-import signal
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
-from traceback import format_exception
 from types import ModuleType
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
-from grpo_core.cli.options import Parser, UserCodeError, check_package, check_unchanged
+from grpo_core.cli.options import Parser, check_package, check_unchanged
 from grpo_core.runs.config import GYM, RunConfig
 from grpo_core.runs.console import open_console
 from grpo_core.runs.directory import clear, read_resumed
 from grpo_core.runs.model import check_positions, from_hub, load_model, make_engine
-from grpo_core.trainer.checkpoint import Interrupted, heeding_interrupts
+from grpo_core.runs.report import aligned, print_error, run_to_the_end, user_traceback
 from grpo_core.trainer.data import Epochs, fingerprint, problems_of, read_records
 from grpo_core.trainer.distributed import barrier, is_main, process_group, rank, world
 from grpo_core.trainer.evaluate import Evaluation, evaluate
@@ -44,25 +41,19 @@ from grpo_core.trainer.trainer import Trainer
 
 def run(config: RunConfig, parser: Parser) -> int:
     """Trains, in the process group of the launcher if there is one; returns the exit status."""
-    with process_group(), heeding_interrupts():
+    with process_group():
         try:
             reinforcement = Run(config)
         except (OSError, ValueError, ImportError) as error:
-            if trace := _traceback(error):
-                _print_error(trace)
+            if trace := user_traceback(error):
+                print_error(trace)
             parser.error(str(error))
+        hint = "the same command with --resume True continues"
         try:
-            reinforcement.train()
-        except (FloatingPointError, RewardError) as error:
-            _print_error(f"\nstopped: {error}{_traceback(error)}")
-            return 1
+            return run_to_the_end(reinforcement.train, hint, (FloatingPointError, RewardError))
         except OSError as error:
             # perhaps only in this process, whose exit must not wait for the others
             raise SystemExit(f"\nstopped: {error}") from error
-        except (Interrupted, KeyboardInterrupt) as stop:
-            _print_error("\ninterrupted; the same command with --resume True continues")
-            return 128 + (stop.number if isinstance(stop, Interrupted) else signal.SIGINT)
-    return 0
 
 
 class Run:
@@ -167,7 +158,7 @@ class Run:
             before = json.loads((self.directory / "before.json").read_text("utf-8"))
             stages = {"before": before, "after": after}
             self.write("results.json", stages)
-            print("\n".join(results_table(stages)))
+            print("\n".join(aligned(results_table(stages))))
         if is_main():
             print(f"all results are in {self.directory}/")
 
@@ -211,16 +202,15 @@ class Run:
         return {"greedy": greedy.metrics, "sampled": sampled.metrics}
 
 
-def results_table(stages: dict[str, dict[str, Metrics]]) -> list[str]:
-    """Every held-out figure before and after, greedy and sampled, in 80 columns."""
+def results_table(stages: dict[str, dict[str, Metrics]]) -> list[list[str]]:
+    """Every held-out figure before and after, greedy and sampled."""
     columns = [(when, how) for how in ("greedy", "sampled") for when in ("before", "after")]
-    lines = [f"{'held out':36}" + "".join(f"{how:>11}" for _, how in columns)]
-    lines.append(" " * 36 + "".join(f"{when:>11}" for when, _ in columns))
+    rows = [["held out", *(f"{how}, {when}" for when, how in columns)]]
     for name in stages["before"]["sampled"]:
         values = [stages[when][how].get(name) for when, how in columns]
-        cells = (f"{'' if value is None else f'{value:.3f}':>11}" for value in values)
-        lines.append(f"{shortened(name, 35):36}" + "".join(cells))
-    return lines
+        cells = ("" if value is None else f"{value:.3f}" for value in values)
+        rows.append([shortened(name, 35), *cells])
+    return rows
 
 
 def open_logger(name: str, directory: Path, config: Mapping[str, Any]) -> Logger:
@@ -264,18 +254,3 @@ def flat(record: Metrics, prefix: str = "") -> dict[str, float]:
         elif isinstance(value, int | float) and name != "step":
             numbers[f"{prefix}{name}"] = float(value)
     return numbers
-
-
-def _print_error(line: str) -> None:
-    """A line on standard error, by the main process."""
-    if is_main():
-        print(line, file=sys.stderr)
-
-
-def _traceback(error: Exception) -> str:
-    """The traceback of an error in the user's code, from that code on; "" for other errors."""
-    cause = error.__cause__ if isinstance(error, RewardError | UserCodeError) else None
-    if cause is None:
-        return ""
-    cause = cause.with_traceback(cause.__traceback__ and cause.__traceback__.tb_next)
-    return "\n" + "".join(format_exception(cause))

@@ -16,8 +16,6 @@ import inspect
 import json
 import random
 import shutil
-import signal
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -34,8 +32,8 @@ from grpo_core.runs.demo import decimals
 from grpo_core.runs.demo.report import Stage, markdown, plain
 from grpo_core.runs.directory import clear
 from grpo_core.runs.plots import draw_demo, unless_missing
+from grpo_core.runs.report import run_to_the_end
 from grpo_core.trainer.baselines.supervised import Example, SupervisedConfig, train_supervised
-from grpo_core.trainer.checkpoint import Interrupted, heeding_interrupts
 from grpo_core.trainer.evaluate import evaluate
 from grpo_core.trainer.monitor import append_json, keep_records, write_whole, writing
 from grpo_core.trainer.rewards import TextReward
@@ -57,19 +55,10 @@ def run(config: DemoConfig, parser: Parser) -> int:
         demo = Demo(config)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    try:
-        with heeding_interrupts():
-            stages = demo.run()
-    except (FloatingPointError, OSError, ValueError) as error:
-        print(f"\nstopped: {error}", file=sys.stderr)
-        return 1
-    except (KeyboardInterrupt, Interrupted) as stop:
-        print(
-            f"\ninterrupted; finished stages are in {demo.directory}/, and the same command with "
-            "--resume True continues",
-            file=sys.stderr,
-        )
-        return 128 + (stop.number if isinstance(stop, Interrupted) else signal.SIGINT)
+    hint = "and the same command with --resume True continues"
+    if status := run_to_the_end(demo.run, f"finished stages are in {demo.directory}/, {hint}"):
+        return status
+    stages = demo.stages
     (demo.directory / "report.md").write_text(markdown(stages), "utf-8")
     print("\n".join(plain(stages)))
     if config.plot:
