@@ -65,7 +65,7 @@ def training_command(name: str, kind: type, module: str) -> Callable[..., int]:
     Args:
         name: of the module behind `python -m`.
         kind: dataclass of the options, with `check_here`, which raises for what this machine
-            lacks, and `title`, the first line to print.
+            lacks.
         module: imported when the options are right; its `run(config, parser)` does the work and
             returns the exit status.
     """
@@ -74,7 +74,7 @@ def training_command(name: str, kind: type, module: str) -> Callable[..., int]:
     def main(arguments: Sequence[str] | None = None) -> int:
         parser, config = read_options(name, kind, arguments)
         if is_first_process():
-            print(config.title, flush=True)
+            print(f"{name} writes to {config.output}/", flush=True)
         with exit_on_interrupt():
             prepare(config.threads)
             work = importlib.import_module(module)

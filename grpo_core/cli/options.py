@@ -164,36 +164,41 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def require(condition: bool, option: str, expected: str, got: object) -> None:
+    """Raises ValueError with one line unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{option}: expected {expected}, got {got}")
+
+
 def check_at_least(config: Any, least: float, *names: str) -> None:
     """Raises ValueError if one of these options is below `least`, or not finite."""
     for name in names:
-        if not least <= getattr(config, name) < math.inf:
-            wanted = f"at least {least}" if least else "0 or more"
-            raise ValueError(f"{name}: expected {wanted}, got {getattr(config, name)}")
+        value = getattr(config, name)
+        require(
+            least <= value < math.inf, name, f"at least {least}" if least else "0 or more", value
+        )
 
 
 def check_more_than_0(config: Any, *names: str) -> None:
     """Raises ValueError if one of these options is 0, negative or not finite."""
     for name in names:
-        if not 0 < getattr(config, name) < math.inf:
-            raise ValueError(f"{name}: expected more than 0, got {getattr(config, name)}")
+        value = getattr(config, name)
+        require(0 < value < math.inf, name, "more than 0", value)
 
 
 def check_choices(config: Any, kind: type) -> None:
     """Raises ValueError if a field of `kind` is not one of its literals."""
     for name, hint in get_type_hints(kind).items():
-        if get_origin(hint) is Literal and getattr(config, name) not in get_args(hint):
-            raise ValueError(
-                f"{name}: expected one of {get_args(hint)}, got {getattr(config, name)!r}"
-            )
+        if get_origin(hint) is Literal:
+            value = getattr(config, name)
+            require(value in get_args(hint), name, f"one of {get_args(hint)}", repr(value))
 
 
 def check_warmup(config: Any) -> None:
     """Raises ValueError unless a given warm-up is shorter than the run."""
-    if config.warmup_steps is not None and not 0 <= config.warmup_steps < config.steps:
-        raise ValueError(
-            f"warmup_steps: expected 0 to {config.steps - 1}, got {config.warmup_steps}"
-        )
+    given = config.warmup_steps
+    fits = given is None or 0 <= given < config.steps
+    require(fits, "warmup_steps", f"0 to {config.steps - 1}", given)
 
 
 def warmup(config: Any) -> int:
@@ -258,8 +263,7 @@ def check_file(option: str, path: str) -> None:
     """Raises ValueError unless an option names a file that can be read."""
     if not Path(path).is_file():
         raise ValueError(f"{option}: expected a file, found no {path}")
-    if not os.access(path, os.R_OK):
-        raise ValueError(f"{option}: expected a file that can be read, got {path}")
+    require(os.access(path, os.R_OK), option, "a file that can be read", path)
 
 
 def check_package(option: str, module: str, package: str = "") -> None:
@@ -279,8 +283,8 @@ def check_unchanged(
 ) -> None:
     """Raises ValueError if an option is not what it was in `where`, unless it may change."""
     for name, value in now.items():
-        if name not in free and before.get(name) != value:
-            raise ValueError(f"{name}: expected {before.get(name)} as in {where}, got {value}")
+        is_right = name in free or before.get(name) == value
+        require(is_right, name, f"{before.get(name)} as in {where}", value)
 
 
 def _truth(text: str) -> bool:
