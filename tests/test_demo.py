@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from grpo_core.cli.options import help_text
-from grpo_core.runs.config import DemoConfig
+from grpo_core.runs.demo.config import DemoConfig
 from grpo_core.runs.demo.demo import SAMPLED, Demo
 from grpo_core.train import main
 from grpo_core.trainer.measure import MACHINE

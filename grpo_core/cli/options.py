@@ -139,12 +139,12 @@ def read_yaml(path: Path) -> list[str]:
         raise ValueError(f"{path}: expected a file of options, got {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected YAML, got {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected options, a name and a value each, got {content!r:.60}")
+    expected = "options, a name and a value each"
+    require(isinstance(content, dict), str(path), expected, f"{content!r:.60}")
     words = []
     for name, value in content.items():
-        if isinstance(value, dict):
-            raise ValueError(f"{path}: {name}: expected a value or a list, got {value!r:.60}")
+        is_right = not isinstance(value, dict)
+        require(is_right, f"{path}: {name}", "a value or a list", f"{value!r:.60}")
         if isinstance(value, list):
             # an empty list is an error for rewards, and the default of the other lists
             words += [f"--{name}", *map(str, value)] if value or name == "rewards" else []

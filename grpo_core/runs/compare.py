@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from grpo_core import RECIPES, Objective
 from grpo_core.cli.options import Parser
-from grpo_core.runs.config import CompareConfig, DemoConfig, TaskOptions
+from grpo_core.runs.demo.config import CompareConfig, DemoConfig, TaskOptions
 from grpo_core.runs.demo.demo import SAMPLED, Demo
 from grpo_core.runs.directory import clear
 from grpo_core.runs.plots import draw_methods, unless_missing

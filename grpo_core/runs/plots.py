@@ -137,7 +137,7 @@ def draw_demo(run: Path, output: Path) -> None:
         for ax, panel in zip(axes, DEMO, strict=True):
             _draw_panel(ax, panel, histories)
         for ax, figure in zip(axes, ("accuracy", "accuracy/trap", "length"), strict=False):
-            for name in results.keys() - histories.keys():
+            for name in (name for name in results if name not in histories):
                 level, colour = results[name]["sampled"][figure], NAMED[name]
                 ax.axhline(level, color=colour, linewidth=1.5, linestyle="--", label=name)
         _legend(axes)
@@ -231,7 +231,7 @@ def _draw_panel(ax: Axes, panel: Panel, histories: Histories) -> None:
     for place, (name, history) in enumerate(histories.items()):
         colour = NAMED.get(name, COLOURS[place % len(COLOURS)])
         for figure, style in panel.curves.items():
-            drawn = points(history, figure)
+            drawn = [p for p in points(history, figure) if panel.scale == "linear" or p[1] > 0]
             steps, values = [step for step, _ in drawn], [value for _, value in drawn]
             marker = "o" if style == "-" and len(values) <= MANY else None
             if len(values) > MANY:
@@ -240,7 +240,6 @@ def _draw_panel(ax: Axes, panel: Panel, histories: Histories) -> None:
             label = name if style == "-" else None
             settings: dict[str, Any] = {"color": colour, "linestyle": style, "label": label}
             ax.plot(steps, values, linewidth=2.3, marker=marker, markersize=4.2, **settings)
-    # of a logarithmic axis a value of 0 is left out
     ax.set_yscale(panel.scale)
     ax.set_xlabel("step", color=QUIET, fontsize=9)
 

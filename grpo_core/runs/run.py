@@ -10,7 +10,7 @@ results.json and the model in the format of `transformers` (of peft, for an adap
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -170,36 +170,34 @@ class Run:
 
     def evaluate_held_out(self) -> Metrics:
         """Held-out figures during training; keeps some of the answers."""
-        sampled = self.evaluate_sampled()
+        sampled = self.evaluate(greedy=False)
         assert self.trainer.samples is not None
         self.trainer.samples.look(self.trainer.steps_done, self.held_out, sampled)
         if self.config.eval_samples == 1:
             return sampled.metrics
-        greedy = self.evaluate_greedy().metrics
+        greedy = self.evaluate(greedy=True).metrics
         return {f"greedy_{name}": greedy[name] for name in sampled.scores.parts} | sampled.metrics
 
-    def evaluate_greedy(self) -> Evaluation:
-        """The greedy answer to every held-out problem."""
-        return self._evaluate(Sampling(self.config.max_new_tokens, temperature=0.0))
-
-    def evaluate_sampled(self) -> Evaluation:
-        """`eval_samples` answers to every held-out problem."""
+    def evaluate(self, greedy: bool) -> Evaluation:
+        """Greedy completions of the held-out problems, or `eval_samples` sampled ones of each."""
         config = self.config
-        temperature = config.eval_temperature or config.temperature
-        sampling = Sampling(config.max_new_tokens, temperature)
-        return self._evaluate(sampling, samples=config.eval_samples, k=config.eval_k)
-
-    def _evaluate(
-        self, sampling: Sampling, *, samples: int = 1, k: Sequence[int] = ()
-    ) -> Evaluation:
-        """Held-out problems, answered by the sampling engine of the training."""
-        model, held_out, draw = self.model, self.held_out, self.trainer.draw
-        return evaluate(model, held_out, self.reward, sampling, samples=samples, k=k, draw=draw)
+        temperature = 0.0 if greedy else config.eval_temperature or config.temperature
+        return evaluate(
+            self.model,
+            self.held_out,
+            self.reward,
+            Sampling(config.max_new_tokens, temperature),
+            samples=1 if greedy else config.eval_samples,
+            k=() if greedy else config.eval_k,
+            draw=self.trainer.draw,
+        )
 
     def measure(self) -> dict[str, Metrics]:
         """Held-out figures, greedy and sampled."""
-        greedy, sampled = self.evaluate_greedy(), self.evaluate_sampled()
-        return {"greedy": greedy.metrics, "sampled": sampled.metrics}
+        return {
+            "greedy": self.evaluate(greedy=True).metrics,
+            "sampled": self.evaluate(greedy=False).metrics,
+        }
 
 
 def results_table(stages: dict[str, dict[str, Metrics]]) -> list[list[str]]:

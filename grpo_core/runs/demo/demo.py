@@ -26,9 +26,9 @@ import transformers
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from grpo_core.cli.options import Parser
-from grpo_core.runs.config import DemoConfig
 from grpo_core.runs.console import open_console
 from grpo_core.runs.demo import decimals
+from grpo_core.runs.demo.config import DemoConfig
 from grpo_core.runs.demo.report import Stage, markdown, plain
 from grpo_core.runs.directory import clear
 from grpo_core.runs.plots import draw_demo, unless_missing
@@ -45,7 +45,6 @@ from grpo_core.trainer.trainer import Trainer
 MAX_NEW_TOKENS = 40
 GREEDY = Sampling(MAX_NEW_TOKENS, temperature=0.0)
 SAMPLED = Sampling(MAX_NEW_TOKENS)
-COLD_START_EXAMPLES = 256
 
 
 def run(config: DemoConfig, parser: Parser) -> int:
@@ -152,7 +151,8 @@ class Demo:
             return LlamaForCausalLM.from_pretrained(folder)
 
         rng = random.Random(f"{config.seed}/corpus")
-        texts = decimals.corpus(training.steps * training.batch_size, rng, self.excluded)
+        count = training.steps * training.batch_size
+        texts = decimals.draw_texts(count, decimals.CORPUS, rng, self.excluded)
         model = decimals.build_model(self.tokenizer, config.seed)
         train_supervised(model, self.encode(texts), training, seed=config.seed, label="base")
         self.save(model, "base")
@@ -170,8 +170,8 @@ class Demo:
             prompt_loss=False,
         )
         rng = random.Random(f"{config.seed}/cold start")
-        examples = self.encode(decimals.cold_start(COLD_START_EXAMPLES, rng, self.excluded))
-        train_supervised(model, examples, training, seed=config.seed, label="SFT")
+        texts = decimals.draw_texts(256, decimals.COLD_START, rng, self.excluded)
+        train_supervised(model, self.encode(texts), training, seed=config.seed, label="SFT")
         return model
 
     def reinforce(self, model: PreTrainedModel, name: str) -> PreTrainedModel:
