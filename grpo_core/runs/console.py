@@ -11,16 +11,9 @@ from collections.abc import Sequence
 from datetime import timedelta
 from itertools import cycle
 
-from grpo_core.runs.figures import (
-    GAP,
-    NARROWEST,
-    choose_cells,
-    curve,
-    explanation,
-    line,
-    memory_text,
-    short,
-)
+from grpo_core.cli.options import require
+from grpo_core.runs import figures
+from grpo_core.runs.figures import memory_text, short
 from grpo_core.trainer.config import TrainerConfig
 from grpo_core.trainer.console import Console
 from grpo_core.trainer.monitor import TRUNCATED_LIMIT, ZERO_STD_LIMIT, Metrics
@@ -53,10 +46,10 @@ class Lines(Console):
     def step(self, record: Metrics, parts: Sequence[str], samples: Sequence[Sample]) -> None:
         step = record["step"]
         if step:
-            self._print_row(record, choose_cells(record, parts, self.config, WIDTH))
+            self._print_row(record, figures.choose_cells(record, parts, self.config, WIDTH))
         if held_out := record.get("held_out"):
-            figures = (f"{name} {short(value)}" for name, value in held_out.items())
-            self._print("held out: " + ", ".join(figures))
+            pairs = (f"{name} {short(value)}" for name, value in held_out.items())
+            self._print("held out: " + ", ".join(pairs))
         if step == self.config.steps or step % self.config.evaluate_every == 0:
             for sample in samples:
                 question = shortened(sample.question, 2 * WIDTH)
@@ -73,12 +66,12 @@ class Lines(Console):
 
     def _print_row(self, record: Metrics, cells: dict[str, str]) -> None:
         if self.rows % HEADER_EVERY == 0:
-            print(line({head: head for head in cells}))
-        print(line(cells), flush=True)
+            print(figures.line({head: head for head in cells}))
+        print(figures.line(cells), flush=True)
         if self.rows == 0:
             if text := memory_text(record):
                 self._print(f"memory: {text}")
-            if text := explanation(record):
+            if text := figures.explanation(record):
                 self.note(text)
         self.rows += 1
 
@@ -106,7 +99,6 @@ class Live(Console):
         self.notes: list[str] = []
         if self.live:
             self.live.start()
-            self.live.update(self.frame(), refresh=True)
 
     def step(self, record: Metrics, parts: Sequence[str], samples: Sequence[Sample]) -> None:
         self.samples = samples
@@ -115,7 +107,7 @@ class Live(Console):
         if record["step"]:
             self.done, self.parts = record["step"], parts
             self.records.append(record)
-            if len(self.records) == 1 and (text := explanation(record)):
+            if len(self.records) == 1 and (text := figures.explanation(record)):
                 self.note(text)
         if self.live:
             self.live.update(self.frame(), refresh=True)
@@ -169,7 +161,9 @@ class Live(Console):
             if values := [record[name] for record in self.records if name in record]:
                 head = f"{shown_name(name):<{MARGIN}.{MARGIN - 1}}"
                 last = f"{short(values[-1]):>7}    "
-                cells.append(Text.assemble((head, QUIET), (curve(values), colour), (last, QUIET)))
+                cells.append(
+                    Text.assemble((head, QUIET), (figures.curve(values), colour), (last, QUIET))
+                )
         pairs = (Text.assemble(*cells[k : k + 2]) for k in range(0, len(cells), 2))
         return Group(*pairs, "")
 
@@ -177,7 +171,7 @@ class Live(Console):
         """The figures of the last steps; problems in red."""
         rows = []
         for record in self.records[-count:]:
-            cells = choose_cells(record, self.parts, self.config, self.terminal.width)
+            cells = figures.choose_cells(record, self.parts, self.config, self.terminal.width)
             skipped = any("was skipped" in message for message in record.get("warnings", ()))
             problems = {
                 "cut": record["truncated"] > TRUNCATED_LIMIT,
@@ -195,15 +189,12 @@ class Live(Console):
         names = list(shown[-1]["held_out"])
         # a mean is the same as its avg@k
         names = [n for n in names if not any(other.startswith(f"{n}/avg@") for other in names)]
-        heads = {}
+        rows = [{"held out": Text(f"step {each['step']}", QUIET)} for each in shown]
         for name in names[: self.terminal.width // MARGIN - 1]:
             head = shown_name(name).removeprefix("greedy_").replace("/", "\n")
-            heads[name] = head + "\ngreedy" * name.startswith("greedy_")
-        rows = []
-        for each in shown:
-            values = (short(each["held_out"].get(name, math.nan)) for name in heads)
-            cells = dict(zip(heads.values(), map(Text, values), strict=True))
-            rows.append({"held out": Text(f"step {each['step']}", QUIET), **cells})
+            head += "\ngreedy" * name.startswith("greedy_")
+            for row, each in zip(rows, shown, strict=True):
+                row[head] = Text(short(each["held_out"].get(name, math.nan)))
         return table(rows)
 
     def sample(self, sample: Sample) -> RenderableType:
@@ -236,9 +227,9 @@ class Live(Console):
 
 def table(rows: Sequence[dict[str, Text]]) -> RenderableType:
     """Rows of cells below their heads, and an empty line."""
-    drawn = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style=QUIET)
+    drawn = Table(box=None, padding=(0, figures.GAP, 0, 0), pad_edge=False, header_style=QUIET)
     for head in rows[-1]:
-        drawn.add_column(head, justify="right", min_width=NARROWEST, no_wrap=True)
+        drawn.add_column(head, justify="right", min_width=figures.NARROWEST, no_wrap=True)
     for cells in rows:
         drawn.add_row(*cells.values())
     return Group(drawn, "")
@@ -258,8 +249,7 @@ def open_console(kind: str) -> Console:
     Raises:
         ValueError: another name.
     """
+    require(kind in ("rich", "plain", "off"), "console", "rich, plain or off", repr(kind))
     if kind == "off":
         return Console()
-    if kind not in ("rich", "plain"):
-        raise ValueError(f"console: expected rich, plain or off, got {kind!r}")
     return Live() if kind == "rich" and HAS_RICH and sys.stdout.isatty() else Lines()
