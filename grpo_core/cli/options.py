@@ -25,13 +25,14 @@ RECIPE_NAMES = (
     *("luspo", "cispo", "sapo", "vespo", "rloo"),
     *("reinforce_plus_plus", "reinforce_plus_plus_baseline", "gpg", "dro", "dppo", "topr"),
 )
-TYPE_NAMES = {"int": "a whole number", "float": "a number", "Path": "a path"}
 # patterns in the messages of argparse, and what replaces them
 MESSAGES = (
     (r"^argument ", ""),
     (r"expected one argument$", "expected a value, got none"),
     (r"expected at least one argument$", "expected at least one value, got none"),
     (r"^the following arguments are required: (.*)$", r"\1: expected a value, got none"),
+    (r"invalid int value: (.*)$", r"expected a whole number, got \1"),
+    (r"invalid float value: (.*)$", r"expected a number, got \1"),
 )
 
 
@@ -83,7 +84,6 @@ class Parser(argparse.ArgumentParser):
         for pattern, form in MESSAGES:
             message = re.sub(pattern, form, message)
         message = re.sub(r"invalid choice: (.*?) \(choose from (.*)\)$", _choice, message)
-        message = re.sub(r"invalid (\w+) value: (.*)$", _type, message)
         if f"--{message.partition(':')[0]}" in self._option_string_actions:
             message = f"--{message}"
         if is_first_process():
@@ -300,7 +300,3 @@ def _choice(message: re.Match[str]) -> str:
     given, choices = message[1], message[2].replace("'", "")
     close = nearest(given.strip("'"), choices.split(", "))
     return f"expected one of {choices}, got {given}{close}"
-
-
-def _type(message: re.Match[str]) -> str:
-    return f"expected {TYPE_NAMES.get(message[1], message[1])}, got {message[2]}"
