@@ -158,7 +158,8 @@ class Live(Console):
         names = ["reward", *self.parts[:1], "length", "entropy", "grad_norm", "clip_fraction"]
         cells = []
         for name, colour in zip(names, COLOURS, strict=False):
-            if values := [record[name] for record in self.records if name in record]:
+            values = [record[name] for record in self.records if record.get(name) is not None]
+            if values:
                 head = f"{shown_name(name):<{MARGIN}.{MARGIN - 1}}"
                 last = f"{short(values[-1]):>7}    "
                 cells.append(

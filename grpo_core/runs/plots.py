@@ -27,7 +27,6 @@ NAMED |= {"GRPO, KL in the reward": "#2e6f95"}
 MANY, SMOOTHING = 15, 7
 
 STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif",
     "font.size": 9.5,
     "text.color": INK,
     "axes.edgecolor": FAINT,
@@ -43,8 +42,6 @@ STYLE: dict[Any, Any] = {
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "ytick.minor.size": 0,
-    "lines.solid_capstyle": "round",
-    "figure.facecolor": "white",
 }
 
 

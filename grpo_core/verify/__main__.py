@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import torch
 
         from grpo_core.backends import choose_backend
-        from grpo_core.verify.checks import verify
+        from grpo_core.verify.checks import Setup, verify
         from grpo_core.verify.inputs import SIZES, one_per_plan
         from grpo_core.verify.report import LEGEND, report_lines
 
@@ -51,10 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes = replace(sizes, vocabularies=tuple(vocabularies))
     dtypes = [getattr(torch, name) for name in DTYPES if options.dtype in (None, name)]
 
-    threads = torch.get_num_threads()
-    where = f"CPU ({threads} thread{'s' * (threads > 1)})"
-    if device == "cuda":
-        where = torch.cuda.get_device_name()
+    where = torch.cuda.get_device_name() if on_gpu else f"CPU ({torch.get_num_threads()} threads)"
     modules = [name for name in ("grpo_core", "torch", "triton") if name in sys.modules]
     versions = {name: sys.modules[name].__version__ for name in modules}
     what = "Triton kernels, interpreted with a GPU's rounding" if is_interpreted else backend
@@ -62,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{len(recipes)} recipes and variants, V = {', '.join(f'{V:,}' for V in vocabularies)}")
     print(f"\n{LEGEND}", flush=True)
     start = time.perf_counter()
-    checks = list(verify(recipes, dtypes, options.backend, device, sizes))
+    checks = list(verify(Setup(options.backend, device, sizes), recipes, dtypes))
     seconds = time.perf_counter() - start
     print("\n".join(report_lines(checks)))
     failures = sum(not check.ok for check in checks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -67,26 +67,18 @@ class Check(NamedTuple):
         return fields | fields.pop("comparison")._asdict()
 
 
-def verify(
-    recipes: list[str],
-    dtypes: list[torch.dtype],
-    backend: Backend | None,
-    device: str,
-    sizes: Sizes,
-) -> Iterator[Check]:
+def verify(setup: Setup, recipes: list[str], dtypes: list[torch.dtype]) -> Iterator[Check]:
     """Runs all checks.
 
     Args:
+        setup: backend, device and sizes.
         recipes: names in `inputs.OBJECTIVES`.
-        dtypes: dtypes of the logits.
-        backend, device: the kernels, and where they run.
-        sizes: number of rows, and vocabularies.
+        dtypes: of the logits.
     """
-    setup = Setup(backend, device, sizes)
     for dtype in dtypes:
-        for V in sizes.vocabularies:
+        for V in setup.sizes.vocabularies:
             for case in CASES:
-                all_recipes = sizes.vocabularies[0] == V and not case.on_policy
+                all_recipes = setup.sizes.vocabularies[0] == V and not case.on_policy
                 names = recipes if all_recipes else one_per_plan(recipes)
                 yield from check_losses(setup, case, dtype, V, names)
             yield from check_confident(setup, dtype, V)
@@ -101,11 +93,11 @@ class Setup:
     device: str
     sizes: Sizes
 
-    def run(self, batch: Batch, objective: str | Objective, **changes: Any) -> Result:
+    def run(self, batch: Batch, name: str, **changes: Any) -> Result:
         """The loss of the kernels, and the gradient of the whole buffer."""
-        given = batch.needed(RECIPES[objective] if isinstance(objective, str) else objective)
-        given = given | {"inplace": batch.case.inplace, "backend": self.backend} | changes
-        return _run(fused_loss, batch, batch.buffer, objective, given)
+        objective = OBJECTIVES[name]
+        given = batch.needed(objective) | {"inplace": batch.case.inplace, "backend": self.backend}
+        return _run(fused_loss, batch, batch.buffer, objective, given | changes)
 
 
 def check_losses(
@@ -118,7 +110,7 @@ def check_losses(
         given = batch.needed(objective)
         honest = _run(reference_loss, batch, batch.buffer, objective, given)
         exact = _run(reference_loss, batch, batch.buffer.double(), objective, given)
-        ours, longest = setup.run(batch, objective), setup.sizes.tokens
+        ours, longest = setup.run(batch, name), setup.sizes.tokens
         for one in compare_losses(objective, longest, ours, honest, exact):
             yield Check("losses", name, dtype, str(case), V, one)
 
@@ -213,13 +205,7 @@ def _pairs(setup: Setup, batch: Batch) -> Iterator[tuple[str, Tensor, Tensor]]:
     with_nan[0, 0, 0] = torch.nan
     healthy = one_pass.dlogits.clone()
     healthy[0, 0] = 0
-    dropped = _run(
-        fused_loss,
-        batch,
-        with_nan,
-        RECIPES["dapo"],
-        batch.needed(RECIPES["dapo"]) | unmasked | {"backend": setup.backend},
-    )
+    dropped = setup.run(replace(batch, buffer=with_nan), "dapo", **unmasked)
     yield "a NaN affects only its own row", dropped.dlogits, healthy
 
 
@@ -229,7 +215,7 @@ def loss_scale(dtype: torch.dtype) -> float:
 
 
 def _run(
-    loss: Callable, batch: Batch, buffer: Tensor, objective: str | Objective, given: dict[str, Any]
+    loss: Callable, batch: Batch, buffer: Tensor, objective: Objective, given: dict[str, Any]
 ) -> Result:
     """The loss over a buffer, and its gradient."""
     leaf = buffer.clone().requires_grad_()
