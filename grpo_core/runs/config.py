@@ -165,9 +165,10 @@ class RunConfig(LearningOptions):
             require(bool(getattr(self, name)), name, "a value", "nothing")
         require(bool(self.rewards), "rewards", "at least one", "none")
         count, weights = len(self.rewards), self.reward_weights
-        expected = f"{count} finite numbers, one for each of {self.rewards}"
-        is_right = len(weights) in (0, count) and all(map(math.isfinite, weights))
-        require(is_right, "reward_weights", expected, weights)
+        expected = f"{count}, one for each of {self.rewards}"
+        require(len(weights) in (0, count), "reward_weights", expected, len(weights))
+        is_finite = all(map(math.isfinite, weights))
+        require(is_finite, "reward_weights", "finite numbers", weights)
         check_at_least(self, 0, "held_out", "longest_prompt", "lora_rank", "samples")
         check_at_least(self, 1, "prompts_per_step", "max_new_tokens", "eval_samples")
         check_at_least(self, 0, "eval_temperature", "sampler_low")

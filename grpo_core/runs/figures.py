@@ -31,7 +31,7 @@ def choose_cells(
         value = record.get(name)
         return rank, "–" if value is None else form.format(value) if form else short(value)
 
-    rewards = {shown_name(name)[:12]: cell(3 if k else 1, name) for k, name in enumerate(parts)}
+    rewards = {shown_name(name): cell(3 if k else 1, name) for k, name in enumerate(parts)}
     cells = {
         "step": cell(0, "step", "{}"),
         "reward": cell(0, "reward"),
