@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes = replace(sizes, vocabularies=tuple(vocabularies))
     dtypes = [getattr(torch, name) for name in DTYPES if options.dtype in (None, name)]
 
-    where = torch.cuda.get_device_name() if on_gpu else f"CPU ({torch.get_num_threads()} threads)"
+    where = torch.cuda.get_device_name() if on_gpu else f"CPU (threads: {torch.get_num_threads()})"
     modules = [name for name in ("grpo_core", "torch", "triton") if name in sys.modules]
     versions = {name: sys.modules[name].__version__ for name in modules}
     what = "Triton kernels, interpreted with a GPU's rounding" if is_interpreted else backend
