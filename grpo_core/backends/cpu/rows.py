@@ -111,9 +111,14 @@ def read_pair(logits, start, ref_logits, ref_start, V, target, scale, block, ref
 
 
 @compiled
-def log_sigmoid(z):
-    """log(1/(1 + e⁻ᶻ)), each tail with full relative precision."""
-    return min(z, 0.0) - math.log1p(math.exp(-abs(z)))
+def sides(z):
+    """(log p, log(1 − p), p, 1 − p) with p = 1/(1 + eᶻ), each with full relative precision."""
+    power = math.exp(-abs(z))
+    softplus = math.log1p(power)
+    larger, smaller = 1 / (1 + power), power / (1 + power)
+    if z > 0:
+        return -z - softplus, -softplus, smaller, larger
+    return -softplus, z - softplus, larger, smaller
 
 
 @compiled
@@ -149,30 +154,32 @@ def read_below_sure(logits, start, V, target, scale, anchor, block):
 
 
 @compiled
-def entropy_of(z, logp, log_others, total, moment):
-    """Entropy of a row, nats: h(p_y) + (1 − p_y)·H_others."""
+def entropy_of(of_token, total, moment):
+    """Entropy of a row, nats: h(p_y) + (1 − p_y)·H_others, from `sides`."""
+    logp, log_others, p_target, p_others = of_token
     entropy = 0.0
-    if z > -np.inf:
-        entropy += math.exp(log_others) * (math.log(total) - LN2 * moment / total - log_others)
-    if z < np.inf:
-        entropy -= math.exp(logp) * logp
-    return entropy if z == z else np.nan
+    if p_others > 0:
+        entropy += p_others * (math.log(total) - LN2 * moment / total - log_others)
+    if p_target > 0:
+        entropy -= p_target * logp
+    return entropy
 
 
 @compiled
-def exact_kl_of(z, ref_z, total, ref_total, gap):
+def exact_kl_of(of_token, ref_of_token, total, ref_total, gap):
     """KL(π ‖ π_ref) of a row over the whole vocabulary, nats."""
-    share = math.exp(log_sigmoid(z))
+    logp, log_others, p_target, p_others = of_token
+    ref_logp, ref_log_others, _, _ = ref_of_token
     kl = 0.0
-    if share > 0:
-        of_others = math.log(ref_total) - math.log(total) + LN2 * gap / total
+    if p_others > 0:
+        kl_others = math.log(ref_total) - math.log(total) + LN2 * gap / total
         # where the reference knows no other token, inf − inf
-        distance = np.inf if ref_z == -np.inf else log_sigmoid(z) - log_sigmoid(ref_z) + of_others
-        kl += share * distance
-    if z < np.inf:
-        logp = log_sigmoid(-z)
-        kl += math.exp(logp) * (logp - log_sigmoid(-ref_z))
-    return kl if z == z else np.nan
+        if ref_log_others == -np.inf:
+            kl_others = np.inf
+        kl += p_others * (log_others - max(ref_log_others, LEAST) + kl_others)
+    if p_target > 0:
+        kl += p_target * (logp - ref_logp)
+    return kl
 
 
 @compiled
@@ -186,17 +193,17 @@ def read_statistics(logits, start, ref_logits, ref_start, V, target, scale, bloc
     else:
         anchor, total, moment = read_row(logits, start, V, target, scale, block)
     z = target_gap(logits, start, target, scale, anchor, total)
-    logp, log_others = log_sigmoid(-z), log_sigmoid(z)
-    entropy = entropy_of(z, logp, log_others, total, moment)
+    of_token = sides(z)
+    entropy = entropy_of(of_token, total, moment)
     if z > 0 and entropy < SURE:
         # log S has rounded away all but the likeliest token
         _, below, moment = read_below_sure(logits, start, V, target, scale, anchor, block)
         entropy = math.log1p(below) - LN2 * moment / (1 + below)
     if ref_logits is not None:
         ref_z = target_gap(ref_logits, ref_start, target, scale, ref_anchor, ref_total)
-        kl = exact_kl_of(z, ref_z, total, ref_total, gap)
+        kl = exact_kl_of(of_token, sides(ref_z), total, ref_total, gap)
     return (
-        np.float32(logp),
+        np.float32(of_token[0]),
         np.float32(entropy),
         np.float32(kl),
         anchor,
@@ -221,8 +228,7 @@ def write_gradient(
     dlogp, dentropy, dkl = slopes
     inverse, step = scale * LN2, np.float32(scale)
     z = target_gap(logits, start, target, scale, anchor, total)
-    logp, log_share = log_sigmoid(-z), log_sigmoid(z)
-    p_target, share = math.exp(logp), math.exp(log_share)
+    logp, log_share, p_target, share = sides(z)
     if share == 0 or total == 0:
         # a certain target has no gradient, even where a forbidden token has an infinite KL
         clear(out, out_start, V)
@@ -241,9 +247,10 @@ def write_gradient(
     if ref_logits is not None:
         ref_z = target_gap(ref_logits, ref_start, target, scale, ref_anchor, ref_total)
         if dkl != 0:
+            ref_logp, ref_log_share, _, _ = sides(ref_z)
             if p_target > 0:
-                at_target += inverse * dkl * p_target * (logp - log_sigmoid(-ref_z) - kl)
-            gap = log_share - log_sigmoid(ref_z) - math.log(total) + math.log(ref_total)
+                at_target += inverse * dkl * p_target * (logp - ref_logp - kl)
+            gap = log_share - ref_log_share - math.log(total) + math.log(ref_total)
             factor += dkl * weight * (gap - kl)
             gap_factor = dkl * weight * LN2
         if sure >= 0:
@@ -311,7 +318,7 @@ def loss_rows(
 ):  # fmt: skip
     """One pass: statistics, the loss of the token and, where asked for, the gradient of the row.
 
-    `vectors` [9, N] receives logp, entropy, ratio, KL, loss, dlogp, a row of zeros and the state.
+    `vectors` [10, N] receives logp, entropy, ratio, KL, loss, dlogp and the state.
     """
     N = len(target)
     block, ref_block = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)

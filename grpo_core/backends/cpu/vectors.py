@@ -19,6 +19,8 @@ from grpo_core.backends.cpu.compiler import compiled
 
 # 4 KiB: small enough for the first-level cache, large enough to hide the call of a loop
 BLOCK = 1024
+# a step of a vectorised loop: 4 vectors of 16 lanes
+STEP = 64
 # below every logit of float32, finite so that a row of −inf gives no NaN
 LEAST = np.float32(np.finfo(np.float32).min)
 # 2^c is 0 from here on
@@ -139,13 +141,21 @@ def _narrow(number, like):
 
 
 @compiled
+def whole(count):
+    """`count` in whole steps of the loops, so that none has a rest to compute one by one."""
+    return (count + STEP - 1) & -STEP
+
+
+@compiled
 def load(logits, start, count, block):
-    """Converts `count` logits from `start` on into a block."""
+    """Converts `count` logits from `start` on into a block, and fills its last step with −inf."""
     widest()
     # an unsigned index does not count from the end, which LLVM could not vectorise
     start = np.uint64(start)
     for j in range(np.uint64(count)):
         block[j] = widen(logits[start + j])
+    for j in range(count, whole(count)):
+        block[j] = -np.inf
 
 
 @compiled
@@ -178,7 +188,7 @@ def largest(block, count):
     """The largest number of a block, NaN if any is, at least `LEAST`."""
     widest()
     found = LEAST
-    for j in range(count):
+    for j in range(whole(count)):
         found = larger(found, block[j])
     return found
 
@@ -225,7 +235,7 @@ def sum_powers(block, count, anchor, scale):
     """(Σ 2^c, Σ 2^c·c) of a block."""
     widest()
     powers = moments = np.float32(0.0)
-    for j in range(count):
+    for j in range(whole(count)):
         c = centre(block[j], anchor, scale)
         power = exp2(c)
         powers += power
@@ -238,7 +248,7 @@ def sum_gaps(block, ref_block, count, anchor, ref_anchor, scale):
     """Σ 2^c·(c − c_ref) of a block; inf where the reference forbids what the policy does not."""
     widest()
     gaps = np.float32(0.0)
-    for j in range(count):
+    for j in range(whole(count)):
         c = centre(block[j], anchor, scale)
         power = exp2(c)
         # below `LOWEST` a distance counts in full
@@ -251,7 +261,7 @@ def sum_gaps(block, ref_block, count, anchor, ref_anchor, scale):
 def scale_powers(block, count, anchor, scale, factor):
     """Replaces each logit by factor·2^c."""
     widest()
-    for j in range(count):
+    for j in range(whole(count)):
         block[j] = exp2(centre(block[j], anchor, scale)) * factor
 
 
@@ -259,7 +269,7 @@ def scale_powers(block, count, anchor, scale, factor):
 def weigh_powers(block, count, anchor, scale, factor, log_factor):
     """Replaces each logit by (factor + log_factor·c)·2^c."""
     widest()
-    for j in range(count):
+    for j in range(whole(count)):
         c = centre(block[j], anchor, scale)
         block[j] = exp2(c) * (factor + log_factor * c)
 
@@ -268,7 +278,7 @@ def weigh_powers(block, count, anchor, scale, factor, log_factor):
 def weigh_gaps(block, ref_block, count, anchor, ref_anchor, scale, factor, log_factor, gap_factor):
     """Replaces each logit by (factor + log_factor·c + gap_factor·(c − c_ref))·2^c."""
     widest()
-    for j in range(count):
+    for j in range(whole(count)):
         c = centre(block[j], anchor, scale)
         power = exp2(c)
         gap = c - distance(ref_block[j], ref_anchor, scale)
