@@ -66,7 +66,9 @@ class HeadProducts:
 
     def _hidden_rows(self, chunk: slice) -> Tensor:
         """Hidden states `[n, D]` of a chunk, as operands."""
-        return self.operands(take_rows(self._hidden, chunk if self.rows is None else self.rows[chunk]))
+        return self.operands(
+            take_rows(self._hidden, chunk if self.rows is None else self.rows[chunk])
+        )
 
     def _slices(self, n: int, columns: slice, logits_dtype: torch.dtype) -> Iterator[slice]:
         """`columns` in one piece, or in slices where an operand has to be converted."""
@@ -83,6 +85,8 @@ class HeadProducts:
         """
         head, hidden = self.head, self._hidden_rows(chunk)
         columns, n = columns or slice(0, self.V), hidden.shape[0]
+        if not n:
+            return out[:0]
         if n < LEAST_ROWS:
             hidden = torch.cat([hidden, hidden.new_zeros(LEAST_ROWS - n, self.D)])
         out = out[: len(hidden)]

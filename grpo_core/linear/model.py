@@ -24,7 +24,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from grpo_core.linear.loss import fused_linear_loss, linear_token_logp
+from grpo_core.linear.logp import linear_token_logp
+from grpo_core.linear.loss import fused_linear_loss
 from grpo_core.linear.model_probe import Around, Probe, read_head
 from grpo_core.loss.outputs import LossOutput, TokenLogp
 from grpo_core.objective.validation import check_tensor
