@@ -54,27 +54,16 @@ class LinearHead:
     lora_scaling: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("weight", "bias", "lora_A", "lora_B"):
-            value = getattr(self, name)
-            if name == "weight" or value is not None:
-                check_floats(name, value)
-        if self.weight.ndim != 2 or not self.weight.numel():
-            raise ValueError(f"weight: expected a matrix [V, D], got {list(self.weight.shape)}")
-        rows, D = self.weight.shape
-        if (self.lora_A is None) != (self.lora_B is None):
+        weight, lora_A = check_floats("weight", self.weight), self.lora_A
+        if weight.ndim != 2 or not weight.numel():
+            raise ValueError(f"weight: expected a matrix [V, D], got {list(weight.shape)}")
+        rows, D = weight.shape
+        if (lora_A is None) != (self.lora_B is None):
             raise ValueError("lora_A: expected both or neither of lora_A and lora_B")
-        r = None if self.lora_A is None or not self.lora_A.ndim else self.lora_A.shape[0]
+        r = 0 if lora_A is None else check_floats("lora_A", lora_A).numel() // D
         for name, shape in (("bias", (rows,)), ("lora_A", (r, D)), ("lora_B", (rows, r))):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if tuple(value.shape) != shape:
-                raise ValueError(f"{name}: expected shape {list(shape)}, got {list(value.shape)}")
-            if value.device != self.weight.device:
-                raise ValueError(
-                    f"{name}: expected the device of weight, {self.weight.device}, got "
-                    f"{value.device}"
-                )
+            if getattr(self, name) is not None:
+                check_floats(name, getattr(self, name), shape, device=weight.device)
         for name in ("softcap", "scale", "lora_scaling"):
             value = getattr(self, name)
             if name == "softcap" and value is None:
@@ -131,10 +120,11 @@ def check_head(name: str, lm_head: Tensor | LinearHead, hidden: Tensor) -> Linea
         )
     for tensor in head.tensors:
         check_concrete(**{name: tensor})
-        if tensor is not None and check_tensor(name, tensor).dtype not in HEAD_DTYPES:
+        if (
+            tensor is not None
+            and check_tensor(name, tensor, hidden.device).dtype not in HEAD_DTYPES
+        ):
             raise ValueError(f"{name}: expected one of {HEAD_DTYPES}, got {tensor.dtype}")
-    if head.weight.device != hidden.device:
-        raise ValueError(f"{name}: expected device {hidden.device}, got {head.weight.device}")
     return head
 
 
@@ -144,7 +134,7 @@ def check_hidden(name: str, hidden: object, like: Tensor | None = None) -> Tenso
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
-    hidden = check_tensor(name, hidden)
+    hidden = check_tensor(name, hidden, None if like is None else like.device)
     if hidden.ndim not in (2, 3) or not hidden.shape[-1]:
         got = list(hidden.shape)
         raise ValueError(f"{name}: expected a tensor [B, T, D] or [N, D], got {got}")
@@ -154,8 +144,6 @@ def check_hidden(name: str, hidden: object, like: Tensor | None = None) -> Tenso
         raise ValueError(
             f"{name}: expected shape {[*like.shape[:-1], 'D']}, got {list(hidden.shape)}"
         )
-    if like is not None and hidden.device != like.device:
-        raise ValueError(f"{name}: expected device {like.device}, got {hidden.device}")
     return hidden
 
 

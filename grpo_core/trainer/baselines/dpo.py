@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from grpo_core.cli.options import check_at_least, check_warmup
 from grpo_core.linear.logp import linear_logp
-from grpo_core.linear.model_probe import Around, read_head
+from grpo_core.linear.model_head import read_head
 from grpo_core.loss.dpo_loss import dpo_loss, sequence_logp
 from grpo_core.trainer.baselines.supervised import Example, check_lengths, optimize, pad_examples
 from grpo_core.trainer.batch import TokenRows, check_output_matrix
@@ -140,7 +140,7 @@ def train_preferences(
 
 def completion_logp(model: PreTrainedModel, rows: TokenRows) -> Tensor:
     """Σ log π over each completion's tokens, [S] float32, differentiable."""
-    head = read_head(unwrap_peft(model).get_output_embeddings(), Around())
+    head = read_head(unwrap_peft(model).get_output_embeddings())
     logp = linear_logp(rows.hidden(model), head, rows.target).logp
     everything = torch.ones_like(rows.target, dtype=torch.bool)
     return sequence_logp(logp, everything, rows.sequence, sequences=len(rows.ids))
