@@ -2,5 +2,5 @@
 
 Read `chunks.loss_over_chunks` first (the loop), then `workspace` (what chunks share), `loss` and
 `logp` (the public functions), `vocab_slices` (the plan without a float32 sum of the matrix).
-`matmuls` has the products of a `head`; `model` lets a transformers model's forward compute the loss.
+`matmuls` has the products of a `head`; `model` gives a transformers model a forward with a loss.
 """
