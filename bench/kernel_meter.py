@@ -6,7 +6,6 @@ machine.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,12 +95,24 @@ class KernelMeter:
 
     def traffic(self, tensor: Tensor | None = None, stores: bool | None = None) -> Traffic:
         """Bytes moved so far, within `tensor` if one is given; only written, or only read."""
-        low, high = (0, 2**64 - 1) if tensor is None else _extent(tensor)
-        return _add_up(
-            access._replace(addresses=_within(access.addresses, low, high))
-            for access in self._accesses
-            if stores is None or access.is_store == stores
-        )
+        issued = distinct = 0
+        seen: dict[tuple[int, bool], dict[int, list[np.ndarray]]] = {}
+        for program, is_store, itemsize, addresses in self._accesses:
+            if stores is not None and is_store != stores:
+                continue
+            if tensor is not None:
+                addresses = _within(addresses, tensor)
+            issued += addresses.size * itemsize
+            seen.setdefault((program, is_store), {}).setdefault(itemsize, []).append(addresses)
+        for by_size in seen.values():
+            # two logits may be read as one word here, and one by one there
+            unit = min(by_size)
+            pieces = [
+                np.add.outer(np.concatenate(parts), np.arange(0, size, unit, np.uint64)).ravel()
+                for size, parts in by_size.items()
+            ]
+            distinct += np.unique(np.concatenate(pieces)).size * unit
+        return Traffic(issued, distinct)
 
     def _record(self, ptrs: Any, mask: Any, stores: tuple[bool, ...]) -> None:
         """Notes the addresses of one instruction."""
@@ -114,32 +125,9 @@ class KernelMeter:
             self._accesses.append(Access(self._program, is_store, itemsize, addresses.ravel()))
 
 
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """(first byte, one behind the last) of a tensor, gaps between its rows included."""
-    if not tensor.numel():
-        return tensor.data_ptr(), tensor.data_ptr()
-    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize
-
-
-def _within(addresses: np.ndarray, low: int, high: int) -> np.ndarray:
-    """Those in [low, high)."""
-    return addresses[(addresses >= low) & (addresses < high)]
-
-
-def _add_up(accesses: Iterable[Access]) -> Traffic:
-    """All of them, and each byte once per program and direction."""
-    issued = distinct = 0
-    seen: dict[tuple[int, bool], dict[int, list[np.ndarray]]] = {}
-    for program, is_store, itemsize, addresses in accesses:
-        issued += addresses.size * itemsize
-        seen.setdefault((program, is_store), {}).setdefault(itemsize, []).append(addresses)
-    for by_size in seen.values():
-        # two logits may be read as one word here, and one by one there
-        unit = min(by_size)
-        pieces = [
-            np.add.outer(np.concatenate(parts), np.arange(0, size, unit, np.uint64)).ravel()
-            for size, parts in by_size.items()
-        ]
-        distinct += np.unique(np.concatenate(pieces)).size * unit
-    return Traffic(issued, distinct)
+def _within(addresses: np.ndarray, tensor: Tensor) -> np.ndarray:
+    """Those of a tensor, gaps between its rows included."""
+    extent = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    first = tensor.data_ptr()
+    behind = first + extent * tensor.itemsize if tensor.numel() else first
+    return addresses[(addresses >= first) & (addresses < behind)]
