@@ -17,13 +17,7 @@ from torch import Tensor
 from grpo_core.backends import Backend
 from grpo_core.kernels.records import Rows
 from grpo_core.linear.chunks import LossRows, loss_over_chunks, loss_with_frozen_head
-from grpo_core.linear.head import (
-    HEAD_DTYPES,
-    LinearHead,
-    check_head,
-    check_hidden,
-    check_rows,
-)
+from grpo_core.linear.head import HEAD_DTYPES, LinearHead, check_head, check_hidden, check_rows
 from grpo_core.linear.logp import logp_from_hidden
 from grpo_core.linear.matmuls import Plan
 from grpo_core.linear.vocab_slices import loss_over_slices

@@ -52,18 +52,12 @@ class LinearCall:
             ValueError, NotImplementedError: a dtype or backend that cannot be used.
         """
         if logits_dtype is not None and logits_dtype not in HEAD_DTYPES:
-            raise ValueError(
-                f"logits_dtype: expected one of {HEAD_DTYPES} or None, got {logits_dtype!r}"
-            )
+            got = repr(logits_dtype)
+            raise ValueError(f"logits_dtype: expected one of {HEAD_DTYPES} or None, got {got}")
         device = hidden.device.type
-        return cls(
-            logits_dtype=logits_dtype or torch.float32,
-            autocast=torch.get_autocast_dtype(device)
-            if torch.is_autocast_enabled(device)
-            else None,
-            kernels=choose_backend(backend, hidden),
-            **others,
-        )
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        dtype, kernels = logits_dtype or torch.float32, choose_backend(backend, hidden)
+        return cls(logits_dtype=dtype, autocast=autocast, kernels=kernels, **others)
 
     def at(self, some: Tensor) -> LinearCall:
         """The call over some of its rows, [k] int64."""
