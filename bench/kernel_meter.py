@@ -6,7 +6,9 @@ machine.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 from torch import Tensor
@@ -48,17 +50,15 @@ class KernelMeter:
         self.launches: list[str] = []
         self._program = 0
         self._accesses: list[Access] = []
-        self._counted: dict[str, Any] = {}
+        self._patches = ExitStack()
 
     def __enter__(self) -> KernelMeter:
         from triton.runtime import interpreter
 
-        self._builder = builder = interpreter.interpreter_builder
-        self._executor = interpreter.GridExecutor
-        self._run = run = self._executor.__call__
-        set_grid_idx = builder.set_grid_idx
+        builder, executor = interpreter.interpreter_builder, interpreter.GridExecutor
+        set_grid_idx, run = builder.set_grid_idx, executor.__call__
 
-        def counted(name: str, ptrs: int, mask: int | None, *stores: bool) -> None:
+        def record_access(name: str, ptrs: int, mask: int | None, *stores: bool) -> None:
             """Notes the addresses of an instruction; `ptrs`, `mask`: places among its arguments."""
             method = getattr(builder, name)
 
@@ -66,7 +66,7 @@ class KernelMeter:
                 self._record(args[ptrs], None if mask is None else args[mask], stores)
                 return method(*args, **options)
 
-            self._counted[name] = call
+            self._patches.enter_context(patch.object(builder, name, call))
 
         def next_program(*index: int) -> None:
             self._program += 1
@@ -78,20 +78,16 @@ class KernelMeter:
             with _disable_current_modes():
                 return run(grid, *args, **options)
 
-        self._executor.__call__ = counted_run
-        self._counted = {"set_grid_idx": next_program}
-        counted("create_masked_load", 0, 1, False)
-        counted("create_masked_store", 0, 2, True)
-        counted("create_atomic_cas", 0, None, False, True)
-        counted("create_atomic_rmw", 1, 3, False, True)
-        vars(builder).update(self._counted)
+        self._patches.enter_context(patch.object(executor, "__call__", counted_run))
+        self._patches.enter_context(patch.object(builder, "set_grid_idx", next_program))
+        record_access("create_masked_load", 0, 1, False)
+        record_access("create_masked_store", 0, 2, True)
+        record_access("create_atomic_cas", 0, None, False, True)
+        record_access("create_atomic_rmw", 1, 3, False, True)
         return self
 
     def __exit__(self, *failure: object) -> None:
-        self._executor.__call__ = self._run
-        # the instance's attributes hid the methods of its class
-        for name in self._counted:
-            delattr(self._builder, name)
+        self._patches.close()
 
     def traffic(self, tensor: Tensor | None = None, stores: bool | None = None) -> Traffic:
         """Bytes moved so far, within `tensor` if one is given; only written, or only read."""
