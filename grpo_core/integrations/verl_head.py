@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor
 
 from grpo_core.linear.head import LinearHead
 from grpo_core.linear.logp import linear_logp
-from grpo_core.linear.model_probe import read_head, stated
+from grpo_core.linear.model_head import options_of_config, read_head
 
 VERSION = "0.9.1"
 INSTALL = (
@@ -214,7 +214,7 @@ def head_of(model: Any) -> LinearHead:
     Raises:
         NotImplementedError: an adapter on the head, or an unknown kind of scale.
     """
-    return read_head(model.lm_head, stated(model.config), adapters=False)
+    return read_head(model.lm_head, options_of_config(model.config), adapters=False)
 
 
 def patch_log_probs() -> ExitStack:

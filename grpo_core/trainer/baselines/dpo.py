@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo_core.linear.logp import linear_logp
-from grpo_core.linear.model_probe import Around, read_head
+from grpo_core.linear.model_head import read_head
 from grpo_core.loss.dpo_loss import dpo_loss, sequence_logp
 from grpo_core.trainer.baselines.supervised import (
     Example,
@@ -125,7 +125,7 @@ def train_preferences(
 
 def completion_logp(model: PreTrainedModel, rows: TokenRows) -> Tensor:
     """Σ log π over each completion's tokens, [S] float32, differentiable."""
-    head = read_head(unwrap_peft(model).get_output_embeddings(), Around())
+    head = read_head(unwrap_peft(model).get_output_embeddings())
     logp = linear_logp(rows.hidden(model), head, rows.target).logp
     everything = torch.ones_like(rows.target, dtype=torch.bool)
     return sequence_logp(logp, everything, rows.sequence, sequences=len(rows.ids))
