@@ -12,7 +12,14 @@ from torch import Tensor
 
 from grpo_core.backends import Backend, choose_backend
 from grpo_core.kernels.records import Rows
-from grpo_core.loss.autograd import Call, FusedLoss
+from grpo_core.loss.autograd import (
+    Call,
+    FusedLoss,
+    evaluate,
+    is_readable,
+    make_readable,
+    prepare_reference,
+)
 from grpo_core.loss.compile import logp_in_graph, loss_in_graph, register_function
 from grpo_core.loss.inputs import (
     IGNORE,
@@ -21,9 +28,6 @@ from grpo_core.loss.inputs import (
     check_logits,
     check_target,
     flatten_target,
-    is_readable,
-    make_readable,
-    prepare_reference,
 )
 from grpo_core.loss.outputs import LossOutput as LossOutput
 from grpo_core.loss.outputs import TokenLogp as TokenLogp
@@ -152,15 +156,16 @@ def loss_from_logits(logits: Tensor, inputs: LossInputs, inplace: bool = False) 
         prepare_reference(inputs.ref_logits, logits, inplace),
         temperature=float(inputs.temperature),
         inplace=inplace,
-        wants_gradient=logits.requires_grad and torch.is_grad_enabled(),
         kernels=choose_backend(inputs.backend, logits),
     )
-    shape = inputs.target.shape
-    loss, *four, dropped, factor, valid = FusedLoss.apply(make_readable(logits), call)
-    logp, entropy, ratio, kl = (vector.view(shape) for vector in four)
-    shaped = None if factor is None else factor.view(shape)
-    valid = tokens.valid if valid is None else valid
-    return LossOutput(loss, logp, entropy, ratio, kl, shaped, tokens, valid, dropped)
+    wants_gradient = logits.requires_grad and torch.is_grad_enabled()
+    logits = make_readable(logits)
+    rows, dlogits = Rows.of(logits.detach()), None
+    if wants_gradient and logits.dtype != torch.float16:
+        dlogits = call.allocate_gradient(rows.logits)
+    result, tokens = evaluate(rows, call, dlogits)
+    loss = FusedLoss.apply(logits, call, result, tokens, dlogits)
+    return LossOutput.of(loss, result, tokens, inputs.target.shape)
 
 
 @torch.no_grad()

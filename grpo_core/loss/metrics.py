@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_core.loss.inputs import Tokens
+from grpo_core.loss.tokens import Tokens
 from grpo_core.objective.advantage import equal_reward_groups
 from grpo_core.objective.validation import check_tensor
 

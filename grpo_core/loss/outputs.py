@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_core.loss.inputs import Tokens
+from grpo_core.kernels.records import RowLoss
 from grpo_core.loss.metrics import loss_metrics
+from grpo_core.loss.tokens import Tokens
 
 
 class TokenLogp(NamedTuple):
@@ -42,6 +43,14 @@ class LossOutput:
     _dropped: Tensor = field(repr=False)
     _skipped: int | Tensor | None = field(default=None, repr=False)
     _metrics: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    @classmethod
+    def of(cls, loss: Tensor, result: RowLoss, tokens: Tokens, shape: torch.Size) -> LossOutput:
+        """The output of a loss whose vectors are in `result`, shaped like its target."""
+        vectors = (result.logp, result.entropy, result.ratio, result.kl)
+        logp, entropy, ratio, kl = (vector.view(shape) for vector in vectors)
+        factor = None if tokens.factor is None else tokens.factor.view(shape)
+        return cls(loss, logp, entropy, ratio, kl, factor, tokens, tokens.valid, result.dropped)
 
     @property
     def factor(self) -> Tensor:

@@ -7,13 +7,16 @@ reduction are PyTorch's own.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from grpo_core.backends import Backend, sequence_ratio
+from grpo_core.backends import sequence_ratio
 from grpo_core.backends.formula import as_torch
-from grpo_core.loss.fused_loss import LossOutput
-from grpo_core.loss.inputs import LOGIT_DTYPES, LossInputs, Tokens
+from grpo_core.loss.inputs import LOGIT_DTYPES, LossInputs
+from grpo_core.loss.outputs import LossOutput
+from grpo_core.loss.tokens import Tokens
 from grpo_core.objective.objective import Objective
 from grpo_core.objective.recipes import find_objective
 from grpo_core.objective.validation import check_tensor
@@ -24,21 +27,8 @@ def reference_loss(
     target: Tensor,
     *,
     objective: str | Objective = "grpo",
-    advantage: Tensor | None = None,
-    rewards: Tensor | None = None,
-    group_size: int | None = None,
-    group_id: Tensor | None = None,
-    old_logp: Tensor | None = None,
-    ref_logp: Tensor | None = None,
-    ref_logits: Tensor | None = None,
-    sampler_logp: Tensor | None = None,
-    mask: Tensor | None = None,
-    sequence_id: Tensor | None = None,
-    normalizer: Tensor | float | None = None,
-    temperature: float = 1.0,
     inplace: bool = False,
-    backend: Backend | None = None,
-    validate: bool | None = None,
+    **arguments: Any,
 ) -> LossOutput:
     """`fused_loss` by plain PyTorch: same arguments, same outputs, float64 logits too.
 
@@ -49,30 +39,13 @@ def reference_loss(
 
     Everything else, the exceptions and the treatment of rows that are not finite: see `fused_loss`.
     """
-    inputs = LossInputs(
-        target=target,
-        objective=find_objective(objective),
-        advantage=advantage,
-        rewards=rewards,
-        group_size=group_size,
-        group_id=group_id,
-        old_logp=old_logp,
-        ref_logp=ref_logp,
-        ref_logits=ref_logits,
-        sampler_logp=sampler_logp,
-        mask=mask,
-        sequence_id=sequence_id,
-        normalizer=normalizer,
-        temperature=temperature,
-        backend=backend,
-        validate=validate,
-    )
+    inputs = LossInputs(target=target, objective=find_objective(objective), **arguments)
     check_tensor("logits", logits)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     tokens = inputs.tokens(logits, dtype=dtype, logit_dtypes=(*LOGIT_DTYPES, torch.float64))
     rows, ref = (
-        None if x is None else x.reshape(-1, x.shape[-1]).to(dtype) / temperature
-        for x in (logits, ref_logits)
+        None if x is None else x.reshape(-1, x.shape[-1]).to(dtype) / inputs.temperature
+        for x in (logits, inputs.ref_logits)
     )
     assert rows is not None
     loss, vectors, finite, tokens = _evaluate(rows, ref, tokens)
@@ -145,7 +118,7 @@ def _token_loss(
 
 
 def _exact_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Σ_j p_j·(log p_j − log q_j) of each row; a word that π forbids adds nothing."""
+    """Σ_j p_j·(log p_j − log q_j) of each row; an entry of probability 0 adds nothing."""
     possible = log_p.exp() > 0
     gap = torch.where(possible, log_p - log_q, 0.0)
     return (torch.where(possible, log_p.exp(), 0.0) * gap).sum(1)

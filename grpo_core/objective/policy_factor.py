@@ -36,7 +36,7 @@ from grpo_core.objective.off_policy import (
 from grpo_core.objective.validation import check_not_negative, check_type, is_number
 
 if TYPE_CHECKING:
-    from grpo_core.loss.inputs import Tokens
+    from grpo_core.loss.tokens import Tokens
 
 # e²⁰ is far above any ratio of use, and far below what overflows
 LARGEST_LOG_RATIO = 20.0
@@ -154,7 +154,7 @@ class PolicyFactor:
                 weighted = tokens.scale_factor(factor)
         for rule in self.rejections:
             left = left & rule.apply(*vectors)[1]
-        return weighted.drop(tokens.valid & ~left)
+        return weighted.keep(left)
 
     @torch.no_grad()
     def of_statistics(self, tokens: Tokens, logp: Tensor, entropy: Tensor) -> Tokens:
