@@ -27,12 +27,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from grpo_core.objective.off_policy import (
-    Rejection,
-    SamplerCorrection,
-    combine,
-    find_off_policy,
-)
+from grpo_core.objective.off_policy import Rejection, SamplerCorrection, combine, find_off_policy
 from grpo_core.objective.validation import check_not_negative, check_type, is_number
 
 if TYPE_CHECKING:
@@ -146,15 +141,14 @@ class PolicyFactor:
         # the loss itself drops a token whose own log-probability is not finite
         old_logp = torch.where(old_logp.isfinite(), old_logp, tokens.sampler_logp)
         vectors = (old_logp, tokens.sampler_logp, tokens.valid, tokens.sequence, tokens.sequences)
-        left, weighted = tokens.valid, tokens
+        kept, weighted = tokens.valid, tokens
         if self.sampler is not None:
             factor, kept = self.sampler.apply(*vectors)
-            left = left & kept
-            if self.sequence_weight is None:
-                weighted = tokens.scale_factor(factor)
+            # a sequence weight contains it
+            weighted = tokens if self.sequence_weight is not None else tokens.scale_factor(factor)
         for rule in self.rejections:
-            left = left & rule.apply(*vectors)[1]
-        return weighted.keep(left)
+            kept = kept & rule.apply(*vectors)[1]
+        return weighted.keep(kept)
 
     @torch.no_grad()
     def of_statistics(self, tokens: Tokens, logp: Tensor, entropy: Tensor) -> Tokens:
@@ -165,16 +159,9 @@ class PolicyFactor:
             tokens = tokens.scale_factor(self.of_sequences(tokens, logp))
         before = tokens.old_logp if tokens.sampler_logp is None else tokens.sampler_logp
         if self.off_policy_delta < math.inf and before is not None:
-            drifted = find_off_policy(
-                logp,
-                before,
-                tokens.advantage,
-                tokens.valid,
-                tokens.sequence,
-                tokens.sequences,
-                self.off_policy_delta,
-            )
-            tokens = tokens.scale_factor((~drifted).to(logp.dtype))
+            vectors = (tokens.advantage, tokens.valid, tokens.sequence, tokens.sequences)
+            drifted = find_off_policy(logp, before, *vectors, self.off_policy_delta)
+            tokens = tokens.scale_factor(~drifted)
         if self.top_entropy < 1:
             tokens = tokens.keep_surrogate_on(top_share(entropy, tokens.valid, self.top_entropy))
         return tokens
