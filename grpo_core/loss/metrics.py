@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.loss.tokens import Tokens
-from grpo_core.objective.advantage import equal_reward_groups
+from grpo_core.objective.groups import equal_reward_groups
 from grpo_core.objective.validation import check_tensor
 
 if TYPE_CHECKING:

@@ -150,10 +150,8 @@ def whiten(vector: Tensor, mask: Tensor) -> Tensor:
     """(x − mean) / √(variance + 1e-8) of the valid entries, n − 1 in the variance; else 0."""
     shape = tuple(check_floats("vector", vector).shape)
     present = check_mask("mask", mask, shape, device=vector.device) != 0
-    count = present.sum()
-    centred = torch.where(present, vector.double(), 0.0)
-    centred = torch.where(present, centred - centred.sum() / count, 0.0)
-    variance = centred.square().sum() / (count - 1).clamp(min=1)
+    centred = _centre(vector.double(), present)
+    variance = centred.square().sum() / (present.sum() - 1).clamp(min=1)
     return _like(vector, centred / (variance + WHITENING).sqrt())
 
 
@@ -196,11 +194,11 @@ def value_loss(
         raise ValueError(f"eps: expected a number > 0, got {eps!r}")
     shape = tuple(check_floats("values", values).shape)
     present = check_floats("weight", weight, shape, device=values.device) != 0
-    named = {"values": values, "old_values": old_values, "returns": returns}
-    for name, vector in named.items():
+    vectors = {"values": values, "old_values": old_values, "returns": returns}
+    for name, vector in vectors.items():
         _check_floats(name, vector, shape, present, validate)
-    named = {name: x if x is values else x.detach() for name, x in named.items()}
-    v, old, target = (_like(values, torch.where(present, x, 0.0)) for x in named.values())
+    vectors = {name: x if x is values else x.detach() for name, x in vectors.items()}
+    v, old, target = (_like(values, torch.where(present, x, 0.0)) for x in vectors.values())
     plain = (v - target).square()
     clipped = (v.clamp(old - eps, old + eps) - target).square()
     count = present.sum().clamp(min=1)
@@ -217,15 +215,15 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     shape = tuple(check_floats("values", values).shape)
     check_floats("returns", returns, shape, device=values.device)
     present = check_mask("mask", mask, shape, device=values.device) != 0
-    count = present.sum()
-
-    def spread(vector: Tensor) -> Tensor:
-        vector = torch.where(present, vector, 0.0)
-        return torch.where(present, vector - vector.sum() / count, 0.0).square().sum()
-
-    total = spread(returns.double())
-    unexplained = spread(returns.double() - values.double())
+    total = _centre(returns.double(), present).square().sum()
+    unexplained = _centre(returns.double() - values.double(), present).square().sum()
     return torch.where(total > 0, 1 - unexplained / total, torch.nan).float()
+
+
+def _centre(vector: Tensor, present: Tensor) -> Tensor:
+    """Each present entry less their mean, 0 elsewhere."""
+    vector = torch.where(present, vector, 0.0)
+    return torch.where(present, vector - vector.sum() / present.sum(), 0.0)
 
 
 def _backward_scan(addend: Tensor, factor: Tensor, last: Tensor) -> Tensor:
@@ -236,17 +234,18 @@ def _backward_scan(addend: Tensor, factor: Tensor, last: Tensor) -> Tensor:
     stride = 1
     while stride <= T:
         # doubles the number of terms in the partial sum at t
+        near, far = factor[:, :-stride], factor[:, stride:]
         total = torch.cat(
-            [total[:, :-stride] + factor[:, :-stride] * total[:, stride:], total[:, -stride:]], 1
+            [total[:, :-stride] + near * total[:, stride:], total[:, -stride:]], dim=1
         )
-        factor = torch.cat([factor[:, :-stride] * factor[:, stride:], factor[:, -stride:]], 1)
+        factor = torch.cat([near * far, factor[:, -stride:]], dim=1)
         stride *= 2
     return total[:, :-1]
 
 
 def _like(model: Tensor, result: Tensor) -> Tensor:
     """The result in float32, or in float64 if `model` is."""
-    return result if model.dtype == torch.float64 else result.float()
+    return result.to(torch.promote_types(model.dtype, torch.float32))
 
 
 def _present(mask: Tensor, name: str, padded: Tensor) -> Tensor:
