@@ -69,7 +69,7 @@ def loss_of_statistics(
 ) -> tuple[RowLoss, Tokens]:
     """The loss on vectors, from the statistics of all rows that it needs."""
     logp, entropy = stats.logp, stats.entropy
-    tokens = given.objective.factor.of_statistics(given, logp, entropy)
+    tokens = given.with_statistics(logp, entropy)
     result = kernels.sequence_loss(stats, tokens, given.terms)
     if tokens.valid is not given.valid:
         # some tokens were rejected after their rows had been read

@@ -120,9 +120,9 @@ class LossInputs:
         )
         per_sequence = self.rewards is not None or advantage.numel() != flat.numel()
         tokens = _assign_sequences(tokens, per_sequence).with_weights()
-        if old_logp is None or self.objective.factor.waits_for_logp(old_logp):
+        if old_logp is None or self.objective.factor.current:
             return tokens
-        return self.objective.factor.of_sampler(tokens, old_logp)
+        return tokens.with_sampler_factor(old_logp)
 
     @property
     def groups(self) -> tuple[Tensor, int | Tensor] | None:

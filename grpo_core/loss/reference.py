@@ -82,7 +82,7 @@ def _evaluate(
     if constant is not None:
         at, logp = constant[0], torch.where(constant[0], logp, constant[1])
     elif tokens.needs_statistics:
-        tokens = spec.factor.of_statistics(tokens, logp.detach(), entropy.detach())
+        tokens = tokens.with_statistics(logp.detach(), entropy.detach())
     log_ratio = logp - (logp.detach() if tokens.old_logp is None else tokens.old_logp)
     log_ratio = sequence_ratio.forward(log_ratio, tokens, tokens.terms)
     loss, kl = _token_loss(logp, log_ratio, exact_kl, tokens, at)

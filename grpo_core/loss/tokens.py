@@ -5,6 +5,7 @@ A masked token is marked once, by `valid`; every token has the weight that its o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from grpo_core.kernels.records import SequenceTokens, Terms
 from grpo_core.objective.aggregation import Aggregation, token_weights
 from grpo_core.objective.objective import Objective
+from grpo_core.objective.off_policy import combine, find_off_policy
+from grpo_core.objective.policy_factor import LARGEST_LOG_RATIO, SMALLEST_LOG_RATIO, top_share
 
 # the target of a masked token, as in torch.nn.functional.cross_entropy
 IGNORE = -100
@@ -31,17 +34,24 @@ class Tokens(SequenceTokens):
     groups: tuple[Tensor, int | Tensor] | None  # rewards [B]; their size, or an id for each
 
     @property
-    def needs_statistics(self) -> bool:
-        """Whether the loss of a token needs the statistics of other rows or of its own row."""
-        spec = self.objective
-        return not spec.is_token_level or spec.factor.needs_statistics(self)
+    def waits_for_sampler(self) -> bool:
+        """Whether the policy itself, not the old one, is compared with the sampler."""
+        factor = self.objective.factor
+        return factor.needs_sampler and (factor.current or self.old_logp is None)
 
     @property
     def couples_sequences(self) -> bool:
         """Whether the loss of a token needs tokens of other sequences."""
+        return self.objective.factor.top_entropy < 1 or self.waits_for_sampler
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether the loss of a token needs the statistics of other rows or of its own row."""
         factor = self.objective.factor
-        waits = factor.needs_sampler and factor.waits_for_logp(self.old_logp)
-        return factor.top_entropy < 1 or waits
+        moves = self.old_logp is not None or self.sampler_logp is not None
+        of_sequence = factor.off_policy_delta < math.inf or factor.sequence_weight is not None
+        token_level = self.objective.is_token_level
+        return not token_level or self.couples_sequences or (moves and of_sequence)
 
     @property
     def terms(self) -> Terms:
@@ -75,6 +85,58 @@ class Tokens(SequenceTokens):
         vectors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor) and v.ndim == 1}
         changes: dict[str, Any] = {k: v[rows] for k, v in vectors.items()}
         return replace(self, **changes | {"sequence_id": self.sequence[rows]})
+
+    @torch.no_grad()
+    def with_sampler_factor(self, old_logp: Tensor) -> Tokens:
+        """With the factor of `sampler`, and without the tokens that a rule rejects."""
+        rules = self.objective.factor
+        if not rules.needs_sampler:
+            return self
+        assert self.sampler_logp is not None
+        # the loss itself drops a token whose own log-probability is not finite
+        old_logp = torch.where(old_logp.isfinite(), old_logp, self.sampler_logp)
+        vectors = (old_logp, self.sampler_logp, self.valid, self.sequence, self.sequences)
+        tokens, kept = self, self.valid
+        if rules.sampler is not None:
+            factor, kept = rules.sampler.apply(*vectors)
+            # a sequence weight contains it
+            tokens = self if rules.sequence_weight is not None else self.scale_factor(factor)
+        for rule in rules.rejections:
+            kept = kept & rule.apply(*vectors)[1]
+        return tokens.keep(kept)
+
+    @torch.no_grad()
+    def with_statistics(self, logp: Tensor, entropy: Tensor) -> Tokens:
+        """With every factor that depends on the log-probability or entropy of the tokens."""
+        factor = self.objective.factor
+        tokens = self.with_sampler_factor(logp) if self.waits_for_sampler else self
+        if factor.sequence_weight is not None:
+            tokens = tokens.scale_factor(tokens.weigh_sequences(logp))
+        before = tokens.old_logp if tokens.sampler_logp is None else tokens.sampler_logp
+        if factor.off_policy_delta < math.inf and before is not None:
+            vectors = (tokens.advantage, tokens.valid, tokens.sequence, tokens.sequences)
+            drifted = find_off_policy(logp, before, *vectors, factor.off_policy_delta)
+            tokens = tokens.scale_factor(~drifted)
+        if factor.top_entropy < 1:
+            tokens = tokens.keep_surrogate_on(top_share(entropy, tokens.valid, factor.top_entropy))
+        return tokens
+
+    @torch.no_grad()
+    def weigh_sequences(self, logp: Tensor) -> Tensor:
+        """[N] φ of each token's sequence, masked tokens included; see `SequenceWeight`."""
+        factor = self.objective.factor
+        assert factor.sequence_weight is not None
+        old_logp = logp if self.old_logp is None else self.old_logp
+        log_ratio = logp - old_logp
+        counted = self.valid & log_ratio.isfinite()
+        log_ratio = log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
+        if factor.sampler is not None:
+            assert self.sampler_logp is not None
+            vectors = (old_logp, self.sampler_logp, self.valid, self.sequence, self.sequences)
+            log_w = factor.sampler.apply(*vectors)[0].to(log_ratio.dtype).log()
+            log_ratio = log_ratio + log_w.clamp(SMALLEST_LOG_RATIO, LARGEST_LOG_RATIO)
+        total = combine(log_ratio, counted, "sum", self.sequence, self.sequences)
+        return factor.sequence_weight.weigh(total, self.advantage)
 
     def scale_weights(self, number: Tensor) -> Tokens:
         """Multiplies every weight by a 0-dim tensor."""
