@@ -207,14 +207,8 @@ class LossInputs:
         if normalizer is None:
             return None
         if isinstance(normalizer, Tensor):
-            check_tensor("normalizer", normalizer)
-            if normalizer.ndim or normalizer.is_complex() or normalizer.dtype == torch.bool:
-                got = f"{list(normalizer.shape)} {normalizer.dtype}"
-                raise ValueError(f"normalizer: expected a real 0-dim tensor, got {got}")
-            if normalizer.device.type != "cpu" and normalizer.device != logits.device:
-                raise ValueError(
-                    f"normalizer: expected device {logits.device} or cpu, got {normalizer.device}"
-                )
+            device = None if normalizer.device.type == "cpu" else logits.device
+            check_mask("normalizer", normalizer, (), device=device)
             if not must_validate(self.validate, normalizer):
                 return normalizer.detach()
             normalizer = normalizer.item()

@@ -123,9 +123,7 @@ def merge_metrics(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         raise ValueError(f"parts: expected the figures of `LossOutput.metrics`, got {wrong}")
     for name in parts[0]:
         for part in parts:
-            if check_tensor(f"parts[...][{name!r}]", part[name]).ndim:
-                got = list(part[name].shape)
-                raise ValueError(f"parts: expected 0-dim tensors, got {got} for {name}")
+            check_tensor(f"parts[...][{name!r}]", part[name], ())
     columns = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
     merged = {}
     for name, column in columns.items():

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.backends import Backend, choose_backend
-from grpo_core.objective.groups import Groups, check_rewards, read_rewards
+from grpo_core.objective.groups import Groups, read_rewards
 from grpo_core.objective.validation import (
     check_choice,
     check_concrete,
@@ -47,6 +47,7 @@ from grpo_core.objective.validation import (
     check_mask,
     check_not_negative,
     check_type,
+    check_vector,
     is_int,
 )
 
@@ -142,7 +143,7 @@ def estimate_advantages(
         [B] float32, or float64 for float64 rewards.
     """
     check_concrete(rewards=rewards)
-    B = len(check_rewards("rewards", rewards))
+    B = len(check_vector("rewards", rewards))
     groups: int | Tensor
     inside: Tensor | None = None
     if group_id is not None:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from grpo_core.objective.validation import (
     check_finite,
-    check_floats,
     check_ids,
     check_mask,
+    check_vector,
     is_int,
 )
 
@@ -73,7 +73,7 @@ def read_rewards(
     name: str, rewards: Tensor, groups: int | Tensor, mask: Tensor | None, validate: bool | None
 ) -> tuple[Tensor, Groups]:
     """(rewards [B] float64, not masked, their groups), checked."""
-    B = len(check_rewards(name, rewards))
+    B = len(check_vector(name, rewards))
     present = torch.ones_like(rewards, dtype=torch.bool)
     if mask is not None:
         present = check_mask("mask", mask, (B,), device=rewards.device) != 0
@@ -86,14 +86,6 @@ def read_rewards(
         index = torch.arange(B, device=rewards.device) // groups
     check_finite(name, rewards, present, validate)
     return rewards.double(), Groups(index, present.double())
-
-
-def check_rewards(name: str, rewards: Tensor) -> Tensor:
-    """The rewards, once they are floating point and [B]."""
-    if check_floats(name, rewards).ndim != 1:
-        got = f"{list(rewards.shape)} {rewards.dtype}"
-        raise ValueError(f"{name}: expected a floating-point tensor [B], got {got}")
-    return rewards
 
 
 @torch.no_grad()

@@ -108,6 +108,15 @@ def check_floats(
     return tensor
 
 
+def check_vector(name: str, value: object) -> Tensor:
+    """The value itself, a floating-point tensor [B]."""
+    tensor = check_floats(name, value)
+    if tensor.ndim != 1:
+        got = f"{list(tensor.shape)} {tensor.dtype}"
+        raise ValueError(f"{name}: expected a floating-point tensor [B], got {got}")
+    return tensor
+
+
 def check_mask(
     name: str, value: object, *shapes: tuple[int, ...], device: torch.device | None = None
 ) -> Tensor:
