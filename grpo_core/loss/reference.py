@@ -51,25 +51,23 @@ def reference_loss(
     loss, vectors, finite, tokens = _evaluate(rows, ref, tokens)
     kept = tokens.valid & finite
     if not finite.all():
-        # once more with the dropped rows as constants, or 0·NaN would reach the gradient
+        # once more without the dropped rows, or 0·NaN would reach the gradient
         rows = rows.masked_fill(~kept[:, None], 0.0)
-        loss, *_ = _evaluate(rows, ref, tokens, constant=(kept, vectors[0].detach()))
+        loss, *_ = _evaluate(rows, ref, tokens, kept)
     shape, valid = target.shape, tokens.valid
     shown = (torch.where(valid, vector.detach(), 0.0).view(shape) for vector in vectors)
     logp, entropy, ratio, kl = shown
-    factor = torch.ones_like(logp) if tokens.factor is None else tokens.factor.view(shape)
+    factor = None if tokens.factor is None else tokens.factor.view(shape)
     return LossOutput(loss, logp, entropy, ratio, kl, factor, tokens, valid, valid & ~kept)
 
 
 def _evaluate(
-    rows: Tensor,
-    ref: Tensor | None,
-    tokens: Tokens,
-    constant: tuple[Tensor, Tensor] | None = None,
+    rows: Tensor, ref: Tensor | None, tokens: Tokens, kept: Tensor | None = None
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor], Tensor, Tokens]:
     """(loss, (logp, entropy, ratio, kl), finite, tokens) with a graph back to `rows` [N, V].
 
-    `constant` = (kept, logp): only the rows in `kept` are part of the loss, the others keep `logp`.
+    Args:
+        kept: [N] bool, the rows that are part of the loss; None if that is not known yet.
     """
     spec = tokens.objective
     log_softmax = torch.log_softmax(rows, dim=-1)
@@ -78,22 +76,18 @@ def _evaluate(
         # 0·log 0 = 0
         entropy = -(log_softmax.exp() * log_softmax.clamp(min=-1e30)).sum(1)
     exact_kl = None if ref is None else _exact_kl(log_softmax, torch.log_softmax(ref, dim=-1))
-    at = torch.ones_like(tokens.valid)
-    if constant is not None:
-        at, logp = constant[0], torch.where(constant[0], logp, constant[1])
-    elif tokens.needs_statistics:
+    if kept is None and tokens.needs_statistics:
         tokens = tokens.with_statistics(logp.detach(), entropy.detach())
     log_ratio = logp - (logp.detach() if tokens.old_logp is None else tokens.old_logp)
     log_ratio = sequence_ratio.forward(log_ratio, tokens, tokens.terms)
+    at = torch.ones_like(tokens.valid) if kept is None else kept
     loss, kl = _token_loss(logp, log_ratio, exact_kl, tokens, at)
     ratio = log_ratio.exp()
-    weight = tokens.weight[at]
-    if tokens.entropy_weight is None:
-        loss = weight * loss
-    else:
-        loss = weight * loss - tokens.entropy_weight[at] * entropy[at]
+    loss = tokens.weight[at] * loss
+    if tokens.entropy_weight is not None:
+        loss = loss - tokens.entropy_weight[at] * entropy[at]
     finite = logp[at].isfinite() & ratio[at].float().isfinite() & loss.isfinite()
-    if constant is None:
+    if kept is None:
         finite = finite & ~sequence_ratio.spread(tokens.valid & ~finite, tokens, tokens.terms)
     total = torch.where(tokens.valid[at] & finite, loss, 0.0).sum()
     return total, (logp, entropy, ratio, kl), finite, tokens
