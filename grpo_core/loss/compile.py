@@ -7,7 +7,7 @@ value; and Inductor sums in another order, which would change the bits of a loss
 An operator takes tensors and strings. So a call becomes a list of its tensors, a float64 tensor of
 its numbers in host memory, and a key: the call as a Python expression over `tensors` and `numbers`.
 A new value of a number compiles nothing once torch treats the number as dynamic, which it does when
-the number first changes. The objective is named by its `key`.
+the number first changes. The function of a surrogate is named.
 
 From logits the backward runs the loss again, with its gradient: one more read of the logits than
 in eager mode, and no gradient to keep. From hidden states a product costs more, so the forward
@@ -28,7 +28,10 @@ from torch import Tensor
 from grpo_core.loss.inputs import LossInputs
 from grpo_core.loss.outputs import LossOutput
 from grpo_core.loss.tokens import Tokens
-from grpo_core.objective.objective import Objective, objective_of
+from grpo_core.objective.advantage import Estimator
+from grpo_core.objective.objective import Objective, Surrogate, function_of
+from grpo_core.objective.off_policy import Rejection, SamplerCorrection
+from grpo_core.objective.policy_factor import PolicyFactor, SequenceWeight
 
 # an operator reads numbers from host memory, which a replayed CUDA graph would not do again
 TAGS = (torch.Tag.cudagraph_unsafe,)
@@ -50,7 +53,7 @@ VECTORS = {
     "sequence_id": torch.int64,
 }
 # the names in the expression of a call, and the fields of the records among them
-NAMES: dict[str, Any] = {"torch": torch, "objective_of": objective_of}
+NAMES: dict[str, Any] = {"torch": torch, "Surrogate": Surrogate, "function_of": function_of}
 FIELDS: dict[str, tuple[str, ...]] = {}
 
 
@@ -67,11 +70,13 @@ def register_function(function: Named) -> Named:
 def register_record(record: Record) -> Record:
     """Lets a graph pass a dataclass of tensors, numbers and constants."""
     NAMES[record.__name__] = record
-    FIELDS[record.__name__] = tuple(field.name for field in fields(record))
+    FIELDS[record.__name__] = tuple(field.name for field in fields(record) if field.init)
     return record
 
 
-register_record(LossInputs)
+RULES = (Estimator, PolicyFactor, SamplerCorrection, Rejection, SequenceWeight)
+for record in (LossInputs, Objective, *RULES):
+    register_record(record)
 
 
 def logp_in_graph(function: Callable[..., Any], *arguments: Any, **options: Any) -> list[Tensor]:
@@ -93,9 +98,6 @@ def loss_in_graph(
     Args:
         options: further arguments of the function.
         ahead: whether the forward makes the gradients.
-
-    Raises:
-        ValueError: an objective that was made inside of the graph.
     """
     tensors: list[Tensor] = []
     for leaf in leaves:
@@ -162,12 +164,12 @@ def _write(value: Any, tensors: list[Tensor], numbers: list[float]) -> str:
     if isinstance(value, Tensor):
         tensors.append(value)
         return f"tensors[{len(tensors) - 1}]"
-    if isinstance(value, Objective):
-        if not value.key:
-            raise ValueError("objective: expected one made outside of the compiled function")
-        numbers.extend(value.numbers)
-        first = len(numbers) - len(value.numbers)
-        return f'objective_of("{value.key}", numbers[{first}:{len(numbers)}])'
+    if isinstance(value, Surrogate):
+        args = _write(value.args, tensors, numbers)
+        return f'Surrogate(function_of("{value.name}"), {args}, {value.homogeneous})'
+    if isinstance(value, tuple):
+        written = [_write(each, tensors, numbers) + ", " for each in value]
+        return f"({''.join(written)})"
     if value is None or isinstance(value, (bool, torch.dtype)):
         return str(value)
     if isinstance(value, str):
