@@ -22,7 +22,7 @@ class TokenLogp(NamedTuple):
 
 @dataclass(frozen=True)
 class LossOutput:
-    """What `fused_loss` returns: the loss, and per token what it was made of.
+    """The result of `fused_loss`: the loss, and its terms per token.
 
     Attributes:
         loss: 0-dim float32, differentiable with respect to the logits.
@@ -54,12 +54,12 @@ class LossOutput:
 
     @property
     def factor(self) -> Tensor:
-        """What the surrogate was multiplied by, see `policy_factor`; 1 without one."""
+        """The factor of the surrogate, see `policy_factor`; 1 without one."""
         return torch.ones_like(self.logp) if self._factor is None else self._factor
 
     @property
     def metrics(self) -> dict[str, Tensor]:
-        """Figures of this call, see `metrics.METRICS`; computed when first asked for."""
+        """Metrics of this call, see `metrics.METRICS`; computed when first asked for."""
         if not self._metrics:
             self._metrics.update(loss_metrics(self))
         return self._metrics

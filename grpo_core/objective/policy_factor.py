@@ -10,8 +10,8 @@
 | `sequence_weight` | φ(W) of the sequence's ratio; `sampler` is then part of W               |
 
 The factors multiply each other. Only `rejections`, and `sampler` with action "reject", take tokens
-out of the mask; each of them sees the tokens that were there before all of them. All other parts
-leave the KL and every mean unchanged, except that tokens of low entropy get no entropy bonus, as in
+out of the mask; each of them sees the tokens before any rejection. All other parts leave the KL and
+every mean unchanged, except that tokens of low entropy get no entropy bonus, as in
 TRL. With an `old_logp`, `sampler` and `rejections` are computed before the logits are read. The
 other parts need two phases.
 
