@@ -140,7 +140,7 @@ class TrlPreset(Preset):
             clipped = (means.ratio > options.upper) & positive
             metrics["cispo_clip_ratio"] = mean(clipped)
         elif options.loss_type == "vespo":
-            phi = self.objective.factor.of_sequences(means.tokens, means.logp)
+            phi = means.tokens.weigh_sequences(means.logp)
             metrics["vespo/phi_seq_mean"] = means.mean_by_sequence(phi)
         elif options.loss_type in CLIPPED:
             ratio = means.ratio.clamp(max=math.inf if options.delta is None else options.delta)
