@@ -122,7 +122,7 @@ def check_head(name: str, lm_head: Tensor | LinearHead, hidden: Tensor) -> Linea
         check_concrete(**{name: tensor})
         if (
             tensor is not None
-            and check_tensor(name, tensor, hidden.device).dtype not in HEAD_DTYPES
+            and check_tensor(name, tensor, device=hidden.device).dtype not in HEAD_DTYPES
         ):
             raise ValueError(f"{name}: expected one of {HEAD_DTYPES}, got {tensor.dtype}")
     return head
@@ -134,7 +134,7 @@ def check_hidden(name: str, hidden: object, like: Tensor | None = None) -> Tenso
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
-    hidden = check_tensor(name, hidden, None if like is None else like.device)
+    hidden = check_tensor(name, hidden, device=None if like is None else like.device)
     if hidden.ndim not in (2, 3) or not hidden.shape[-1]:
         got = list(hidden.shape)
         raise ValueError(f"{name}: expected a tensor [B, T, D] or [N, D], got {got}")
