@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with exit_on_interrupt():
         import torch
 
-        from grpo_core.backends import choose_backend
+        from grpo_core.backends import choose_backend, default_backend
         from grpo_core.verify.checks import Setup, verify
         from grpo_core.verify.inputs import SIZES, one_per_plan
         from grpo_core.verify.report import LEGEND, report_lines
@@ -38,10 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     on_gpu = torch.cuda.is_available() and options.backend in (None, "triton")
     device = "cuda" if on_gpu else "cpu"
     try:
-        module = choose_backend(options.backend, torch.empty(0, device=device))
+        backend = options.backend or default_backend(device)
+        choose_backend(backend, torch.empty(0, device=device))
     except (NotImplementedError, ValueError) as error:
         parser.error(str(error))
-    backend = module.__name__.rpartition(".")[2]
     is_interpreted = backend == "triton" and _interpret()
     sizes = SIZES["interpreted" if is_interpreted else device]
     recipes = options.recipe or list(OBJECTIVES)
@@ -52,14 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dtypes = [getattr(torch, name) for name in DTYPES if options.dtype in (None, name)]
 
     where = torch.cuda.get_device_name() if on_gpu else f"CPU (threads: {torch.get_num_threads()})"
-    modules = [name for name in ("grpo_core", "torch", "triton") if name in sys.modules]
+    modules = [name for name in ("grpo_core", "torch", "triton", "numba") if name in sys.modules]
     versions = {name: sys.modules[name].__version__ for name in modules}
     what = "Triton kernels, interpreted with a GPU's rounding" if is_interpreted else backend
     print(f"{what} on {where}; " + ", ".join(f"{name} {v}" for name, v in versions.items()))
     print(f"{len(recipes)} recipes and variants, V = {', '.join(f'{V:,}' for V in vocabularies)}")
     print(f"\n{LEGEND}", flush=True)
     start = time.perf_counter()
-    checks = list(verify(Setup(options.backend, device, sizes), recipes, dtypes))
+    checks = list(verify(Setup(backend, device, sizes), recipes, dtypes))
     seconds = time.perf_counter() - start
     print("\n".join(report_lines(checks)))
     failures = sum(not check.ok for check in checks)
@@ -81,7 +81,7 @@ def _parser() -> Parser:
         epilog="Exit status: 0 if all checks pass, else 1.",
     )
     add = parser.add_argument
-    add("--backend", metavar="NAME", help="such as triton or torch (default: that of the device)")
+    add("--backend", metavar="NAME", help="triton, cpu or torch (default: that of the device)")
     add(
         "--recipe",
         nargs="+",
