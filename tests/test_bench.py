@@ -34,7 +34,7 @@ from grpo_core.kernels.launch import Layout
 from grpo_core.kernels.records import Rows
 from grpo_core.loss.reference import reference_loss
 from grpo_core.trainer.measure import LiveBytes
-from tests.conftest import HAS_GPU, HAS_TRITON
+from tests.conftest import CPU_BACKEND, HAS_GPU, HAS_TRITON
 
 ONE_PASS, TWO_PHASES, FORWARD = CASES
 interpreted = pytest.mark.skipif(HAS_GPU or not HAS_TRITON, reason="counts interpreted kernels")
@@ -156,7 +156,7 @@ class Metered:
             "objective": "dapo",
             "advantage": torch.randn(self.N),
             "sequence_id": torch.zeros(self.N, dtype=torch.int64),
-            "old_logp": token_logp(self.logits.detach(), self.target, backend="torch").logp,
+            "old_logp": token_logp(self.logits.detach(), self.target, backend=CPU_BACKEND).logp,
             "validate": False,
             **given,
         }
@@ -327,7 +327,7 @@ def test_a_wrong_contender_is_refused(wrong: str, spoil: Any, logits_truth: Any)
 def logits_truth() -> Any:
     """A right outcome from logits, and the truth."""
     batch = Batch.draw(12, 3001, torch.float32, "cpu")
-    outcome = Contender("x", partial(ours, backend="torch")).call(batch, ONE_PASS)()
+    outcome = Contender("x", partial(ours, backend=CPU_BACKEND)).call(batch, ONE_PASS)()
     return outcome, find_truth(batch)
 
 

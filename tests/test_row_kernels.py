@@ -19,7 +19,7 @@ from tests import oracles
 from tests.accuracy import FLOOR, assert_no_worse
 from tests.combinations import paired
 from tests.compiled import uninterpreted
-from tests.conftest import BACKENDS, HAS_TRITON
+from tests.conftest import BACKENDS, CPU_BACKEND, HAS_TRITON
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -171,7 +171,7 @@ def test_nothing_is_contracted_but_what_kernels_name() -> None:
 
 def test_threads_do_not_change_a_bit_of_the_torch_backend() -> None:
     """One row or many, one thread or more: the same logp and entropy, at a real vocabulary."""
-    kernels = choose_backend("torch", torch.empty(0))
+    kernels = choose_backend(CPU_BACKEND, torch.empty(0))
     logits = 3 * torch.randn(5, 151_669)
     target = torch.randint(0, 151_669, (5,))
     threads = torch.get_num_threads()

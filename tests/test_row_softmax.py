@@ -20,6 +20,7 @@ from grpo_core import (
 )
 from grpo_core.backends.pytorch_softmax import _Others
 from grpo_core.loss.reference import reference_loss
+from tests.conftest import CPU_BACKEND
 
 BONUS = RECIPES["dapo"].replace(entropy_coef=0.1)
 
@@ -42,7 +43,7 @@ def test_a_target_far_above_all_others(margin: float) -> None:
     others = exact.scatter(1, target[:, None], -math.inf) - mine
     logp = -torch.log1p(others.exp().sum(1))
     torch.testing.assert_close(
-        token_logp(logits, target, backend="torch").logp.double(),
+        token_logp(logits, target, backend=CPU_BACKEND).logp.double(),
         # below the least float32 number there is only 0
         torch.where(logp > -1e-45, 0.0, logp),
         rtol=5e-6,
@@ -50,7 +51,7 @@ def test_a_target_far_above_all_others(margin: float) -> None:
     )
     leaf = logits.clone().requires_grad_()
     given = {"objective": BONUS, "advantage": torch.ones(4), "sequence_id": torch.arange(4)}
-    fused_loss(leaf, target, backend="torch", **given).loss.backward()
+    fused_loss(leaf, target, backend=CPU_BACKEND, **given).loss.backward()
     double = exact.requires_grad_()
     reference_loss(double, target, **given).loss.backward()
     # the target's own, 1 − p, is beyond float64; a row's gradients sum to 0
@@ -107,7 +108,7 @@ def test_threads_do_not_change_a_bit(V: int, masked: bool, N: int) -> None:
                 objective=BONUS,
                 advantage=torch.ones(N),
                 sequence_id=torch.arange(N) // 4,
-                backend="torch",
+                backend=CPU_BACKEND,
             )
             out.loss.backward()
             assert torch.get_num_threads() == threads
@@ -129,7 +130,7 @@ def test_scratch_is_float32_whatever_the_default(default: torch.dtype) -> None:
         leaf = logits.clone().requires_grad_()
         try:
             torch.set_default_dtype(dtype)
-            out = fused_loss(leaf, target, objective=BONUS, backend="torch", **given)
+            out = fused_loss(leaf, target, objective=BONUS, backend=CPU_BACKEND, **given)
             out.loss.backward()
         finally:
             torch.set_default_dtype(torch.float32)
@@ -150,7 +151,7 @@ def test_a_certain_target_whose_reference_forbids_other_words() -> None:
         ref_logits=ref_logits,
         advantage=torch.ones(2),
         sequence_id=torch.arange(2),
-        backend="torch",
+        backend=CPU_BACKEND,
     )
     out.loss.backward()
     assert out.metrics["nonfinite_rows"] == 0
@@ -169,7 +170,7 @@ def test_a_masked_token_of_a_broken_sequence_has_ratio_0() -> None:
         objective="gspo",
         advantage=torch.ones(1),
         mask=torch.tensor([[True, False, True]]),
-        backend="torch",
+        backend=CPU_BACKEND,
     )
     assert out.ratio[0, 1] == 0
     assert out.ratio[0, [0, 2]].isnan().all()
@@ -185,7 +186,7 @@ def test_a_masked_token_has_ratio_0_whatever_its_old_logp() -> None:
         advantage=torch.ones(1),
         mask=torch.tensor([[False, True, False]]),
         old_logp=torch.tensor([[-1e4, -1.0, math.nan]]),
-        backend="torch",
+        backend=CPU_BACKEND,
     )
     assert out.ratio[0, [0, 2]].tolist() == [0.0, 0.0]
     assert out.ratio[0, 1] == pytest.approx(math.e / 5)
