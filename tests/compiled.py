@@ -35,9 +35,7 @@ def uninterpreted(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def inspected(
-    *arguments: str, command: tuple[str, str] = ("-m", "grpo_core.inspect")
-) -> Inspected:
+def inspected(*arguments: str, command: tuple[str, str] = ("-m", "grpo_core.inspect")) -> Inspected:
     """`python -m grpo_core.inspect`, or what stands for it."""
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "figures.json"

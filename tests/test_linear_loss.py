@@ -29,6 +29,7 @@ from grpo_core.backends.formula import as_torch
 from grpo_core.linear.matmuls import Layout, choose_layout
 from grpo_core.loss.reference import reference_loss
 from tests.accuracy import assert_no_worse
+from tests.combinations import over_backends
 from tests.conftest import CPU_BACKEND, is_interpreted
 from tests.test_fused_loss import OBJECTIVES
 
@@ -233,7 +234,10 @@ def test_every_head(name: str, options: str) -> None:
     check(OBJECTIVES[name], head, hidden, arguments, variants)
 
 
-@pytest.mark.parametrize("name", ["grpo", "sequence", "exact KL, entropy", "top entropy, bonus"])
+@over_backends(
+    ["grpo", "sequence", "exact KL, entropy", "top entropy, bonus"],
+    interpreted=["sequence", "exact KL, entropy"],
+)
 def test_every_backend(backend: str, device: str, name: str) -> None:
     """The kernels, too, on a head with everything."""
     head = make_head(**HEADS["everything"])
@@ -440,7 +444,7 @@ def test_surrogates_that_promise_it_vanish_without_an_advantage() -> None:
         assert surrogate.homogeneous == all(bool((part == 0).all()) for part in found), name
 
 
-@pytest.mark.parametrize("name", ["dapo", "sequence", "exact KL, entropy"])
+@over_backends(["dapo", "sequence", "exact KL, entropy"], interpreted=["exact KL, entropy"])
 def test_logp_has_the_same_bits_in_every_chunk(backend: str, device: str, name: str) -> None:
     """Whatever the budget, the plan, the rows beside it; and those of `linear_token_logp`."""
     head = make_head()
