@@ -333,10 +333,8 @@ def test_the_kernels(backend: str, device: str, loss_type: str) -> None:
     """
     given = problem(1)
     ratios = sampler_ratios(given)
-    worst, cases = (
-        Worst(),
-        pairs_with(loss_type)[:2] if is_interpreted(backend) else pairwise(CHOICES),
-    )
+    worst = Worst()
+    cases = pairs_with(loss_type)[:2] if is_interpreted(backend) else pairwise(CHOICES)
     for options in (options_of(loss_type, chosen) for chosen in cases):
         case = trl_case(given, options, ratios)
         theirs = trl_loss(case, **options)
