@@ -469,7 +469,9 @@ def test_checkpointing_of_the_whole_model(reentrant: bool) -> None:
     assert_close(again, plain)
 
 
-@pytest.mark.parametrize("what", ["step", "model", "in place"])
+@pytest.mark.parametrize(
+    "what", [pytest.param("step", marks=pytest.mark.slow), "model", "in place"]
+)
 def test_a_compiled_model(what: str) -> None:
     """As one graph, given its head before or after, and with requests made in the graph."""
     torch._dynamo.reset()

@@ -337,9 +337,13 @@ def test_the_exact_kl_leaves_every_other_bit_alone(
 
 
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
-def test_the_exact_kl_of_confident_rows(kernels: ModuleType, device: str, offset: float) -> None:
+def test_the_exact_kl_of_confident_rows(
+    kernels: ModuleType, backend: str, device: str, offset: float
+) -> None:
     """Margins of 0 to 30 nats in either policy: to rounding, whatever is added to a row."""
     margins = torch.tensor([0.0, 1, 5, 10, 17, 25, 30, -5, -30])
+    if is_interpreted(backend):
+        margins = margins[::2]
     pairs = torch.cartesian_prod(margins, margins)
     logits, ref_logits = torch.randn(2, len(pairs), 70)
     target = torch.randint(0, 70, (len(pairs),))
