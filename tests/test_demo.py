@@ -125,7 +125,7 @@ def test_help_documents_every_option(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.slow
 def test_a_few_steps_of_reinforcement_learning_show(tmp_path: Path) -> None:
     """R1-Zero from a third of the base's training: ten steps, and most traps are seen through."""
-    short = {"base_steps": 250, "steps": 10, "held_out": 256, "gate": 0.0}
+    short = {"base_steps": 250, "steps": 10, "evaluate_every": 10, "held_out": 256, "gate": 0.0}
     base, zero = Demo(
         DemoConfig(output=str(tmp_path), stages="zero", learning_rate=3e-4, **short)
     ).run()
