@@ -21,7 +21,7 @@ from tests.test_fused_loss import OBJECTIVES
 from tests.test_linear_loss import FEW, HEADS, case, make_head, needed
 from tests.test_torch_compile import SHOWN
 
-COMPILERS = ["eager", "aot_eager"]
+COMPILERS = ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)]
 TENSORS = ("weight", "bias", "lora_A", "lora_B")
 
 
