@@ -261,7 +261,11 @@ def counted(name: str, case: Case) -> dict[str, Any]:
 @interpreted
 @pytest.mark.parametrize(
     ("name", "package", "one_pass", "two_phases"),
-    [("liger", "liger_kernel", 6.0, 8.0), ("trl", "trl", 6.0, 6.0), ("ours-triton", "", 4.0, 6.0)],
+    [
+        pytest.param("liger", "liger_kernel", 6.0, 8.0, marks=pytest.mark.slow),
+        pytest.param("trl", "trl", 6.0, 6.0, marks=pytest.mark.slow),
+        ("ours-triton", "", 4.0, 6.0),
+    ],
 )
 def test_bytes_of_other_peoples_kernels(
     name: str, package: str, one_pass: float, two_phases: float
