@@ -38,8 +38,8 @@ def is_common(backend: str, compiler: str, name: str = "") -> bool:
     if compiler == "eager":
         return name in (CASES if on_cpu else ("grpo", "gspo", "sampler, mask, entropy, exact KL"))
     if compiler == "aot_eager":
-        return name in (("dapo", "gspo") if on_cpu else ("gspo", ""))
-    return on_cpu and name in ("dapo", "")
+        return name in (("dapo", "gspo", "") if on_cpu else ("gspo", ""))
+    return on_cpu and name == "dapo"
 
 
 def over_compilers(*names: str) -> pytest.MarkDecorator:
