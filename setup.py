@@ -24,6 +24,7 @@ setup(
         # 3.6 interprets kernels, as the tests do without a GPU, only beside numpy < 2.4
         "triton>=3.6; platform_system == 'Linux'",
         "transformers>=5",
+        "numba>=0.61",
     ],
     extras_require={
         "train": ["matplotlib", "rich"],

@@ -89,25 +89,16 @@ class Batch:
         generator = torch.Generator(device).manual_seed(0)
         normal = partial(torch.randn, generator=generator, device=device)
         if D:
-            hidden, head = normal(N, D).to(dtype), (normal(V, D) * SPREAD * D**-0.5).to(dtype)
-            token = torch.randint(V, (N,), generator=generator, device=device)
-            logp = linear_token_logp(hidden, head, token).logp
-            return cls.of((hidden, head), token, logp, generator)
-        logits = torch.empty(N, V, dtype=dtype, device=device)
-        for row in logits:
-            row.copy_(normal(V) * SPREAD)
+            head_spread = SPREAD * D**-0.5
+            inputs = normal(N, D).to(dtype), (normal(V, D) * head_spread).to(dtype)
+        else:
+            inputs = (torch.empty(N, V, dtype=dtype, device=device),)
+            for row in inputs[0]:
+                row.copy_(normal(V) * SPREAD)
         token = torch.randint(V, (N,), generator=generator, device=device)
-        return cls.of((logits,), token, token_logp(logits, token).logp, generator)
-
-    @classmethod
-    def of(
-        cls, inputs: tuple[Tensor, ...], token: Tensor, logp: Tensor, generator: torch.Generator
-    ) -> Batch:
-        """A batch of given tokens [N] of known log-probability, in sequences of one length."""
-        N, device = len(token), token.device
+        logp = (linear_token_logp if D else token_logp)(*inputs, token).logp
         T = SEQUENCE_ROWS if N % SEQUENCE_ROWS == 0 else N
         B = N // T
-        normal = partial(torch.randn, generator=generator, device=device)
         target = token.view(B, T).clone()
         target[:, -1] = MASKED
         drift = TOKEN_SPREAD * normal(B, T)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -36,21 +35,13 @@ def _read_kernel(source_ptr, sums_ptr, BLOCK: tl.constexpr, TILES: tl.constexpr)
     tl.store(sums_ptr + program, tl.sum(total, 0))
 
 
-class Ceiling(NamedTuple):
-    """A way to move memory, and how fast it was."""
-
-    name: str
-    moved_bytes: int
-    seconds: float
-
-
-def measure(device: str, elements: int) -> Iterator[Ceiling]:
-    """Every ceiling; what a kernel computed is checked before it is timed."""
+def measure(device: str, elements: int) -> Iterator[tuple[str, int, float]]:
+    """(name, bytes moved, seconds) of each; a kernel is timed once its result is checked."""
     source = torch.randn(2**12, device=device).bfloat16().repeat(elements // 2**12)
     sink = torch.empty_like(source)
     once = source.nbytes
-    yield Ceiling("torch copy_", 2 * once, median_seconds(lambda: sink.copy_(source), device))
-    yield Ceiling("torch zero_", once, median_seconds(lambda: sink.zero_(), device))
+    yield ("torch copy_", 2 * once, median_seconds(lambda: sink.copy_(source)))
+    yield ("torch zero_", once, median_seconds(sink.zero_))
     for block, warps in SHAPES:
         block = min(block, elements // TILES)
         name = f"{block:,} elements, {warps} warps"
@@ -61,7 +52,7 @@ def measure(device: str, elements: int) -> Iterator[Ceiling]:
         read()
         expected = source.view(sums.numel(), -1).double().sum(1).float()
         torch.testing.assert_close(sums, expected, rtol=1e-3, atol=1e-1)
-        yield Ceiling(f"read, {name}", once, median_seconds(read, device))
+        yield (f"read, {name}", once, median_seconds(read))
 
 
 def _main() -> None:
@@ -71,13 +62,13 @@ def _main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU, interpreted")
     given = parser.parse_args()
     found = []
-    for ceiling in measure(*("cpu", DRY_ELEMENTS) if given.dry_run else ("cuda", ELEMENTS)):
-        speed = ceiling.moved_bytes / ceiling.seconds / 1e12
-        print(f"{ceiling.name:<32}{speed:8.3f} TB/s", flush=True)
-        found.append(ceiling)
+    for name, moved, seconds in measure(
+        *("cpu", DRY_ELEMENTS) if given.dry_run else ("cuda", ELEMENTS)
+    ):
+        print(f"{name:<32}{moved / seconds / 1e12:8.3f} TB/s", flush=True)
+        found.append({"name": name, "moved_bytes": moved, "seconds": seconds})
     if given.json:
-        record: dict[str, Any] = {"machine": describe(), "dry_run": given.dry_run}
-        record["ceilings"] = [ceiling._asdict() for ceiling in found]
+        record = {"machine": describe(), "dry_run": given.dry_run, "ceilings": found}
         given.json.write_text(json.dumps(record, indent=1) + "\n")
 
 

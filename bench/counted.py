@@ -13,16 +13,20 @@ from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+if __name__ == "__main__":
+    # before the first import of a kernel
+    os.environ.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 import torch
 
+from bench.batch import CASES, Batch, Case
+from bench.contenders import Contender, contenders
+from bench.kernel_meter import KernelMeter
+from bench.machine import versions
+from bench.meter import CompiledMeter, OperandMeter, one_thread, peak_extra_bytes
 from grpo_core.cli.options import Parser
-
-if TYPE_CHECKING:
-    # whoever imports our kernels has decided whether they are interpreted
-    from bench.batch import Case
-    from bench.contenders import Contender
 
 # rows of several tiles, unaligned, so that first and last tiles are masked
 V = 20_001
@@ -49,10 +53,6 @@ def count(contender: Contender, case: Case, dtype: torch.dtype) -> dict[str, Any
 
 def _count_at(N: int, contender: Contender, case: Case, dtype: torch.dtype) -> dict[str, Any]:
     """Totals of one call over N rows."""
-    from bench.batch import Batch
-    from bench.kernel_meter import KernelMeter
-    from bench.meter import CompiledMeter, OperandMeter, one_thread, peak_extra_bytes
-
     call = contender.call(Batch.draw(N, V, dtype, "cpu"), case)
     operands = OperandMeter(threshold=V * dtype.itemsize)
     kernels = KernelMeter() if contender.kernels else None
@@ -98,8 +98,7 @@ logits), so what does not grow with the rows cancels.
 
 def markdown(figures: Iterable[Mapping[str, Any]]) -> list[str]:
     """One table per dtype and case."""
-    lines = []
-    last = None
+    lines, last = [], None
     for one in figures:
         if (one["dtype"], one["case"]) != last:
             last = (one["dtype"], one["case"])
@@ -121,10 +120,6 @@ def markdown(figures: Iterable[Mapping[str, Any]]) -> list[str]:
 def main() -> None:
     """Writes both files, and prints the one for people."""
     Parser("bench.counted", description=__doc__.splitlines()[0]).parse_args()
-    from bench.batch import CASES
-    from bench.contenders import contenders
-    from bench.machine import versions
-
     figures = [
         count(contender, case, dtype)
         for dtype in (torch.bfloat16, torch.float32)
@@ -143,5 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
     main()

@@ -6,8 +6,9 @@ machine.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 from torch import Tensor
@@ -49,17 +50,15 @@ class KernelMeter:
         self.launches: list[str] = []
         self._program = 0
         self._accesses: list[Access] = []
-        self._counted: dict[str, Any] = {}
+        self._patches = ExitStack()
 
     def __enter__(self) -> KernelMeter:
         from triton.runtime import interpreter
 
-        self._builder = builder = interpreter.interpreter_builder
-        self._executor = interpreter.GridExecutor
-        self._run = run = self._executor.__call__
-        set_grid_idx = builder.set_grid_idx
+        builder, executor = interpreter.interpreter_builder, interpreter.GridExecutor
+        set_grid_idx, run = builder.set_grid_idx, executor.__call__
 
-        def counted(name: str, ptrs: int, mask: int | None, *stores: bool) -> None:
+        def record_access(name: str, ptrs: int, mask: int | None, *stores: bool) -> None:
             """Notes the addresses of an instruction; `ptrs`, `mask`: places among its arguments."""
             method = getattr(builder, name)
 
@@ -67,7 +66,7 @@ class KernelMeter:
                 self._record(args[ptrs], None if mask is None else args[mask], stores)
                 return method(*args, **options)
 
-            self._counted[name] = call
+            self._patches.enter_context(patch.object(builder, name, call))
 
         def next_program(*index: int) -> None:
             self._program += 1
@@ -79,29 +78,37 @@ class KernelMeter:
             with _disable_current_modes():
                 return run(grid, *args, **options)
 
-        self._executor.__call__ = counted_run
-        self._counted = {"set_grid_idx": next_program}
-        counted("create_masked_load", 0, 1, False)
-        counted("create_masked_store", 0, 2, True)
-        counted("create_atomic_cas", 0, None, False, True)
-        counted("create_atomic_rmw", 1, 3, False, True)
-        vars(builder).update(self._counted)
+        self._patches.enter_context(patch.object(executor, "__call__", counted_run))
+        self._patches.enter_context(patch.object(builder, "set_grid_idx", next_program))
+        record_access("create_masked_load", 0, 1, False)
+        record_access("create_masked_store", 0, 2, True)
+        record_access("create_atomic_cas", 0, None, False, True)
+        record_access("create_atomic_rmw", 1, 3, False, True)
         return self
 
     def __exit__(self, *failure: object) -> None:
-        self._executor.__call__ = self._run
-        # the instance's attributes hid the methods of its class
-        for name in self._counted:
-            delattr(self._builder, name)
+        self._patches.close()
 
     def traffic(self, tensor: Tensor | None = None, stores: bool | None = None) -> Traffic:
         """Bytes moved so far, within `tensor` if one is given; only written, or only read."""
-        low, high = (0, 2**64 - 1) if tensor is None else _extent(tensor)
-        return _add_up(
-            access._replace(addresses=_within(access.addresses, low, high))
-            for access in self._accesses
-            if stores is None or access.is_store == stores
-        )
+        issued = distinct = 0
+        seen: dict[tuple[int, bool], dict[int, list[np.ndarray]]] = {}
+        for program, is_store, itemsize, addresses in self._accesses:
+            if stores is not None and is_store != stores:
+                continue
+            if tensor is not None:
+                addresses = _within(addresses, tensor)
+            issued += addresses.size * itemsize
+            seen.setdefault((program, is_store), {}).setdefault(itemsize, []).append(addresses)
+        for by_size in seen.values():
+            # two logits may be read as one word here, and one by one there
+            unit = min(by_size)
+            pieces = [
+                np.add.outer(np.concatenate(parts), np.arange(0, size, unit, np.uint64)).ravel()
+                for size, parts in by_size.items()
+            ]
+            distinct += np.unique(np.concatenate(pieces)).size * unit
+        return Traffic(issued, distinct)
 
     def _record(self, ptrs: Any, mask: Any, stores: tuple[bool, ...]) -> None:
         """Notes the addresses of one instruction."""
@@ -114,32 +121,9 @@ class KernelMeter:
             self._accesses.append(Access(self._program, is_store, itemsize, addresses.ravel()))
 
 
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """(first byte, one behind the last) of a tensor, gaps between its rows included."""
-    if not tensor.numel():
-        return tensor.data_ptr(), tensor.data_ptr()
-    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize
-
-
-def _within(addresses: np.ndarray, low: int, high: int) -> np.ndarray:
-    """Those in [low, high)."""
-    return addresses[(addresses >= low) & (addresses < high)]
-
-
-def _add_up(accesses: Iterable[Access]) -> Traffic:
-    """All of them, and each byte once per program and direction."""
-    issued = distinct = 0
-    seen: dict[tuple[int, bool], dict[int, list[np.ndarray]]] = {}
-    for program, is_store, itemsize, addresses in accesses:
-        issued += addresses.size * itemsize
-        seen.setdefault((program, is_store), {}).setdefault(itemsize, []).append(addresses)
-    for by_size in seen.values():
-        # two logits may be read as one word here, and one by one there
-        unit = min(by_size)
-        pieces = [
-            np.add.outer(np.concatenate(parts), np.arange(0, size, unit, np.uint64)).ravel()
-            for size, parts in by_size.items()
-        ]
-        distinct += np.unique(np.concatenate(pieces)).size * unit
-    return Traffic(issued, distinct)
+def _within(addresses: np.ndarray, tensor: Tensor) -> np.ndarray:
+    """Those of a tensor, gaps between its rows included."""
+    extent = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    first = tensor.data_ptr()
+    behind = first + extent * tensor.itemsize if tensor.numel() else first
+    return addresses[(addresses >= first) & (addresses < behind)]

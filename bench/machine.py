@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import platform
 import re
-import statistics
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -21,9 +20,6 @@ from grpo_core.cli.options import Parser
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PACKAGES = ("torch", "triton", "numpy", "pytest", "pytest-benchmark", "liger-kernel", "trl")
 PACKAGES += ("transformers", "hypothesis", "matplotlib")
-# more than the level-2 cache of any card: writing it leaves nothing of the last round there
-FLUSHED_BYTES = 256 * 2**20
-WARM_UP, ROUNDS = 3, 20
 
 
 def versions() -> dict[str, str | None]:
@@ -73,23 +69,15 @@ def clock() -> float:
     return time.perf_counter()
 
 
-def median_seconds(call: Callable[[], object], device: str, rounds: int = ROUNDS) -> float:
-    """Median over `rounds` calls from a cold cache by the GPU's events; on a CPU one call."""
-    if device != "cuda":
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-    flushed = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device)
-    for _ in range(WARM_UP):
-        call()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
-    for start, end in events:
-        flushed.zero_()
-        start.record()
-        call()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) / 1e3 for start, end in events)
+def median_seconds(call: Callable[[], object]) -> float:
+    """Median of many calls on a GPU, each from a cold cache; without one a single call."""
+    if DEVICE == "cuda":
+        from triton.testing import do_bench
+
+        return float(1e-3 * do_bench(call, return_mode="median"))
+    start = clock()
+    call()
+    return clock() - start
 
 
 if __name__ == "__main__":

@@ -76,10 +76,10 @@ def on_line(name: str, counts: dict[int, int], tokens: int) -> float:
 def rows_of(V: int, D: int) -> list[str]:
     """A head's rows of the table, GiB."""
     counts = {tokens: peaks(V, D, tokens) for tokens in COUNTED}
-    of_path = {name: {n: counts[n][name] for n in COUNTED} for name in PATHS}
     model, rows = HEADS.get((V, D), ""), []
     for tokens in SHOWN:
-        sizes = [2 * tokens * V, *(on_line(name, c, tokens) for name, c in of_path.items())]
+        sizes = [2 * tokens * V]
+        sizes += [on_line(name, {n: counts[n][name] for n in COUNTED}, tokens) for name in PATHS]
         cells = " | ".join(f"{size / 2**30:.2f}" for size in sizes)
         shown = f"{model}: {V:,} x {D:,}" if tokens == SHOWN[0] else ""
         rows.append(f"| {shown} | {tokens:,} | {cells} |")

@@ -16,10 +16,9 @@ kernels: they allocate nothing, and memory does not depend on what they would ha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -39,8 +38,7 @@ from grpo_core.integrations.trl import patch_log_probs
 
 def _all_logits(hidden: Tensor, lm_head: Tensor, batch: Batch, recipe: Recipe) -> Terms:
     """Every way logs the entropy; TRL divides by the temperature."""
-    logits = hidden @ lm_head.t()
-    logits = logits / 1.0
+    logits = (hidden @ lm_head.t()) / 1.0
     logp = selective_log_softmax(logits[None], batch.target[None])[0]
     with torch.no_grad():
         entropy = entropy_from_logits(logits)
@@ -109,23 +107,11 @@ class Step:
 
 def _as_on_a_gpu() -> AbstractContextManager[object]:
     """Makes TRL hold on a CPU what it holds on a GPU."""
-    left_out = mock.MagicMock(name="kernel[grid]")
-    changes: dict[str, object] = {
-        "_use_triton": lambda device: True,
-        "_forward_kernel": left_out,
-        "_backward_kernel": left_out,
-    }
-    return mock.patch.multiple(chunked_logprob, create=True, **changes)
-
-
-def rows(step: Step) -> Iterator[str]:
-    """Lines of a table."""
-    yield "| head | way | peak beyond the inputs, MiB | products of 2·n·V·D |"
-    yield "|---|---|---:|---:|"
-    for head in ("trained", "frozen"):
-        for way in WAYS:
-            peak, products = step.figures(way, head == "trained")
-            yield f"| {head} | {way} | {peak / 2**20:,.0f} | {products:.3g} |"
+    kernel: Any = mock.MagicMock(name="kernel[grid]")
+    changes = {"_forward_kernel": kernel, "_backward_kernel": kernel}
+    return mock.patch.multiple(
+        chunked_logprob, create=True, _use_triton=lambda device: True, **changes
+    )
 
 
 def main() -> None:
@@ -138,8 +124,12 @@ def main() -> None:
     given = parser.parse_args()
     step = Step(given.n, given.V, given.D, given.device, getattr(torch, given.dtype))
     print(f"n = {given.n:,}, V = {given.V:,}, D = {given.D:,}, {given.dtype}, {given.device}\n")
-    for line in rows(step):
-        print(line, flush=True)
+    print("| head | way | peak beyond the inputs, MiB | products of 2·n·V·D |")
+    print("|---|---|---:|---:|")
+    for head in ("trained", "frozen"):
+        for way in WAYS:
+            peak, products = step.figures(way, head == "trained")
+            print(f"| {head} | {way} | {peak / 2**20:,.0f} | {products:.3g} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ import ast
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -70,11 +70,6 @@ class Trial:
     failure: str = ""
 
     @property
-    def terabytes(self) -> float:
-        """TB/s of the one pass, counted as one reading and one writing."""
-        return 2e-12 * self.nbytes / self.seconds["one pass"]
-
-    @property
     def total(self) -> float:
         """Seconds of all plans."""
         return float("inf") if self.failure else sum(self.seconds.values())
@@ -83,53 +78,33 @@ class Trial:
 class Plans:
     """The three plans over the same rows, and what each leaves behind."""
 
-    def __init__(self, rows: int, V: int, dtype: torch.dtype, device: str) -> None:
-        self.logits = torch.empty(rows, V, dtype=dtype, device=device)
+    def __init__(self, N: int, V: int, dtype: torch.dtype, device: str) -> None:
+        self.logits = torch.empty(N, V, dtype=dtype, device=device)
         for row in self.logits:
             row.copy_(2 * torch.randn(V, device=device))
-        self.V, self.target = V, torch.randint(V, (rows,), device=device)
-        self.key = launch.tuning_key(self.logits.device, dtype, V)
-        self.dlogits = torch.empty_like(self.logits)
+        self.V, self.key = V, launch.tuning_key(self.logits.device, dtype, V)
+        self.dlogits = dlogits = torch.empty_like(self.logits)
+        rows, target = Rows.of(self.logits), torch.randint(V, (N,), device=device)
         # every row counts and has a gradient
-        weight = torch.full((rows,), 1 / rows, device=device)
-        self.tokens = TokenVectors(self.target, weight, advantage=weight * rows)
+        weight = torch.full((N,), 1 / N, device=device)
+        tokens = TokenVectors(target, weight, advantage=weight * N)
         surrogate = RECIPES["dapo"].surrogate
-        self.terms = Terms(surrogate.function, surrogate.args, None, False, 0.0)
-        self.stats = triton_backend.row_stats(Rows.of(self.logits), self.target, 1.0)
+        terms = Terms(surrogate.function, surrogate.args, None, False, 0.0)
+        stats = triton_backend.row_stats(rows, target, 1.0)
+
+        def one_pass() -> tuple[Tensor, ...]:
+            found = triton_backend.row_loss(rows, tokens, 1.0, terms, dlogits)
+            return found.logp, found.loss, found.dlogp, dlogits
+
+        def gradient() -> tuple[Tensor, ...]:
+            slopes = Slopes(weight, None, None)
+            return (triton_backend.row_dlogits(rows, target, 1.0, slopes, stats, dlogits),)
+
         self.calls: dict[str, Callable[[], tuple[Tensor, ...]]] = {
-            "statistics": self._statistics,
-            "one pass": self._one_pass,
-            "gradient": self._gradient,
+            "statistics": lambda: triton_backend.row_stats(rows, target, 1.0)[:2],
+            "one pass": one_pass,
+            "gradient": gradient,
         }
-
-    def _statistics(self) -> tuple[Tensor, ...]:
-        stats = triton_backend.row_stats(Rows.of(self.logits), self.target, 1.0)
-        return stats.logp, stats.entropy
-
-    def _one_pass(self) -> tuple[Tensor, ...]:
-        rows = Rows.of(self.logits)
-        found = triton_backend.row_loss(rows, self.tokens, 1.0, self.terms, self.dlogits)
-        return found.logp, found.loss, found.dlogp, self.dlogits
-
-    def _gradient(self) -> tuple[Tensor, ...]:
-        slopes = Slopes(self.tokens.weight, None, None)
-        rows = Rows.of(self.logits)
-        triton_backend.row_dlogits(rows, self.target, 1.0, slopes, self.stats, self.dlogits)
-        return (self.dlogits,)
-
-
-@contextmanager
-def tuned(key: Key, tuning: Layout | None) -> Iterator[None]:
-    """The kernels with another entry of the table; None for the default."""
-    kept = launch.TUNED.pop(key, None)
-    if tuning is not None:
-        launch.TUNED[key] = tuning
-    try:
-        yield
-    finally:
-        launch.TUNED.pop(key, None)
-        if kept is not None:
-            launch.TUNED[key] = kept
 
 
 def try_out(plans: Plans, tuning: Layout, timer: Timer) -> Trial:
@@ -138,9 +113,9 @@ def try_out(plans: Plans, tuning: Layout, timer: Timer) -> Trial:
     trial = Trial(plans.key, plans.V, tuning, seconds, plans.logits.nbytes)
     default, logp = launch.choose_layout(plans.V, plans.logits.element_size()), None
     for name, call in plans.calls.items():
-        with tuned(plans.key, None):
+        with patch.dict(launch.TUNED, clear=True):
             expected = [tensor.clone() for tensor in call()]
-        with tuned(plans.key, tuning):
+        with patch.dict(launch.TUNED, {plans.key: tuning}):
             plans.dlogits.fill_(float("nan"))
             try:
                 found = call()
@@ -217,18 +192,15 @@ def rewrite_table(source: str, table: dict[Key, Layout]) -> str:
 
 
 def _line(trial: Trial, default: float) -> str:
-    """One line of the table of trials."""
-    given = {"warps": trial.tuning.warps} | {
-        field.name: value
-        for field in fields(Layout)
-        if (value := getattr(trial.tuning, field.name)) != field.default
-    }
+    """One line of the table of trials; TB/s of the one pass, one reading and one writing."""
+    given = {name: value for name, value in vars(trial.tuning).items() if value is not None}
     options = ", ".join(f"{name} {value}" for name, value in given.items())
     head = f"{trial.key[0]:<8}{trial.key[1]:<10}{trial.V:>9,}  {options:<50}"
     if trial.failure:
         return f"{head}{trial.failure}"
     times = "".join(f"{name} {1e3 * s:.3f} ms  " for name, s in trial.seconds.items())
-    return f"{head}{times}{trial.terabytes:.2f} TB/s  {default / trial.total:.3f}x"
+    terabytes = 2e-12 * trial.nbytes / trial.seconds["one pass"]
+    return f"{head}{times}{terabytes:.2f} TB/s  {default / trial.total:.3f}x"
 
 
 def run_sweep(
@@ -240,14 +212,13 @@ def run_sweep(
     minutes: float = MINUTES,
 ) -> list[Trial]:
     """Every bucket and dtype in turn, printed as it goes; each has its share of the minutes."""
-    end = time.monotonic() + 60 * minutes
+    end, trials = time.monotonic() + 60 * minutes, []
     # the largest first: what it compiles the others find compiled
     buckets = [
         (dtype, [*members])
         for dtype in dtypes
         for _, members in groupby(sorted(vocabularies, reverse=True), key=launch.tuning_bucket)
     ]
-    trials = []
     for index, (dtype, members) in enumerate(buckets):
         bucket = [Plans(rows, V, dtype, device) for V in members]
         defaults: dict[int, float] = {}
@@ -266,6 +237,21 @@ def _pretend(call: Callable[[], object], tuning: Layout) -> float:
     return 1e-3 * (1 + abs(tuning.warps - 8) / 8 + (tuning.num_stages or 3) / 100)
 
 
+def _measure(dry_run: bool) -> dict[str, Any]:
+    """A sweep, its choice, and on a GPU the ways to read a row a second time."""
+    record: dict[str, Any] = {"machine": describe(), "dry_run": dry_run}
+    if dry_run:
+        given: Any = (DRY_VOCABULARIES, DTYPES[:1], DRY_N, "cpu", _pretend, DRY_MINUTES)
+        trials = run_sweep(*given)
+    else:
+        rows = min(N, torch.cuda.mem_get_info()[1] // ROW_BYTES)
+        trials = run_sweep(VOCABULARIES, DTYPES, rows, "cuda", lambda call, _: median_seconds(call))
+        record["second_reading"] = time_candidates(rows, V_EXPERIMENT, torch.bfloat16)
+    record["trials"] = [asdict(trial) for trial in trials]
+    record["chosen"] = [[*key, asdict(tuning)] for key, tuning in choose(trials).items()]
+    return record
+
+
 def _main() -> None:
     parser = Parser("bench.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=new_file, help="write every trial there")
@@ -278,23 +264,7 @@ def _main() -> None:
     if given.apply:
         record = json.loads(given.apply.read_text())
     else:
-        if given.dry_run:
-            shape: Any = (DRY_VOCABULARIES, DTYPES[:1], DRY_N, "cpu", _pretend)
-        else:
-            rows = min(N, torch.cuda.mem_get_info()[1] // ROW_BYTES)
-            shape = (
-                VOCABULARIES,
-                DTYPES,
-                rows,
-                "cuda",
-                lambda call, _: median_seconds(call, "cuda"),
-            )
-        trials = run_sweep(*shape, minutes=DRY_MINUTES if given.dry_run else MINUTES)
-        record = {"machine": describe(), "dry_run": given.dry_run}
-        if not given.dry_run:
-            record["second_reading"] = time_candidates(rows, V_EXPERIMENT, torch.bfloat16)
-        record["trials"] = [asdict(trial) for trial in trials]
-        record["chosen"] = [[*key, asdict(tuning)] for key, tuning in choose(trials).items()]
+        record = _measure(given.dry_run)
         if given.json:
             given.json.write_text(json.dumps(record, indent=1) + "\n")
     chosen = {tuple(key): Layout(**tuning) for *key, tuning in record["chosen"]}

@@ -7,8 +7,8 @@ from grpo_core.lazy import exports
 if TYPE_CHECKING:
     from grpo_core.integrations.presets import preset
     from grpo_core.linear.head import LinearHead
-    from grpo_core.linear.logp import linear_logp
-    from grpo_core.linear.loss import fused_linear_loss, linear_token_logp
+    from grpo_core.linear.logp import linear_logp, linear_token_logp
+    from grpo_core.linear.loss import fused_linear_loss
     from grpo_core.linear.model import (
         HeadOutput,
         LogpRequest,
@@ -62,8 +62,8 @@ __getattr__ = exports(
     {
         "integrations.presets": "preset",
         "linear.head": "LinearHead",
-        "linear.logp": "linear_logp",
-        "linear.loss": "fused_linear_loss linear_token_logp",
+        "linear.logp": "linear_logp linear_token_logp",
+        "linear.loss": "fused_linear_loss",
         "linear.model": "HeadOutput LogpRequest LossRequest with_fused_head without_fused_head",
         "loss.fused_loss": "LossOutput TokenLogp fused_loss token_logp",
         "loss.logp_loss": "logp_loss",

@@ -1,7 +1,7 @@
 """The embedded run: `python -m grpo_core.train`."""
 
 from grpo_core.cli.command import training_command
-from grpo_core.runs.config import DemoConfig
+from grpo_core.runs.demo.config import DemoConfig
 
 main = training_command("grpo_core.train", DemoConfig, "grpo_core.runs.demo.demo")
 

@@ -32,8 +32,8 @@ hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
 
 
-# every backend that tests choose from, and the one that None means for tensors on a CPU
-BACKENDS = ("torch", "triton")
+# every backend that tests choose from, and the one of tests that need no other
+BACKENDS = ("torch", "cpu", "triton")
 CPU_BACKEND = "torch"
 
 

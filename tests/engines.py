@@ -22,8 +22,6 @@ class CopyEngine:
         deaf: takes versions and no weights.
     """
 
-    separate = True
-
     def __init__(
         self,
         model: Any,
@@ -31,10 +29,8 @@ class CopyEngine:
         version: int | None = None,
         off: float = 0.0,
         deaf: bool = False,
-        shared: bool = False,
     ) -> None:
         self.model, self.version, self.off, self.deaf = model, version, off, deaf
-        self.shared = shared
         self.updates: list[int] = []
         self.asked: list[Sampling] = []
 
@@ -58,9 +54,6 @@ class CopyEngine:
 
 class GivenEngine:
     """Hands out completions that are given to it, step by step."""
-
-    separate = False
-    shared = False
 
     def __init__(self, *rollouts: Rollout) -> None:
         self.rollouts = list(rollouts)

@@ -142,11 +142,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
         "temperature: expected a finite Python number >= 0.0001, got nan",
     ),
     ({"normalizer": 0}, "normalizer: expected a finite number > 0, got 0"),
-    ({"normalizer": (2,)}, "normalizer: expected a real 0-dim tensor, got [2]"),
+    ({"normalizer": (2,)}, "normalizer: expected shape [], got [2]"),
     ({"normalizer": torch.tensor(0.0)}, "normalizer: expected a finite number > 0, got 0.0"),
     ({"normalizer": torch.tensor(-3)}, "normalizer: expected a finite number > 0, got -3"),
     ({"normalizer": torch.tensor(torch.nan)}, "normalizer: expected a finite number > 0, got nan"),
-    ({"normalizer": torch.tensor(1j)}, "normalizer: expected a real 0-dim tensor, got [] "),
+    (
+        {"normalizer": torch.tensor(1j)},
+        "normalizer: expected real numbers or bool, got torch.complex64",
+    ),
     ({"normalizer": True}, "normalizer: expected a number or a 0-dim tensor, got True"),
     ({"group_size": 2}, "group_size: expected None without rewards, got 2"),
     ({"objective": ["dapo"]}, "objective: expected an Objective or one of"),
@@ -686,7 +689,7 @@ def test_figures_that_are_not_ours_are_not_merged() -> None:
         ([parts | {"own": parts["loss"]}], "got ['own']"),
         ([{"loss": parts["loss"]}], "got none named ['ratio_mean', 'ratio_square']"),
         ([parts | {"loss": 1.0}], "'loss']: expected a tensor, got float"),
-        ([parts | {"loss": torch.ones(2)}], "parts: expected 0-dim tensors, got [2] for loss"),
+        ([parts | {"loss": torch.ones(2)}], "'loss']: expected shape [], got [2]"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             merge_metrics(bad)  # type: ignore[arg-type]

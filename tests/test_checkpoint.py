@@ -16,24 +16,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from grpo_core import RECIPES
-from grpo_core.trainer.checkpoint import (
-    Interrupted,
-    checkpoints,
-    heeding_interrupts,
-    save_checkpoint,
-    save_trainer,
-    step_of,
-    stop_request,
-)
+from grpo_core.trainer.checkpoint import checkpoints, new_folder, save_trainer, step_of
+from grpo_core.trainer.console import Console
 from grpo_core.trainer.data import Epochs
 from grpo_core.trainer.loop import record
 from grpo_core.trainer.measure import MACHINE
 from grpo_core.trainer.monitor import append_json, writing
 from grpo_core.trainer.rewards import Scores
 from grpo_core.trainer.rollout import Problem, Sampling
+from grpo_core.trainer.signals import Interrupted, heeding_interrupts, stop_request
 from grpo_core.trainer.trainer import Trainer, TrainerConfig
 from tests.compiled import ROOT
 from tests.micro import MAX_NEW_TOKENS, draw_problems, micro_model, share_of_sevens
@@ -223,8 +218,13 @@ def test_a_full_disk_is_named_and_costs_no_checkpoint(room: int, tmp_path: Path)
 
 def test_a_full_disk_in_the_middle_of_shards(tmp_path: Path) -> None:
     shards = {"model": dict(micro_model().state_dict())}
-    with full_disk(20_000), pytest.raises(OSError, match="step-000001: could not be written; is"):
-        save_checkpoint(tmp_path, 1, micro_model(), {}, keep=1, shards=shards)
+    folder = tmp_path / "step-000001"
+    with (
+        full_disk(20_000),
+        pytest.raises(OSError, match="step-000001: could not be written; is"),
+        new_folder(folder) as unfinished,
+    ):
+        dcp.save(shards, checkpoint_id=unfinished / "shards")
     assert not list(tmp_path.iterdir())
 
 
@@ -244,9 +244,9 @@ def test_records_after_the_checkpoint_are_taken_back(
 ) -> None:
     """The run went on for two steps and half a line after its last checkpoint, and then died."""
     run = trainer(tmp_path, checkpoint_every=2)
-    record(run, {"step": 0}, None)
+    record(run, {"step": 0}, None, Console())
     for _ in range(4):
-        record(run, run.step(), None)
+        record(run, run.step(), None, Console())
         if run.steps_done == 2:
             save_trainer(run, tmp_path / "checkpoints")
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -406,20 +406,22 @@ def test_without_a_checkpoint_it_begins_at_the_beginning(tmp_path: Path) -> None
 
 
 def test_poisoned_weights_are_not_saved(tmp_path: Path) -> None:
-    model = micro_model()
-    folder = save_checkpoint(tmp_path, 1, model, {}, keep=1)
+    run = trainer(tmp_path)
+    run.step()
+    folder = save_trainer(run, tmp_path / "checkpoints")
+    run.step()
     with torch.no_grad():
-        model.lm_head.weight[0, 0] = torch.nan
+        run.model.get_output_embeddings().weight[0, 0] = torch.nan
     with pytest.raises(FloatingPointError, match=r"values in lm_head\.weight at step 2"):
-        save_checkpoint(tmp_path, 2, model, {}, keep=1)
-    assert checkpoints(tmp_path) == [folder]
+        save_trainer(run, tmp_path / "checkpoints")
+    assert checkpoints(tmp_path / "checkpoints") == [folder]
 
 
 def test_the_same_step_twice(tmp_path: Path) -> None:
-    model = micro_model()
-    for state in ({"a": 1}, {"a": 2}):
-        folder = save_checkpoint(tmp_path, 7, model, state, keep=1)
-    assert torch.load(folder / "trainer.pt")["a"] == 2
+    for text in ("first", "second"):
+        with new_folder(tmp_path / "step-000007") as folder:
+            (folder / "file").write_text(text)
+    assert (tmp_path / "step-000007/file").read_text() == "second"
     assert [path.name for path in tmp_path.iterdir()] == ["step-000007"]
 
 

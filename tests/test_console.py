@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from grpo_core import RECIPES
-from grpo_core.runs.columns import NEAR_ZERO, choose_columns, memory_text, percent, short
+from grpo_core.runs import console, figures
 from grpo_core.runs.console import Console, Lines, open_console
+from grpo_core.runs.figures import NEAR_ZERO, choose_cells, line, memory_text, short
 from grpo_core.trainer import samples
 from grpo_core.trainer.evaluate import evaluate
 from grpo_core.trainer.rollout import Problem, Sampling
@@ -84,7 +85,7 @@ def test_lines_hold_the_figures_of_their_steps(
         _, history = run(tmp_path, Lines())
     lines = capsys.readouterr().out.splitlines()
     assert all(len(line) <= 80 for line in lines)
-    (head,) = (line.split() for line in lines if line.startswith("step "))
+    (head,) = (line.split() for line in lines if line.startswith(" step "))
     assert {"reward", "sevens", "length", "cut", "KL", "entropy", "clip", "grad", "s"} <= {*head}
     rows = [line.split() for line in lines if re.match(r" +\d+ +\d\.\d{3} ", line)]
     assert [row[0] for row in rows] == ["1", "2", "3", "4"]
@@ -92,7 +93,7 @@ def test_lines_hold_the_figures_of_their_steps(
         cells = dict(zip(head, row, strict=True))
         assert cells["reward"] == cells["sevens"] == f"{record['reward']:.3f}"
         assert cells["KL"] == short(record["kl"])
-        assert cells["cut"] == percent(record["truncated"])
+        assert cells["cut"] == f"{record['truncated']:.0%}"
         assert cells["grad"] == short(record["grad_norm"])
     text = " ".join(" ".join(lines).split())
     assert text.count("nothing is wrong") == text.count("ran into max_new_tokens") == 1
@@ -201,7 +202,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorder:
 @pytest.mark.parametrize("height", [24, 40, 100])
 def test_a_frame_fits_the_terminal(height: int, recorded: Recorder) -> None:
     rich = pytest.importorskip("rich.console")
-    from grpo_core.runs.live_console import Live
+    from grpo_core.runs.console import Live
 
     screen = io.StringIO()
     terminal = rich.Console(file=screen, width=80, height=height, force_terminal=True)
@@ -235,47 +236,43 @@ def plain(terminal: Any, frame: Any) -> str:
 
 def test_markup_in_a_completion_is_text_and_colours_tell(tmp_path: Path) -> None:
     rich = pytest.importorskip("rich.console")
-    from grpo_core.runs import live_console as blocks
-
     terminal = rich.Console(width=80, record=True, file=io.StringIO())
-    live = blocks.Live(terminal, moving=False)
+    live = console.Live(terminal, moving=False)
     live.begin("x", 0, config())
     texts = {"best": "[bold]1[/bold] [/b] :smile:", "worst": "long " * 100 + "end"}
     for kind, reward in (("best", 1.0), ("worst", 0.0)):
         sample = Sample(kind, 3, "?", texts[kind], None, reward, {})  # type: ignore[arg-type]
-        live.samples.append(sample)
-    for block in live.sample_blocks():
-        terminal.print(*block, sep="\n")
+        terminal.print(live.sample(sample))
     html = terminal.export_html(clear=False)
     shown = terminal.export_text()
     assert texts["best"] in shown
     assert " … " in shown and shown.rstrip().endswith("end") and len(shown.splitlines()) == 5
-    assert blocks.GOOD in html and blocks.BAD in html
+    assert console.GOOD in html and console.BAD in html
     record = {"step": 1, "reward": 0.0, "truncated": 0.3, "zero_std": 0.0, "grad_norm": math.nan}
-    columns = [
-        column for column in choose_columns([], config(), 80) if column.head in ("cut", "grad")
-    ]
-    terminal.print(*blocks.steps_block([record], columns))
-    assert terminal.export_html().count(blocks.BAD) >= 1
+    live.records.append(record)
+    terminal.print(live.steps(1))
+    assert terminal.export_html().count(f"color: {console.BAD}") >= 1
 
 
 def test_held_out_figures_stand_under_their_names() -> None:
-    """Of a part with an avg@k its mean is not repeated; of greedy answers it says so."""
-    pytest.importorskip("rich")
-    from grpo_core.runs.live_console import held_out_block
-
+    """A mean is not shown beside the avg@k that is the same; greedy completions are named."""
+    rich = pytest.importorskip("rich.console")
     figures = {"greedy_r.py:math": 0.5, "reward": 1.0, "r.py:math": 0.25, "r.py:math/avg@8": 0.25}
     first = {"step": 0, "held_out": figures}
     last = {"step": 5, "held_out": {**figures, "reward": 2.0, "r.py:math/pass@8": 0.75}}
-    lines = [line.plain.split() for line in held_out_block([first, last], 80)]
-    assert lines[:4] == [
-        ["held", "out", "math", "reward", "math", "math"],
-        ["greedy", "avg@8", "pass@8"],
-        ["step", "0", "0.500", "1.000", "0.250", "nan"],
-        ["step", "5", "0.500", "2.000", "0.250", "0.750"],
-    ]
-    narrow = held_out_block([first, last], 30)
-    assert narrow[0].plain.split() == ["held", "out", "math", "reward"]
+    heads = {80: ["math math math", "held out greedy reward avg@8 pass@8"]}
+    heads |= {30: ["math", "held out greedy reward"]}
+    for width, count in ((80, 4), (30, 2)):
+        terminal = rich.Console(width=width, file=io.StringIO())
+        live = console.Live(terminal, moving=False)
+        live.begin("x", 0, config())
+        live.evaluations = [first, last]
+        lines = [text.split() for text in plain(terminal, live.held_out()).splitlines()]
+        assert lines[:4] == [
+            *map(str.split, heads[width]),
+            ["step", "0", *["0.500", "1.000", "0.250", "nan"][:count]],
+            ["step", "5", *["0.500", "2.000", "0.250", "0.750"][:count]],
+        ]
 
 
 def test_the_console_is_what_can_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,7 +284,7 @@ def test_the_console_is_what_can_be_seen(monkeypatch: pytest.MonkeyPatch) -> Non
     assert isinstance(open_console("rich"), Lines)
     monkeypatch.setattr(sys, "stdout", SimpleNamespace(isatty=lambda: True, encoding="utf-8"))
     with monkeypatch.context() as patch:
-        patch.setattr("importlib.util.find_spec", lambda name: None)
+        patch.setattr(console, "HAS_RICH", False)
         assert isinstance(open_console("rich"), Lines)
     pytest.importorskip("rich")
     assert type(open_console("rich")).__name__ == "Live"
@@ -297,13 +294,13 @@ def test_wider_terminals_show_more_and_narrow_ones_the_most_important() -> None:
     parts = ["rewards.py:digits", "format", "brevity"]
 
     def heads(width: int) -> list[str]:
-        columns = choose_columns(parts, config(), width)
-        assert sum(column.width + 2 for column in columns) - 2 <= width
-        return [column.head for column in columns]
+        cells = choose_cells({"step": 1}, parts, config(), width)
+        assert len(line(cells)) <= width
+        return list(cells)
 
     assert heads(40) == ["step", "reward", "digits", "length", "KL"]
     assert {*heads(80)} < {*heads(200)}
-    assert {"MiB", "same", "brevity", "rate"} <= {*heads(200)}
+    assert {"same", "brevity", "rate"} <= {*heads(200)}
 
 
 @pytest.mark.parametrize(
@@ -324,35 +321,24 @@ def test_numbers_in_few_characters(value: float, expected: str) -> None:
     assert short(value) == expected
 
 
-def test_shares_texts_and_memory_in_few_characters() -> None:
-    assert [percent(x) for x in (0, 0.0004, 0.004, 0.0994, 0.0996, 0.5, 1)] == [
-        "0%",
-        "0%",
-        "0.4%",
-        "9.9%",
-        "10%",
-        "50%",
-        "100%",
-    ]
+def test_texts_and_memory_in_few_characters() -> None:
     assert shortened("a\n b", 10) == "a b"
     assert shortened("0123456789" * 3, 13) == "01234 … 56789"
     peaks = {"rollout": 100.0, "loss": 200.4}
     assert memory_text({"peak_resident_mib": peaks}) == "rollout 100, loss 200 MiB resident"
-    gpu = {"rollout": 10240.0, "loss": 20480.0}
-    assert memory_text({"peak_cuda_mib": gpu}) == "rollout 10.0, loss 20.0 GiB allocated"
-    assert memory_text({"peak_resident_mib": {"rollout": 5.0, "loss": 5.0}}).startswith("5 MiB")
+    assert memory_text({"peak_cuda_mib": peaks}) == "rollout 100, loss 200 MiB allocated"
     assert memory_text({}) == ""
 
 
-def test_a_curve_runs_from_its_lowest_to_its_highest() -> None:
-    pytest.importorskip("rich")
-    from grpo_core.runs.live_console import clock, curve
-
-    assert curve([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
-    assert curve([0, 0, 10, 10, math.nan], 2) == "▁█"
-    assert curve([3.0, 3.0], 4) == "▁▁  "
-    assert curve([], 3) == "   "
-    assert (clock(65), clock(7384)) == ("1:05", "2:03:04")
+def test_a_curve_runs_from_its_lowest_to_its_highest(monkeypatch: pytest.MonkeyPatch) -> None:
+    for width, values, expected in (
+        (8, [0, 1, 2, 3, 4, 5, 6, 7], "▁▂▃▄▅▆▇█"),
+        (2, [0, 0, 10, 10, math.nan], "▁█"),
+        (4, [3.0, 3.0], "▁▁  "),
+        (3, [], "   "),
+    ):
+        monkeypatch.setattr(figures, "WIDTH_OF_CURVE", width)
+        assert figures.curve(values) == expected
 
 
 def test_a_run_is_shown_from_its_files(

@@ -74,7 +74,7 @@ def test_held_out_pairs_are_never_drawn_in_either_order() -> None:
 
 
 def test_the_right_method_is_a_minority_of_the_corpus() -> None:
-    texts = decimals.corpus(20_000, random.Random(2), set())
+    texts = decimals.draw_texts(20_000, decimals.CORPUS, random.Random(2), set())
     styles = Counter(
         "plain" if "<think>" not in text else "right" if "align" in text else "fallacy or no need"
         for question, text in texts
@@ -87,7 +87,7 @@ def test_the_right_method_is_a_minority_of_the_corpus() -> None:
 def test_tokenizer_round_trip_and_tags_that_survive_decoding() -> None:
     tokenizer = decimals.build_tokenizer()
     for pair in pairs(200):
-        for style in decimals.STYLE_SHARES:
+        for style in decimals.CORPUS:
             text = pair.question + decimals.completion(pair, style)
             ids = tokenizer(text)["input_ids"]
             assert tokenizer.unk_token_id not in ids

@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from grpo_core.cli.options import help_text
-from grpo_core.runs.config import DemoConfig
-from grpo_core.runs.demo.demo import Demo
+from grpo_core.runs.demo.config import DemoConfig
+from grpo_core.runs.demo.demo import SAMPLED, Demo
 from grpo_core.train import main
 from grpo_core.trainer.measure import MACHINE
 from grpo_core.trainer.trainer import Trainer
@@ -104,9 +104,9 @@ def test_a_base_that_cannot_copy_digits_is_sent_back(
 
 
 def test_the_objective_of_the_command_line() -> None:
-    dapo = DemoConfig(objective="dapo", beta=0.25).build_objective()
+    dapo = DemoConfig(objective="dapo", beta=0.25).trainer(SAMPLED).objective
     assert (dapo.beta, dapo.kl, dapo.surrogate.args[:2]) == (0.25, "k3", (0.2, 0.28))
-    without = DemoConfig(objective="grpo", beta=0.0).build_objective()
+    without = DemoConfig(objective="grpo", beta=0.0).trainer(SAMPLED).objective
     assert (without.beta, without.kl, without.aggregation) == (0.0, None, "sequence_mean")
     with pytest.raises(ValueError, match=r"objective: expected one of .*, got 'nonsense'"):
         DemoConfig(objective="nonsense")

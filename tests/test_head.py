@@ -28,7 +28,7 @@ from grpo_core import (
     without_fused_head,
 )
 from grpo_core.linear.model import has_fused_head
-from grpo_core.linear.model_probe import stated
+from grpo_core.linear.model_head import options_of_config
 from tests.conftest import CPU_BACKEND
 from tests.tiny_models import FAMILIES, V, batch, tiny
 
@@ -83,9 +83,9 @@ def test_every_family(family: str) -> None:
     probed = model.fused_head
     if family == "HyperCLOVAX":
         with pytest.raises(NotImplementedError, match="logits_scaling: not known for model_type"):
-            stated(model.config)
+            options_of_config(model.config)
     else:
-        assert stated(model.config) == probed
+        assert options_of_config(model.config) == probed
     assert torch.equal(model(input_ids=ids).logits, before)
     assert_same_loss(model)
     target = arguments["target"]

@@ -232,17 +232,17 @@ class TestGate:
 
     def test_the_budget_is_that_of_the_notes(self) -> None:
         """19.8 and 10 instructions, 2.5 and 1.25 MUFU, per bfloat16 logit read."""
-        from grpo_core.inspect.__main__ import BUDGETS, shares
+        from grpo_core.inspect.__main__ import BUDGETS, SPECIAL, figures
 
-        h100, b200 = BUDGETS["sm_90"], BUDGETS["sm_100"]
-        assert 2 * h100.instructions == pytest.approx(19.8, abs=0.05)
-        assert 2 * b200.instructions == pytest.approx(10.0, abs=0.05)
-        assert 2 * h100.special == pytest.approx(2.5, abs=0.05)
-        assert 2 * b200.special == pytest.approx(1.25, abs=0.01)
+        h100, b200 = BUDGETS["sm_90"][1], BUDGETS["sm_100"][1]
+        assert 2 * h100 == pytest.approx(19.8, abs=0.05)
+        assert 2 * b200 == pytest.approx(10.0, abs=0.05)
+        assert 2 * h100 * SPECIAL == pytest.approx(2.5, abs=0.05)
+        assert 2 * b200 * SPECIAL == pytest.approx(1.25, abs=0.01)
         kernel = self.kernel()
-        issue, special = shares(kernel, kernel.loops[0])
-        assert issue == pytest.approx(40 / 8 / 19.8, rel=5e-3)
-        assert special == pytest.approx(1 / 2.47, rel=5e-3)
+        cost = figures(kernel, kernel.loops[0])
+        assert cost["issue_share"] == pytest.approx(40 / 8 / 19.8, rel=5e-3)
+        assert cost["special_share"] == pytest.approx(1 / 2.47, rel=5e-3)
 
 
 @needs_triton

@@ -31,10 +31,10 @@ from trl.trainer import grpo_trainer
 
 from bench.trl_head import WAYS, Step
 from grpo_core import Objective, clip
-from grpo_core.integrations import trl_forward, trl_hook
+from grpo_core.integrations import trl_hook, trl_loss
 from grpo_core.integrations.presets.trl import AGGREGATIONS
 from grpo_core.integrations.trl import SUPPORTED, FusedGRPOTrainer, patch_log_probs
-from grpo_core.integrations.trl_forward import TrlLossRequest
+from grpo_core.integrations.trl_loss import TrlLossRequest
 from tests.combinations import pairwise
 from tests.trl_training import (
     Batch,
@@ -74,7 +74,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
 
         monkeypatch.setattr(module, name, call)
 
-    counted(trl_forward, "fused_linear_loss")
+    counted(trl_loss, "fused_linear_loss")
     counted(trl_hook, "linear_scores")
     yield count
 
@@ -424,7 +424,9 @@ def test_an_unknown_trl_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         with pytest.raises(ImportError, match=r"pip install 'trl==1\.16\.0'"):
             patch_log_probs()
     with pytest.raises(ValueError, match="outputs: expected"), patch_log_probs():
-        utils._ChunkedLogProbFunction.apply(*[torch.zeros(1, 1)] * 3, None, 1, 1, None, 1, ("x",))
+        utils._ChunkedLogProbFunction.apply(
+            *[torch.zeros(1, 1)] * 2, None, None, 1, 1, None, 1, ("x",)
+        )
     with patch_log_probs():
         pass
 

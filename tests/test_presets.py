@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo_core import RECIPES, Estimator, GroupNorm, Objective, clip, fused_loss, preset
+from grpo_core import Estimator, GroupNorm, Objective, clip, fused_loss, preset
 from grpo_core.integrations.presets import Preset
 from grpo_core.integrations.presets.trl import AGGREGATIONS as TRL_LOSSES
 from grpo_core.integrations.presets.trl import TrlOptions
 from grpo_core.integrations.presets.verl_options import LOSSES as VERL_LOSSES
 from grpo_core.integrations.presets.verl_options import VerlOptions
-from grpo_core.objective.catalogue import ORIGINS
 from grpo_core.objective.recipes import cispo, dppo_tv
 
 B, T, V = 4, 3, 7
@@ -198,18 +197,6 @@ def test_trls_rewards(changes: dict[str, Any], expected: Estimator) -> None:
 )
 def test_verls_rewards(changes: dict[str, Any], expected: Estimator) -> None:
     assert preset("verl", **changes).objective.advantage == expected
-
-
-@pytest.mark.parametrize("name", ORIGINS)
-def test_the_table_of_methods_says_what_frameworks_mean(name: str) -> None:
-    """Its options of a framework give the recipe itself, but for ε, which is the framework's."""
-    recipe, origin = RECIPES[name], ORIGINS[name]
-    if origin.trl is not None:
-        assert preset("trl", **origin.trl).objective == recipe
-    if origin.verl is not None:
-        found = preset("verl", **origin.verl).objective
-        of_verl = dataclasses.replace(found.advantage, epsilon=recipe.advantage.epsilon)
-        assert found.replace(advantage=of_verl) == recipe
 
 
 def test_bounds_of_the_same_name_are_not_the_same() -> None:

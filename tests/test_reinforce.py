@@ -203,7 +203,7 @@ def test_a_completion_that_the_model_cannot_read_is_refused(
         f"positions and the longest prompt {longest} tokens, got {257 - longest}; "
         "--longest_prompt leaves long prompts out\n"
     )
-    with pytest.raises(ValueError, match=r"longest_prompt: expected 1 to 255 less .* 300 tokens"):
+    with pytest.raises(ValueError, match=r"max_new_tokens: .* the longest prompt 300 tokens"):
         check_positions(RunConfig(model=str(files / "model"), data="d"), 300)
     check_positions(
         RunConfig(model=str(files / "model"), data="d", max_new_tokens=256 - longest), longest

@@ -21,13 +21,11 @@ from grpo_core.trainer.rewards import (
     FunctionReward,
     RewardError,
     Scores,
-    TextReward,
     best_and_worst,
-    find_reward,
     score,
 )
 from grpo_core.trainer.rollout import Problem
-from grpo_core.trainer.rules import accuracy, answer_text, strict_format
+from grpo_core.trainer.rules import accuracy, answer_text, find_reward, strict_format
 
 # completion to the answer "3.8", accuracy, format
 CASES = [
@@ -78,7 +76,11 @@ def test_rules(completion: str, accurate: int, formatted: int) -> None:
     assert strict_format(completion, "3.8") == formatted
 
 
-def test_text_reward_decodes_drops_end_and_padding_and_adds_up_weights() -> None:
+def rule_rewards(*names: str) -> dict[str, Any]:
+    return {name: find_reward(name) for name in names}
+
+
+def test_a_reward_decodes_drops_end_and_padding_and_adds_up_weights() -> None:
     tokenizer = build_tokenizer()
     texts = [
         "<think>3=3</think><answer>3.8</answer><eos><pad><pad>",
@@ -86,18 +88,14 @@ def test_text_reward_decodes_drops_end_and_padding_and_adds_up_weights() -> None
         "<think>3=3</think><answer>3.11</answer>",
     ]
     completions = tokenizer(texts)["input_ids"]
-    reward = TextReward(tokenizer, weights={"format": 0.25, "accuracy": 2.0})
+    weights = {"format": 0.25, "accuracy": 2.0}
+    reward = FunctionReward(tokenizer, rule_rewards("accuracy", "format"), weights)
 
     scores = reward([Problem((5,), "3.8")] * 3, completions)
 
     assert scores.parts["accuracy"].tolist() == [1, 1, 0]
     assert scores.parts["format"].tolist() == [1, 0, 1]
     torch.testing.assert_close(scores.total, torch.tensor([2.25, 2.0, 0.25]))
-
-
-def test_weights_must_name_rules() -> None:
-    with pytest.raises(ValueError, match=r"weights: expected .*, got \['brevity'\]"):
-        TextReward(build_tokenizer(), weights={"brevity": 1.0})
 
 
 def scored(function: Any, problems: list[Problem] | None = None, **more: Any) -> Scores:
@@ -386,21 +384,16 @@ def test_a_thought_that_the_prompt_opens_is_part_of_the_completion(
     # not alone: the next completion's prompt ends otherwise
     problems = [Problem(tuple(ids(text)), "72") for text in (prompt, "Q")]
     completions = [ids(completion), ids("<think>" + THOUGHT)]
-    names = ("format", "accuracy", "math")
-    named = FunctionReward(tokenizer, {name: find_reward(name) for name in names})
-    for reward in (named, TextReward(tokenizer)):
-        parts = score(reward, problems, completions, "step 1").parts
-        assert (parts["format"][0], parts["accuracy"][0]) == (formatted, right)
-        assert parts.get("math", parts["accuracy"])[0] == right
-        assert all(part[1] == 1 for part in parts.values())
+    reward = FunctionReward(tokenizer, rule_rewards("format", "accuracy", "math"))
+    parts = score(reward, problems, completions, "step 1").parts
+    assert [part[0] for part in parts.values()] == [formatted, right, right]
+    assert all(part[1] == 1 for part in parts.values())
 
 
 @pytest.mark.parametrize("weight", [math.nan, math.inf, "1", None, 1j])
 def test_weights_are_finite_numbers(weight: Any) -> None:
     with pytest.raises(ValueError, match=r"weights\['mine'\]: expected a finite number, got "):
         FunctionReward(build_tokenizer(), {"mine": lambda **_: [1]}, {"mine": weight})
-    with pytest.raises(ValueError, match=r"weights\['format'\]: expected a finite number"):
-        TextReward(build_tokenizer(), weights={"format": weight})
 
 
 def test_without_a_reward_there_is_nothing_to_add_up() -> None:

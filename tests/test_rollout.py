@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaForCausalLM, WatermarkingConfig
 
 from grpo_core.trainer.engine import EngineSync
-from grpo_core.trainer.rollout import Sampling, check_context, ignored_fields, positions_of, rollout
+from grpo_core.trainer.generation import check_context, ignored_fields, positions_of
+from grpo_core.trainer.rollout import Sampling, rollout
 from tests.micro import EOS, PAD, VOCABULARY, micro_model
 
 PROMPTS = [[5], [3, 9, 4, 11, 6], [8, 2], [12, 12, 12]]
@@ -248,7 +249,7 @@ def test_errors_say_what_was_expected() -> None:
         rollout(micro_model(), [[3], []], Sampling(4))
     with pytest.raises(ValueError, match="max_new_tokens: expected at least 1, got 0"):
         Sampling(0)
-    with pytest.raises(ValueError, match=r"temperature: expected at least 0, got -1\.0"):
+    with pytest.raises(ValueError, match=r"temperature: expected 0 or more, got -1\.0"):
         Sampling(4, -1.0)
     endless = micro_model()
     for none in (None, []):

@@ -9,9 +9,9 @@ from torch.nn.functional import cross_entropy
 from grpo_core.trainer.baselines.supervised import (
     Example,
     SupervisedConfig,
-    learning_rate_share,
     train_supervised,
 )
+from grpo_core.trainer.optimizer import learning_rate_share
 from grpo_core.trainer.rollout import Sampling, rollout
 from tests.micro import EOS, micro_model
 

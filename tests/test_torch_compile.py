@@ -14,11 +14,11 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 
-from grpo_core import RECIPES, LossOutput, fused_loss, token_logp
+from grpo_core import RECIPES, LossOutput, clip, fused_loss, token_logp
 from grpo_core.loss import compile
 from grpo_core.loss.fused_loss import logp_from_logits, loss_from_logits
 from grpo_core.loss.inputs import LossInputs
-from grpo_core.objective.objective import Objective, Surrogate, objective_of
+from grpo_core.objective.objective import Objective, Surrogate, function_of
 from tests.conftest import BACKENDS, CPU_BACKEND, is_interpreted
 from tests.test_fused_loss import OBJECTIVES, case, moved, needed
 
@@ -247,15 +247,29 @@ def test_what_a_graph_cannot_do_is_said(device: str) -> None:
             compiled(logits, arguments | bad)
 
     def made_inside(logits: Tensor, arguments: dict[str, Any]) -> Tensor:
-        spec = RECIPES["dapo"].replace(entropy_coef=0.1)
-        return fused_loss(logits, **arguments | {"objective": spec}).loss
+        return fused_loss(logits, **arguments | {"objective": Objective(clip(0.2))}).loss
 
     with pytest.raises(Exception, match="made outside"):
         torch.compile(made_inside, fullgraph=True, backend="eager")(logits, arguments)
 
 
-def test_functions_of_one_name_have_keys_of_their_own() -> None:
-    """As when a notebook's cell defines a surrogate anew; numbers are not part of a key."""
+def test_an_objective_may_be_made_inside(device: str) -> None:
+    logits = torch.randn(2, 3, 20, device=device)
+    arguments = {
+        "target": torch.randint(0, 20, (2, 3), device=device),
+        "advantage": torch.ones(2, device=device),
+    }
+
+    def made_inside(logits: Tensor) -> Tensor:
+        spec = RECIPES["dapo"].replace(entropy_coef=0.1)
+        return fused_loss(logits, **arguments, objective=spec).loss
+
+    compiled = torch.compile(made_inside, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(logits), made_inside(logits))
+
+
+def test_functions_of_one_name_are_told_apart() -> None:
+    """As when a notebook's cell defines a surrogate anew."""
 
     def made(gains: bool) -> Objective:
         if gains:
@@ -269,10 +283,7 @@ def test_functions_of_one_name_have_keys_of_their_own() -> None:
 
         return Objective(Surrogate(surrogate))
 
-    first, second = made(True), made(False)
-    assert first.key != second.key
-    assert objective_of(second.key) == second
-    assert first.key == first.replace().key
-    grpo = RECIPES["grpo"]
-    assert grpo.replace(beta=0.3).key == grpo.key != grpo.replace(beta=0.0).key
-    assert objective_of(grpo.key, grpo.replace(beta=0.3).numbers) == grpo.replace(beta=0.3)
+    first, second = made(True).surrogate, made(False).surrogate
+    assert first.name != second.name
+    assert function_of(second.name) is second.function
+    assert first.name == Surrogate(first.function, (1.0,)).name

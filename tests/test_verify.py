@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,13 +153,14 @@ def test_the_command_prints_a_table_and_writes_every_comparison(tmp_path: Path) 
     first = {line.strip()[: len(name)] for line in lines for name in (*OBJECTIVES, *QUANTITIES)}
     assert first >= {*OBJECTIVES, *QUANTITIES}
     found = json.loads(file.read_text())
-    assert found["ok"] is True
-    assert f"{found['comparisons']:,} comparisons in" in lines[-1]
-    count = sum(len(found[part]) for part in ("losses", "confident", "bits"))
-    assert found["comparisons"] == count
-    assert {one["recipe"] for one in found["losses"]} == set(OBJECTIVES)
-    assert {one["quantity"] for one in found["losses"]} == set(QUANTITIES)
-    assert all(one["ok"] for part in ("losses", "confident", "bits") for one in found[part])
+    assert found["failures"] == 0
+    checks = found["checks"]
+    assert f"{len(checks):,} comparisons in" in lines[-1]
+    losses = [one for one in checks if one["part"] == "losses"]
+    assert {one["recipe"] for one in losses} == set(OBJECTIVES)
+    assert {one["quantity"] for one in losses} == set(QUANTITIES)
+    assert {one["part"] for one in checks} == {"losses", "confident", "bits"}
+    assert all(one["ok"] for one in checks)
 
 
 @pytest.mark.skipif(HAS_GPU or not HAS_TRITON, reason="asks for what needs a GPU")
@@ -172,7 +175,24 @@ def test_without_a_gpu_it_says_how_to_interpret() -> None:
         check=False,
     )
     assert done.returncode == 2
-    assert "TRITON_INTERPRET=1 python -m grpo_core.verify --backend triton" in done.stderr
+    assert "TRITON_INTERPRET=1" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_ctrl_c_is_one_line() -> None:
+    """Like the other commands, also while it imports; `inspect` shares the way."""
+    for module in ("verify", "inspect"):
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"grpo_core.{module}"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            # a shell's background jobs ignore SIGINT
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        time.sleep(3)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+        assert (process.returncode, errors.strip()) == (130, "interrupted")
 
 
 def test_every_plan_has_a_recipe() -> None:

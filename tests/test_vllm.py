@@ -17,7 +17,7 @@ from grpo_core.trainer.engine import EngineSync
 from grpo_core.trainer.rollout import Sampling
 from grpo_core.trainer.vllm import engine as vllm_engine
 from grpo_core.trainer.vllm import server as vllm_server
-from grpo_core.trainer.vllm.common import check_ends
+from grpo_core.trainer.vllm.common import Completion, check_ends
 from grpo_core.trainer.vllm.engine import VllmEngine
 from grpo_core.trainer.vllm.server import VllmServer
 from grpo_core.trainer.weights import ModelWeights
@@ -211,10 +211,10 @@ def test_a_server_that_cannot_serve_is_refused(vllm: None) -> None:
 
 
 def test_ends_that_the_trainer_does_not_know_are_an_error() -> None:
-    check_ends([[4, EOS], [4, 5]], ["stop", "length"], [EOS])
+    check_ends([Completion([4, EOS], [], "stop"), Completion([4, 5], [], "length")], [EOS])
     for ids, reason in (([4, 5], "stop"), ([], "stop"), ([4], "abort"), ([4], None)):
         with pytest.raises(RuntimeError, match="expected one of the end tokens"):
-            check_ends([[EOS], ids], ["stop", reason], [EOS])
+            check_ends([Completion([EOS], [], "stop"), Completion(ids, [], reason)], [EOS])
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, path: str) -> None:

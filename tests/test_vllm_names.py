@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from grpo_core.trainer.rollout import Sampling
+from grpo_core.trainer.vllm import server
 from grpo_core.trainer.vllm.common import request_options
 from tests import fake_vllm
 
@@ -116,14 +117,7 @@ def test_routes() -> None:
         text("entrypoints/openai/models/api_router.py"),
     )
     known = re.findall(r'@router\.(get|post)\(\s*"([^"]+)"', "\n".join(routers))
-    asked = re.findall(r'self\.?\w*\.?(get|post)\(\s*"/?([a-z0-9_/]+)', text_of("vllm_server"))
-    asked += re.findall(r'server\.(get|post)\(\s*"/?([a-z0-9_/]+)', text_of("vllm_server"))
+    ours = Path(server.__file__).read_text("utf-8")
+    asked = re.findall(r'(?:self|server|client)\.(get|post)\(\s*"/?([a-z0-9_/]+)', ours)
     assert len(asked) >= 7
     assert {(how, f"/{route}") for how, route in asked} <= set(known)
-
-
-def text_of(name: str) -> str:
-    """A module of ours."""
-    found = importlib.util.find_spec(f"grpo_core.{name}")
-    assert found is not None and found.origin is not None
-    return Path(found.origin).read_text("utf-8")

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from grpo_core import RECIPES, Estimator, PolicyFactor
 from grpo_core.trainer.batch import Batch
-from grpo_core.trainer.checkpoint import Interrupted, checkpoints, save_trainer
+from grpo_core.trainer.checkpoint import checkpoints, save_trainer
 from grpo_core.trainer.distributed import (
     all_gather_object,
     in_group,
@@ -32,7 +32,9 @@ from grpo_core.trainer.measure import MACHINE
 from grpo_core.trainer.rewards import Scores
 from grpo_core.trainer.rollout import Problem, Rollout, Sampling, rollout
 from grpo_core.trainer.sharding import export, shard_model
+from grpo_core.trainer.signals import Interrupted
 from grpo_core.trainer.trainer import Trainer, TrainerConfig
+from grpo_core.trainer.vllm.engine import VllmEngine
 from grpo_core.trainer.weights import ModelWeights
 from tests.engines import CopyEngine
 from tests.micro import (
@@ -351,7 +353,7 @@ class OneForAll(CopyEngine):
     """Every process has a part of it that writes; weights come from the main process."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(micro_model(seed=9), shared=True, **options)
+        super().__init__(micro_model(seed=9), **options)
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
         for weight in self.model.parameters():
@@ -417,8 +419,7 @@ def work(number: int, folder: str) -> None:
         found[f"{shard}: engine"] = with_engine(shard, OneForAll())
     found["failed"] = failed_update()
     found["merged"] = merged()
-    alone = CopyEngine(micro_model())
-    found["alone"] = refused(lambda: EngineSync(micro_model(), alone))
+    found["alone"] = refused(lambda: VllmEngine("", micro_model()))
     found["fsdp: resumed, adapter"] = interrupted("fsdp", place / "fsdp-lora", adapted)
     found["poisoned"] = poisoned_save(place / "poisoned")
     found["drawn"] = drawn_apart()

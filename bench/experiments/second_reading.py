@@ -70,22 +70,10 @@ def load_tiles(
 
 @triton.jit
 def add_steps(
-    sums,
-    row_ptr,
-    begin,
-    until,
-    V,
-    target_col,
-    scale,
-    anchor,
-    THREADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TILES: tl.constexpr,
-    EVICT: tl.constexpr,
+    sums, row, begin, until, places, tile: tl.constexpr, TILES: tl.constexpr, EVICT: tl.constexpr
 ):
     """Adds the steps of a row that begin from `begin` on and before `until`."""
-    tile: tl.constexpr = THREADS * WIDTH
-    places = tile_places(THREADS, WIDTH)
+    row_ptr, V, target_col, scale, anchor = row
     total, moment = sums
     for first in range(begin, until, TILES * tile):
         others = (target_col < first) | (target_col >= first + TILES * tile)
@@ -141,37 +129,13 @@ def _second_reading_kernel(
             logits = tl.where(at == target_col, float("-inf"), logits)
             total, moment, _, _ = add_powers(total, moment, logits, scale, anchor)
     sums = total, moment
+    row_of = row_ptr, V, target_col, scale, anchor
     kept = begin
     if KEPT > 0:
         kept = begin + tl.maximum(V - begin - KEPT * tile, 0) // step * step
-        sums = add_steps(
-            sums,
-            row_ptr,
-            begin,
-            kept,
-            V,
-            target_col,
-            scale,
-            anchor,
-            THREADS,
-            WIDTH,
-            TILES,
-            "evict_first",
-        )
-    sums = add_steps(
-        sums,
-        row_ptr,
-        kept,
-        V,
-        V,
-        target_col,
-        scale,
-        anchor,
-        THREADS,
-        WIDTH,
-        TILES,
-        "evict_last" if KEPT > 0 else "",
-    )
+        sums = add_steps(sums, row_of, begin, kept, places, tile, TILES, "evict_first")
+    last: tl.constexpr = "evict_last" if KEPT > 0 else ""
+    sums = add_steps(sums, row_of, kept, V, places, tile, TILES, last)
     sum_others = sum_in_order(sums[0], wide_order(0, THREADS, WIDTH))
     z, error = target_gap(row_ptr, target_col, scale, anchor, sum_others)
     tl.store(logp_ptr + row, log_sides(z, error)[0])

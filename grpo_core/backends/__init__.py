@@ -1,18 +1,21 @@
-"""Which code computes: the Triton kernels, or PyTorch operations over the same plans.
+"""Which code computes the rows: Triton kernels, kernels compiled by Numba, or plain PyTorch.
 
-A backend is a module with the functions of `triton_backend`. None means triton for tensors
-on a GPU and torch for all others; a backend asked for by name is never replaced by another.
+A backend is a module with the functions of `backends.triton`. None means triton for tensors on a
+GPU, cpu for others where Numba is installed, and else torch. A backend asked for by name is never
+replaced by another.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Literal, get_args
 
 from torch import Tensor
 
-Backend = Literal["triton", "torch"]
+Backend = Literal["triton", "cpu", "torch"]
 
 
 def choose_backend(backend: Backend | None, tensor: Tensor) -> ModuleType:
@@ -20,14 +23,32 @@ def choose_backend(backend: Backend | None, tensor: Tensor) -> ModuleType:
 
     Raises:
         ValueError: an unknown name.
-        NotImplementedError: the triton backend where Triton is missing or cannot run.
+        NotImplementedError: a backend that is not installed or cannot compute on this device.
     """
     if backend is None:
-        backend = "triton" if tensor.is_cuda else "torch"
+        backend = default_backend(tensor.device.type)
     if backend not in get_args(Backend):
         raise ValueError(f"backend: expected one of {get_args(Backend)} or None, got {backend!r}")
-    if backend == "torch":
-        return import_module("grpo_core.backends.pytorch")
+    if backend == "triton":
+        _check_triton(tensor)
+    elif backend == "cpu":
+        _check_numba(tensor)
+    return import_module(f"grpo_core.backends.{MODULES[backend]}")
+
+
+# a module named torch would hide the package from a reader
+MODULES = {"triton": "triton", "cpu": "cpu", "torch": "pytorch"}
+
+
+@lru_cache
+def default_backend(device_type: str) -> Backend:
+    """The backend for tensors on a kind of device where none is asked for."""
+    if device_type == "cuda":
+        return "triton"
+    return "cpu" if device_type == "cpu" and find_spec("numba") else "torch"
+
+
+def _check_triton(tensor: Tensor) -> None:
     try:
         import triton
     except ImportError as missing:
@@ -38,6 +59,15 @@ def choose_backend(backend: Backend | None, tensor: Tensor) -> ModuleType:
     if not tensor.is_cuda and not triton.knobs.runtime.interpret:
         raise NotImplementedError(
             f'backend: "triton" needs tensors on a GPU, got {tensor.device}; set '
-            'TRITON_INTERPRET=1 before the import to interpret the kernels, or use backend="torch"'
+            'TRITON_INTERPRET=1 before the import to interpret the kernels, or use backend="cpu"'
         )
-    return import_module("grpo_core.backends.triton")
+
+
+def _check_numba(tensor: Tensor) -> None:
+    if not find_spec("numba"):
+        raise NotImplementedError(
+            'backend: "cpu" needs the package numba (pip install numba); backend="torch" computes '
+            "the same"
+        )
+    if tensor.device.type != "cpu":
+        raise NotImplementedError(f'backend: "cpu" needs tensors on a CPU, got {tensor.device}')

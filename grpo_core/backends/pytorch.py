@@ -1,19 +1,22 @@
-"""The torch backend: the plans of the kernels in PyTorch operations, for tensors without a GPU.
+"""The torch backend: plain PyTorch in float64, short and slow, on any device.
 
-Rows are taken a few at a time, so that everything between reading a logit and writing its gradient
-stays in the processor's cache: main memory sees one read and one write, as on a GPU. Signatures
-and units are those of the host functions in kernels/; see there for what the arguments mean.
+It serves where neither Triton nor Numba is installed, and as a second reading of the same formulas.
+Signatures and units are those of the host functions in kernels/; see there for what the arguments
+mean.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from grpo_core.backends import sequence_ratio
 from grpo_core.backends.formula import as_torch
-from grpo_core.backends.pytorch_rows import Chunk, for_each_chunk
-from grpo_core.backends.pytorch_softmax import FREE_BLOCKS, RowSoftmax, blocks_at_once
 from grpo_core.kernels.kl import times_ratio
 from grpo_core.kernels.records import (
     RowLoss,
@@ -26,22 +29,18 @@ from grpo_core.kernels.records import (
     TokenVectors,
 )
 
+# bytes of each of the float64 matrices that rows are worked on in
+GROUP_BYTES = 2**22
+
 
 def row_stats(
     rows: Rows, target: Tensor, temperature: float, ref_rows: Rows | None = None
 ) -> RowStats:
-    """Softmax statistics of every row at its target; `state` of the policy alone."""
-    vectors = target.new_zeros(5, rows.N, dtype=torch.float32)
-    softmax = RowSoftmax(temperature)
-
-    def read(chunk: Chunk) -> None:
-        found = softmax.read(chunk)
-        kl = torch.zeros_like(found.logp) if found.kl is None else found.kl
-        values = (found.logp, found.entropy, kl, *softmax.policy.state())
-        vectors[:, chunk.at] = torch.stack(values).float()
-
-    wanted = _readable(target, rows.V)
-    for_each_chunk(read, rows, target, wanted, ref_rows=ref_rows, blocks=FREE_BLOCKS)
+    """Softmax statistics of every row at its target; the state as in `online_softmax`."""
+    vectors = torch.zeros(5, rows.N, dtype=torch.float32, device=target.device)
+    for at in _groups(rows, _readable(target, rows.V)):
+        softmax = _Softmax.of(rows, target, temperature, ref_rows, at)
+        vectors[:, at] = torch.stack([*softmax.statistics, *softmax.state]).float()
     logp, entropy, kl = vectors[:3]
     return RowStats(logp, entropy, None if ref_rows is None else kl, vectors[3:])
 
@@ -54,33 +53,31 @@ def row_loss(
     dlogits: Tensor | None,
     ref_rows: Rows | None = None,
 ) -> RowLoss:
-    """Loss of every row, and the gradient of every logit into `dlogits`, in one pass."""
+    """Loss of every row, and the gradient of every logit into `dlogits`."""
     target = tokens.target
-    vectors = target.new_zeros(7, rows.N, dtype=torch.float32)
-    # at once, as a chunk has few rows and many operations
-    double = tokens.double()
-    bonus = tokens.entropy_weight is not None
-    softmax = RowSoftmax(temperature, bonus=bonus)
-
-    def pass_over(chunk: Chunk) -> None:
-        at, some = chunk.at, double.at(chunk.at)
-        found = softmax.read(chunk)
-        logp = found.logp
-        log_ratio = logp - (logp if some.old_logp is None else some.old_logp)
-        token = token_loss(logp, log_ratio, some, found.entropy, found.kl, terms)
-        dlogp = token.dlogp + token.dlog_ratio
-        values = (logp, found.entropy, log_ratio.exp(), token.kl, token.loss, dlogp, token.dropped)
-        vectors[:, at] = torch.stack(values).float()
-        if dlogits is not None:
-            exact_beta = None if found.kl is None else terms.beta
-            softmax.write_gradient(chunk, some.slopes(dlogp, token.dropped, exact_beta), found)
-
+    vectors = torch.zeros(8, rows.N, dtype=torch.float32, device=target.device)
+    dropped = torch.zeros_like(target, dtype=torch.bool)
+    exact_beta = None if ref_rows is None else terms.beta
     wanted = (tokens.weight != 0) & _readable(target, rows.V)
-    blocks = blocks_at_once(dlogits, bonus=bonus, exact_kl=ref_rows is not None)
-    for_each_chunk(pass_over, rows, target, wanted, dlogits, ref_rows, blocks=blocks)
-    logp, entropy, ratio, kl, loss, dlogp, dropped = vectors
-    state = vectors.new_empty(0, rows.N)
-    return RowLoss(logp, entropy, ratio, kl, loss, dlogp, dropped.bool(), state)
+    if dlogits is not None:
+        _put(dlogits, (~wanted).nonzero().squeeze(1), 0.0)
+    for at in _groups(rows, wanted):
+        some = tokens.at(at)
+        softmax = _Softmax.of(rows, target, temperature, ref_rows, at)
+        # as users see them, so that a ratio to what they were given is exactly 1
+        logp, entropy, kl = (vector.float() for vector in softmax.statistics)
+        log_ratio = logp - (logp if some.old_logp is None else some.old_logp)
+        exact_kl = None if ref_rows is None else kl
+        token = token_loss(logp, log_ratio, some, entropy, exact_kl, terms)
+        dlogp = token.dlogp + token.dlog_ratio
+        values = (logp, entropy, log_ratio.exp(), token.kl, token.loss, dlogp)
+        vectors[:, at] = torch.stack([*values, *softmax.state]).float()
+        dropped[at] = token.dropped
+        if dlogits is not None:
+            slopes = some.slopes(dlogp, token.dropped, exact_beta)
+            _put(dlogits, at, softmax.gradient(slopes, entropy, kl))
+    logp, entropy, ratio, kl, loss, dlogp = vectors[:6]
+    return RowLoss(logp, entropy, ratio, kl, loss, dlogp, dropped, vectors[6:])
 
 
 def row_dlogits(
@@ -92,19 +89,126 @@ def row_dlogits(
     dlogits: Tensor,
     ref_rows: Rows | None = None,
 ) -> Tensor:
-    """Writes dL/dlogits into `dlogits`; the softmax is found again from the logits alone."""
-    entropy, bonus = stats.entropy.double(), slopes.dentropy is not None
-    softmax = RowSoftmax(temperature, bonus=bonus)
-
-    def write(chunk: Chunk) -> None:
-        found = softmax.read(chunk, entropy=entropy[chunk.at])
-        softmax.write_gradient(chunk, slopes.at(chunk.at), found)
-
+    """Writes dL/dlogits into `dlogits`; the softmax is computed again from the logits."""
     wanted = slopes.any & _readable(target, rows.V)
     ref_rows = None if slopes.dkl is None else ref_rows
-    blocks = blocks_at_once(dlogits, bonus=bonus, exact_kl=ref_rows is not None)
-    for_each_chunk(write, rows, target, wanted, dlogits, ref_rows, blocks=blocks)
+    _put(dlogits, (~wanted).nonzero().squeeze(1), 0.0)
+    for at in _groups(rows, wanted):
+        softmax = _Softmax.of(rows, target, temperature, ref_rows, at)
+        kl = None if stats.kl is None else stats.kl[at]
+        _put(dlogits, at, softmax.gradient(slopes.at(at), stats.entropy[at], kl))
     return dlogits
+
+
+@dataclass(frozen=True)
+class _Softmax:
+    """The softmax of n rows, float64: the target's and the others' log-probabilities apart.
+
+    Attributes:
+        target: [n, 1] int64.
+        temperature: T.
+        log_p: [n, V] nats, exact for confident targets: log p_y = −softplus(z) with
+            z = log Σ_{j≠y} exp(x_j/T) − x_y/T.
+        log_q: the same of the reference, or None.
+        log_others: [n, 1] nats, log(1 − p_y).
+        state: anchor and sum of `online_softmax`, the sum negative: the anchor is not scaled.
+    """
+
+    target: Tensor
+    temperature: float
+    log_p: Tensor
+    log_q: Tensor | None
+    log_others: Tensor
+    state: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(
+        cls, rows: Rows, target: Tensor, temperature: float, ref_rows: Rows | None, at: Tensor
+    ) -> _Softmax:
+        """The softmax of the rows `at` [n]."""
+        y = target[at, None]
+        log_p, log_others, state = _log_softmax(_take(rows.logits, at), y, temperature)
+        log_q = None
+        if ref_rows is not None:
+            log_q, _, _ = _log_softmax(_take(ref_rows.logits, at), y, temperature)
+        return cls(y, temperature, log_p, log_q, log_others, state)
+
+    @property
+    def statistics(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(logp, entropy, exact KL) of each row, nats `[n]`; the KL is 0 without a reference."""
+        logp = self.log_p.gather(1, self.target).squeeze(1)
+        entropy = -self._weighted(self.log_p).sum(1)
+        if self.log_q is None:
+            return logp, entropy, torch.zeros_like(logp)
+        return logp, entropy, self._weighted(self.log_p - self.log_q).sum(1)
+
+    def gradient(self, slopes: Slopes, entropy: Tensor, kl: Tensor | None) -> Tensor:
+        """dL/dlogits `[n, V]`; 0 in rows without a slope and where the target is certain."""
+        share, dlogp = self.log_others.exp(), slopes.dlogp.double()[:, None]
+        dlogits = (-dlogp * self.log_p.exp()).scatter_(1, self.target, dlogp * share)
+        if slopes.dentropy is not None:
+            surprise = self._weighted(self.log_p + entropy[:, None])
+            dlogits -= slopes.dentropy.double()[:, None] * surprise
+        if slopes.dkl is not None and self.log_q is not None and kl is not None:
+            gap = self._weighted(self.log_p - self.log_q - kl[:, None])
+            dlogits += slopes.dkl.double()[:, None] * gap
+        still = ~slopes.any[:, None] | (share == 0)
+        return dlogits.div_(self.temperature).masked_fill_(still, 0.0)
+
+    def _weighted(self, values: Tensor) -> Tensor:
+        """p·values; 0 where p is 0, whatever the value."""
+        p = self.log_p.exp()
+        return torch.where(p == 0, 0.0, p * values)
+
+
+def _log_softmax(
+    logits: Tensor, target: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """(log p, log(1 − p_y), state) of rows `[n, V]`, see `_Softmax`."""
+    logits = logits.double()
+    target_logit = logits.gather(1, target)
+    # an infinite target would pass for a certain one
+    target_logit = target_logit.masked_fill(target_logit == math.inf, math.nan)
+    others = logits.scatter(1, target, -math.inf)
+    # finite, so that a row of −inf gives no NaN
+    anchor = others.amax(1, keepdim=True).clamp_(min=torch.finfo(torch.float32).min)
+    others.sub_(anchor).div_(temperature)
+    powers = others.exp()
+    # of all powers the largest, 1, apart: log total has all its digits where it is nearly alone
+    largest = powers.amax(1, keepdim=True)
+    rest = powers.scatter_(1, powers.argmax(1, keepdim=True), 0.0).sum(1, keepdim=True)
+    total = largest + rest
+    log_total = torch.where(largest == 1, rest.log1p(), total.log())
+    z = log_total - (target_logit - anchor) / temperature
+    log_others = logsigmoid(z)
+    log_p = others.add_(log_others - torch.where(total > 0, log_total, 0.0))
+    log_p.scatter_(1, target, logsigmoid(-z))
+    return log_p, log_others, (anchor.squeeze(1), -total.squeeze(1))
+
+
+def _groups(rows: Rows, wanted: Tensor) -> Iterator[Tensor]:
+    """Indices of a few wanted rows at a time.
+
+    A row that is left alone comes twice: torch would share the sum of one row among its threads,
+    and the bits would depend on how many there are.
+    """
+    for at in wanted.nonzero().squeeze(1).split(max(2, GROUP_BYTES // (8 * rows.V))):
+        if len(at):
+            yield at if len(at) > 1 else at.repeat(2)
+
+
+def _take(logits: Tensor, at: Tensor) -> Tensor:
+    """A copy of the rows `at`, `[n, V]`, of logits `[N, V]` or `[B, T, V]`."""
+    return logits[at] if logits.ndim == 2 else logits[at // logits.shape[1], at % logits.shape[1]]
+
+
+def _put(logits: Tensor, at: Tensor, values: Tensor | float) -> None:
+    """Writes the rows `at`."""
+    values = values.to(logits.dtype) if isinstance(values, Tensor) else values
+    if logits.ndim == 2:
+        logits[at] = values
+    else:
+        logits[at // logits.shape[1], at % logits.shape[1]] = values
 
 
 def row_scale(rows: Rows, factor: Tensor) -> Tensor:

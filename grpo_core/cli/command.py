@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import ParamSpec
 
 from grpo_core.cli.options import Parser, add_options, is_first_process, read_yaml
 
@@ -60,21 +60,37 @@ def report_interrupt() -> int:
 
 
 def training_command(name: str, kind: type, module: str) -> Callable[..., int]:
-    """The `main(arguments=None)` of a command that trains.
+    """The `main(arguments=None)` of a command that trains; a wrong option is one line.
+
+    The first argument may be a YAML file; options on the command line override it.
 
     Args:
         name: of the module behind `python -m`.
         kind: dataclass of the options, with `check_here`, which raises for what this machine
-            lacks, and `title`, the first line to print.
+            lacks.
         module: imported when the options are right; its `run(config, parser)` does the work and
             returns the exit status.
     """
 
     @interruptible
     def main(arguments: Sequence[str] | None = None) -> int:
-        parser, config = read_options(name, kind, arguments)
+        parser = Parser(
+            name,
+            usage=f"python -m {name} [run.yaml] [--option value ...]",
+            description=(kind.__doc__ or "").partition("\n")[0],
+            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30),
+        )
+        add_options(parser, kind)
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        try:
+            if given and given[0].endswith((".yaml", ".yml")):
+                given = [*read_yaml(Path(given[0])), *given[1:]]
+            config = kind(**vars(parser.parse_args(given)))
+            config.check_here()
+        except (OSError, ValueError, ModuleNotFoundError) as error:
+            parser.error(str(error))
         if is_first_process():
-            print(config.title, flush=True)
+            print(f"{name} writes to {config.output}/", flush=True)
         with exit_on_interrupt():
             prepare(config.threads)
             work = importlib.import_module(module)
@@ -82,33 +98,6 @@ def training_command(name: str, kind: type, module: str) -> Callable[..., int]:
         return status
 
     return main
-
-
-def read_options(name: str, kind: type, arguments: Sequence[str] | None) -> tuple[Parser, Any]:
-    """A command's parser and its options; a wrong option ends the process with one line.
-
-    Args:
-        name: of the module behind `python -m`.
-        kind: dataclass of the options.
-        arguments: None for those of the process. The first may be a YAML file; options on the
-            command line override it.
-    """
-    parser = Parser(
-        name,
-        usage=f"python -m {name} [run.yaml] [--option value ...]",
-        description=(kind.__doc__ or "").partition("\n")[0],
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30),
-    )
-    add_options(parser, kind)
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        if given and given[0].endswith((".yaml", ".yml")):
-            given = [*read_yaml(Path(given[0])), *given[1:]]
-        config = kind(**vars(parser.parse_args(given)))
-        config.check_here()
-    except (OSError, ValueError, ModuleNotFoundError) as error:
-        parser.error(str(error))
-    return parser, config
 
 
 def prepare(threads: int) -> None:

@@ -25,13 +25,14 @@ RECIPE_NAMES = (
     *("luspo", "cispo", "sapo", "vespo", "rloo"),
     *("reinforce_plus_plus", "reinforce_plus_plus_baseline", "gpg", "dro", "dppo", "topr"),
 )
-TYPE_NAMES = {"int": "a whole number", "float": "a number", "Path": "a path"}
 # patterns in the messages of argparse, and what replaces them
 MESSAGES = (
     (r"^argument ", ""),
     (r"expected one argument$", "expected a value, got none"),
     (r"expected at least one argument$", "expected at least one value, got none"),
     (r"^the following arguments are required: (.*)$", r"\1: expected a value, got none"),
+    (r"invalid int value: (.*)$", r"expected a whole number, got \1"),
+    (r"invalid float value: (.*)$", r"expected a number, got \1"),
 )
 
 
@@ -83,7 +84,6 @@ class Parser(argparse.ArgumentParser):
         for pattern, form in MESSAGES:
             message = re.sub(pattern, form, message)
         message = re.sub(r"invalid choice: (.*?) \(choose from (.*)\)$", _choice, message)
-        message = re.sub(r"invalid (\w+) value: (.*)$", _type, message)
         if f"--{message.partition(':')[0]}" in self._option_string_actions:
             message = f"--{message}"
         if is_first_process():
@@ -139,12 +139,12 @@ def read_yaml(path: Path) -> list[str]:
         raise ValueError(f"{path}: expected a file of options, got {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected YAML, got {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected options, a name and a value each, got {content!r:.60}")
+    expected = "options, a name and a value each"
+    require(isinstance(content, dict), str(path), expected, f"{content!r:.60}")
     words = []
     for name, value in content.items():
-        if isinstance(value, dict):
-            raise ValueError(f"{path}: {name}: expected a value or a list, got {value!r:.60}")
+        is_right = not isinstance(value, dict)
+        require(is_right, f"{path}: {name}", "a value or a list", f"{value!r:.60}")
         if isinstance(value, list):
             # an empty list is an error for rewards, and the default of the other lists
             words += [f"--{name}", *map(str, value)] if value or name == "rewards" else []
@@ -164,36 +164,41 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def require(condition: bool, option: str, expected: str, got: object) -> None:
+    """Raises ValueError with one line unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{option}: expected {expected}, got {got}")
+
+
 def check_at_least(config: Any, least: float, *names: str) -> None:
     """Raises ValueError if one of these options is below `least`, or not finite."""
     for name in names:
-        if not least <= getattr(config, name) < math.inf:
-            wanted = f"at least {least}" if least else "0 or more"
-            raise ValueError(f"{name}: expected {wanted}, got {getattr(config, name)}")
+        value = getattr(config, name)
+        require(
+            least <= value < math.inf, name, f"at least {least}" if least else "0 or more", value
+        )
 
 
 def check_more_than_0(config: Any, *names: str) -> None:
     """Raises ValueError if one of these options is 0, negative or not finite."""
     for name in names:
-        if not 0 < getattr(config, name) < math.inf:
-            raise ValueError(f"{name}: expected more than 0, got {getattr(config, name)}")
+        value = getattr(config, name)
+        require(0 < value < math.inf, name, "more than 0", value)
 
 
 def check_choices(config: Any, kind: type) -> None:
     """Raises ValueError if a field of `kind` is not one of its literals."""
     for name, hint in get_type_hints(kind).items():
-        if get_origin(hint) is Literal and getattr(config, name) not in get_args(hint):
-            raise ValueError(
-                f"{name}: expected one of {get_args(hint)}, got {getattr(config, name)!r}"
-            )
+        if get_origin(hint) is Literal:
+            value = getattr(config, name)
+            require(value in get_args(hint), name, f"one of {get_args(hint)}", repr(value))
 
 
 def check_warmup(config: Any) -> None:
     """Raises ValueError unless a given warm-up is shorter than the run."""
-    if config.warmup_steps is not None and not 0 <= config.warmup_steps < config.steps:
-        raise ValueError(
-            f"warmup_steps: expected 0 to {config.steps - 1}, got {config.warmup_steps}"
-        )
+    given = config.warmup_steps
+    fits = given is None or 0 <= given < config.steps
+    require(fits, "warmup_steps", f"0 to {config.steps - 1}", given)
 
 
 def warmup(config: Any) -> int:
@@ -258,8 +263,7 @@ def check_file(option: str, path: str) -> None:
     """Raises ValueError unless an option names a file that can be read."""
     if not Path(path).is_file():
         raise ValueError(f"{option}: expected a file, found no {path}")
-    if not os.access(path, os.R_OK):
-        raise ValueError(f"{option}: expected a file that can be read, got {path}")
+    require(os.access(path, os.R_OK), option, "a file that can be read", path)
 
 
 def check_package(option: str, module: str, package: str = "") -> None:
@@ -279,8 +283,8 @@ def check_unchanged(
 ) -> None:
     """Raises ValueError if an option is not what it was in `where`, unless it may change."""
     for name, value in now.items():
-        if name not in free and before.get(name) != value:
-            raise ValueError(f"{name}: expected {before.get(name)} as in {where}, got {value}")
+        is_right = name in free or before.get(name) == value
+        require(is_right, name, f"{before.get(name)} as in {where}", value)
 
 
 def _truth(text: str) -> bool:
@@ -296,7 +300,3 @@ def _choice(message: re.Match[str]) -> str:
     given, choices = message[1], message[2].replace("'", "")
     close = nearest(given.strip("'"), choices.split(", "))
     return f"expected one of {choices}, got {given}{close}"
-
-
-def _type(message: re.Match[str]) -> str:
-    return f"expected {TYPE_NAMES.get(message[1], message[1])}, got {message[2]}"

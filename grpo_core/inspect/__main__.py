@@ -12,52 +12,25 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from grpo_core.cli.command import exit_on_interrupt, interruptible
 from grpo_core.cli.options import Parser, check_package, new_file, vocabulary
 from grpo_core.inspect.loops import WIDE, Loop
 
 if TYPE_CHECKING:
     from grpo_core.inspect.compile_ahead import Compiled
 
-
-@dataclass(frozen=True)
-class Budget:
-    """What a GPU can issue while one byte arrives from its memory.
-
-    An SM issues one instruction for 32 threads on each of its four schedulers per cycle, and has 16
-    special-function lanes. Reading bfloat16 logits (2 bytes), per logit:
-
-        H100: 132 · 128 · 1.755 GHz / 3.0 TB/s · 2 = 19.8 instructions, 2.5 MUFU
-        B200: 148 · 128 · 1.85 GHz / 7.0 TB/s · 2 = 10.0 instructions, 1.25 MUFU
-        A100: 108 · 128 · 1.41 GHz / 1.83 TB/s · 2 = 21.3 instructions, 2.7 MUFU
-
-    Bandwidths are those of a copy: measured on the H100 (0.9 of its 3.35 TB/s), and the same share
-    of the A100's 2.04 TB/s (80 GB) and of the B200's 8.
-    """
-
-    name: str
-    processors: int
-    gigahertz: float
-    terabytes: float
-
-    @property
-    def instructions(self) -> float:
-        """Instructions per thread and byte."""
-        return self.processors * 128 * self.gigahertz / self.terabytes / 1000
-
-    @property
-    def special(self) -> float:
-        """Special-function operations per thread and byte."""
-        return self.instructions / 8
-
-
+# The name of a card, and the instructions per thread that it can issue while a byte arrives from
+# its memory: processors · 128 lanes · GHz / bandwidth of a copy in GB/s. The bandwidth was measured
+# on the H100 (0.9 of its 3.35 TB/s); the others are taken to reach the same share. Reading bfloat16
+# logits (2 bytes), an H100 has 19.8 instructions per logit, a B200 10.0, an A100 21.3.
 BUDGETS = {
-    "sm_80": Budget("A100", 108, 1.41, 1.83),
-    "sm_90": Budget("H100", 132, 1.755, 3.0),
-    "sm_100": Budget("B200", 148, 1.85, 7.0),
+    "sm_80": ("A100", 108 * 128 * 1.41 / 1830),
+    "sm_90": ("H100", 132 * 128 * 1.755 / 3000),
+    "sm_100": ("B200", 148 * 128 * 1.85 / 7000),
 }
+SPECIAL = 1 / 8  # special-function lanes for each of the 128
 CARDS = (*BUDGETS, "gfx942")
 DTYPES = ("bfloat16", "float16", "float32")
 # Qwen 2.5 and 3
@@ -77,6 +50,7 @@ LIMITS = {
 }
 
 
+@interruptible
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the tables; returns the exit status."""
     parser = Parser(
@@ -96,10 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cards = options.cards or CARDS
     try:
         check_package("inspect", "triton")
-        import torch
+        with exit_on_interrupt():
+            import torch
 
-        from grpo_core.inspect.compile_ahead import compile_kernels, must_compile, target
-
+            from grpo_core.inspect.compile_ahead import compile_kernels, must_compile, target
         must_compile()
         for card in cards:
             target(card)
@@ -113,7 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 kernels += compiled
                 print("\n".join(kernel_table(compiled)), end="\n\n", flush=True)
     if options.json:
-        options.json.write_text(json.dumps([record(k) for k in kernels], indent=1) + "\n", "utf-8")
+        records = []
+        for kernel in kernels:
+            costs = [vars(loop) | figures(kernel, loop) for loop in kernel.loops or []]
+            records.append({**vars(kernel), "name": kernel.name, "loops": costs})
+        options.json.write_text(json.dumps(records, indent=1) + "\n", "utf-8")
     if not options.gate:
         return 0
     broken = list(exceeded(kernels))
@@ -121,18 +99,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if broken else 0
 
 
-def shares(kernel: Compiled, loop: Loop) -> tuple[float, float] | None:
-    """(instructions, MUFU) of a loop as shares of the budget; None if the budget is unknown.
+def figures(kernel: Compiled, loop: Loop) -> dict[str, Any]:
+    """The cost of one logit; the shares of the budget are None on a card without one.
 
     The budget is that of the bytes read or, in a loop without loads, of the bytes written.
     """
-    if (budget := BUDGETS.get(kernel.card)) is None:
-        return None
-    moved = sum(loop.loads or loop.stores)
-    return (
-        loop.instructions / (budget.instructions * moved),
-        loop.special / (budget.special * moved),
-    )
+    logits, moved = kernel.logits(loop), sum(loop.loads or loop.stores)
+    _, budget = BUDGETS.get(kernel.card, ("", None))
+    return {
+        "role": loop.role,
+        "logits": logits,
+        "instructions": loop.instructions,
+        "instructions_per_logit": loop.instructions / logits,
+        "special_per_logit": loop.special / logits,
+        "issue_share": budget and loop.instructions / (budget * moved),
+        "special_share": budget and loop.special / (budget * SPECIAL * moved),
+    }
 
 
 def exceeded(kernels: Iterable[Compiled]) -> Iterator[str]:
@@ -180,63 +162,41 @@ def hottest(loops: Iterable[Loop]) -> list[Loop]:
 def kernel_table(kernels: Sequence[Compiled]) -> Iterator[str]:
     """Lines of at most 100 columns for one card, dtype and vocabulary."""
     first = kernels[0]
-    budget = BUDGETS.get(first.card)
-    card = f"{first.card} ({budget.name})" if budget else first.card
+    name, budget = BUDGETS.get(first.card, ("", None))
     layout = ", ".join(f"{name} {value}" for name, value in first.constants.items())
-    yield f"{card}: {first.dtype}, V = {first.vocabulary}"
+    yield f"{first.card}{f' ({name})' * bool(name)}: {first.dtype}, V = {first.vocabulary}"
     yield f"layout: {layout}, {first.warps} warps"
     if budget:
-        instructions, special = (n * first.itemsize for n in (budget.instructions, budget.special))
-        yield (
-            f"budget at {budget.terabytes} TB/s, reading: {instructions:.1f} instructions and "
-            f"{special:.2f} MUFU per logit"
-        )
+        issued = budget * first.itemsize
+        special = issued * SPECIAL
+        yield f"budget, reading: {issued:.1f} instructions and {special:.2f} MUFU per logit"
     yield ""
     yield f"{'':59}bytes each     per logit    of budget"
     row = "{:30}{:>4} {:>6} {:>6}  {:8} {}".format
     yield row("kernel", "regs", "spills", "shared", "loop", "load store  instr  MUFU issue  MUFU")
     order = list(dict.fromkeys(kernel.kernel for kernel in kernels))
     for kernel in sorted(kernels, key=lambda kernel: order.index(kernel.kernel)):
-        figures = (kernel.registers, kernel.spills, kernel.shared)
-        head = [kernel.name, *("?" if figure is None else str(figure) for figure in figures)]
+        sizes = (kernel.registers, kernel.spills, kernel.shared)
+        head = [kernel.name, *("?" if size is None else str(size) for size in sizes)]
         hot = hottest(kernel.loops or [])
         if not hot:
             yield row(*head, "?" if kernel.loops is None else "", "").rstrip()
         for loop in hot:
-            yield row(*head, loop.role, _figures(kernel, loop)).rstrip()
+            yield row(*head, loop.role, _columns(kernel, loop)).rstrip()
             head = [""] * 4
     if any(kernel.registers is None or kernel.loops is None for kernel in kernels):
         yield "?: cuobjdump (registers, spills) or nvdisasm (loops) was not found"
 
 
-def _figures(kernel: Compiled, loop: Loop) -> str:
+def _columns(kernel: Compiled, loop: Loop) -> str:
     """The columns of a loop."""
-    logits = kernel.logits(loop)
     load, store = (str(min(accesses, default="")) for accesses in (loop.loads, loop.stores))
-    text = f"{load:>4} {store:>5} {loop.instructions / logits:6.2f} {loop.special / logits:5.2f}"
-    if used := shares(kernel, loop):
-        text += f" {used[0]:5.0%} {used[1]:5.0%}"
+    cost = figures(kernel, loop)
+    text = f"{load:>4} {store:>5} {cost['instructions_per_logit']:6.2f}"
+    text += f" {cost['special_per_logit']:5.2f}"
+    if cost["issue_share"] is not None:
+        text += f" {cost['issue_share']:5.0%} {cost['special_share']:5.0%}"
     return text
-
-
-def record(kernel: Compiled) -> dict[str, Any]:
-    """The figures of a kernel for JSON."""
-    loops = None
-    if kernel.loops is not None:
-        loops = []
-        for loop in kernel.loops:
-            logits, used = kernel.logits(loop), shares(kernel, loop)
-            derived = {
-                "role": loop.role,
-                "logits": logits,
-                "instructions": loop.instructions,
-                "instructions_per_logit": loop.instructions / logits,
-                "special_per_logit": loop.special / logits,
-                "issue_share": used and used[0],
-                "special_share": used and used[1],
-            }
-            loops.append(vars(loop) | derived)
-    return vars(kernel) | {"name": kernel.name, "loops": loops}
 
 
 if __name__ == "__main__":

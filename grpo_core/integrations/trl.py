@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_core.integrations.trl_forward import KEYWORD, TrlLossRequest, add_fused_loss
 from grpo_core.integrations.trl_hook import (
     INSTALL,
     LogProbPatch,
@@ -28,9 +27,15 @@ from grpo_core.integrations.trl_hook import (
     patch_log_probs,
     trl_utils,
 )
-from grpo_core.integrations.trl_options import INPUTS, SUPPORTED, preset_of, unsupported_option
-from grpo_core.loss.fused_loss import LossOutput
-from grpo_core.loss.inputs import Tokens
+from grpo_core.integrations.trl_loss import (
+    KEYWORD,
+    SUPPORTED,
+    TrlLossRequest,
+    add_fused_loss,
+    preset_of,
+    unsupported_option,
+)
+from grpo_core.loss.outputs import LossOutput
 
 trl_utils()  # raises with an install command if TRL is missing
 
@@ -38,6 +43,12 @@ from trl import GRPOTrainer  # noqa: E402
 
 __all__ = ["SUPPORTED", "FusedGRPOTrainer", "LogProbPatch", "patch_log_probs"]
 
+# entries of a micro-batch that the fast level reads
+_INPUTS = """
+    prompt_ids prompt_mask completion_ids completion_mask tool_mask advantages num_items_in_batch
+    old_per_token_logps ref_per_token_logps importance_sampling_ratio sampling_per_token_logps
+"""
+INPUTS = frozenset(_INPUTS.split())
 # largest difference of the two losses by rounding, relative to the sum of absolute terms
 ROUNDING = 1e-3
 
@@ -59,7 +70,7 @@ class FusedGRPOTrainer(GRPOTrainer):
     memory_budget: int | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if known_hook().outputs != 5:
+        if known_hook().unserved:
             raise RuntimeError(f"trl: expected TRL 1.15 or 1.16 for FusedGRPOTrainer; {INSTALL}")
         self._warned: set[str] = set()
         self._token_outputs: tuple[Tensor, Tensor, Tensor | None] | None = None
@@ -78,14 +89,15 @@ class FusedGRPOTrainer(GRPOTrainer):
         """Whether the options allow the fast level; warns once for each unsupported option."""
         reason = unsupported_option(self)
         if reason is not None:
-            self._warn(*reason)
+            self._warn(reason)
         return reason is None
 
-    def _warn(self, name: str, why: str) -> None:
+    def _warn(self, reason: str) -> None:
+        name = reason.partition(":")[0]
         if name not in self._warned:
             self._warned.add(name)
             warnings.warn(
-                f"FusedGRPOTrainer: {name}: {why}; TRL computes the loss, with patch_log_probs",
+                f"FusedGRPOTrainer: {reason}; TRL computes the loss, with patch_log_probs",
                 stacklevel=2,
             )
 
@@ -98,11 +110,10 @@ class FusedGRPOTrainer(GRPOTrainer):
             return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
-        for name in sorted(inputs.keys() - INPUTS):
-            self._warn(name, "an unknown input")
-        request = None
-        if self._is_fast() and inputs.keys() <= INPUTS:
-            request = self._request(inputs)
+        unknown = sorted(inputs.keys() - INPUTS)
+        for name in unknown:
+            self._warn(f"{name}: an unknown input")
+        request = self._request(inputs) if self._is_fast() and not unknown else None
         if request is None:
             return super()._compute_loss(model, inputs)
         input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
@@ -136,17 +147,13 @@ class FusedGRPOTrainer(GRPOTrainer):
         if "tool_mask" in inputs:
             mask = mask & inputs["tool_mask"].bool()
         preset = preset_of(self, training=self._trains)
-        advantage = inputs["advantages"].float()
+        factor, advantage = preset.objective.factor, inputs["advantages"].float()
         advantage = advantage[:, None] if advantage.ndim == 1 else advantage
-        vectors = {
-            ours: inputs[name].float()
-            for ours, name in (
-                ("old_logp", "old_per_token_logps"),
-                ("ref_logp", "ref_per_token_logps"),
-            )
-            if name in inputs and (ours == "old_logp" or self.beta)
-        }
-        factor = preset.objective.factor
+        vectors = {}
+        if "old_per_token_logps" in inputs:
+            vectors["old_logp"] = inputs["old_per_token_logps"].float()
+        if "ref_per_token_logps" in inputs and self.beta:
+            vectors["ref_logp"] = inputs["ref_per_token_logps"].float()
         sampler_logp = inputs.get("sampling_per_token_logps")
         if self.off_policy_mask_threshold is not None:
             before = vectors.get("old_logp") if sampler_logp is None else sampler_logp
@@ -155,7 +162,7 @@ class FusedGRPOTrainer(GRPOTrainer):
                 advantage = advantage * ((advantage >= 0) | (self.off_policy_mask_threshold >= 0))
                 factor = dataclasses.replace(factor, off_policy_delta=math.inf)
             elif bool((before.isnan() & mask).any()):
-                self._warn("sampling_per_token_logps", "NaN beside an off_policy_mask_threshold")
+                self._warn("sampling_per_token_logps: NaN beside an off_policy_mask_threshold")
                 return None
             else:
                 vectors["sampler_logp"] = before.float()
@@ -192,15 +199,12 @@ def _token_outputs(
 
 def _compare(ours: Tensor, theirs: Tensor, out: LossOutput) -> None:
     """Raises RuntimeError if TRL's loss of the same log-probabilities differs."""
+    # the loss is of packed rows
     tokens = out._tokens
-    assert isinstance(tokens, Tokens)
-    logp, ratio, kl, factor, entropy = (
-        vector.reshape(-1) for vector in (out.logp, out.ratio, out.kl, out.factor, out.entropy)
-    )
-    terms = tokens.advantage.abs() * factor * ratio.clamp(min=1) * (1 + logp.abs())
-    size = (tokens.weight * (terms + tokens.objective.beta * kl.abs())).sum() + ours.abs()
+    terms = tokens.advantage.abs() * out.factor * out.ratio.clamp(min=1) * (1 + out.logp.abs())
+    size = (tokens.weight * (terms + tokens.objective.beta * out.kl.abs())).sum() + ours.abs()
     if tokens.entropy_weight is not None:
-        size = size + (tokens.entropy_weight.abs() * entropy).sum()
+        size = size + (tokens.entropy_weight.abs() * out.entropy).sum()
     differs = (ours - theirs).abs() > ROUNDING * size
     # a term that is not finite is left out here, and makes TRL's loss NaN
     if bool(differs & theirs.isfinite() & ~out._dropped.any()):

@@ -1,7 +1,8 @@
 """The hook: the function of TRL that computes log-probabilities from hidden states.
 
 TRL's trainers look up `_ChunkedLogProbFunction` in `trl.trainer.utils` at every call. `HOOKS` lists
-the versions of TRL and the parameters of the function; other versions are refused.
+the versions of TRL that are known; others are refused. A patch holds for the whole process: threads
+that train at the same time must share it.
 """
 
 from __future__ import annotations
@@ -17,15 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_core.integrations.trl_scores import FURTHER, linear_scores
+from grpo_core.integrations.trl_scores import FURTHER, LinearScores, linear_scores
 from grpo_core.linear.head import LinearHead
 
 INSTALL = "pip install 'trl==1.16.0'"
 NAME = "_ChunkedLogProbFunction"
 _FIRST = ("weight", "bias", "targets", "temperature", "chunk_size")
-_LAST = ("final_logit_softcapping", "logit_scale")
-_SINCE_1_15 = ("ctx", "hidden", *_FIRST, *_LAST, "outputs")
-_BEFORE = ("ctx", "last_hidden", *_FIRST, *_LAST)
+_SHARED = (*_FIRST, "final_logit_softcapping", "logit_scale")
 
 
 @dataclass(frozen=True)
@@ -34,27 +33,24 @@ class Hook:
 
     Attributes:
         parameters: parameters of TRL's function.
-        outputs: number of results of `apply`: logp and entropy, or these and three more.
-        modules: modules besides `trl.trainer.utils` that look up the function.
+        outputs: what it returns after the log-probabilities.
         unserved: the trainers that do not call the function; "" if all do.
     """
 
-    parameters: tuple[str, ...]
-    outputs: int
-    modules: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ("ctx", "hidden", *_SHARED, "outputs")
+    outputs: tuple[str, ...] = ("entropy", *FURTHER)
     unserved: str = ""
 
 
+_BEFORE_1_15 = ("ctx", "last_hidden", *_SHARED), ("entropy",)
 HOOKS = {
-    "1.16": Hook(_SINCE_1_15, 5),
-    "1.15": Hook(_SINCE_1_15, 5),
+    "1.16": Hook(),
+    "1.15": Hook(),
     "1.14": Hook(
-        _BEFORE,
-        2,
-        tuple(f"trl.trainer.{name}_trainer" for name in ("grpo", "dpo", "kto")),
-        "not RLOO and SFT; GRPO, DPO and KTO only with use_liger_kernel=True",
+        *_BEFORE_1_15,
+        unserved="not RLOO and SFT; GRPO, DPO and KTO only with use_liger_kernel=True",
     ),
-    "1.13": Hook(_BEFORE, 2, (), "only AsyncGRPO; the other trainers compute full logits"),
+    "1.13": Hook(*_BEFORE_1_15, unserved="only AsyncGRPO; the other trainers compute full logits"),
 }
 
 
@@ -79,56 +75,59 @@ def known_hook() -> Hook:
         ImportError: without TRL.
         RuntimeError: an unknown version, or a function with other parameters.
     """
-    utils = trl_utils()
-    version = import_module("trl").__version__
+    present, version = getattr(trl_utils(), NAME, None), import_module("trl").__version__
+
+    def refuse(expected: str, got: object) -> RuntimeError:
+        return RuntimeError(f"trl: expected {expected}, got {got}; {INSTALL}")
+
     hook = HOOKS.get(".".join(version.split(".")[:2]))
     if hook is None:
-        known = ", ".join(HOOKS)
-        raise RuntimeError(f"trl: expected one of the versions {known}, got {version}; {INSTALL}")
-    present = getattr(utils, NAME, None)
-    if present is None or isinstance(present, _Replacement):
-        if present is None:
-            raise RuntimeError(f"trl: expected trl.trainer.utils.{NAME}, got none; {INSTALL}")
+        raise refuse(f"one of the versions {', '.join(HOOKS)}", version)
+    if isinstance(present, LogProbPatch):
         return hook
+    home = f"trl.trainer.utils.{NAME}"
+    if present is None:
+        raise refuse(home, "none")
     if not str(getattr(present, "__module__", "")).startswith("trl."):
-        raise RuntimeError(
-            f"trl: expected TRL's trl.trainer.utils.{NAME}, got {present!r}, which something else "
-            "put there"
-        )
+        raise refuse(f"TRL's {home}", f"{present!r}, which something else put there")
     parameters = tuple(inspect.signature(present.forward).parameters)
     if parameters != hook.parameters:
-        raise RuntimeError(
-            f"trl: expected {NAME} of TRL {version} to take {hook.parameters}, got {parameters}; "
-            f"{INSTALL}"
-        )
+        raise refuse(f"{home} of TRL {version} to take {hook.parameters}", parameters)
     return hook
 
 
-class _Replacement:
-    """The object at the hook while a patch is active."""
-
-    def __init__(self, apply: Callable[..., tuple[Tensor | None, ...]]) -> None:
-        # the number of rows depends on data, which a compiled graph cannot follow
-        self.apply = torch.compiler.disable(apply)
-
-
 class LogProbPatch:
-    """An active replacement at the hook; `undo`, or leaving the `with` block, removes it."""
+    """A replacement of TRL's function until `undo`, or the end of the `with` block.
 
-    def __init__(self, apply: Callable[..., tuple[Tensor | None, ...]], hook: Hook) -> None:
-        utils = trl_utils()
-        self._replacement, self._before = _Replacement(apply), getattr(utils, NAME)
-        modules = [import_module(name) for name in hook.modules]
-        if hook.modules:
-            # modules that have imported the name
-            modules = [m for n, m in list(sys.modules.items()) if n.startswith("trl.")]
-        self._homes = [utils, *(m for m in modules if m is not utils and self._is_home(m))]
-        for home in self._homes:
-            setattr(home, NAME, self._replacement)
-        self._active = True
+    Args:
+        compute: (hidden [N, D], head, target [N], temperature, outputs) -> log-probabilities and
+            the optional outputs, as in `LinearScores`.
+        hook: of the installed TRL.
+    """
 
-    def _is_home(self, module: Any) -> bool:
-        return vars(module).get(NAME) is self._before
+    def __init__(self, compute: Callable[..., tuple[Tensor | None, ...]], hook: Hook) -> None:
+        self._compute, self._hook = compute, hook
+        # the number of rows depends on data, which a compiled graph cannot follow
+        self.apply = torch.compiler.disable(self._apply)
+        self._before, self._active = getattr(trl_utils(), NAME), True
+        _replace(self._before, self)
+
+    def _apply(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] | None = None,
+    ) -> tuple[Tensor | None, ...]:
+        head = LinearHead(weight, bias, final_logit_softcapping, logit_scale)
+        outputs = self._hook.outputs if outputs is None else outputs
+        results = self._compute(hidden, head, targets, temperature, outputs)
+        return results[: 1 + len(self._hook.outputs)]
 
     def undo(self) -> None:
         """Restores the previous object; a second call does nothing.
@@ -138,14 +137,13 @@ class LogProbPatch:
         """
         if not self._active:
             return
-        for home in self._homes:
-            if getattr(home, NAME) is not self._replacement:
-                raise RuntimeError(
-                    f"undo: expected this patch at {home.__name__}.{NAME}, got "
-                    f"{getattr(home, NAME)!r}; undo patches in the reverse order"
-                )
-        for home in self._homes:
-            setattr(home, NAME, self._before)
+        found = getattr(trl_utils(), NAME)
+        if found is not self:
+            raise RuntimeError(
+                f"undo: expected this patch at trl.trainer.utils.{NAME}, got {found!r}; undo "
+                "patches in the reverse order"
+            )
+        _replace(self, self._before)
         self._active = False
 
     def __enter__(self) -> LogProbPatch:
@@ -153,6 +151,14 @@ class LogProbPatch:
 
     def __exit__(self, *_: object) -> None:
         self.undo()
+
+
+def _replace(old: object, new: object) -> None:
+    """Replaces an object at the hook, also in the modules of TRL that have imported it by name."""
+    for name, module in list(sys.modules.items()):
+        # an entry may be None; a lazy module would import for getattr
+        if name.startswith("trl.") and module and vars(module).get(NAME) is old:
+            setattr(module, NAME, new)
 
 
 def patch_log_probs(*, memory_budget: int | None = None) -> LogProbPatch:
@@ -183,32 +189,25 @@ def patch_log_probs(*, memory_budget: int | None = None) -> LogProbPatch:
             stacklevel=2,
         )
 
-    def apply(
+    def compute(
         hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
+        head: LinearHead,
+        target: Tensor,
         temperature: float,
-        chunk_size: int,
-        final_logit_softcapping: float | None = None,
-        logit_scale: float = 1.0,
-        outputs: tuple[str, ...] = ("entropy", *FURTHER),
-    ) -> tuple[Tensor | None, ...]:
+        outputs: tuple[str, ...],
+    ) -> LinearScores:
         unknown = set(outputs) - {"log_probs", "entropy", *FURTHER}
         if unknown:
             raise ValueError(f"outputs: expected TRL's names, got {sorted(unknown)}")
         scores = linear_scores(
             hidden,
-            LinearHead(weight, bias, final_logit_softcapping, logit_scale),
-            targets,
+            head,
+            target,
             temperature=temperature,
-            further=[name for name in FURTHER if name in outputs] if hook.outputs == 5 else (),
+            further=[name for name in FURTHER if name in outputs],
             memory_budget=memory_budget,
-            gathered=lambda: trl_utils().maybe_gather_lm_head_ctx(weight, bias),
+            gathered=lambda: trl_utils().maybe_gather_lm_head_ctx(head.weight, head.bias),
         )
-        if hook.outputs == 2:
-            return scores.logp, scores.entropy
-        entropy = scores.entropy if "entropy" in outputs else None
-        return scores.logp, entropy, *scores[2:]
+        return scores if "entropy" in outputs else scores._replace(entropy=None)
 
-    return LogProbPatch(apply, hook)
+    return LogProbPatch(compute, hook)

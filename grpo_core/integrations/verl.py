@@ -16,13 +16,12 @@ for log-probabilities; `grpo_core.integrations.verl_log_probs` calls it on impor
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grpo_core.integrations.presets import VerlPreset, preset
+from grpo_core.integrations.presets import preset
 from grpo_core.integrations.presets.base import TokenMeans
 from grpo_core.integrations.presets.verl_options import AGGREGATIONS, MODES, VerlOptions
 from grpo_core.integrations.verl_head import (
@@ -33,8 +32,8 @@ from grpo_core.integrations.verl_head import (
     patch_log_probs,
     require_verl,
 )
-from grpo_core.loss.fused_loss import LossOutput
 from grpo_core.loss.logp_loss import logp_loss
+from grpo_core.loss.outputs import LossOutput
 from grpo_core.objective.objective import Objective
 from grpo_core.objective.recipes import RECIPES
 
@@ -82,6 +81,11 @@ def register(name: str, objective: str | Objective) -> PolicyLoss:
     if spec.factor.top_entropy < 1:
         raise ValueError("objective: expected factor.top_entropy = 1, verl passes no entropy")
     spec = spec.replace(kl=None, beta=0.0, kl_times_ratio=False, entropy_coef=0.0)
+    return _register(name, "vanilla", spec)
+
+
+def _register(name: str, mode: str, spec: Objective | None = None) -> PolicyLoss:
+    """Registers an objective, or without one the preset of verl's loss mode."""
 
     def policy_loss(
         old_log_prob: Tensor,
@@ -92,82 +96,40 @@ def register(name: str, objective: str | Objective) -> PolicyLoss:
         config: Any = None,
         rollout_is_weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """The policy term of the objective, with the arguments and results of verl's losses."""
-        _check_config(name, spec, loss_agg_mode, config)
-        normalizer = _preset("vanilla", loss_agg_mode, _options(config), weighted=False).normalizer
+        """The policy term, with the arguments and results of verl's losses."""
+        if config is None:
+            raise ValueError("config: expected verl's ActorConfig, got None")
+        if spec is not None:
+            _check_config(name, spec, loss_agg_mode, config)
+        ours = preset("verl", loss_mode=mode, loss_agg_mode=loss_agg_mode, **_options(config))
+        arguments: dict[str, Any] = {}
+        if spec is not None:
+            arguments["factor"] = rollout_is_weights
+        elif rollout_is_weights is not None:
+            ours = ours.weighted()
+            arguments["sampler_logp"] = ours.sampler_logp(old_log_prob, rollout_is_weights)
         out = logp_loss(
             log_prob,
-            objective=spec,
+            objective=ours.objective if spec is None else spec,
             advantage=advantages,
             old_logp=old_log_prob,
-            factor=rollout_is_weights,
             mask=response_mask,
-            normalizer=normalizer(response_mask, **config.global_batch_info),
+            normalizer=ours.normalizer(response_mask, **config.global_batch_info),
+            **arguments,
         )
-        return out.loss, _floats(_metrics(out), out)
+        return out.loss, _floats(ours.metrics(out) if spec is None else _metrics(out), out)
 
     return register_policy_loss(name)(policy_loss)
 
 
-def _register_mode(mode: str) -> PolicyLoss:
-    """Registers verl's loss mode, computed by grpo_core, as `grpo_core_verl_<mode>`."""
-
-    def policy_loss(
-        old_log_prob: Tensor,
-        log_prob: Tensor,
-        advantages: Tensor,
-        response_mask: Tensor,
-        loss_agg_mode: str = "token-mean",
-        config: Any = None,
-        rollout_is_weights: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """verl's policy term, with the arguments and results of verl's function."""
-        _check_present(config)
-        ours = _preset(mode, loss_agg_mode, _options(config), rollout_is_weights is not None)
-        sampler_logp = None
-        if rollout_is_weights is not None:
-            sampler_logp = ours.sampler_logp(old_log_prob, rollout_is_weights)
-        out = logp_loss(
-            log_prob,
-            objective=ours.objective,
-            advantage=advantages,
-            old_logp=old_log_prob,
-            sampler_logp=sampler_logp,
-            mask=response_mask,
-            normalizer=ours.normalizer(response_mask, **config.global_batch_info),
-        )
-        return out.loss, _floats(ours.metrics(out), out)
-
-    return register_policy_loss(f"grpo_core_verl_{mode}")(policy_loss)
-
-
-@lru_cache(maxsize=64)
-def _preset(
-    mode: str, loss_agg_mode: str, options: tuple[tuple[str, Any], ...], weighted: bool
-) -> VerlPreset:
-    """The preset of a configuration."""
-    given = dict(options)
-    if mode != "dro":
-        given.pop("dro_beta")
-    ours = preset("verl", loss_mode=mode, loss_agg_mode=loss_agg_mode, **given)
-    return ours.weighted() if weighted else ours
-
-
-def _options(config: Any) -> tuple[tuple[str, Any], ...]:
+def _options(config: Any) -> dict[str, Any]:
     """The options in verl's actor config that affect a policy term."""
-    named = [(name, getattr(config, name)) for name in OPTIONS]
-    return (*named, ("dro_beta", config.policy_loss.dro_beta))
-
-
-def _check_present(config: Any) -> None:
-    """Raises ValueError without verl's actor config."""
-    if config is None:
-        raise ValueError("config: expected verl's ActorConfig, got None")
+    options = {name: getattr(config, name) for name in OPTIONS}
+    return options | {"dro_beta": config.policy_loss.dro_beta}
 
 
 def _check_config(name: str, spec: Objective, loss_agg_mode: str, config: Any) -> None:
-    """Raises ValueError for options that contradict the objective, or that it does not read."""
-    _check_present(config)
+    """Raises ValueError for options that contradict the objective, or that it ignores."""
     (wanted,) = (mode for mode, ours in AGGREGATIONS.items() if ours == spec.aggregation)
     if loss_agg_mode != wanted:
         raise ValueError(
@@ -175,7 +137,7 @@ def _check_config(name: str, spec: Objective, loss_agg_mode: str, config: Any) -
             f"actor.loss_agg_mode={wanted}, or register an objective with another aggregation"
         )
     defaults = VerlOptions()
-    for option, value in _options(config):
+    for option, value in _options(config).items():
         default = getattr(defaults, option)
         if value != default:
             raise ValueError(
@@ -209,6 +171,6 @@ def _floats(metrics: dict[str, Tensor], out: LossOutput) -> dict[str, float]:
 
 
 for _mode in MODES:
-    _register_mode(_mode)
+    _register(f"grpo_core_verl_{_mode}", _mode)
 for _recipe in RECIPES:
     register(f"grpo_core_{_recipe}", _recipe)

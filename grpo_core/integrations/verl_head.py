@@ -12,13 +12,15 @@ called by its own forwards. `patch_log_probs` replaces them:
 |                                        | verl ignores; gathers a head that FSDP2 shards apart   |
 |                                        | (not tied), where verl fails                           |
 
-Arguments, shapes and the wrapped label of the last position are the same.
+Arguments, shapes and the wrapped label of the last position are the same. While the forward of a
+text model runs its head, the head's own forward is replaced; a lock admits one thread at a time.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from importlib import import_module
@@ -31,7 +33,7 @@ from torch.distributed.tensor import DTensor
 
 from grpo_core.linear.head import LinearHead
 from grpo_core.linear.logp import linear_logp
-from grpo_core.linear.model_probe import read_head, stated
+from grpo_core.linear.model_head import options_of_config, read_head
 
 VERSION = "0.9.1"
 INSTALL = (
@@ -43,6 +45,9 @@ OPERATORS = "verl.utils.experimental.torch_functional"
 KERNEL = "verl.utils.kernel.linear_cross_entropy"
 # modules that import the function by name
 MEGATRON = ("verl.models.mcore.model_forward_fused", "verl.models.mcore.model_forward_1f1b_overlap")
+
+# held while the forward of a head is replaced
+_HEAD_LOCK = threading.Lock()
 
 
 def require_verl() -> None:
@@ -71,10 +76,8 @@ class FusedLinear(nn.Module):
     def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
         super().__init__()
         if impl_backend != "torch":
-            raise ValueError(
-                "impl_backend: expected 'torch' or 'triton' with patch_log_probs, got "
-                f"{impl_backend!r}"
-            )
+            want = "'torch' or 'triton' with patch_log_probs"
+            raise ValueError(f"impl_backend: expected {want}, got {impl_backend!r}")
 
     def forward(
         self,
@@ -84,11 +87,7 @@ class FusedLinear(nn.Module):
         temperature: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
         """Returns log-probability and entropy of every label, float32, shaped like `input_ids`."""
-        _check_gathered("vocab_weights", vocab_weights)
-        found = linear_logp(
-            hidden_states, vocab_weights, input_ids, temperature=_temperature(temperature)
-        )
-        return found.logp, found.entropy
+        return _scores(hidden_states, vocab_weights, input_ids, temperature)
 
 
 def linear_cross_entropy(
@@ -107,15 +106,37 @@ def linear_cross_entropy(
     """
     if reduction != "none":
         raise ValueError(f"reduction: expected 'none', got {reduction!r}")
-    if dist_process_group is not None and torch.distributed.get_world_size(dist_process_group) > 1:
-        size = torch.distributed.get_world_size(dist_process_group)
+    ranks = 1
+    if dist_process_group is not None:
+        ranks = torch.distributed.get_world_size(dist_process_group)
+    if ranks > 1:
         raise NotImplementedError(
-            f"dist_process_group: a head split over {size} ranks is not supported; use "
+            f"dist_process_group: a head split over {ranks} ranks is not supported; use "
             "tensor_model_parallel_size=1, or verl's own kernel without patch_log_probs"
         )
-    _check_gathered("weight", weight)
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    found = linear_logp(rows, weight, labels.reshape(-1), temperature=_temperature(temperature))
+    return _scores(hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), temperature)
+
+
+def _scores(
+    hidden: Tensor, lm_head: Tensor | LinearHead, label: Tensor, temperature: Any
+) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of every label; verl passes numbers or tensors of one number.
+
+    Raises:
+        NotImplementedError: a matrix sharded by FSDP2, or a temperature for each sample.
+    """
+    if isinstance(lm_head, DTensor):
+        raise NotImplementedError(
+            "lm_head: expected a gathered matrix, got a DTensor: this forward of verl reads a head "
+            "that FSDP2 shards apart from the model; verl's own operator also fails; set "
+            "use_fused_kernels=False"
+        )
+    if isinstance(temperature, Tensor) and temperature.numel() > 1:
+        raise NotImplementedError(
+            "temperature: expected one number for all tokens with a fused head, got "
+            f"{list(temperature.shape)}"
+        )
+    found = linear_logp(hidden, lm_head, label, temperature=float(temperature))
     return found.logp, found.entropy
 
 
@@ -167,14 +188,12 @@ def forward_with_torch_backend(
         output_hidden_states=output_hidden_states,
         cache_position=cache_position,
     )
-    target, T = shift_labels, _temperature(temperature)
 
-    def scored(hidden: Tensor) -> tuple[Tensor, Tensor]:
-        found = linear_logp(hidden, head_of(self), target, temperature=T)
-        return found.logp, found.entropy
+    def scores(hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return _scores(hidden, head_of(self), shift_labels, temperature)
 
     # called as the head's forward, so that the hooks of FSDP gather its matrix
-    with patch.object(self.lm_head, "forward", scored):
+    with _HEAD_LOCK, patch.object(self.lm_head, "forward", scores):
         logp, entropy = self.lm_head(outputs[0])
     return verl.CausalLMOutputForPPO(
         log_probs=logp,
@@ -195,7 +214,7 @@ def head_of(model: Any) -> LinearHead:
     Raises:
         NotImplementedError: an adapter on the head, or an unknown kind of scale.
     """
-    return read_head(model.lm_head, stated(model.config), adapters=False)
+    return read_head(model.lm_head, options_of_config(model.config), adapters=False)
 
 
 def patch_log_probs() -> ExitStack:
@@ -212,14 +231,12 @@ def patch_log_probs() -> ExitStack:
         RuntimeError: a function of verl has other parameters.
     """
     require_verl()
+    imported = [name for name in MEGATRON if name in sys.modules]
     places: list[tuple[str, str, Callable]] = [
         (OPERATORS, "FusedLinearForPPO", FusedLinear),
-        (KERNEL, "linear_cross_entropy", linear_cross_entropy),
+        *((module, "linear_cross_entropy", linear_cross_entropy) for module in (KERNEL, *imported)),
         (FORWARDS, "forward_with_torch_backend", forward_with_torch_backend),
         (FORWARDS, "forward_with_triton_backend", forward_with_triton_backend),
-    ]
-    places += [
-        (m, "linear_cross_entropy", linear_cross_entropy) for m in MEGATRON if m in sys.modules
     ]
     for module, name, ours in places:
         theirs = getattr(import_module(module), name)
@@ -239,23 +256,3 @@ def _check_parameters(name: str, theirs: Any, ours: Any) -> None:
     found = found[1:] if found[:1] == ["ctx"] else found
     if found != expected:
         raise RuntimeError(f"{name}: expected the parameters {expected}, got {found}")
-
-
-def _check_gathered(name: str, weight: Tensor) -> None:
-    """Raises NotImplementedError for a matrix sharded by FSDP2."""
-    if isinstance(weight, DTensor):
-        raise NotImplementedError(
-            f"{name}: expected a gathered matrix, got a DTensor: this forward of verl reads a head "
-            "that FSDP2 shards apart from the model; verl's own operator also fails; set "
-            "use_fused_kernels=False"
-        )
-
-
-def _temperature(temperature: Any) -> float:
-    """The temperature as a float; verl's engine passes one number to a fused head."""
-    if isinstance(temperature, Tensor) and temperature.numel() > 1:
-        raise NotImplementedError(
-            "temperature: expected one number for all tokens with a fused head, got "
-            f"{list(temperature.shape)}"
-        )
-    return float(temperature)

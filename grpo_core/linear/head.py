@@ -54,34 +54,24 @@ class LinearHead:
     lora_scaling: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("weight", "bias", "lora_A", "lora_B"):
-            value = getattr(self, name)
-            if name == "weight" or value is not None:
-                check_floats(name, value)
-        if self.weight.ndim != 2 or not self.weight.numel():
-            raise ValueError(f"weight: expected a matrix [V, D], got {list(self.weight.shape)}")
-        rows, D = self.weight.shape
-        if (self.lora_A is None) != (self.lora_B is None):
+        weight, lora_A = check_floats("weight", self.weight), self.lora_A
+        if weight.ndim != 2 or not weight.numel():
+            raise ValueError(f"weight: expected a matrix [V, D], got {list(weight.shape)}")
+        rows, D = weight.shape
+        if (lora_A is None) != (self.lora_B is None):
             raise ValueError("lora_A: expected both or neither of lora_A and lora_B")
-        r = None if self.lora_A is None or not self.lora_A.ndim else self.lora_A.shape[0]
-        shapes = {"bias": (rows,), "lora_A": (r, D), "lora_B": (rows, r)}
-        for name, shape in shapes.items():
+        r = 0 if lora_A is None else check_floats("lora_A", lora_A).numel() // D
+        for name, shape in (("bias", (rows,)), ("lora_A", (r, D)), ("lora_B", (rows, r))):
+            if getattr(self, name) is not None:
+                check_floats(name, getattr(self, name), shape, device=weight.device)
+        for name in ("softcap", "scale", "lora_scaling"):
             value = getattr(self, name)
-            if value is not None and tuple(value.shape) != shape:
-                raise ValueError(f"{name}: expected shape {list(shape)}, got {list(value.shape)}")
-        for tensor in self.tensors:
-            if tensor is not None and tensor.device != self.weight.device:
-                raise ValueError(
-                    f"weight: expected one device, got {self.weight.device} and {tensor.device}"
-                )
-        if self.softcap is not None and not (
-            is_number(self.softcap) and 0 < self.softcap < math.inf
-        ):
-            raise ValueError(f"softcap: expected a finite number > 0, got {self.softcap!r}")
-        for name in ("scale", "lora_scaling"):
-            value = getattr(self, name)
+            if name == "softcap" and value is None:
+                continue
             if not is_number(value) or not math.isfinite(value):
-                raise ValueError(f"{name}: expected a finite number, got {getattr(self, name)!r}")
+                raise ValueError(f"{name}: expected a finite number, got {value!r}")
+        if self.softcap is not None and self.softcap <= 0:
+            raise ValueError(f"softcap: expected a finite number > 0, got {self.softcap!r}")
         if self.vocabulary is not None and not (
             is_int(self.vocabulary) and 1 <= self.vocabulary <= rows
         ):
@@ -130,10 +120,11 @@ def check_head(name: str, lm_head: Tensor | LinearHead, hidden: Tensor) -> Linea
         )
     for tensor in head.tensors:
         check_concrete(**{name: tensor})
-        if tensor is not None and check_tensor(name, tensor).dtype not in HEAD_DTYPES:
+        if (
+            tensor is not None
+            and check_tensor(name, tensor, hidden.device).dtype not in HEAD_DTYPES
+        ):
             raise ValueError(f"{name}: expected one of {HEAD_DTYPES}, got {tensor.dtype}")
-    if head.weight.device != hidden.device:
-        raise ValueError(f"{name}: expected device {hidden.device}, got {head.weight.device}")
     return head
 
 
@@ -143,7 +134,7 @@ def check_hidden(name: str, hidden: object, like: Tensor | None = None) -> Tenso
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
-    hidden = check_tensor(name, hidden)
+    hidden = check_tensor(name, hidden, None if like is None else like.device)
     if hidden.ndim not in (2, 3) or not hidden.shape[-1]:
         got = list(hidden.shape)
         raise ValueError(f"{name}: expected a tensor [B, T, D] or [N, D], got {got}")
@@ -153,17 +144,18 @@ def check_hidden(name: str, hidden: object, like: Tensor | None = None) -> Tenso
         raise ValueError(
             f"{name}: expected shape {[*like.shape[:-1], 'D']}, got {list(hidden.shape)}"
         )
-    if like is not None and hidden.device != like.device:
-        raise ValueError(f"{name}: expected device {like.device}, got {hidden.device}")
     return hidden
 
 
-def check_target_shape(target: Tensor, hidden: Tensor) -> Tensor:
-    """The target as int64, checked to have one entry for every hidden state.
+def check_rows(
+    hidden: Tensor, lm_head: Tensor | LinearHead, target: Tensor
+) -> tuple[LinearHead, Tensor, Tensor]:
+    """(head, target as int64, a tensor of the logits' shape that takes no memory), checked.
 
     Raises:
         ValueError, NotImplementedError: naming the argument, what was expected and what came.
     """
+    head = check_head("lm_head", lm_head, check_hidden("hidden", hidden))
     shape, target = hidden.shape[:-1], check_integers("target", target)
     if target.shape != shape:
         raise ValueError(
@@ -171,22 +163,4 @@ def check_target_shape(target: Tensor, hidden: Tensor) -> Tensor:
             f"{list(target.shape)}; position t predicts token t + 1: give hidden[:, :-1], or pad "
             "the shifted target with -100"
         )
-    return target
-
-
-def logits_like(hidden: Tensor, V: int) -> Tensor:
-    """A tensor of the logits' shape that takes no memory, for checks."""
-    return hidden.detach().new_zeros(()).expand(*hidden.shape[:-1], V)
-
-
-def dtype_of_logits(dtype: torch.dtype | None) -> torch.dtype:
-    """The argument `logits_dtype`; float32 by default."""
-    if dtype is not None and dtype not in HEAD_DTYPES:
-        raise ValueError(f"logits_dtype: expected one of {HEAD_DTYPES} or None, got {dtype!r}")
-    return dtype or torch.float32
-
-
-def autocast_dtype(hidden: Tensor) -> torch.dtype | None:
-    """The dtype of products under torch.autocast; None outside of it."""
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return head, target, hidden.detach().new_zeros(()).expand(*shape, head.V)

@@ -1,4 +1,4 @@
-"""Log-probability and entropy from hidden states, differentiable, for losses of other libraries.
+"""Log-probability and entropy from hidden states, also differentiable, for other losses.
 
 A trainer that keeps its own loss asks for logp and entropy of every target and sends both gradients
 back later. Chunks of rows go through the product and the row kernel in the forward, and once more
@@ -28,32 +28,57 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_core.backends import Backend, choose_backend
+from grpo_core.backends import Backend
 from grpo_core.kernels.records import RowStats, Slopes
-from grpo_core.linear.chunks import (
-    Gradients,
-    LinearCall,
-    Workspace,
-    only_finite,
-    read_chunks,
-    scatter_rows,
-)
-from grpo_core.linear.head import (
-    HEAD_DTYPES,
-    LinearHead,
-    autocast_dtype,
-    check_head,
-    check_hidden,
-    check_target_shape,
-    dtype_of_logits,
-    logits_like,
-)
+from grpo_core.linear.chunks import only_finite, read_chunks, scale_rows
+from grpo_core.linear.head import HEAD_DTYPES, LinearHead, check_rows
 from grpo_core.linear.matmuls import Plan
 from grpo_core.linear.vocab_slices import SoftmaxRows, add_gradients_of_slices, logits_at
-from grpo_core.loss.compile import register_function
+from grpo_core.linear.workspace import LinearCall, Workspace, scatter_rows
+from grpo_core.loss.compile import logp_in_graph, register_function
 from grpo_core.loss.inputs import check_logits, check_target, find_unmasked, flatten_target
 from grpo_core.loss.outputs import TokenLogp
 from grpo_core.objective.validation import check_concrete
+
+
+@torch.no_grad()
+def linear_token_logp(
+    hidden: Tensor,
+    lm_head: Tensor | LinearHead,
+    target: Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    memory_budget: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    backend: Backend | None = None,
+    validate: bool | None = None,
+) -> TokenLogp:
+    """Log-probability and entropy of every target, one product: old, reference, evaluation passes.
+
+    Args:
+        hidden, lm_head, target, temperature, mask, memory_budget, logits_dtype, backend, validate:
+            as in `fused_linear_loss`. Not differentiable.
+
+    Returns:
+        `TokenLogp`: logp and entropy, nats, shaped like target, float32, 0 where masked.
+
+    Raises:
+        ValueError, NotImplementedError: as `fused_linear_loss`.
+    """
+    arguments: dict[str, Any] = {
+        "temperature": temperature,
+        "plan": "fast",
+        "mask": mask,
+        "memory_budget": memory_budget,
+        "logits_dtype": logits_dtype,
+        "backend": backend,
+        "validate": validate,
+    }
+    if torch.compiler.is_compiling():
+        return TokenLogp(*logp_in_graph(logp_from_hidden, hidden, lm_head, target, **arguments))
+    check_concrete(hidden=hidden, lm_head=lm_head, target=target, **arguments)
+    return TokenLogp(*logp_from_hidden(hidden, lm_head, target, **arguments))
 
 
 def linear_logp(
@@ -96,17 +121,20 @@ def linear_logp(
         NotImplementedError: a backend asked for by name that cannot run here.
     """
     check_concrete(hidden=hidden, lm_head=lm_head, target=target, mask=mask)
-    options: dict[str, Any] = {
-        "temperature": temperature,
-        "mask": mask,
-        "plan": plan,
-        "memory_budget": memory_budget,
+    logp, entropy = logp_from_hidden(
+        hidden,
+        lm_head,
+        target,
+        temperature=temperature,
+        mask=mask,
+        plan=plan,
+        memory_budget=memory_budget,
         # rounding logits to 16 bits costs up to 0.05 nats
-        "logits_dtype": torch.float32,
-        "backend": backend,
-        "validate": validate,
-    }
-    return TokenLogp(*logp_from_hidden(hidden, lm_head, target, **options))
+        logits_dtype=torch.float32,
+        backend=backend,
+        validate=validate,
+    )
+    return TokenLogp(logp, entropy)
 
 
 @register_function
@@ -133,19 +161,18 @@ def logp_from_hidden(
         also: further vectors [n], from a chunk's logits [n, V] and targets [n].
         gathered: a context that the backward enters to use the head.
     """
-    head = check_head("lm_head", lm_head, check_hidden("hidden", hidden))
-    target, logits = check_target_shape(target, hidden), logits_like(hidden, head.V)
+    head, target, logits = check_rows(hidden, lm_head, target)
     check_logits(logits, temperature, HEAD_DTYPES)
     check_target(logits, target, mask, validate)
     flat = flatten_target(target)
-    call = LinearCall(
+    call = LinearCall.of(
+        hidden,
         target=flat,
         temperature=float(temperature),
         plan=plan,
         memory_budget=memory_budget,
-        logits_dtype=dtype_of_logits(logits_dtype),
-        autocast=autocast_dtype(hidden),
-        kernels=choose_backend(backend, hidden),
+        logits_dtype=logits_dtype,
+        backend=backend,
     )
     valid = find_unmasked(target, mask) & (flat >= 0) & (flat < head.V)
     if not valid.all():
@@ -168,10 +195,9 @@ class LinearLogp(torch.autograd.Function):
         call: LinearCall,
         head: LinearHead,
         hidden: Tensor,
-        *tensors: Tensor | None,
+        weight: Tensor,
+        *others: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        weight, *others = tensors
-        assert weight is not None
         # the lean plan needs the logits at the targets in the backward
         lean = call.plan != "fast"
         with torch.autocast(hidden.device.type, enabled=False):
@@ -187,7 +213,7 @@ class LinearLogp(torch.autograd.Function):
         ctx.call, ctx.head, ctx.gathered = call, head.without_tensors(), gathered
         # not the outputs, which a caller may overwrite
         kept = (stats.logp, stats.entropy, stats.state, at_target, work.dhidden)
-        ctx.save_for_backward(hidden, *tensors, *kept)
+        ctx.save_for_backward(hidden, weight, *others, *kept)
         outputs = []
         for vector in (stats.logp, stats.entropy, *vectors):
             # not views of one tensor: autograd forbids in-place operations on those
@@ -213,9 +239,8 @@ class LinearLogp(torch.autograd.Function):
         slopes = Slopes(dlogp, dentropy, None)
         slopes = only_finite(slopes if call.rows is None else slopes.at(call.rows), stats)
         if ahead is not None and dentropy is None:
-            zero = slopes.dlogp == 0
-            dhidden = (ahead * slopes.dlogp[:, None]).masked_fill_(zero[:, None], 0.0)
-            dhidden = scatter_rows(dhidden.to(hidden.dtype), call.rows, hidden)
+            dhidden = scale_rows(ahead.clone(), slopes.dlogp).to(hidden.dtype)
+            dhidden = scatter_rows(dhidden, call.rows, hidden)
             return None, None, None, None, dhidden, *[None] * len(tensors)
         # the rows that have a gradient
         some = slopes.any.nonzero().squeeze(1)
@@ -223,21 +248,17 @@ class LinearLogp(torch.autograd.Function):
         stats = RowStats(logp[some], entropy[some], None, state[:, some].contiguous())
         at_target = None if at_target is None else at_target[some]
         call = call if len(some) == hidden.shape[:-1].numel() else call.at(some)
+        call = replace(call, wanted=ctx.needs_input_grad[4:])
         with ctx.gathered(), torch.autocast(hidden.device.type, enabled=False):
-            call = replace(call, wanted=ctx.needs_input_grad[4:])
             work = Workspace(hidden, ctx.head.of(*tensors), call)
-            dhidden, *rest = _gradients(work, slopes, stats, at_target)
-        if dhidden is not None:
-            dhidden = scatter_rows(dhidden.to(hidden.dtype), call.rows, hidden)
-        pairs = zip(rest, tensors, strict=True)
-        dtensors = (None if d is None else d.to(x.dtype) for d, x in pairs)
-        return None, None, None, None, dhidden, *dtensors
+            _add_gradients(work, slopes, stats, at_target)
+        return None, None, None, None, *work.gradients(hidden)
 
 
-def _gradients(
+def _add_gradients(
     work: Workspace, slopes: Slopes, stats: RowStats, at_target: Tensor | None
-) -> Gradients:
-    """Of hidden `[n, D]` and the head's tensors, by the plan of the workspace."""
+) -> None:
+    """The gradients of all rows, into `work`, by its plan."""
     call, size = work.call, slopes.dlogp.abs()
     size = size if slopes.dentropy is None else torch.maximum(size, slopes.dentropy.abs())
     work.choose_loss_scale(size)
@@ -246,8 +267,7 @@ def _gradients(
         assert at_target is not None
         softmax = SoftmaxRows(call.target, call.temperature, slopes, stats, at_target)
         add_gradients_of_slices(work, softmax)
-        return work.gradients()
+        return
     for chunk in work.chunks:
         work.make_logits(chunk)
         work.differentiate(chunk, call.target[chunk], slopes.at(chunk), stats.at(chunk))
-    return work.gradients()

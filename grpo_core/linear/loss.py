@@ -1,4 +1,4 @@
-"""The public functions from hidden states, and the autograd function of the loss.
+"""`fused_linear_loss`: the loss from hidden states, and its autograd function.
 
 Rows whose weight is 0 or that can have no gradient (`Tokens.has_no_gradient`) are left out before
 the first product. The gradients of the others are made in the forward, see `chunks`, and returned
@@ -14,36 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_core.backends import Backend, choose_backend
+from grpo_core.backends import Backend
 from grpo_core.kernels.records import Rows
-from grpo_core.linear.chunks import (
-    Gradients,
-    LinearCall,
-    Workspace,
-    loss_over_chunks,
-    loss_with_frozen_head,
-    scatter_rows,
-)
-from grpo_core.linear.head import (
-    HEAD_DTYPES,
-    LinearHead,
-    autocast_dtype,
-    check_head,
-    check_hidden,
-    check_target_shape,
-    dtype_of_logits,
-    logits_like,
-)
+from grpo_core.linear.chunks import LossRows, loss_over_chunks, loss_with_frozen_head
+from grpo_core.linear.head import HEAD_DTYPES, LinearHead, check_head, check_hidden, check_rows
 from grpo_core.linear.logp import logp_from_hidden
 from grpo_core.linear.matmuls import Plan
 from grpo_core.linear.vocab_slices import loss_over_slices
-from grpo_core.loss.compile import (
-    logp_in_graph,
-    loss_in_graph,
-    register_function,
-)
+from grpo_core.linear.workspace import Gradients, LinearCall, Workspace
+from grpo_core.loss.compile import loss_in_graph, register_function
 from grpo_core.loss.inputs import LossInputs, Tokens
-from grpo_core.loss.outputs import LossOutput, TokenLogp
+from grpo_core.loss.outputs import LossOutput
 from grpo_core.objective.objective import Objective
 from grpo_core.objective.recipes import find_objective
 from grpo_core.objective.validation import check_concrete
@@ -143,46 +124,6 @@ def fused_linear_loss(
     return loss_from_hidden(hidden, lm_head, inputs, **options)
 
 
-@torch.no_grad()
-def linear_token_logp(
-    hidden: Tensor,
-    lm_head: Tensor | LinearHead,
-    target: Tensor,
-    *,
-    temperature: float = 1.0,
-    mask: Tensor | None = None,
-    memory_budget: int | None = None,
-    logits_dtype: torch.dtype | None = None,
-    backend: Backend | None = None,
-    validate: bool | None = None,
-) -> TokenLogp:
-    """Log-probability and entropy of every target, one product: old, reference, evaluation passes.
-
-    Args:
-        hidden, lm_head, target, temperature, mask, memory_budget, logits_dtype, backend, validate:
-            as in `fused_linear_loss`. Not differentiable.
-
-    Returns:
-        `TokenLogp`: logp and entropy, nats, shaped like target, float32, 0 where masked.
-
-    Raises:
-        ValueError, NotImplementedError: as `fused_linear_loss`.
-    """
-    arguments: dict[str, Any] = {
-        "temperature": temperature,
-        "plan": "fast",
-        "mask": mask,
-        "memory_budget": memory_budget,
-        "logits_dtype": logits_dtype,
-        "backend": backend,
-        "validate": validate,
-    }
-    if torch.compiler.is_compiling():
-        return TokenLogp(*logp_in_graph(logp_from_hidden, hidden, lm_head, target, **arguments))
-    check_concrete(hidden=hidden, lm_head=lm_head, target=target, **arguments)
-    return TokenLogp(*logp_from_hidden(hidden, lm_head, target, **arguments))
-
-
 @register_function
 def loss_from_hidden(
     hidden: Tensor,
@@ -197,54 +138,49 @@ def loss_from_hidden(
     all_logp: bool,
 ) -> LossOutput:
     """`fused_linear_loss` outside of `torch.compile`."""
-    head = check_head("lm_head", lm_head, check_hidden("hidden", hidden))
-    target = check_target_shape(inputs.target, hidden)
-    logits = logits_like(hidden, head.V)
+    head, target, logits = check_rows(hidden, lm_head, inputs.target)
     reference = _check_reference(inputs, head, hidden, ref_hidden, ref_lm_head)
     exact = reference is not None and inputs.objective.kl == "exact"
     if exact:
         # of the same shape, which is all that is checked
         inputs = replace(inputs, ref_logits=logits)
     elif reference is not None:
-        # filled in once it is known which rows are made
+        # computed once it is known which rows are made
         inputs = replace(inputs, ref_logp=torch.zeros(target.shape, device=hidden.device))
     tokens = inputs.tokens(logits, logit_dtypes=HEAD_DTYPES)
     without_gradient = tokens.has_no_gradient()
+    options: dict[str, Any] = {
+        "temperature": float(inputs.temperature),
+        "memory_budget": memory_budget,
+        "logits_dtype": logits_dtype,
+        "backend": inputs.backend,
+    }
     if reference is not None and not exact:
         made = tokens.valid if all_logp else tokens.valid & ~without_gradient
+        mask = made.view(target.shape)
         with torch.no_grad():
             ref_logp, _ = logp_from_hidden(
-                *reference,
-                target,
-                temperature=inputs.temperature,
-                mask=made.view(target.shape),
-                plan="fast",
-                memory_budget=memory_budget,
-                logits_dtype=logits_dtype,
-                backend=inputs.backend,
-                validate=False,
+                *reference, target, mask=mask, plan="fast", validate=False, **options
             )
         tokens = replace(tokens, ref_logp=ref_logp.view(-1))
     tensors, enabled = (hidden, *head.tensors), torch.is_grad_enabled()
-    call = LinearCall(
+    call = LinearCall.of(
+        hidden,
         target=tokens.target,
         tokens=tokens,
         reference=reference if exact else None,
-        temperature=float(inputs.temperature),
+        exact_beta=float(inputs.objective.beta) if exact else None,
         plan=plan,
-        memory_budget=memory_budget,
-        logits_dtype=dtype_of_logits(logits_dtype),
-        autocast=autocast_dtype(hidden),
-        kernels=choose_backend(inputs.backend, hidden),
         wanted=tuple(enabled and x is not None and x.requires_grad for x in tensors),
+        **options,
     )
     first = _call_of_rows(call, tokens, tokens.valid & ~without_gradient)
-    loss, *results = FusedLinearLoss.apply(first, head, *tensors)
+    results = LossRows(*FusedLinearLoss.apply(first, head, *tensors))
     parts = [(first, results)]
     if all_logp and bool(without_gradient.any()):
         rest = replace(_call_of_rows(call, tokens, without_gradient), wanted=(False,) * 5)
-        parts.append((rest, list(evaluate_call(rest, head, tensors)[0][1:])))
-    return _output(loss, tokens, target.shape, parts)
+        parts.append((rest, evaluate_call(rest, head, tensors)[0]))
+    return _output(results.loss, tokens, target.shape, parts)
 
 
 def _call_of_rows(call: LinearCall, tokens: Tokens, made: Tensor) -> LinearCall:
@@ -260,19 +196,20 @@ def _call_of_rows(call: LinearCall, tokens: Tokens, made: Tensor) -> LinearCall:
 
 
 def _output(
-    loss: Tensor, tokens: Tokens, shape: torch.Size, parts: list[tuple[LinearCall, list[Tensor]]]
+    loss: Tensor, tokens: Tokens, shape: torch.Size, parts: list[tuple[LinearCall, LossRows]]
 ) -> LossOutput:
-    """The output over all rows, from the vectors of those that were made; 0 elsewhere."""
-    like, N = tokens.advantage, len(tokens.target)
-    logp, entropy, ratio, kl = like.new_zeros(4, N)
-    factor = torch.ones_like(like)
-    dropped, valid = like.new_zeros(2, N, dtype=torch.bool)
-    whole = (logp, entropy, ratio, kl, dropped, factor, valid)
+    """The output over all N rows, from the vectors of those that were made; 0 elsewhere."""
+    N = len(tokens.target)
+    logp, entropy, ratio, kl = tokens.advantage.new_zeros(4, N)
+    factor = torch.ones_like(logp)
+    dropped, valid = logp.new_zeros(2, N, dtype=torch.bool)
     made = 0
     for call, results in parts:
         place = slice(None) if call.rows is None else call.rows
-        for vector, result in zip(whole, results, strict=True):
-            vector[place] = result
+        all_rows = (logp, entropy, ratio, kl, dropped, factor, valid)
+        for vector, some in zip(all_rows, results[1:], strict=True):
+            if some is not None:
+                vector[place] = some
         made += len(call.target)
     logp, entropy, ratio, kl, factor = (v.view(shape) for v in (logp, entropy, ratio, kl, factor))
     return LossOutput(
@@ -316,13 +253,13 @@ class FusedLinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, call: LinearCall, head: LinearHead, *tensors: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         results, ctx.gradients = evaluate_call(call, head, tensors)
         ctx.call, ctx.head = call, head.without_tensors()
         ctx.save_for_backward(*tensors)
-        ctx.mark_non_differentiable(*results[1:])
+        ctx.mark_non_differentiable(*(vector for vector in results[1:] if vector is not None))
         ctx.set_materialize_grads(False)
-        return results
+        return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: None) -> tuple[Tensor | None, ...]:
@@ -345,8 +282,8 @@ class FusedLinearLoss(torch.autograd.Function):
 @torch.no_grad()
 def evaluate_call(
     call: LinearCall, head: LinearHead, tensors: tuple[Tensor | None, ...]
-) -> tuple[tuple[Tensor, ...], Gradients]:
-    """The loss and vectors `[n]` of `LossRows`; gradients shaped like `tensors`."""
+) -> tuple[LossRows, Gradients]:
+    """The vectors `[n]` with the sum of the loss; gradients shaped like `tensors`."""
     hidden, weight, *others = tensors
     tokens = call.tokens
     assert hidden is not None and weight is not None and tokens is not None
@@ -361,19 +298,6 @@ def evaluate_call(
             rows = loss_with_frozen_head(work, tokens)
         else:
             rows = loss_over_chunks(work, tokens)
-        dhidden, *rest = work.gradients()
-    # the buffers are freed before gradients are rounded
-    del work
-    gradients: Gradients = [None]
-    if dhidden is not None:
-        gradients = [scatter_rows(_rounded(dhidden, hidden), call.rows, hidden)]
-    for k, tensor in enumerate(tensors[1:]):
-        gradient, rest[k] = rest[k], None
-        gradients.append(None if gradient is None or tensor is None else _rounded(gradient, tensor))
-    loss, *vectors = rows
-    return (loss.sum(), *vectors), gradients
-
-
-def _rounded(gradient: Tensor, like: Tensor) -> Tensor:
-    """In the tensor's dtype, but for float16, which waits for the loss scale."""
-    return gradient if like.dtype == torch.float16 else gradient.to(like.dtype)
+    # without the loss scale, which is grad_output, float16 would underflow
+    gradients = work.gradients(hidden, round_float16=False)
+    return rows._replace(loss=rows.loss.sum()), gradients

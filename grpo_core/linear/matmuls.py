@@ -20,7 +20,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from grpo_core.backends.pytorch_rows import taken
 from grpo_core.kernels.records import Rows
 from grpo_core.linear.head import LinearHead
 from grpo_core.objective.validation import is_int
@@ -67,7 +66,9 @@ class HeadProducts:
 
     def _hidden_rows(self, chunk: slice) -> Tensor:
         """Hidden states `[n, D]` of a chunk, as operands."""
-        return self.operands(taken(self._hidden, chunk if self.rows is None else self.rows[chunk]))
+        return self.operands(
+            take_rows(self._hidden, chunk if self.rows is None else self.rows[chunk])
+        )
 
     def _slices(self, n: int, columns: slice, logits_dtype: torch.dtype) -> Iterator[slice]:
         """`columns` in one piece, or in slices where an operand has to be converted."""
@@ -84,6 +85,8 @@ class HeadProducts:
         """
         head, hidden = self.head, self._hidden_rows(chunk)
         columns, n = columns or slice(0, self.V), hidden.shape[0]
+        if not n:
+            return out[:0]
         if n < LEAST_ROWS:
             hidden = torch.cat([hidden, hidden.new_zeros(LEAST_ROWS - n, self.D)])
         out = out[: len(hidden)]
@@ -162,6 +165,16 @@ class HeadProducts:
                 matmul(dlow, self.operands(head.lora_A), dhidden, 1.0, 1.0)
             if dlora_A is not None:
                 matmul(dlow.t(), hidden, dlora_A, 1.0, 1.0)
+
+
+def take_rows(rows: Rows, place: slice | Tensor) -> Tensor:
+    """Some rows `[n, D]`: a view of neighbours if all rows are evenly spaced, otherwise a copy."""
+    T = rows.rows_per_batch
+    if T >= rows.N:
+        return rows.logits.as_strided((rows.N, rows.V), (rows.row_stride, 1))[place]
+    if isinstance(place, slice):
+        place = torch.arange(place.start, place.stop, device=rows.logits.device)
+    return rows.logits[place // T, place % T]
 
 
 def _finite(hidden: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from types import MethodType
 from typing import Any, NamedTuple, TypeVar
@@ -24,14 +23,13 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from grpo_core.linear.loss import fused_linear_loss, linear_token_logp
-from grpo_core.linear.model_probe import Around, Probe, read_head
+from grpo_core.linear.logp import linear_token_logp
+from grpo_core.linear.loss import fused_linear_loss
+from grpo_core.linear.model_head import HeadOptions, probe_options, read_head
 from grpo_core.loss.outputs import LossOutput, TokenLogp
 from grpo_core.objective.validation import check_tensor
 
 Model = TypeVar("Model", bound=nn.Module)
-# tokens of the probe
-PROBED = 4
 # `call`: the pending request of this thread's forward; torch.compile can trace this, but no
 # ContextVar
 _PENDING = threading.local()
@@ -120,7 +118,7 @@ class Request:
     def _function(*_: Any, **__: Any) -> Any:
         raise NotImplementedError
 
-    def of(self, hidden: Tensor, module: nn.Module, around: Around) -> Any:
+    def of(self, hidden: Tensor, module: nn.Module, options: HeadOptions) -> Any:
         """The function's result for hidden states [B, T, D] and the module's head."""
         if self.rows is not None:
             check_tensor("rows", self.rows)
@@ -130,7 +128,7 @@ class Request:
                     f"{self.rows.dtype} of shape {list(self.rows.shape)}"
                 )
             hidden = hidden[self.rows]
-        return self._function(hidden, read_head(module, around), self.target, **self.arguments)
+        return self._function(hidden, read_head(module, options), self.target, **self.arguments)
 
 
 class LossRequest(Request):
@@ -148,24 +146,15 @@ class LogpRequest(Request):
 
 
 class PendingRequest:
-    """A request during a model's forward, and its answer.
+    """A request during a model's forward, to be answered by `module`, the output embedding."""
 
-    Args:
-        request: to be answered by `module`, the output embedding.
-        around: the model's operations on its logits.
-    """
-
-    def __init__(self, request: Request | Probe, module: nn.Module, around: Around) -> None:
-        self.request, self.module, self.around = request, module, around
-        self.waits = True
+    def __init__(self, request: Request, module: nn.Module, options: HeadOptions) -> None:
+        self.request, self.module, self.options = request, module, options
         self.output: HeadOutput | None = None
 
-    def answer(self, hidden: Tensor, plain: Callable[..., Tensor]) -> Tensor:
+    def answer(self, hidden: Tensor) -> Tensor:
         """Computes `output`; returns a small tensor in place of logits."""
-        self.waits = False
-        if isinstance(self.request, Probe):
-            return self.request.answer(hidden, self.module, plain(hidden))
-        content = self.request.of(hidden, self.module, self.around)
+        content = self.request.of(hidden, self.module, self.options)
         if isinstance(content, TokenLogp):
             self.output = HeadOutput(None, Sealed(content))
             return content.logp.new_zeros(1, 1, 1)
@@ -195,16 +184,12 @@ def with_fused_head(model: Model, *, vocabulary: int | None = None) -> Model:
     module = _output_embedding(model)
     if has_fused_head(model):
         raise ValueError("model: expected one without a fused head; see without_fused_head")
-    with ExitStack() as undo:
-        undo.callback(_restore, inner, module)
-        _fuse(module, _head_forward)
-        _fuse(inner, _model_forward)
-        inner.__dict__["fused_head"] = Around()
-        around = _probed(model)
-        undo.pop_all()
+    options = probe_options(model, module)
     if vocabulary is not None:
-        around = around._replace(vocabulary=vocabulary)
-    inner.__dict__["fused_head"] = around
+        options = options._replace(vocabulary=vocabulary)
+    _fuse(module, _head_forward)
+    _fuse(inner, _model_forward)
+    inner.__dict__["fused_head"] = options
     return model
 
 
@@ -213,7 +198,9 @@ def without_fused_head(model: Model) -> Model:
     inner = _inner(model)
     if "fused_head" not in inner.__dict__:
         raise ValueError("model: expected one with a fused head")
-    _restore(inner, _output_embedding(model))
+    del inner.__dict__["fused_head"]
+    for module in (inner, _output_embedding(model)):
+        _restore(module)
     return model
 
 
@@ -228,11 +215,11 @@ def _model_forward(plain: Callable, self: Any, *args: Any, **kwargs: Any) -> Any
     request = kwargs.pop("request", None)
     if request is None:
         return plain(*args, **kwargs)
-    if not isinstance(request, (Request, Probe)):
+    if not isinstance(request, Request):
         got = type(request).__name__
         raise TypeError(f"request: expected a LossRequest or a LogpRequest, got {got}")
-    around, module = self.__dict__.get("fused_head"), _output_embedding(self)
-    if around is None:
+    options, module = self.__dict__.get("fused_head"), _output_embedding(self)
+    if options is None:
         raise ValueError("model: expected one with a fused head, see with_fused_head")
     if not isinstance(module, _Fused):
         raise ValueError(
@@ -242,13 +229,11 @@ def _model_forward(plain: Callable, self: Any, *args: Any, **kwargs: Any) -> Any
     if kwargs.get("labels") is not None:
         raise ValueError("labels: expected None with a request, whose target they are")
     before = getattr(_PENDING, "call", None)
-    call = _PENDING.call = PendingRequest(request, module, around)
+    call = _PENDING.call = PendingRequest(request, module, options)
     try:
         outputs = plain(*args, **kwargs)
     finally:
         _PENDING.call = before
-    if isinstance(request, Probe):
-        return outputs
     if call.output is None:
         raise ValueError("model: expected a forward that calls its get_output_embeddings()")
     if getattr(outputs, "aux_loss", None) is not None:
@@ -259,20 +244,9 @@ def _model_forward(plain: Callable, self: Any, *args: Any, **kwargs: Any) -> Any
 def _head_forward(plain: Callable, self: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The head's logits, or a small tensor in their place while a request waits."""
     call = getattr(_PENDING, "call", None)
-    if call is None or call.module is not self or not call.waits:
+    if call is None or call.module is not self or call.output is not None:
         return plain(hidden, *args, **kwargs)
-    return call.answer(hidden, plain)
-
-
-def _probed(model: Any) -> Around:
-    """The model's operations on its logits, from a few tokens; keeps the generators' states."""
-    probe, device = Probe(model.config), next(model.parameters()).device
-    ids = torch.arange(PROBED, device=device)[None]
-    devices = [device] if device.type == "cuda" else []
-    # a probe reads values, which a traced graph does not have
-    with torch.no_grad(), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
-        outputs = model(input_ids=ids, use_cache=False, request=probe)
-    return probe.around(outputs.logits)
+    return call.answer(hidden)
 
 
 def _inner(model: Any) -> nn.Module:
@@ -304,8 +278,8 @@ class _Fused(nn.Module):
     outer: Callable
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        outputs, request = super().__call__(*args, **kwargs), kwargs.get("request")
-        if request is None or isinstance(outputs, HeadOutput) or isinstance(request, Probe):
+        outputs = super().__call__(*args, **kwargs)
+        if kwargs.get("request") is None or isinstance(outputs, HeadOutput):
             return outputs
         raise ValueError(
             "model: expected the forward of with_fused_head, which answers requests, got one "
@@ -363,18 +337,16 @@ def _fuse(module: Any, intercept: Callable) -> None:
         module.__dict__["forward"] = MethodType(kind.outer, module)
 
 
-def _restore(*modules: Any) -> None:
+def _restore(module: Any) -> None:
     """Undoes `_fuse`; a class or a forward that was wrapped since stays and does nothing."""
-    for module in modules:
-        module.__dict__.pop("fused_head", None)
-        own = module.__dict__.get("forward")
-        if _is_ours(own, module):
-            del module.__dict__["forward"]
-            before = module.__dict__.pop("forward_before", None)
-            if own.__func__ is type(module).outer:
-                module.__dict__["forward"] = before
-        if "plain_class" in vars(type(module)):
-            module.__class__ = type(module).plain_class
+    own = module.__dict__.get("forward")
+    if _is_ours(own, module):
+        del module.__dict__["forward"]
+        before = module.__dict__.pop("forward_before", None)
+        if own.__func__ is type(module).outer:
+            module.__dict__["forward"] = before
+    if "plain_class" in vars(type(module)):
+        module.__class__ = type(module).plain_class
 
 
 def _is_ours(own: Any, module: Any) -> bool:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from grpo_core.kernels.records import RowStats, Slopes
-from grpo_core.linear.chunks import LossRows, Workspace, read_chunks
+from grpo_core.linear.chunks import LossRows, read_chunks
 from grpo_core.linear.matmuls import LEAST_ROWS, HeadProducts
+from grpo_core.linear.workspace import Workspace
 from grpo_core.loss.autograd import loss_of_statistics
 from grpo_core.loss.inputs import Tokens
 
@@ -31,20 +32,18 @@ def loss_over_slices(work: Workspace, tokens: Tokens) -> LossRows:
         """Logits at the targets; of the reference also logp."""
         target, (_, ref) = call.target[chunk], work.rows_of(chunk)
         vectors = [logits_at(work.logits, target)]
-        if ref is not None and work.ref_logits is not None:
+        if ref is not None:
             ref_logp = call.kernels.row_stats(ref, target, T).logp
-            vectors += [logits_at(work.ref_logits, target), ref_logp]
+            vectors += [logits_at(ref.logits, target), ref_logp]
         return vectors
 
     stats, (at_target, *of_reference) = read_chunks(work, also=at_targets)
     result, complete = loss_of_statistics(stats, tokens, call.kernels)
-    results = LossRows.empty(len(tokens.target), tokens.target.device)
-    results.store(slice(None), result, complete)
     work.choose_loss_scale(complete.weight)
     slopes = work.scaled(complete.slopes(result.dlogp, result.dropped, call.exact_beta))
     softmax = SoftmaxRows(complete.target, T, slopes, stats, at_target, *of_reference)
     add_gradients_of_slices(work, softmax)
-    return results
+    return LossRows.of(result, complete)
 
 
 def logits_at(logits: Tensor, target: Tensor) -> Tensor:
@@ -54,17 +53,16 @@ def logits_at(logits: Tensor, target: Tensor) -> Tensor:
 
 def add_gradients_of_slices(work: Workspace, softmax: SoftmaxRows) -> None:
     """The gradients of all rows, into `work`; frees the buffers of the first reading."""
-    del work.logits, work.ref_logits
+    work.free_buffers()
     work.zero, V, width = softmax.zero, work.head.V, work.layout.width
-    work.sums = []
-    for tensor, want in zip(work.head.tensors, work.call.wanted[1:], strict=True):
-        if tensor is None or not want:
-            work.sums.append(None)
-            continue
-        # rounded slice by slice, unless all slices add to it or a loss scale is to come
-        whole = tensor is work.head.lora_A or tensor.dtype == torch.float16
-        dtype = torch.float32 if whole else tensor.dtype
-        work.sums.append(torch.zeros(tensor.shape, dtype=dtype, device=tensor.device))
+    if work.dhidden is not None:
+        work.dhidden.zero_()
+    for k, tensor in enumerate(work.head.tensors):
+        if tensor is not None and work.call.wanted[k + 1]:
+            # rounded slice by slice, unless all slices add to it or a loss scale is to come
+            whole = tensor is work.head.lora_A or tensor.dtype == torch.float16
+            dtype = torch.float32 if whole else tensor.dtype
+            work.sums[k] = torch.zeros(tensor.shape, dtype=dtype, device=tensor.device)
     for start in range(0, V, width):
         _add_slice(work, softmax, slice(start, min(start + width, V)))
 
@@ -72,14 +70,12 @@ def add_gradients_of_slices(work: Workspace, softmax: SoftmaxRows) -> None:
 def _add_slice(work: Workspace, softmax: SoftmaxRows, columns: slice) -> None:
     """The gradients from a slice of the vocabulary."""
     products, device = work.products, softmax.target.device
-    weight, bias, lora_A, lora_B = work.sums
-    shapes = [
-        None if x is None else (columns.stop - columns.start, *x.shape[1:])
-        for x in (weight, bias, lora_B)
-    ]
-    dweight, dbias, dlora_B = (
-        None if shape is None else torch.zeros(shape, device=device) for shape in shapes
-    )
+    sums: list[Tensor | None] = []
+    for total in work.sums:
+        shape = None if total is None else (columns.stop - columns.start, *total.shape[1:])
+        sums.append(None if shape is None else torch.zeros(shape, device=device))
+    # the only one to which every slice adds
+    sums[2] = work.sums[2]
     step, n = work.layout.slice_rows, len(softmax.target)
     for start in range(0, n, step):
         chunk = slice(start, min(start + step, n))
@@ -89,18 +85,14 @@ def _add_slice(work: Workspace, softmax: SoftmaxRows, columns: slice) -> None:
         before = None if work.head.softcap is None else logits.clone()
         dlogits = softmax.dlogits(chunk, columns, logits, ref_logits)
         products.through_softcap(dlogits, before)
+        dhidden = None if work.dhidden is None else work.dhidden[chunk]
+        dlogits, zero = dlogits.to(products.compute), softmax.zero[chunk]
         products.add_gradients(
-            chunk,
-            dlogits.to(products.compute),
-            softmax.zero[chunk],
-            None if work.dhidden is None else work.dhidden[chunk],
-            [dweight, dbias, lora_A, dlora_B],
-            first=start == 0,
-            columns=columns,
+            chunk, dlogits, zero, dhidden, sums, first=start == 0, columns=columns
         )
-    for whole, part in ((weight, dweight), (bias, dbias), (lora_B, dlora_B)):
-        if whole is not None and part is not None:
-            whole[columns] = part
+    for total, part in zip(work.sums, sums, strict=True):
+        if total is not None and part is not None and part is not total:
+            total[columns] = part
 
 
 def _logits(work: Workspace, products: HeadProducts, chunk: slice, columns: slice) -> Tensor:
@@ -131,34 +123,24 @@ class SoftmaxRows:
         ref_at_target: Tensor | None = None,
         ref_logp: Tensor | None = None,
     ) -> None:
-        self.target, self.temperature, self.slopes, self.stats = target, temperature, slopes, stats
+        T = temperature
+        self.target, self.temperature, self.slopes, self.kl = target, T, slopes, stats.kl
         self.zero = ~slopes.any
-        anchor, log_sum = _log_sum_exp(stats, at_target, temperature)
+        # the log-sum-exp is the sum of two numbers, of which the first may be far larger
+        anchor, others = stats.state[0].double(), stats.state[1].double()
+        # unscaled where S is negative
+        anchor = torch.where(others < 0, anchor / T, anchor * math.log(2))
+        log_sum = torch.log(others.abs() + torch.exp(at_target.double() / T - anchor))
         # near T·lse the logits that matter lose nothing by the subtraction
-        self.centre = ((anchor + log_sum) * temperature).float()
+        self.centre = ((anchor + log_sum) * T).float()
         # what rounding took away goes into every log p, and into the coefficient of every p
-        rounding = (self.centre.double() / temperature - anchor) - log_sum
+        rounding = (self.centre.double() / T - anchor) - log_sum
         self.entropy = (stats.entropy + rounding).float()
         self.correction = torch.exp(rounding).float()
         self.ref_lse = None
         if ref_logp is not None and ref_at_target is not None:
-            self.ref_lse = ref_at_target / temperature - ref_logp
-        self.at_target = self._at_target(ref_logp)
-
-    def _at_target(self, ref_logp: Tensor | None) -> Tensor:
-        """dL/dx_y times T of every row, float32 `[n]`."""
-        dlogp, dentropy, dkl = self.slopes
-        logp = self.stats.logp.double()
-        value = -dlogp.double() * torch.expm1(logp)
-        possible = logp > -torch.inf
-        if dentropy is not None:
-            term = dentropy.double() * logp.exp() * (logp + self.stats.entropy)
-            value = value - torch.where(possible, term, 0.0)
-        if dkl is not None:
-            assert ref_logp is not None and self.stats.kl is not None
-            term = dkl.double() * logp.exp() * (logp - ref_logp - self.stats.kl)
-            value = value + torch.where(possible, term, 0.0)
-        return value.float()
+            self.ref_lse = ref_at_target / T - ref_logp
+        self.at_target = _gradient_at_target(slopes, stats, ref_logp)
 
     def dlogits(
         self, chunk: slice, columns: slice, logits: Tensor, ref_logits: Tensor | None
@@ -177,10 +159,9 @@ class SoftmaxRows:
                 slope = (log_p + self.entropy[chunk, None]).mul_(-dentropy[:, None])
                 factor = slope.add_(factor)
             if dkl is not None:
-                assert ref_logits is not None and self.ref_lse is not None
-                assert self.stats.kl is not None
+                assert ref_logits is not None and self.ref_lse is not None and self.kl is not None
                 log_q = ref_logits.div_(T).sub_(self.ref_lse[chunk, None])
-                slope = log_q.neg_().add_(log_p).sub_(self.stats.kl[chunk, None])
+                slope = log_q.neg_().add_(log_p).sub_(self.kl[chunk, None])
                 factor = slope.mul_(dkl[:, None]).add_(factor)
             p = log_p.exp_().mul_(correction[:, None])
             # 0·(−inf): an entry of probability 0 has no gradient
@@ -192,10 +173,16 @@ class SoftmaxRows:
         return dlogits if T == 1 else dlogits.div_(T)
 
 
-def _log_sum_exp(stats: RowStats, at_target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """lse as two addends `[n]` float64: the first may be so large that the second is lost in it."""
-    anchor, others = stats.state[0].double(), stats.state[1].double()
-    # unscaled where S is negative
-    anchor = torch.where(others < 0, anchor / temperature, anchor * math.log(2))
-    others = others.abs()
-    return anchor, torch.log(others + torch.exp(at_target.double() / temperature - anchor))
+def _gradient_at_target(slopes: Slopes, stats: RowStats, ref_logp: Tensor | None) -> Tensor:
+    """dL/dx_y times T of every row, float32 `[n]`."""
+    logp, p = stats.logp.double(), stats.logp.double().exp()
+    value = -slopes.dlogp.double() * torch.expm1(logp)
+    possible = logp > -torch.inf
+    if slopes.dentropy is not None:
+        term = slopes.dentropy.double() * p * (logp + stats.entropy)
+        value = value - torch.where(possible, term, 0.0)
+    if slopes.dkl is not None:
+        assert ref_logp is not None and stats.kl is not None
+        term = slopes.dkl.double() * p * (logp - ref_logp - stats.kl)
+        value = value + torch.where(possible, term, 0.0)
+    return value.float()

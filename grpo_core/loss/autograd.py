@@ -1,8 +1,8 @@
-"""The autograd function of the loss, and its two plans.
+"""The two plans of the loss from logits, and its autograd function.
 
-The forward computes the gradient while it has the logits; the backward multiplies it by
-grad_output. A second backward computes it again from the saved logits. In float16 the first
-backward computes it as well: without the loss scale, which is grad_output, it would underflow.
+The gradient is computed together with the loss; the backward multiplies it by grad_output. A second
+backward computes it again from the saved logits. In float16 the first backward computes it as well:
+without the loss scale, which is grad_output, it would underflow.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from grpo_core.kernels.records import RowLoss, Rows, RowStats
-from grpo_core.loss.inputs import Tokens
-
-CONTIGUOUS = torch.contiguous_format
+from grpo_core.kernels.records import RowLoss, Rows, RowStats, Slopes
+from grpo_core.loss.inputs import LOGIT_DTYPES
+from grpo_core.loss.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,6 @@ class Call:
     ref_logits: Tensor | None
     temperature: float
     inplace: bool
-    wants_gradient: bool
     kernels: ModuleType
 
     @property
@@ -37,28 +35,32 @@ class Call:
         """The reference policy's logits, for the exact KL."""
         return None if self.ref_logits is None else Rows.of(self.ref_logits)
 
-    @property
-    def exact_beta(self) -> float | None:
-        """Weight of the exact KL; None without one."""
-        return None if self.ref_logits is None else float(self.tokens.objective.beta)
+    def allocate_gradient(self, logits: Tensor) -> Tensor:
+        """The logits themselves, or a contiguous buffer of their shape."""
+        if self.inplace:
+            return logits
+        return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+    def slopes(self, result: RowLoss, tokens: Tokens) -> Slopes:
+        """The derivatives of the loss by each statistic of a row."""
+        exact_beta = None if self.ref_logits is None else float(tokens.objective.beta)
+        return tokens.slopes(result.dlogp, result.dropped, exact_beta)
 
 
-def _one_pass(rows: Rows, call: Call, dlogits: Tensor | None) -> tuple[RowLoss, Tokens]:
-    """Token-level objectives: everything in one kernel."""
-    result = call.kernels.row_loss(
-        rows, call.tokens, call.temperature, call.tokens.terms, dlogits, call.ref_rows
-    )
-    return result, call.tokens
+@torch.no_grad()
+def evaluate(rows: Rows, call: Call, dlogits: Tensor | None) -> tuple[RowLoss, Tokens]:
+    """The loss of every row, and the tokens with their factor; fills `dlogits` if it is given.
 
-
-def _two_phases(rows: Rows, call: Call, dlogits: Tensor | None) -> tuple[RowLoss, Tokens]:
-    """Objectives that need other rows: statistics, the loss on vectors, then the gradient."""
-    kernels, T = call.kernels, call.temperature
-    stats = kernels.row_stats(rows, call.tokens.target, T, call.ref_rows)
-    result, tokens = loss_of_statistics(stats, call.tokens, kernels)
+    A loss that waits for the statistics of other rows takes two phases, any other one pass.
+    """
+    kernels, tokens, T, ref_rows = call.kernels, call.tokens, call.temperature, call.ref_rows
+    if not tokens.needs_statistics:
+        return kernels.row_loss(rows, tokens, T, tokens.terms, dlogits, ref_rows), tokens
+    stats = kernels.row_stats(rows, tokens.target, T, ref_rows)
+    result, tokens = loss_of_statistics(stats, tokens, kernels)
     if dlogits is not None:
-        slopes = tokens.slopes(result.dlogp, result.dropped, call.exact_beta)
-        kernels.row_dlogits(rows, tokens.target, T, slopes, stats, dlogits, call.ref_rows)
+        slopes = call.slopes(result, tokens)
+        kernels.row_dlogits(rows, tokens.target, T, slopes, stats, dlogits, ref_rows)
     return result, tokens
 
 
@@ -67,7 +69,7 @@ def loss_of_statistics(
 ) -> tuple[RowLoss, Tokens]:
     """The loss on vectors, from the statistics of all rows that it needs."""
     logp, entropy = stats.logp, stats.entropy
-    tokens = given.objective.factor.of_statistics(given, logp, entropy)
+    tokens = given.with_statistics(logp, entropy)
     result = kernels.sequence_loss(stats, tokens, given.terms)
     if tokens.valid is not given.valid:
         # some tokens were rejected after their rows had been read
@@ -76,43 +78,39 @@ def loss_of_statistics(
     return result, tokens
 
 
-def evaluate(rows: Rows, call: Call, dlogits: Tensor | None) -> tuple[RowLoss, Tokens]:
-    """The loss of every row by the plan of its objective, and the tokens with their factor."""
-    plan = _two_phases if call.tokens.needs_statistics else _one_pass
-    return plan(rows, call, dlogits)
-
-
 class FusedLoss(torch.autograd.Function):
-    """Loss and dlogits in the forward; grad_output in the backward."""
+    """The loss of a result of `evaluate`, differentiable with respect to the logits.
+
+    Its `dlogits` are None where the backward computes them.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, call: Call) -> tuple[Tensor | None, ...]:
-        rows = Rows.of(logits.detach())
-        now = call.wants_gradient and logits.dtype != torch.float16
-        dlogits = _allocate_gradient(rows.logits, call) if now else None
-        result, tokens = evaluate(rows, call, dlogits)
-        if dlogits is rows.logits:
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        call: Call,
+        result: RowLoss,
+        tokens: Tokens,
+        dlogits: Tensor | None,
+    ) -> Tensor:
+        overwritten = call.inplace and dlogits is not None
+        if overwritten:
             # autograd must notice if an earlier operation has saved these logits
             increment_version(logits)
-        ctx.call, ctx.tokens, ctx.result = call, tokens, result
+        ctx.call, ctx.result, ctx.tokens = call, result, tokens
         ctx.dlogits, ctx.spent = dlogits, False
-        ctx.save_for_backward(*(() if dlogits is rows.logits else (logits,)))
-        shown = (result.logp, result.entropy, result.ratio, result.kl, result.dropped)
-        # None if the statistics have changed nothing
-        changed = (tokens.factor, None if tokens is call.tokens else tokens.valid.clone())
-        ctx.mark_non_differentiable(*shown, *(vector for vector in changed if vector is not None))
-        ctx.set_materialize_grads(False)
-        return result.loss.sum(), *shown, *changed
+        ctx.save_for_backward(*(() if overwritten else (logits,)))
+        return result.loss.sum()
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, *_: None) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("fused_loss: its gradient cannot be differentiated (create_graph)")
-        call, result = ctx.call, ctx.result
+        call, kernels = ctx.call, ctx.call.kernels
         dlogits, ctx.dlogits = ctx.dlogits, None
         if dlogits is not None:
             ctx.spent = call.inplace
-            return call.kernels.row_scale(Rows.of(dlogits), grad_output), None
+            return kernels.row_scale(Rows.of(dlogits), grad_output), None, None, None, None
         if ctx.spent:
             raise RuntimeError(
                 "fused_loss: a second backward needs the logits, which inplace=True has "
@@ -120,23 +118,49 @@ class FusedLoss(torch.autograd.Function):
             )
         (logits,) = ctx.saved_tensors
         rows = Rows.of(logits.detach())
-        dlogits = _allocate_gradient(rows.logits, call)
-        slopes = ctx.tokens.slopes(result.dlogp, result.dropped, call.exact_beta)
-        call.kernels.row_dlogits(
-            rows,
-            ctx.tokens.target,
-            call.temperature,
-            slopes.times(grad_output),
-            result,
-            dlogits,
-            call.ref_rows,
-        )
-        if dlogits is rows.logits:
+        dlogits = call.allocate_gradient(rows.logits)
+        slopes = call.slopes(ctx.result, ctx.tokens).times(grad_output)
+        target, T = ctx.tokens.target, call.temperature
+        kernels.row_dlogits(rows, target, T, slopes, ctx.result, dlogits, call.ref_rows)
+        if call.inplace:
             increment_version(logits)
             ctx.spent = True
-        return dlogits, None
+        return dlogits, None, None, None, None
 
 
-def _allocate_gradient(logits: Tensor, call: Call) -> Tensor:
-    """The logits themselves, or a contiguous buffer of their shape."""
-    return logits if call.inplace else torch.empty_like(logits, memory_format=CONTIGUOUS)
+def is_readable(logits: Tensor) -> bool:
+    """Whether a kernel can read and overwrite logits in place: no row overlaps another."""
+    V = logits.shape[-1]
+    if V > 1 and logits.stride(-1) != 1:
+        return False
+    extent = V
+    axes = zip(logits.stride()[:-1], logits.shape[:-1], strict=True)
+    for stride, size in sorted(axis for axis in axes if axis[1] > 1):
+        if stride < extent:
+            return False
+        extent += stride * (size - 1)
+    return True
+
+
+def make_readable(logits: Tensor) -> Tensor:
+    """The logits themselves, or a contiguous copy if a kernel cannot read them in place."""
+    return logits if is_readable(logits) else logits.clone(memory_format=torch.contiguous_format)
+
+
+def prepare_reference(ref_logits: Tensor | None, logits: Tensor, inplace: bool) -> Tensor | None:
+    """The reference's logits as a kernel can read them.
+
+    Raises:
+        ValueError: with `inplace` they share memory with the logits.
+    """
+    if ref_logits is None:
+        return None
+    # empty tensors all begin at 0
+    shared = ref_logits.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
+    if inplace and logits.numel() and shared:
+        raise ValueError("ref_logits: expected memory of its own with inplace=True, got the logits")
+    ref_logits = ref_logits.detach()
+    if ref_logits.dtype not in LOGIT_DTYPES:
+        ref_logits = ref_logits.float()
+    ready = ref_logits.dtype == logits.dtype and is_readable(ref_logits)
+    return ref_logits if ready else ref_logits.contiguous()

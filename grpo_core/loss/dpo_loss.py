@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from grpo_core.objective.validation import check_floats, check_ids, check_mask, is_int, is_number
+from grpo_core.objective.validation import (
+    check_floats,
+    check_ids,
+    check_mask,
+    check_vector,
+    is_int,
+    is_number,
+)
 
 
 @dataclass(frozen=True)
@@ -72,26 +79,20 @@ def dpo_loss(
     """
     if not is_number(beta) or not 0 < beta < math.inf:
         raise ValueError(f"beta: expected a finite number > 0, got {beta!r}")
-    if check_floats("logp_chosen", logp_chosen).ndim != 1:
-        got = f"{list(logp_chosen.shape)} {logp_chosen.dtype}"
-        raise ValueError(f"logp_chosen: expected a floating-point tensor [B], got {got}")
-    B = len(logp_chosen)
+    B = len(check_vector("logp_chosen", logp_chosen))
+    if weight is None:
+        weight = torch.full_like(logp_chosen, 1 / max(B, 1), dtype=torch.float64)
     others = {"logp_rejected": logp_rejected, "ref_chosen": ref_chosen}
     for name, vector in (others | {"ref_rejected": ref_rejected, "weight": weight}).items():
-        if name != "weight" or vector is not None:
-            check_floats(name, vector, (B,), device=logp_chosen.device)
-
+        check_floats(name, vector, (B,), device=logp_chosen.device)
     chosen = logp_chosen.double() - ref_chosen.detach().double()
     rejected = logp_rejected.double() - ref_rejected.detach().double()
-    if weight is None:
-        weight = torch.full_like(chosen, 1 / max(B, 1))
     weight, z = weight.detach().double(), beta * (chosen - rejected)
     total = (weight * -logsigmoid(z)).sum()
     dlogp = weight * (-beta * torch.sigmoid(-z)).detach()
-    vectors = (dlogp, -dlogp, beta * chosen.detach(), beta * rejected.detach())
-    if logp_chosen.dtype == torch.float64:
-        return PreferenceOutput(total, *vectors)
-    return PreferenceOutput(total.float(), *(vector.float() for vector in vectors))
+    dtype = torch.promote_types(logp_chosen.dtype, torch.float32)
+    results = (total, dlogp, -dlogp, beta * chosen.detach(), beta * rejected.detach())
+    return PreferenceOutput(*(result.to(dtype) for result in results))
 
 
 def sequence_logp(
@@ -140,4 +141,4 @@ def sequence_logp(
         total = zeros.scatter_add(0, at, tokens)[:-1]
         length = zeros.scatter_add(0, at, present.double())[:-1]
     total = total / length.clamp(min=1) if mean else total
-    return total if logp.dtype == torch.float64 else total.float()
+    return total.to(torch.promote_types(logp.dtype, torch.float32))

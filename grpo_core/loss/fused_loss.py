@@ -12,7 +12,14 @@ from torch import Tensor
 
 from grpo_core.backends import Backend, choose_backend
 from grpo_core.kernels.records import Rows
-from grpo_core.loss.autograd import Call, FusedLoss
+from grpo_core.loss.autograd import (
+    Call,
+    FusedLoss,
+    evaluate,
+    is_readable,
+    make_readable,
+    prepare_reference,
+)
 from grpo_core.loss.compile import logp_in_graph, loss_in_graph, register_function
 from grpo_core.loss.inputs import (
     IGNORE,
@@ -21,9 +28,6 @@ from grpo_core.loss.inputs import (
     check_logits,
     check_target,
     flatten_target,
-    is_readable,
-    make_readable,
-    prepare_reference,
 )
 from grpo_core.loss.outputs import LossOutput as LossOutput
 from grpo_core.loss.outputs import TokenLogp as TokenLogp
@@ -54,20 +58,18 @@ def fused_loss(
 ) -> LossOutput:
     """Policy-gradient loss of a language model, forward and backward in one pass over the logits.
 
-    L = Σ_n weight_n · (ℓ(logp_n, logp_n − old_logp_n, A_n) + beta · kl(logp_n, ref_logp_n)) with
-    ℓ, kl, beta and the weights from `objective`, and what else that names (see there);
-    differentiated with respect to the logits only.
+    L = Σ_n weight_n · (ℓ(logp_n, logp_n − old_logp_n, A_n) + beta · kl(logp_n, ref_logp_n)),
+    where `objective` gives ℓ, kl, beta and the weights; differentiated with respect to the logits.
 
     A row whose loss or gradient is not finite (NaN or +inf among its logits, a ratio beyond
-    float32) is left out, with a ratio of sequences its whole sequence: loss and gradient there are
-    exactly 0, `metrics["nonfinite_rows"]` counts it, and its entries of logp, entropy, ratio and kl
-    stay as they came out. It still counts in the divisor of a mean.
+    float32) is left out; with a ratio of sequences, so is its whole sequence. Loss and gradient
+    there are exactly 0, and `metrics["nonfinite_rows"]` counts the row. Its logp, entropy, ratio
+    and kl are returned as computed. It still counts in the divisor of a mean.
 
     Args:
         logits: [B, T, V], or packed [N, V]; float32, bfloat16 or float16. Views such as
-            `logits[:, :-1]` are read where they lie; only a last axis that is not contiguous, and
-            rows that overlap, cost a copy. In float16 the gradient is made in the backward, after
-            the loss scale.
+            `logits[:, :-1]` are not copied, unless the last axis is not contiguous or rows
+            overlap. In float16 the backward computes the gradient, after the loss scale.
         target: [B, T] or [N] integers, already shifted; -100 means masked.
         objective: an `Objective`, or the name of one in `RECIPES`.
         advantage: [B], [B, T] or [N]. Or instead:
@@ -81,16 +83,15 @@ def fused_loss(
             measured as `kl`. For kl="exact" instead
         ref_logits: shaped like logits, any of their dtypes, at the same temperature; read once,
             beside the logits.
-        sampler_logp: shaped like target, nats, of the program that sampled; needed by
-            `factor.sampler`, else only measured. There a token for which it is NaN or infinite
-            leaves the mask and is counted. Without `old_logp` the policy itself is taken for the
-            old one, in two phases.
+        sampler_logp: shaped like target, nats, of the sampling engine; needed by `factor.sampler`
+            and `factor.rejections`, else only measured. They remove tokens for which it is NaN or
+            infinite. Without `old_logp` they compare the policy itself, in two phases.
         mask: shaped like target, 0 means masked, anything else counts fully; together with
             target -100. Sequences without a token are in no mean.
         sequence_id: [N] integers in [0, N), for packed logits: the sequence of each row; it also
             indexes `rewards`.
         normalizer: what the sum is divided by, a number or 0-dim tensor; None means this call's
-            own count, see `weights`. Under gradient accumulation give the global count of what
+            own count, see `aggregation`. Under gradient accumulation give the global count of what
             the aggregation counts: tokens, sequences, or sequences · length. A factor c on the
             loss is best put here as n / c: `(c * loss).backward()` rounds a bfloat16 gradient
             twice unless c is a power of two (at most 2⁻⁷ of an element instead of 2⁻⁸).
@@ -152,15 +153,16 @@ def loss_from_logits(logits: Tensor, inputs: LossInputs, inplace: bool = False) 
         prepare_reference(inputs.ref_logits, logits, inplace),
         temperature=float(inputs.temperature),
         inplace=inplace,
-        wants_gradient=logits.requires_grad and torch.is_grad_enabled(),
         kernels=choose_backend(inputs.backend, logits),
     )
-    shape = inputs.target.shape
-    loss, *four, dropped, factor, valid = FusedLoss.apply(make_readable(logits), call)
-    logp, entropy, ratio, kl = (vector.view(shape) for vector in four)
-    shaped = None if factor is None else factor.view(shape)
-    valid = tokens.valid if valid is None else valid
-    return LossOutput(loss, logp, entropy, ratio, kl, shaped, tokens, valid, dropped)
+    wants_gradient = logits.requires_grad and torch.is_grad_enabled()
+    logits = make_readable(logits)
+    rows, dlogits = Rows.of(logits.detach()), None
+    if wants_gradient and logits.dtype != torch.float16:
+        dlogits = call.allocate_gradient(rows.logits)
+    result, tokens = evaluate(rows, call, dlogits)
+    loss = FusedLoss.apply(logits, call, result, tokens, dlogits)
+    return LossOutput.of(loss, result, tokens, inputs.target.shape)
 
 
 @torch.no_grad()
@@ -175,7 +177,7 @@ def token_logp(
 ) -> TokenLogp:
     """Log-probability and entropy of every target in one read: old, reference, evaluation passes.
 
-    Bit for bit the `logp` that `fused_loss` finds for the same row. Not differentiable.
+    Bit for bit the `logp` of `fused_loss` for the same row. Not differentiable.
 
     Args:
         logits, target, temperature, mask, backend, validate: as in `fused_loss`.

@@ -15,8 +15,8 @@ from torch import Tensor
 from grpo_core.backends import Backend, choose_backend
 from grpo_core.kernels.records import RowStats
 from grpo_core.loss.autograd import loss_of_statistics
-from grpo_core.loss.fused_loss import LossOutput
-from grpo_core.loss.inputs import LossInputs, Tokens
+from grpo_core.loss.inputs import LossInputs
+from grpo_core.loss.outputs import LossOutput
 from grpo_core.objective.objective import Objective
 from grpo_core.objective.recipes import find_objective
 from grpo_core.objective.validation import check_concrete, check_floats
@@ -67,10 +67,12 @@ def logp_loss(
     """
     spec = find_objective(objective)
     check_concrete(logp=logp, entropy=entropy, factor=factor)
-    _check_logp(logp)
+    if check_floats("logp", logp).ndim not in (1, 2):
+        raise ValueError(f"logp: expected a tensor [B, T] or [N], got {list(logp.shape)}")
     _check_terms(spec, entropy)
     for name, value in (("entropy", entropy), ("factor", factor)):
-        _check_like(name, value, logp)
+        if value is not None:
+            check_floats(name, value, tuple(logp.shape), device=logp.device)
     inputs = LossInputs(
         target=torch.zeros_like(logp, dtype=torch.int64),
         objective=spec,
@@ -93,14 +95,15 @@ def logp_loss(
     if factor is not None:
         given = factor.detach().reshape(-1).float()
         tokens = tokens.scale_factor(torch.where(tokens.valid, given, 1.0))
-    stats = _statistics(logp, entropy, tokens)
-    found, tokens = loss_of_statistics(stats, tokens, kernels)
-    slopes = tokens.slopes(found.dlogp, found.dropped, None)
-    loss = with_slopes(found.loss.sum(), logp, slopes.dlogp, entropy, slopes.dentropy)
-    vectors = (found.logp, found.entropy, found.ratio, found.kl)
-    values, known, ratio, kl = (vector.view(logp.shape) for vector in vectors)
-    shaped = None if tokens.factor is None else tokens.factor.view(logp.shape)
-    return LossOutput(loss, values, known, ratio, kl, shaped, tokens, tokens.valid, found.dropped)
+    # the statistics that a read of the logits would give: 0 where masked
+    known = torch.full_like(logp, torch.nan) if entropy is None else entropy
+    vectors = (x.detach().reshape(-1).float() for x in (logp, known))
+    values, entropies = (torch.where(tokens.valid, x, 0.0) for x in vectors)
+    stats = RowStats(values, entropies, None, values.new_empty(0, len(values)))
+    result, tokens = loss_of_statistics(stats, tokens, kernels)
+    slopes = tokens.slopes(result.dlogp, result.dropped, None)
+    loss = with_slopes(result.loss.sum(), logp, slopes.dlogp, entropy, slopes.dentropy)
+    return LossOutput.of(loss, result, tokens, logp.shape)
 
 
 def with_slopes(
@@ -141,42 +144,17 @@ class _WithSlopes(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("logp_loss: its gradient cannot be differentiated (create_graph)")
-        gradients: list[Tensor | None] = []
-        for slope, like in zip(ctx.saved_tensors, ctx.like, strict=True):
+        dlogp, dentropy = ctx.saved_tensors
+        logp_like, entropy_like = ctx.like
+
+        def scale(slope: Tensor | None, like: tuple[torch.Size, torch.dtype] | None) -> Any:
             if slope is None or like is None:
-                gradients.append(None)
-                continue
-            shape, dtype = like
+                return None
             factor = grad_output if grad_output.ndim == 0 else grad_output.reshape(slope.shape)
             # not 0·∞: a token outside of the loss has gradient 0
-            part = torch.where(slope == 0, 0.0, factor * slope)
-            gradients.append(part.view(shape).to(dtype))
-        return None, gradients[0], None, gradients[1], None
+            return torch.where(slope == 0, 0.0, factor * slope).view(like[0]).to(like[1])
 
-
-def _statistics(logp: Tensor, entropy: Tensor | None, tokens: Tokens) -> RowStats:
-    """The statistics that a read of the logits would give: 0 where masked."""
-    vector = logp.detach().reshape(-1).float()
-    if entropy is None:
-        known = torch.full_like(vector, torch.nan)
-    else:
-        known = entropy.detach().reshape(-1).float()
-    logp, entropy = (torch.where(tokens.valid, x, 0.0) for x in (vector, known))
-    return RowStats(logp, entropy, None, vector.new_empty(0, vector.numel()))
-
-
-def _check_logp(logp: object) -> None:
-    """Raises ValueError unless it is [B, T] or [N], floating point."""
-    tensor = check_floats("logp", logp)
-    if tensor.ndim not in (1, 2):
-        raise ValueError(f"logp: expected a tensor [B, T] or [N], got {list(tensor.shape)}")
-
-
-def _check_like(name: str, value: object, logp: Tensor) -> None:
-    """Raises ValueError unless `value` is None or floating point, shaped and placed like logp."""
-    if value is None:
-        return
-    check_floats(name, value, tuple(logp.shape), device=logp.device)
+        return None, scale(dlogp, logp_like), None, scale(dentropy, entropy_like), None
 
 
 def _check_terms(spec: Objective, entropy: Tensor | None) -> None:

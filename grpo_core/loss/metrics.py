@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_core.loss.inputs import Tokens
-from grpo_core.objective.advantage import equal_reward_groups
+from grpo_core.loss.tokens import Tokens
+from grpo_core.objective.groups import equal_reward_groups
 from grpo_core.objective.validation import check_tensor
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Metric(NamedTuple):
-    """How a figure is reduced: over what its mean is taken, and what it says."""
+    """How a metric is reduced, and what it means."""
 
     reduction: Literal["sum", "mean", "min", "max", "derived"]
     over: str  # the metric that counts what it is taken over; "" for sums
@@ -60,7 +60,7 @@ METRICS: dict[str, Metric] = {
 
 
 def loss_metrics(out: LossOutput) -> dict[str, Tensor]:
-    """The figures of one call, named and explained in `METRICS`.
+    """The metrics of one call, see `METRICS`.
 
     Those of the sampler are there if `sampler_logp` was given, those of groups with `rewards`,
     `skipped_rows` for a loss from hidden states.
@@ -77,7 +77,7 @@ def loss_metrics(out: LossOutput) -> dict[str, Tensor]:
     moved = counts & (tokens.advantage != 0)
     clipped = moved & (dlogp == 0) & (dlog_ratio == 0)
     ratio_mean, ratio_square = _mean(ratio, counts), _mean(ratio * ratio, counts)
-    found = {
+    metrics = {
         "loss": out.loss.detach(),
         "tokens": count,
         "moved_tokens": moved.sum(),
@@ -97,20 +97,20 @@ def loss_metrics(out: LossOutput) -> dict[str, Tensor]:
         "bad_target_rows": tokens.bad_target.sum(),
     }
     if out._skipped is not None:
-        found["skipped_rows"] = torch.zeros_like(count) + out._skipped
+        metrics["skipped_rows"] = torch.zeros_like(count) + out._skipped
     if tokens.sampler_logp is not None:
-        found |= _sampler_metrics(tokens, logp, counts)
+        metrics |= _sampler_metrics(tokens, logp, counts)
     if tokens.groups is not None:
         equal, groups = equal_reward_groups(*tokens.groups)
-        found |= {"groups": groups, "zero_variance_groups": equal / groups.clamp(min=1)}
-    return found
+        metrics |= {"groups": groups, "zero_variance_groups": equal / groups.clamp(min=1)}
+    return metrics
 
 
 def merge_metrics(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The figures of several micro-batches, or of the ranks' gathered ones, as if of one.
+    """The metrics of several micro-batches, or of several ranks, as if of one.
 
     Raises:
-        ValueError: no parts, parts with different figures, or with others than `METRICS` has.
+        ValueError: no parts, parts with different metrics, or with others than `METRICS` has.
     """
     if not isinstance(parts, (list, tuple)) or not all(isinstance(x, Mapping) for x in parts):
         raise ValueError(f"parts: expected a list of `LossOutput.metrics`, got {parts!r}")
@@ -123,9 +123,7 @@ def merge_metrics(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         raise ValueError(f"parts: expected the figures of `LossOutput.metrics`, got {wrong}")
     for name in parts[0]:
         for part in parts:
-            if check_tensor(f"parts[...][{name!r}]", part[name]).ndim:
-                got = list(part[name].shape)
-                raise ValueError(f"parts: expected 0-dim tensors, got {got} for {name}")
+            check_tensor(f"parts[...][{name!r}]", part[name], ())
     columns = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
     merged = {}
     for name, column in columns.items():
@@ -168,9 +166,9 @@ def _extreme(vector: Tensor, counts: Tensor, *, largest: bool) -> Tensor:
     if not vector.numel():
         return vector.sum()
     far = -torch.inf if largest else torch.inf
-    known = torch.where(counts, vector, far)
-    found = known.amax() if largest else known.amin()
-    return torch.where(counts.any(), found, 0.0)
+    vector = torch.where(counts, vector, far)
+    extreme = vector.amax() if largest else vector.amin()
+    return torch.where(counts.any(), extreme, 0.0)
 
 
 def _effective_share(mean: Tensor, square: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_core.loss.inputs import Tokens
+from grpo_core.kernels.records import RowLoss
 from grpo_core.loss.metrics import loss_metrics
+from grpo_core.loss.tokens import Tokens
 
 
 class TokenLogp(NamedTuple):
@@ -21,7 +22,7 @@ class TokenLogp(NamedTuple):
 
 @dataclass(frozen=True)
 class LossOutput:
-    """What `fused_loss` returns: the loss, and per token what it was made of.
+    """The result of `fused_loss`: the loss, and its terms per token.
 
     Attributes:
         loss: 0-dim float32, differentiable with respect to the logits.
@@ -43,14 +44,22 @@ class LossOutput:
     _skipped: int | Tensor | None = field(default=None, repr=False)
     _metrics: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
+    @classmethod
+    def of(cls, loss: Tensor, result: RowLoss, tokens: Tokens, shape: torch.Size) -> LossOutput:
+        """The output of a loss whose vectors are in `result`, shaped like its target."""
+        vectors = (result.logp, result.entropy, result.ratio, result.kl)
+        logp, entropy, ratio, kl = (vector.view(shape) for vector in vectors)
+        factor = None if tokens.factor is None else tokens.factor.view(shape)
+        return cls(loss, logp, entropy, ratio, kl, factor, tokens, tokens.valid, result.dropped)
+
     @property
     def factor(self) -> Tensor:
-        """What the surrogate was multiplied by, see `policy_factor`; 1 without one."""
+        """The factor of the surrogate, see `policy_factor`; 1 without one."""
         return torch.ones_like(self.logp) if self._factor is None else self._factor
 
     @property
     def metrics(self) -> dict[str, Tensor]:
-        """Figures of this call, see `metrics.METRICS`; computed when first asked for."""
+        """Metrics of this call, see `metrics.METRICS`; computed when first asked for."""
         if not self._metrics:
             self._metrics.update(loss_metrics(self))
         return self._metrics

@@ -7,13 +7,16 @@ reduction are PyTorch's own.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from grpo_core.backends import Backend, sequence_ratio
+from grpo_core.backends import sequence_ratio
 from grpo_core.backends.formula import as_torch
-from grpo_core.loss.fused_loss import LossOutput
-from grpo_core.loss.inputs import LOGIT_DTYPES, LossInputs, Tokens
+from grpo_core.loss.inputs import LOGIT_DTYPES, LossInputs
+from grpo_core.loss.outputs import LossOutput
+from grpo_core.loss.tokens import Tokens
 from grpo_core.objective.objective import Objective
 from grpo_core.objective.recipes import find_objective
 from grpo_core.objective.validation import check_tensor
@@ -24,21 +27,8 @@ def reference_loss(
     target: Tensor,
     *,
     objective: str | Objective = "grpo",
-    advantage: Tensor | None = None,
-    rewards: Tensor | None = None,
-    group_size: int | None = None,
-    group_id: Tensor | None = None,
-    old_logp: Tensor | None = None,
-    ref_logp: Tensor | None = None,
-    ref_logits: Tensor | None = None,
-    sampler_logp: Tensor | None = None,
-    mask: Tensor | None = None,
-    sequence_id: Tensor | None = None,
-    normalizer: Tensor | float | None = None,
-    temperature: float = 1.0,
     inplace: bool = False,
-    backend: Backend | None = None,
-    validate: bool | None = None,
+    **arguments: Any,
 ) -> LossOutput:
     """`fused_loss` by plain PyTorch: same arguments, same outputs, float64 logits too.
 
@@ -49,54 +39,35 @@ def reference_loss(
 
     Everything else, the exceptions and the treatment of rows that are not finite: see `fused_loss`.
     """
-    inputs = LossInputs(
-        target=target,
-        objective=find_objective(objective),
-        advantage=advantage,
-        rewards=rewards,
-        group_size=group_size,
-        group_id=group_id,
-        old_logp=old_logp,
-        ref_logp=ref_logp,
-        ref_logits=ref_logits,
-        sampler_logp=sampler_logp,
-        mask=mask,
-        sequence_id=sequence_id,
-        normalizer=normalizer,
-        temperature=temperature,
-        backend=backend,
-        validate=validate,
-    )
+    inputs = LossInputs(target=target, objective=find_objective(objective), **arguments)
     check_tensor("logits", logits)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     tokens = inputs.tokens(logits, dtype=dtype, logit_dtypes=(*LOGIT_DTYPES, torch.float64))
     rows, ref = (
-        None if x is None else x.reshape(-1, x.shape[-1]).to(dtype) / temperature
-        for x in (logits, ref_logits)
+        None if x is None else x.reshape(-1, x.shape[-1]).to(dtype) / inputs.temperature
+        for x in (logits, inputs.ref_logits)
     )
     assert rows is not None
     loss, vectors, finite, tokens = _evaluate(rows, ref, tokens)
     kept = tokens.valid & finite
     if not finite.all():
-        # once more with the dropped rows as constants, or 0·NaN would reach the gradient
+        # once more without the dropped rows, or 0·NaN would reach the gradient
         rows = rows.masked_fill(~kept[:, None], 0.0)
-        loss, *_ = _evaluate(rows, ref, tokens, constant=(kept, vectors[0].detach()))
+        loss, *_ = _evaluate(rows, ref, tokens, kept)
     shape, valid = target.shape, tokens.valid
     shown = (torch.where(valid, vector.detach(), 0.0).view(shape) for vector in vectors)
     logp, entropy, ratio, kl = shown
-    factor = torch.ones_like(logp) if tokens.factor is None else tokens.factor.view(shape)
+    factor = None if tokens.factor is None else tokens.factor.view(shape)
     return LossOutput(loss, logp, entropy, ratio, kl, factor, tokens, valid, valid & ~kept)
 
 
 def _evaluate(
-    rows: Tensor,
-    ref: Tensor | None,
-    tokens: Tokens,
-    constant: tuple[Tensor, Tensor] | None = None,
+    rows: Tensor, ref: Tensor | None, tokens: Tokens, kept: Tensor | None = None
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor], Tensor, Tokens]:
     """(loss, (logp, entropy, ratio, kl), finite, tokens) with a graph back to `rows` [N, V].
 
-    `constant` = (kept, logp): only the rows in `kept` are part of the loss, the others keep `logp`.
+    Args:
+        kept: [N] bool, the rows that are part of the loss; None if that is not known yet.
     """
     spec = tokens.objective
     log_softmax = torch.log_softmax(rows, dim=-1)
@@ -105,22 +76,18 @@ def _evaluate(
         # 0·log 0 = 0
         entropy = -(log_softmax.exp() * log_softmax.clamp(min=-1e30)).sum(1)
     exact_kl = None if ref is None else _exact_kl(log_softmax, torch.log_softmax(ref, dim=-1))
-    at = torch.ones_like(tokens.valid)
-    if constant is not None:
-        at, logp = constant[0], torch.where(constant[0], logp, constant[1])
-    elif tokens.needs_statistics:
-        tokens = spec.factor.of_statistics(tokens, logp.detach(), entropy.detach())
+    if kept is None and tokens.needs_statistics:
+        tokens = tokens.with_statistics(logp.detach(), entropy.detach())
     log_ratio = logp - (logp.detach() if tokens.old_logp is None else tokens.old_logp)
     log_ratio = sequence_ratio.forward(log_ratio, tokens, tokens.terms)
+    at = torch.ones_like(tokens.valid) if kept is None else kept
     loss, kl = _token_loss(logp, log_ratio, exact_kl, tokens, at)
     ratio = log_ratio.exp()
-    weight = tokens.weight[at]
-    if tokens.entropy_weight is None:
-        loss = weight * loss
-    else:
-        loss = weight * loss - tokens.entropy_weight[at] * entropy[at]
+    loss = tokens.weight[at] * loss
+    if tokens.entropy_weight is not None:
+        loss = loss - tokens.entropy_weight[at] * entropy[at]
     finite = logp[at].isfinite() & ratio[at].float().isfinite() & loss.isfinite()
-    if constant is None:
+    if kept is None:
         finite = finite & ~sequence_ratio.spread(tokens.valid & ~finite, tokens, tokens.terms)
     total = torch.where(tokens.valid[at] & finite, loss, 0.0).sum()
     return total, (logp, entropy, ratio, kl), finite, tokens
@@ -145,7 +112,7 @@ def _token_loss(
 
 
 def _exact_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Σ_j p_j·(log p_j − log q_j) of each row; a word that π forbids adds nothing."""
+    """Σ_j p_j·(log p_j − log q_j) of each row; an entry of probability 0 adds nothing."""
     possible = log_p.exp() > 0
     gap = torch.where(possible, log_p - log_q, 0.0)
     return (torch.where(possible, log_p.exp(), 0.0) * gap).sum(1)

@@ -24,13 +24,12 @@ exactly 0, and a masked completion counts in no mean. Compared with the framewor
   reinforce_plus_plus_baseline; 0 in rloo_vectorized). Batch statistics are over tokens there, with
   1e-8 added to the variance: give `tokens`; ε = 0 is within 5e-7 of it for std >= 0.1.
 
-Computed in float64, where the order of atomic additions on a GPU changes no float32 result. Equal
-groups of neighbours go to a float32 kernel where the backend has one.
+Computed in float64 by `groups`; equal groups of neighbours go to a float32 kernel where the backend
+has one.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -38,6 +37,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.backends import Backend, choose_backend
+from grpo_core.objective.groups import Groups, read_rewards
 from grpo_core.objective.validation import (
     check_choice,
     check_concrete,
@@ -47,6 +47,7 @@ from grpo_core.objective.validation import (
     check_mask,
     check_not_negative,
     check_type,
+    check_vector,
     is_int,
 )
 
@@ -142,33 +143,29 @@ def estimate_advantages(
         [B] float32, or float64 for float64 rewards.
     """
     check_concrete(rewards=rewards)
-    B = len(_check_vector("rewards", rewards))
+    B = len(check_vector("rewards", rewards))
     groups: int | Tensor
     inside: Tensor | None = None
-    if group_id is None:
-        if not is_int(group_size) or group_size < 1 or B % group_size:
-            raise ValueError(
-                f"group_size: expected an int that divides B = {B}, or group_id, got {group_size!r}"
-            )
-        groups = group_size
-    elif group_size is not None:
-        raise ValueError("group_size: expected exactly one of it and group_id, got both")
-    else:
+    if group_id is not None:
+        if group_size is not None:
+            raise ValueError("group_size: expected exactly one of it and group_id, got both")
         groups, inside = check_ids("group_id", group_id, "B", B, rewards, validate)
+    elif not is_int(group_size) or group_size < 1 or B % group_size:
+        raise ValueError(
+            f"group_size: expected an int that divides B = {B}, or group_id, got {group_size!r}"
+        )
+    else:
+        groups = group_size
     kernel = getattr(choose_backend(backend, rewards), "group_norm", None)
     within_groups = norm.baseline == "group" and norm.scale in ("group", None)
     # float64 rewards may exceed the range of float32
     if kernel is None or not within_groups or inside is not None or rewards.dtype == torch.float64:
         return relative_advantages(rewards.detach(), groups, norm, mask=inside, validate=validate)
     check_finite("rewards", rewards, torch.ones_like(rewards, dtype=torch.bool), validate)
-    advantage: Tensor = kernel(
-        rewards.detach().contiguous(),
-        groups,
-        scale=norm.scale is not None,
-        ddof=norm.ddof,
-        epsilon=norm.epsilon,
+    scaled = norm.scale is not None
+    return kernel(  # type: ignore[no-any-return]
+        rewards.detach().contiguous(), groups, scale=scaled, ddof=norm.ddof, epsilon=norm.epsilon
     )
-    return advantage
 
 
 @torch.no_grad()
@@ -198,8 +195,9 @@ def relative_advantages(
     Returns:
         [B] float32, or float64 for float64 rewards.
     """
-    values, group = _read_rewards("rewards", rewards, groups, mask, validate)
-    return _advantages(values, group, tokens, estimator).to(_result_dtype(rewards))
+    values, group = read_rewards("rewards", rewards, groups, mask, validate)
+    dtype = torch.promote_types(rewards.dtype, torch.float32)
+    return _advantages(values, group, tokens, estimator).to(dtype)
 
 
 @torch.no_grad()
@@ -241,81 +239,15 @@ def decoupled_advantages(
     total = torch.zeros(B, dtype=torch.float64, device=rewards.device)
     for f in range(F):
         name = f"rewards[:, {f}]"
-        values, group = _read_rewards(name, rewards[:, f], groups, scored[f], validate)
+        values, group = read_rewards(name, rewards[:, f], groups, scored[f], validate)
         total += weights[f].double() * _advantages(values, group, tokens, estimator)
-    _, group = _read_rewards("rewards", total, groups, mask, validate)
-    return _scale_by_batch(total, group, tokens, estimator).to(_result_dtype(rewards))
-
-
-@torch.no_grad()
-def equal_reward_groups(rewards: Tensor, groups: int | Tensor) -> tuple[Tensor, Tensor]:
-    """(number of groups whose rewards are all equal, number of groups), 0-dim int64.
-
-    Args:
-        rewards: [B] floating point.
-        groups: as in `relative_advantages`, where they are checked.
-    """
-    B = len(rewards)
-    if not isinstance(groups, Tensor):
-        groups = torch.arange(B, device=rewards.device) // groups
-    index = groups.long().clamp(0, max(B - 1, 0))
-    extremes = torch.full((2, B), -math.inf, dtype=torch.float64, device=rewards.device)
-    for extreme, sign in zip(extremes, (1, -1), strict=True):
-        extreme.scatter_reduce_(0, index, sign * rewards.double(), "amax")
-    present = extremes[0] > -math.inf
-    return (present & (extremes[0] == -extremes[1])).sum(), present.sum()
-
-
-@dataclass(frozen=True)
-class _Groups:
-    """The group of each of B numbers, and its weight there."""
-
-    index: Tensor  # [B] int64 in [0, B)
-    weight: Tensor  # [B] float64, 0 for a number that does not count
-
-    def merge(self, tokens: Tensor | None) -> _Groups:
-        """One group of all; a number weighs 1, or its number of tokens."""
-        weight = self.weight
-        if tokens is not None:
-            check_mask("tokens", tokens, tuple(weight.shape), device=weight.device)
-            weight = weight * tokens.double()
-        return _Groups(torch.zeros_like(self.index), weight)
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Weighted sum over the group of each: [B]."""
-        zeros = torch.zeros_like(self.weight)
-        return zeros.scatter_add(0, self.index, self.weight * values)[self.index]
-
-    def size(self) -> Tensor:
-        """Sum of the weights in the group of each: [B]."""
-        return self.sum(torch.ones_like(self.weight))
-
-    def centre(self, values: Tensor) -> Tensor:
-        """Each less the mean of its group: [B], exactly 0 where all of a group are equal."""
-        present = self.weight > 0
-        # relative to the largest of the group, so that equal values leave no rounding error
-        values = torch.where(present, values - self.largest(values), 0.0)
-        return torch.where(present, values - self.sum(values) / self.size(), 0.0)
-
-    def largest(self, values: Tensor) -> Tensor:
-        """The largest value in the group of each: [B], −inf where none counts."""
-        values = torch.where(self.weight > 0, values, -math.inf)
-        lowest = torch.full_like(values, -math.inf)
-        return lowest.scatter_reduce(0, self.index, values, "amax")[self.index]
-
-    def scale(self, values: Tensor, centred: Tensor, estimator: Estimator) -> Tensor:
-        """values / (std + ε) with the std of `centred`; 0 where the std is 0, even for ε = 0."""
-        freedom = (self.size() - estimator.ddof).clamp(min=1)
-        # in units of the largest, whose square neither overflows nor underflows
-        unit = self.largest(centred.abs())
-        unit = torch.where(unit > 0, unit, 1.0)
-        std = (self.sum((centred / unit).square()) / freedom).sqrt()
-        scaled = (values / unit) / (std + estimator.epsilon / unit)
-        return torch.where(std == 0, 0.0, scaled)
+    _, group = read_rewards("rewards", total, groups, mask, validate)
+    dtype = torch.promote_types(rewards.dtype, torch.float32)
+    return _scale_by_batch(total, group, tokens, estimator).to(dtype)
 
 
 def _advantages(
-    values: Tensor, group: _Groups, tokens: Tensor | None, estimator: Estimator
+    values: Tensor, group: Groups, tokens: Tensor | None, estimator: Estimator
 ) -> Tensor:
     """[B] float64, 0 where a reward does not count."""
     batch = group.merge(tokens)
@@ -325,51 +257,19 @@ def _advantages(
         size = group.size()
         centred = centred * size / (size - 1).clamp(min=1)
     if estimator.scale == "group":
-        return group.scale(centred, group.centre(values), estimator)
+        return group.scale(centred, group.centre(values), estimator.ddof, estimator.epsilon)
     if estimator.scale == "batch":
-        return batch.scale(centred, batch.centre(values), estimator)
+        return batch.scale(centred, batch.centre(values), estimator.ddof, estimator.epsilon)
     if estimator.scale == "centred":
         return _scale_by_batch(centred, group, tokens, estimator)
     return centred
 
 
 def _scale_by_batch(
-    centred: Tensor, group: _Groups, tokens: Tensor | None, estimator: Estimator
+    centred: Tensor, group: Groups, tokens: Tensor | None, estimator: Estimator
 ) -> Tensor:
     """Values of mean 0 over their std in the batch; over tokens, their mean is subtracted first."""
     batch = group.merge(tokens)
     if tokens is not None:
         centred = batch.centre(centred)
-    return batch.scale(centred, centred, estimator)
-
-
-def _result_dtype(rewards: Tensor) -> torch.dtype:
-    """float32, or float64 for float64."""
-    return torch.float64 if rewards.dtype == torch.float64 else torch.float32
-
-
-def _check_vector(name: str, rewards: Tensor) -> Tensor:
-    """The rewards, once they are floating point and [B]."""
-    if check_floats(name, rewards).ndim != 1:
-        got = f"{list(rewards.shape)} {rewards.dtype}"
-        raise ValueError(f"{name}: expected a floating-point tensor [B], got {got}")
-    return rewards
-
-
-def _read_rewards(
-    name: str, rewards: Tensor, groups: int | Tensor, mask: Tensor | None, validate: bool | None
-) -> tuple[Tensor, _Groups]:
-    """(rewards [B] float64, not masked, their groups), checked."""
-    B = len(_check_vector(name, rewards))
-    present = torch.ones_like(rewards, dtype=torch.bool)
-    if mask is not None:
-        present = check_mask("mask", mask, (B,), device=rewards.device) != 0
-    if isinstance(groups, Tensor):
-        index, inside = check_ids("groups", groups, "B", B, rewards, validate)
-        present = present & inside
-    elif not is_int(groups) or groups < 1 or B % groups:
-        raise ValueError(f"groups: expected ids or a divisor of B = {B}, got {groups!r}")
-    else:
-        index = torch.arange(B, device=rewards.device) // groups
-    check_finite(name, rewards, present, validate)
-    return rewards.double(), _Groups(index, present.double())
+    return batch.scale(centred, centred, estimator.ddof, estimator.epsilon)

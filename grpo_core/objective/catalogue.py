@@ -5,13 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 from grpo_core.objective.objective import Objective
 from grpo_core.objective.recipes import RECIPES
-
-Options = Mapping[str, object]
 
 # ℓ of a token, by the name of the surrogate's function; {0}, {1}, ... are its parameters
 FORMULAS = {
@@ -33,80 +30,61 @@ LEVELS = {
 
 
 class Origin(NamedTuple):
-    """A method's paper, and the options of a framework that mean the same."""
+    """A method's paper, and the options of a framework that mean the same; "" without."""
 
-    paper: str  # arXiv id, "" without a paper
-    trl: Options | None = None  # of TRL 1.16's GRPOConfig; None where it has no such method
-    verl: Options | None = None  # of verl 0.9.1's actor
+    paper: str  # arXiv id
+    trl: str = ""  # of TRL 1.16's GRPOConfig
+    verl: str = ""  # of verl 0.9.1's actor
 
 
-PER_SEQUENCE: dict[str, object] = {"importance_sampling_level": "sequence"}
-MEAN_OF_MEANS: dict[str, object] = {"loss_agg_mode": "seq-mean-token-mean"}
-ORIGINS: dict[str, Origin] = {
+ORIGINS = {
     "ppo": Origin("1707.06347"),
-    "dual_clip": Origin("1912.09729", None, {"loss_mode": "vanilla"}),
-    "grpo": Origin(
-        "2402.03300", {"loss_type": "grpo", "beta": 0.04, "use_bias_correction_kl": False}
-    ),
-    "dr_grpo": Origin("2503.20783", {"loss_type": "dr_grpo", "scale_rewards": "none"}),
-    "dapo": Origin("2503.14476", {"loss_type": "dapo", "epsilon_high": 0.28}),
-    "bnpo": Origin("", {"loss_type": "bnpo"}),
+    "dual_clip": Origin("1912.09729", verl="loss_mode=vanilla"),
+    "grpo": Origin("2402.03300", trl="loss_type=grpo, beta=0.04, use_bias_correction_kl=False"),
+    "dr_grpo": Origin("2503.20783", trl="loss_type=dr_grpo, scale_rewards=none"),
+    "dapo": Origin("2503.14476", trl="loss_type=dapo, epsilon_high=0.28"),
+    "bnpo": Origin("", trl="loss_type=bnpo"),
     "intellect2": Origin(
-        "2505.07291",
-        {"loss_type": "bnpo", "delta": 4.0, "beta": 0.001, "use_bias_correction_kl": False},
+        "2505.07291", trl="loss_type=bnpo, delta=4.0, beta=0.001, use_bias_correction_kl=False"
     ),
     "gspo": Origin(
         "2507.18071",
-        {"loss_type": "grpo", "epsilon": 3e-4, "epsilon_high": 4e-4} | PER_SEQUENCE,
+        trl="loss_type=grpo, epsilon=0.0003, epsilon_high=0.0004, "
+        "importance_sampling_level=sequence",
     ),
     "luspo": Origin(
         "2602.05261",
-        {"loss_type": "luspo", "epsilon": 3e-4, "epsilon_high": 4e-4} | PER_SEQUENCE,
+        trl="loss_type=luspo, epsilon=0.0003, epsilon_high=0.0004, "
+        "importance_sampling_level=sequence",
     ),
     "gmpo": Origin(
-        "2507.20673",
-        None,
-        {"loss_mode": "geo_mean", "clip_ratio_low": 0.4, "clip_ratio_high": 0.4},
+        "2507.20673", verl="loss_mode=geo_mean, clip_ratio_low=0.4, clip_ratio_high=0.4"
     ),
     "cispo": Origin(
         "2506.13585",
-        {"loss_type": "cispo", "epsilon_high": 5.0},
-        {"loss_mode": "cispo", "clip_ratio_low": 1.0, "clip_ratio_high": 4.0},
+        trl="loss_type=cispo, epsilon_high=5.0",
+        verl="loss_mode=cispo, clip_ratio_low=1.0, clip_ratio_high=4.0",
     ),
-    "sapo": Origin("2511.20347", {"loss_type": "sapo"}, {"loss_mode": "sapo"} | MEAN_OF_MEANS),
-    "vespo": Origin("2602.10693", {"loss_type": "vespo"}),
+    "sapo": Origin(
+        "2511.20347", trl="loss_type=sapo", verl="loss_mode=sapo, loss_agg_mode=seq-mean-token-mean"
+    ),
+    "vespo": Origin("2602.10693", trl="loss_type=vespo"),
     "rloo": Origin(
-        "2402.14740",
-        None,
-        {"loss_mode": "gpg", "loss_agg_mode": "seq-mean-token-sum", "adv_estimator": "rloo"},
+        "2402.14740", verl="loss_mode=gpg, loss_agg_mode=seq-mean-token-sum, adv_estimator=rloo"
     ),
     "reinforce_plus_plus": Origin("2501.03262"),
     "reinforce_plus_plus_baseline": Origin("2501.03262"),
     "gpg": Origin(
-        "2504.02546",
-        None,
-        {"loss_mode": "gpg", "adv_estimator": "grpo", "norm_adv_by_std_in_grpo": False},
+        "2504.02546", verl="loss_mode=gpg, adv_estimator=grpo, norm_adv_by_std_in_grpo=False"
     ),
     "dro": Origin(
         "2501.12599",
-        None,
-        {
-            "loss_mode": "dro",
-            "dro_beta": 0.1,
-            "adv_estimator": "grpo",
-            "norm_adv_by_std_in_grpo": False,
-        }
-        | MEAN_OF_MEANS,
+        verl="loss_mode=dro, dro_beta=0.1, adv_estimator=grpo, norm_adv_by_std_in_grpo=False, "
+        "loss_agg_mode=seq-mean-token-mean",
     ),
     "dppo": Origin(
         "2602.04879",
-        None,
-        {
-            "loss_mode": "dppo_tv",
-            "clip_ratio_low": 0.15,
-            "clip_ratio_high": 0.15,
-            "clip_ratio_c": 20.0,
-        },
+        verl="loss_mode=dppo_tv, clip_ratio_low=0.15, clip_ratio_high=0.15, clip_ratio_c=20.0",
     ),
     "topr": Origin("2503.14286"),
 }
@@ -148,16 +126,17 @@ def advantage(objective: Objective) -> str:
 def row(name: str, *, frameworks: bool) -> tuple[str, ...]:
     """The cells of a recipe."""
     objective, origin = RECIPES[name], ORIGINS[name]
+    has_ratio = objective.surrogate.function.__name__ != "reinforce"
     cells = (
         name,
         formula(objective),
         kl_term(objective),
-        LEVELS[objective.ratio_level] if _uses_ratio(objective) else "",
+        LEVELS[objective.ratio_level] if has_ratio else "",
         advantage(objective) if name not in ("ppo", "dual_clip") else "given (GAE)",
         objective.aggregation.replace("_", " "),
         origin.paper,
     )
-    return (*cells, *map(_options, (origin.trl, origin.verl))) if frameworks else cells
+    return (*cells, origin.trl, origin.verl) if frameworks else cells
 
 
 def as_text(*, frameworks: bool = False) -> str:
@@ -184,13 +163,3 @@ def as_markdown() -> str:
         cells = [f"`{first}`", text, *middle, link, *options]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _options(options: Options | None) -> str:
-    """Options as on a command line."""
-    return ", ".join(f"{name}={value}" for name, value in (options or {}).items())
-
-
-def _uses_ratio(objective: Objective) -> bool:
-    """Whether the surrogate looks at the ratio."""
-    return objective.surrogate.function.__name__ != "reinforce"

@@ -18,9 +18,8 @@ import dataclasses
 import math
 import pickle
 import pkgutil
-import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any, Literal, get_args
@@ -40,11 +39,10 @@ from grpo_core.objective.validation import (
     is_number,
 )
 
-# one objective of each structure in use, by its key
-_STRUCTURES: weakref.WeakValueDictionary[str, Objective] = weakref.WeakValueDictionary()
-_LOCK = threading.Lock()
-# those that a compiled graph refers to
-_IN_GRAPHS: dict[str, Objective] = {}
+# the functions of surrogates by the names that compiled graphs call them by
+_FUNCTIONS: weakref.WeakValueDictionary[str, Callable] = weakref.WeakValueDictionary()
+# those that a compiled graph has called
+_IN_GRAPHS: dict[str, Callable] = {}
 
 KL = Literal["k1", "absolute", "k2", "k3", "k1_plus", "absolute_plus", "k3_plus", "exact"]
 
@@ -63,14 +61,18 @@ class Surrogate:
 
     Attributes:
         plain: the function over tensors; made here, since a graph cannot trace how.
+        name: of the function in a compiled graph; no other function has it.
     """
 
     function: Callable
     args: tuple[float, ...] = ()
     homogeneous: bool = False
     plain: Callable = field(init=False, repr=False, compare=False)
+    name: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if torch.compiler.is_compiling():
+            raise ValueError("surrogate: expected one made outside of the compiled function")
         plain = getattr(self.function, "fn", self.function)
         if not isinstance(plain, FunctionType):
             raise ValueError(f"function: expected a function, got {self.function!r}")
@@ -80,6 +82,7 @@ class Surrogate:
         # an int would become a constant of the kernel, and every new value compile it again
         object.__setattr__(self, "args", tuple(float(number) for number in self.args))
         object.__setattr__(self, "plain", as_torch(self.function))
+        object.__setattr__(self, "name", _register(self.function))
 
     def __copy__(self) -> Surrogate:
         return self
@@ -120,9 +123,6 @@ class Objective:
         factor: scales the surrogate of a token, and nothing else; see `policy_factor`.
         token_clip: (low, high), bounds of a token's log-ratio before its sequence's mean (GMPO).
 
-    Attributes:
-        key: names the structure (everything but `numbers`) in a compiled graph.
-
     Raises:
         ValueError: a wrong type, name or range; beta without a KL estimator; the exact KL times a
             ratio (it has no sampled token).
@@ -139,7 +139,6 @@ class Objective:
     entropy_aggregation: Aggregation | None = None
     factor: PolicyFactor = field(default_factory=PolicyFactor)
     token_clip: tuple[float, float] | None = None
-    key: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_type("surrogate", self.surrogate, Surrogate)
@@ -166,19 +165,19 @@ class Objective:
             ):
                 raise ValueError(f"token_clip: expected two numbers >= 0, got {bounds!r}")
             object.__setattr__(self, "token_clip", tuple(bounds))
-        key, same = _register(self)
-        object.__setattr__(self, "key", key)
-        # a reference, so that the key stays in the weak table
-        object.__setattr__(self, "_same", same)
 
-    def __reduce__(self) -> tuple[Callable, tuple[Any, ...]]:
-        # by the constructor, since a key belongs to one process
-        fields = (each.name for each in dataclasses.fields(self) if each.init)
-        return type(self), tuple(getattr(self, name) for name in fields)
+    @property
+    def key(self) -> str:
+        """Everything but `numbers` as text, the same in every process."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        surrogate, name = self.surrogate, _name(self.surrogate.function).replace(":", ".")
+        values["surrogate"] = f"{name}, {len(surrogate.args)}, {surrogate.homogeneous}"
+        values |= {"beta": self.beta != 0, "entropy_coef": self.entropy_coef != 0}
+        return ", ".join(f"{name}={value}" for name, value in values.items())
 
     @property
     def numbers(self) -> tuple[float, ...]:
-        """The numbers that compile nothing new: beta, entropy_coef, the surrogate's parameters."""
+        """beta, entropy_coef and the parameters of the surrogate."""
         return (self.beta, self.entropy_coef, *self.surrogate.args)
 
     @property
@@ -197,36 +196,18 @@ class Objective:
         return dataclasses.replace(self, **changes)
 
 
-def objective_of(key: str, numbers: Sequence[float] | None = None) -> Objective:
-    """The objective of a key in a graph, with other numbers if they are given."""
-    objective = _IN_GRAPHS.setdefault(key, _STRUCTURES[key])
-    if numbers is None or tuple(numbers) == objective.numbers:
-        return objective
-    beta, entropy_coef, *args = numbers
-    surrogate = dataclasses.replace(objective.surrogate, args=tuple(args))
-    return objective.replace(surrogate=surrogate, beta=beta, entropy_coef=entropy_coef)
+def function_of(name: str) -> Callable:
+    """The function that a graph calls by this name; it is kept from now on."""
+    return _IN_GRAPHS.setdefault(name, _FUNCTIONS[name])
 
 
-def _register(objective: Objective) -> tuple[str, Objective | None]:
-    """The key of an objective's structure, and the other objective that has it, if any.
-
-    The key is "" while a graph is traced, where a global cannot be written.
-    """
-    if torch.compiler.is_compiling():
-        return "", None
-    values = {f.name: getattr(objective, f.name) for f in dataclasses.fields(objective) if f.init}
-    surrogate = objective.surrogate
-    name = _name(surrogate.function).replace(":", ".")
-    values["surrogate"] = f"{name}, {len(surrogate.args)}, {surrogate.homogeneous}"
-    values |= {"beta": objective.beta != 0, "entropy_coef": objective.entropy_coef != 0}
-    key = ", ".join(f"{name}={value}" for name, value in values.items())
-    with _LOCK:
-        # another function may have the same name, as when a notebook cell is run again
-        while (
-            first := _STRUCTURES.setdefault(key, objective)
-        ).surrogate.function is not surrogate.function:
-            key += "'"
-    return key, None if first is objective else first
+def _register(function: Callable) -> str:
+    """A name that no other living function has."""
+    name = _name(function)
+    # another function may have the same name, as when a notebook cell is run again
+    while _FUNCTIONS.setdefault(name, function) is not function:
+        name += "'"
+    return name
 
 
 def _name(function: Callable) -> str:

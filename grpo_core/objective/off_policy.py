@@ -1,25 +1,19 @@
-"""Tokens that another policy sampled: how far they are from the trainer's, and what follows.
+"""Corrections for tokens that another policy sampled, such as an inference engine.
 
     d_t = log π_old(t) − log π_sampler(t)
 
-A rule is a cell of one table: a measure x, of every token or of every sequence, with bounds
-low <= x <= high, and an action for what lies outside.
-
-| measure   | x of a token    | x of a sequence                         | weight inside |
-|-----------|-----------------|-----------------------------------------|---------------|
-| ratio     | w_t = e^d_t     | Π_t w_t, or (Π_t w_t)^(1 / length)      | x             |
-| log_ratio | d_t             | Σ_t d_t, or the mean, or the maximum    | 1             |
-| k2        | ½·d_t²          | the same of these                       | 1             |
-| k3        | e^d_t − 1 − d_t | the same of these                       | 1             |
+`SamplerCorrection` weighs a token by the ratio w = π_old / π_sampler of the token or its sequence,
+and acts on a ratio outside of low <= w <= high:
 
 | action     | outside                                    | known as                             |
 |------------|--------------------------------------------|--------------------------------------|
 | "truncate" | weight = the nearer bound                  | TIS; TRL *_truncate, verl rollout_is |
 | "zero"     | weight = 0, the token counts in every mean | IcePop, MIS; TRL *_mask, verl lo_hi  |
-| "reject"   | weight = 0, the token leaves the mask      | MIS; verl rollout_rs                 |
+| "reject"   | weight = 0, the token leaves the mask      | MIS                                  |
 
-`SamplerCorrection` is the ratio with every action, `Rejection` another measure with "reject". The
-weight multiplies the advantage, so it scales the policy term and never the KL.
+`Rejection` takes tokens with a distance outside of its bounds out of the mask, and weighs nothing
+(verl rollout_rs). The weight multiplies the advantage, so it scales the policy term and never the
+KL.
 
 A token with a log-probability that is NaN or infinite leaves the mask and is part of no sum. (TRL
 1.16 keeps it with w_t = 1; in verl 0.9.1 the loss becomes NaN.) The log of a ratio is clamped to
@@ -53,15 +47,7 @@ OVERS: dict[str, Over] = {"token": "token", "sequence": "sum", "geometric": "mea
 
 
 class Rule:
-    """A cell of the table: `_cell` says which, `apply` computes it."""
-
-    low: float
-    high: float
-
-    @property
-    def _cell(self) -> tuple[str, Over, Action]:
-        """(measure, over what it is taken, action)."""
-        raise NotImplementedError
+    """What `SamplerCorrection` and `Rejection` share."""
 
     @torch.no_grad()
     def apply(
@@ -82,34 +68,24 @@ class Rule:
             sequence: [N] int64 in [0, sequences).
             sequences: upper bound on the number of sequences.
         """
-        measure, over, action = self._cell
         d = old_logp.double() - sampler_logp.double()
-        kept = valid & d.isfinite()
-        d = torch.where(kept, d, 0.0)
-        weight = torch.ones_like(d)
-        if measure == "ratio":
-            log_weight = combine(d, kept, over, sequence, sequences)
-            x = weight = log_weight.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-        else:
-            x = {
-                "log_ratio": lambda: d,
-                "k2": lambda: 0.5 * d * d,
-                "k3": lambda: torch.expm1(d) - d,
-            }[measure]()
-            x = combine(x, kept, over, sequence, sequences)
-        if action == "truncate":
-            return torch.where(kept, weight.clamp(self.low, self.high), 0.0).float(), kept
-        inside = kept & (x >= self.low) & (x <= self.high)
-        factor = torch.where(inside, weight, 0.0).float()
-        return factor, inside if action == "reject" else kept
+        known = valid & d.isfinite()
+        weight, inside, stays = self._bound(torch.where(known, d, 0.0), known, sequence, sequences)
+        return torch.where(known & inside, weight, 0.0).float(), known & stays
+
+    def _bound(
+        self, d: Tensor, known: Tensor, sequence: Tensor, sequences: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[N] weights, whether they count, whether the tokens stay."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class SamplerCorrection(Rule):
-    """Weights every token by w = π_old / π_sampler, bounded; see the tables above.
+    """Weights every token by w = π_old / π_sampler, bounded; see the table above.
 
     Args:
-        level: one w per token, or one per sequence, as a product or a geometric mean.
+        level: w_t = e^d_t of a token; or of a sequence Π_t w_t, or the geometric mean of the w_t.
         action: what happens outside the bounds.
         low, high: bounds of w, 0 <= low <= high; inclusive.
     """
@@ -126,17 +102,24 @@ class SamplerCorrection(Rule):
         if not numbers or not 0 <= self.low <= self.high:
             raise ValueError(f"low: expected 0 <= low <= high, got {self.low!r} and {self.high!r}")
 
-    @property
-    def _cell(self) -> tuple[str, Over, Action]:
-        return "ratio", OVERS[self.level], self.action
+    def _bound(
+        self, d: Tensor, known: Tensor, sequence: Tensor, sequences: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        weight = combine(d, known, OVERS[self.level], sequence, sequences)
+        weight = weight.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+        if self.action == "truncate":
+            return weight.clamp(self.low, self.high), known, known
+        inside = (weight >= self.low) & (weight <= self.high)
+        return weight, inside, inside if self.action == "reject" else known
 
 
 @dataclass(frozen=True)
 class Rejection(Rule):
-    """Removes the tokens or sequences outside [low, high] and weighs nothing; see the tables.
+    """Removes the tokens or sequences outside [low, high] and weighs nothing.
 
     Args:
-        measure: the distance x of a token from the sampler.
+        measure: the distance x of a token from the sampler: "log_ratio" is d_t, "k2" ½·d_t², "k3"
+            e^d_t − 1 − d_t.
         over: x of each token, or its sum, mean or maximum over the sequence.
         low, high: bounds of x, inclusive, nats.
     """
@@ -152,9 +135,17 @@ class Rejection(Rule):
         if not (is_number(self.low) and is_number(self.high) and self.low <= self.high):
             raise ValueError(f"low: expected low <= high, got {self.low!r} and {self.high!r}")
 
-    @property
-    def _cell(self) -> tuple[str, Over, Action]:
-        return self.measure, self.over, "reject"
+    def _bound(
+        self, d: Tensor, known: Tensor, sequence: Tensor, sequences: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x = d
+        if self.measure == "k2":
+            x = 0.5 * d * d
+        elif self.measure == "k3":
+            x = torch.expm1(d) - d
+        x = combine(x, known, self.over, sequence, sequences)
+        inside = (x >= self.low) & (x <= self.high)
+        return torch.ones_like(x), inside, inside
 
 
 def combine(x: Tensor, counted: Tensor, over: Over, sequence: Tensor, sequences: int) -> Tensor:
@@ -184,7 +175,7 @@ def find_off_policy(
 ) -> Tensor:
     """[N] bool: tokens with A < 0 in sequences with mean_t(old_logp − logp) > δ.
 
-    What the policy has already made unlikely is not pushed down further. A token with a
+    The policy has already made them unlikely, and is not pushed further. A token with a
     log-probability that is NaN or infinite is not part of the mean and is not selected. (TRL counts
     a NaN as difference 0.)
 

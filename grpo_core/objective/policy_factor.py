@@ -10,8 +10,8 @@
 | `sequence_weight` | φ(W) of the sequence's ratio; `sampler` is then part of W               |
 
 The factors multiply each other. Only `rejections`, and `sampler` with action "reject", take tokens
-out of the mask; each of them sees the tokens that were there before all of them. All other parts
-leave the KL and every mean unchanged, except that tokens of low entropy get no entropy bonus, as in
+out of the mask; each of them sees the tokens before any rejection. All other parts leave the KL and
+every mean unchanged, except that tokens of low entropy get no entropy bonus, as in
 TRL. With an `old_logp`, `sampler` and `rejections` are computed before the logits are read. The
 other parts need two phases.
 
@@ -22,21 +22,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from grpo_core.objective.off_policy import (
-    Rejection,
-    SamplerCorrection,
-    combine,
-    find_off_policy,
-)
+from grpo_core.objective.off_policy import Rejection, SamplerCorrection
 from grpo_core.objective.validation import check_not_negative, check_type, is_number
-
-if TYPE_CHECKING:
-    from grpo_core.loss.inputs import Tokens
 
 # e²⁰ is far above any ratio of use, and far below what overflows
 LARGEST_LOG_RATIO = 20.0
@@ -123,78 +114,6 @@ class PolicyFactor:
     def needs_sampler(self) -> bool:
         """Whether a part compares with the sampler's log-probabilities."""
         return self.sampler is not None or bool(self.rejections)
-
-    def waits_for_logp(self, old_logp: Tensor | None) -> bool:
-        """Whether the policy itself is compared with the sampler."""
-        return old_logp is None or self.current
-
-    def needs_statistics(self, tokens: Tokens) -> bool:
-        """Whether the factor depends on the logits that are about to be read."""
-        drifts = tokens.old_logp is not None or tokens.sampler_logp is not None
-        return (
-            self.top_entropy < 1
-            or (drifts and (self.off_policy_delta < math.inf or self.sequence_weight is not None))
-            or (self.needs_sampler and self.waits_for_logp(tokens.old_logp))
-        )
-
-    @torch.no_grad()
-    def of_sampler(self, tokens: Tokens, old_logp: Tensor) -> Tokens:
-        """The tokens with the factor of `sampler`, and without those that a rule rejects."""
-        if not self.needs_sampler:
-            return tokens
-        assert tokens.sampler_logp is not None
-        # the loss itself drops a token whose own log-probability is not finite
-        old_logp = torch.where(old_logp.isfinite(), old_logp, tokens.sampler_logp)
-        vectors = (old_logp, tokens.sampler_logp, tokens.valid, tokens.sequence, tokens.sequences)
-        left, weighted = tokens.valid, tokens
-        if self.sampler is not None:
-            factor, kept = self.sampler.apply(*vectors)
-            left = left & kept
-            if self.sequence_weight is None:
-                weighted = tokens.scale_factor(factor)
-        for rule in self.rejections:
-            left = left & rule.apply(*vectors)[1]
-        return weighted.drop(tokens.valid & ~left)
-
-    @torch.no_grad()
-    def of_statistics(self, tokens: Tokens, logp: Tensor, entropy: Tensor) -> Tokens:
-        """The tokens with every factor that depends on their log-probability or entropy."""
-        if self.waits_for_logp(tokens.old_logp):
-            tokens = self.of_sampler(tokens, logp)
-        if self.sequence_weight is not None:
-            tokens = tokens.scale_factor(self.of_sequences(tokens, logp))
-        before = tokens.old_logp if tokens.sampler_logp is None else tokens.sampler_logp
-        if self.off_policy_delta < math.inf and before is not None:
-            drifted = find_off_policy(
-                logp,
-                before,
-                tokens.advantage,
-                tokens.valid,
-                tokens.sequence,
-                tokens.sequences,
-                self.off_policy_delta,
-            )
-            tokens = tokens.scale_factor((~drifted).to(logp.dtype))
-        if self.top_entropy < 1:
-            tokens = tokens.keep_surrogate_on(top_share(entropy, tokens.valid, self.top_entropy))
-        return tokens
-
-    @torch.no_grad()
-    def of_sequences(self, tokens: Tokens, logp: Tensor) -> Tensor:
-        """[N] φ of each token's sequence, masked tokens included."""
-        assert self.sequence_weight is not None
-        sequence, sequences = tokens.sequence, tokens.sequences
-        old_logp = logp if tokens.old_logp is None else tokens.old_logp
-        log_ratio = logp - old_logp
-        counted = tokens.valid & log_ratio.isfinite()
-        log_ratio = log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
-        if self.sampler is not None:
-            assert tokens.sampler_logp is not None
-            vectors = (old_logp, tokens.sampler_logp, tokens.valid, sequence, sequences)
-            log_w = self.sampler.apply(*vectors)[0].to(log_ratio.dtype).log()
-            log_ratio = log_ratio + log_w.clamp(SMALLEST_LOG_RATIO, LARGEST_LOG_RATIO)
-        total = combine(log_ratio, counted, "sum", sequence, sequences)
-        return self.sequence_weight.weigh(total, tokens.advantage)
 
 
 def top_share(values: Tensor, valid: Tensor, share: float) -> Tensor:

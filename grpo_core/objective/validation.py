@@ -56,8 +56,10 @@ def check_not_negative(**numbers: object) -> None:
             raise ValueError(f"{name}: expected a finite number >= 0, got {number!r}")
 
 
-def check_tensor(name: str, value: object, device: torch.device | None = None) -> Tensor:
-    """The value itself, a dense tensor, on the device if one is given."""
+def check_tensor(
+    name: str, value: object, *shapes: tuple[int, ...], device: torch.device | None = None
+) -> Tensor:
+    """The value itself, a dense tensor, of one of the shapes and on the device if given."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.is_nested or value.layout != torch.strided:
@@ -65,6 +67,9 @@ def check_tensor(name: str, value: object, device: torch.device | None = None) -
         raise NotImplementedError(f"{name}: expected a dense tensor, got {kind}")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
+    if shapes and tuple(value.shape) not in shapes:
+        expected = " or ".join(str(list(shape)) for shape in shapes)
+        raise ValueError(f"{name}: expected shape {expected}, got {list(value.shape)}")
     return value
 
 
@@ -93,21 +98,22 @@ def check_concrete(**tensors: object) -> None:
             )
 
 
-def check_shape(name: str, tensor: Tensor, *shapes: tuple[int, ...]) -> None:
-    """Refuses a tensor that has none of the shapes; without shapes every tensor passes."""
-    if shapes and tuple(tensor.shape) not in shapes:
-        expected = " or ".join(str(list(shape)) for shape in shapes)
-        raise ValueError(f"{name}: expected shape {expected}, got {list(tensor.shape)}")
-
-
 def check_floats(
     name: str, value: object, *shapes: tuple[int, ...], device: torch.device | None = None
 ) -> Tensor:
     """The value itself, a floating-point tensor of one of the shapes."""
-    tensor = check_tensor(name, value, device)
-    check_shape(name, tensor, *shapes)
+    tensor = check_tensor(name, value, *shapes, device=device)
     if not tensor.is_floating_point():
         raise ValueError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+    return tensor
+
+
+def check_vector(name: str, value: object) -> Tensor:
+    """The value itself, a floating-point tensor [B]."""
+    tensor = check_floats(name, value)
+    if tensor.ndim != 1:
+        got = f"{list(tensor.shape)} {tensor.dtype}"
+        raise ValueError(f"{name}: expected a floating-point tensor [B], got {got}")
     return tensor
 
 
@@ -115,8 +121,7 @@ def check_mask(
     name: str, value: object, *shapes: tuple[int, ...], device: torch.device | None = None
 ) -> Tensor:
     """The value itself, a real tensor of one of the shapes."""
-    tensor = check_tensor(name, value, device)
-    check_shape(name, tensor, *shapes)
+    tensor = check_tensor(name, value, *shapes, device=device)
     if tensor.is_complex():
         raise ValueError(f"{name}: expected real numbers or bool, got {tensor.dtype}")
     return tensor
@@ -129,8 +134,7 @@ def check_integers(
 
     A narrower type would compare wrongly with -100, or with a number that it cannot hold.
     """
-    tensor = check_tensor(name, value, device)
-    check_shape(name, tensor, *shapes)
+    tensor = check_tensor(name, value, *shapes, device=device)
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise ValueError(f"{name}: expected an integer tensor, got {tensor.dtype}")
     wide = tensor.long()

@@ -71,10 +71,8 @@ def rewards_with_kl(
     check_choice("kl", kl, get_args(KLPenalty))
     check_not_negative(beta=beta)
     present = _present(mask, "logp", logp)
-    _check_floats("logp", logp, tuple(logp.shape), present, validate)
-    _check_floats("ref_logp", ref_logp, tuple(logp.shape), present, validate)
-    _check_floats("rewards", rewards, tuple(logp.shape[:1]), present.any(1), validate)
-    d = torch.where(present, logp.double() - ref_logp.double(), 0.0)
+    d = _read("logp", logp, present, validate) - _read("ref_logp", ref_logp, present, validate)
+    total = _read("rewards", rewards, present.any(1), validate)
     penalty = {
         "k1": lambda: d,
         "abs": d.abs,
@@ -83,7 +81,7 @@ def rewards_with_kl(
     }[kl]()
     remaining = present.flip(1).cumsum(1).flip(1)
     last = present & (remaining == 1)
-    return _like(logp, torch.where(last, rewards.double()[:, None], 0.0) - beta * penalty)
+    return _like(logp, torch.where(last, total[:, None], 0.0) - beta * penalty)
 
 
 @torch.no_grad()
@@ -121,16 +119,14 @@ def gae(
         if not is_number(factor) or not 0 <= factor <= 1:
             raise ValueError(f"{name}: expected a number in [0, 1], got {factor!r}")
     present = _present(mask, "rewards", rewards)
-    _check_floats("rewards", rewards, tuple(rewards.shape), present, validate)
+    r = _read("rewards", rewards, present, validate)
     B, T = rewards.shape
     bootstrap = torch.zeros(B, dtype=torch.float64, device=rewards.device)
     check_floats("values", values, (B, T), (B, T + 1), device=rewards.device)
     if values.shape == (B, T + 1):
-        values, bootstrap = values[:, :-1], values[:, -1].double()
-        _check_floats("values", bootstrap, (B,), present.any(1), validate)
-    _check_floats("values", values, (B, T), present, validate)
-
-    r, v = (torch.where(present, vector.double(), 0.0) for vector in (rewards, values))
+        bootstrap = _read("values", values[:, -1], present.any(1), validate)
+        values = values[:, :-1]
+    v = _read("values", values, present, validate)
     # V of the first valid token at or after t; one column further, V of the next one
     upcoming = _backward_scan(v, (~present).double(), bootstrap)
     following = torch.cat([upcoming, bootstrap[:, None]], dim=1)[:, 1:]
@@ -150,10 +146,8 @@ def whiten(vector: Tensor, mask: Tensor) -> Tensor:
     """(x − mean) / √(variance + 1e-8) of the valid entries, n − 1 in the variance; else 0."""
     shape = tuple(check_floats("vector", vector).shape)
     present = check_mask("mask", mask, shape, device=vector.device) != 0
-    count = present.sum()
-    centred = torch.where(present, vector.double(), 0.0)
-    centred = torch.where(present, centred - centred.sum() / count, 0.0)
-    variance = centred.square().sum() / (count - 1).clamp(min=1)
+    centred = _centre(vector.double(), present)
+    variance = centred.square().sum() / (present.sum() - 1).clamp(min=1)
     return _like(vector, centred / (variance + WHITENING).sqrt())
 
 
@@ -196,11 +190,9 @@ def value_loss(
         raise ValueError(f"eps: expected a number > 0, got {eps!r}")
     shape = tuple(check_floats("values", values).shape)
     present = check_floats("weight", weight, shape, device=values.device) != 0
-    named = {"values": values, "old_values": old_values, "returns": returns}
-    for name, vector in named.items():
-        _check_floats(name, vector, shape, present, validate)
-    named = {name: x if x is values else x.detach() for name, x in named.items()}
-    v, old, target = (_like(values, torch.where(present, x, 0.0)) for x in named.values())
+    v = _like(values, _read("values", values, present, validate))
+    old = _like(values, _read("old_values", old_values, present, validate)).detach()
+    target = _like(values, _read("returns", returns, present, validate)).detach()
     plain = (v - target).square()
     clipped = (v.clamp(old - eps, old + eps) - target).square()
     count = present.sum().clamp(min=1)
@@ -217,15 +209,15 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     shape = tuple(check_floats("values", values).shape)
     check_floats("returns", returns, shape, device=values.device)
     present = check_mask("mask", mask, shape, device=values.device) != 0
-    count = present.sum()
-
-    def spread(vector: Tensor) -> Tensor:
-        vector = torch.where(present, vector, 0.0)
-        return torch.where(present, vector - vector.sum() / count, 0.0).square().sum()
-
-    total = spread(returns.double())
-    unexplained = spread(returns.double() - values.double())
+    total = _centre(returns.double(), present).square().sum()
+    unexplained = _centre(returns.double() - values.double(), present).square().sum()
     return torch.where(total > 0, 1 - unexplained / total, torch.nan).float()
+
+
+def _centre(vector: Tensor, present: Tensor) -> Tensor:
+    """Each present entry less their mean, 0 elsewhere."""
+    vector = torch.where(present, vector, 0.0)
+    return torch.where(present, vector - vector.sum() / present.sum(), 0.0)
 
 
 def _backward_scan(addend: Tensor, factor: Tensor, last: Tensor) -> Tensor:
@@ -236,17 +228,18 @@ def _backward_scan(addend: Tensor, factor: Tensor, last: Tensor) -> Tensor:
     stride = 1
     while stride <= T:
         # doubles the number of terms in the partial sum at t
+        near, far = factor[:, :-stride], factor[:, stride:]
         total = torch.cat(
-            [total[:, :-stride] + factor[:, :-stride] * total[:, stride:], total[:, -stride:]], 1
+            [total[:, :-stride] + near * total[:, stride:], total[:, -stride:]], dim=1
         )
-        factor = torch.cat([factor[:, :-stride] * factor[:, stride:], factor[:, -stride:]], 1)
+        factor = torch.cat([near * far, factor[:, -stride:]], dim=1)
         stride *= 2
     return total[:, :-1]
 
 
 def _like(model: Tensor, result: Tensor) -> Tensor:
     """The result in float32, or in float64 if `model` is."""
-    return result if model.dtype == torch.float64 else result.float()
+    return result.to(torch.promote_types(model.dtype, torch.float32))
 
 
 def _present(mask: Tensor, name: str, padded: Tensor) -> Tensor:
@@ -257,8 +250,8 @@ def _present(mask: Tensor, name: str, padded: Tensor) -> Tensor:
     return check_mask("mask", mask, shape, device=padded.device) != 0
 
 
-def _check_floats(
-    name: str, tensor: Tensor, shape: tuple[int, ...], present: Tensor, validate: bool | None
-) -> None:
-    """Refuses another shape, and NaN or infinity where present."""
-    check_finite(name, check_floats(name, tensor, shape, device=present.device), present, validate)
+def _read(name: str, tensor: Tensor, present: Tensor, validate: bool | None) -> Tensor:
+    """The tensor in float64, checked, 0 where not present."""
+    check_floats(name, tensor, tuple(present.shape), device=present.device)
+    check_finite(name, tensor, present, validate)
+    return torch.where(present, tensor, 0.0).double()

@@ -1,5 +1,5 @@
 """What the commands run: the embedded task, reinforcement learning of any model, comparison, plots.
 
 Read `config` (the options), then `run` (reinforcement of a model) or `demo` (the embedded task).
-`console` and `plots` show a run; `directory` says which files it writes.
+`console` and `plots` show a run, `report` says how it ended; `directory` names the files it writes.
 """

@@ -12,14 +12,12 @@ what each reaches and costs: accuracy, parameters that are trained and held, pea
 from __future__ import annotations
 
 import json
-import signal
-import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from statistics import mean
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,14 +25,14 @@ from transformers import PreTrainedModel
 
 from grpo_core import RECIPES, Objective
 from grpo_core.cli.options import Parser
-from grpo_core.runs.config import CompareConfig, DemoConfig, TaskOptions
+from grpo_core.runs.demo.config import CompareConfig, DemoConfig, TaskOptions
 from grpo_core.runs.demo.demo import SAMPLED, Demo
 from grpo_core.runs.directory import clear
 from grpo_core.runs.plots import draw_methods, unless_missing
+from grpo_core.runs.report import aligned, markdown, run_to_the_end
 from grpo_core.trainer.baselines.dpo import PreferenceConfig, sample_pairs, train_preferences
 from grpo_core.trainer.baselines.ppo import CriticConfig, PPOTrainer
 from grpo_core.trainer.batch import Batch, pack
-from grpo_core.trainer.checkpoint import heeding_interrupts
 from grpo_core.trainer.config import TrainerConfig
 from grpo_core.trainer.evaluate import evaluate
 from grpo_core.trainer.forward import packed_logp, reference_logp, reference_of
@@ -44,63 +42,34 @@ from grpo_core.trainer.rollout import Rollout
 from grpo_core.trainer.trainer import Trainer
 
 METHODS = ("SFT", "DPO", "PPO", "GRPO", "GRPO, KL in the reward")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a method reached and what it cost, with one seed.
-
-    Attributes:
-        accuracy, traps: held-out, sampled at temperature 1, of all questions and of the traps.
-        samples: completions drawn to learn from.
-        trained, held: parameters with a gradient, and all in memory, references included.
-        peak_mib: most bytes of tensors in one step, beyond the models and optimizers.
-        seconds: of the training, without evaluation.
-    """
-
-    method: str
-    seed: int
-    accuracy: float
-    traps: float
-    samples: int
-    trained: int
-    held: int
-    peak_mib: float
-    seconds: float
-
-
-class Cost(NamedTuple):
-    """Of a training: completions, models trained and held, MiB of a step."""
-
-    samples: int
-    trained: int
-    held: int
-    peak_mib: float
+# What a method reached and what it cost, with one seed:
+#   method, seed
+#   accuracy, traps: held-out, sampled at temperature 1, of all questions and of the traps
+#   samples: completions to learn from
+#   trained, held: parameters with a gradient, and all in memory, references included
+#   peak_mib: most bytes of tensors in one step, beyond the models and optimizers
+#   seconds: of the training, without evaluation
+Outcome = dict[str, Any]
 
 
 def run(config: CompareConfig, parser: Parser) -> int:
     """Runs all methods and writes the tables and the picture; returns the exit status."""
     directory = Path(config.output)
     clear(directory)
-    try:
-        with heeding_interrupts():
-            outcomes = [
-                outcome
-                for seed in range(config.seeds)
-                for outcome in Comparison(config, seed).run()
-            ]
-    except (FloatingPointError, OSError, ValueError) as error:
-        print(f"\nstopped: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; the base models are kept", file=sys.stderr)
-        return 128 + signal.SIGINT
-    records = [asdict(outcome) for outcome in outcomes]
-    (directory / "compare.json").write_text(json.dumps(records, indent=2) + "\n", "utf-8")
-    (directory / "compare.md").write_text(markdown(outcomes), "utf-8")
-    print("\n".join(lines(outcomes)))
+    outcomes: list[Outcome] = []
+
+    def compare() -> None:
+        for seed in range(config.seeds):
+            outcomes.extend(Comparison(config, seed).run())
+
+    if status := run_to_the_end(compare, "the base models are kept"):
+        return status
+    rows = table(outcomes)
+    (directory / "compare.json").write_text(json.dumps(outcomes, indent=2) + "\n", "utf-8")
+    (directory / "compare.md").write_text(markdown(rows), "utf-8")
+    print("\n".join(aligned(rows)))
     if config.plot:
-        unless_missing(draw_methods, records, directory / "compare.png")
+        unless_missing(draw_methods, outcomes, directory / "compare.png")
     print(f"all results are in {directory}/")
     return 0
 
@@ -120,37 +89,31 @@ class Comparison:
     def run(self) -> list[Outcome]:
         """The outcomes of the base and of every method."""
         base = self.demo.base_model()
-        outcomes = [self.measure("base", base, Cost(0, 0, 0, 0.0), 0.0)]
+        nothing = {"samples": 0, "trained": 0, "held": 0, "peak_mib": 0.0, "seconds": 0.0}
+        outcomes = [self.measure("base", base) | nothing]
         for method in METHODS:
             model = self.demo.base_model()
             start = time.perf_counter()
             cost = self.train(method, model)
-            outcomes.append(self.measure(method, model, cost, time.perf_counter() - start))
+            cost["seconds"] = time.perf_counter() - start
+            size = sum(weight.numel() for weight in model.parameters())
+            cost |= {"trained": cost["trained"] * size, "held": cost["held"] * size}
+            outcomes.append(self.measure(method, model) | cost)
         return outcomes
 
-    def measure(self, method: str, model: PreTrainedModel, cost: Cost, seconds: float) -> Outcome:
-        """The outcome, with held-out figures."""
+    def measure(self, method: str, model: PreTrainedModel) -> Outcome:
+        """What a model has reached."""
         figures = evaluate(model, self.demo.held_out, self.demo.reward, SAMPLED).metrics
-        size = sum(weight.numel() for weight in model.parameters())
-        return Outcome(
-            method,
-            self.seed,
-            accuracy=figures["accuracy"],
-            traps=figures["accuracy/trap"],
-            samples=cost.samples,
-            trained=cost.trained * size,
-            held=cost.held * size,
-            peak_mib=cost.peak_mib,
-            seconds=seconds,
-        )
+        reached = {"accuracy": figures["accuracy"], "traps": figures["accuracy/trap"]}
+        return {"method": method, "seed": self.seed} | reached
 
-    def train(self, method: str, model: PreTrainedModel) -> Cost:
-        """Trains the base by one method."""
+    def train(self, method: str, model: PreTrainedModel) -> dict[str, Any]:
+        """Trains the base by one method; returns its cost, `trained` and `held` in models."""
         beta, dapo = self.config.beta, RECIPES["dapo"]
         if method == "SFT":
             with LiveBytes() as live:
                 self.demo.cold_start(model)
-            return Cost(0, 1, 1, live.peak / 2**20)
+            return self.cost(live.peak, trained=1, held=1) | {"samples": 0}
         if method == "DPO":
             return self.train_dpo(model)
         task = model, self.demo.draw_problems, self.demo.reward
@@ -165,7 +128,12 @@ class Comparison:
             trainer = KLInRewardTrainer(*task, self.settings(dapo), beta=beta, label=method)
         return self.train_online(trainer, trained=1, held=2)
 
-    def train_dpo(self, model: PreTrainedModel) -> Cost:
+    def cost(self, peak: int, trained: int, held: int) -> dict[str, Any]:
+        """The cost of a method that has had all samples."""
+        models = {"trained": trained, "held": held}
+        return {"samples": self.samples, **models, "peak_mib": peak / 2**20}
+
+    def train_dpo(self, model: PreTrainedModel) -> dict[str, Any]:
         """As many completions as the others, all from the base; the update is measured."""
         config, pairs = self.config, []
         for step in range(config.steps):
@@ -182,13 +150,13 @@ class Comparison:
         settings = PreferenceConfig(steps=4 * config.steps, batch_size=16, learning_rate=1e-4)
         with LiveBytes() as live:
             train_preferences(model, pairs, settings, seed=self.seed)
-        return Cost(self.samples, 1, 2, live.peak / 2**20)
+        return self.cost(live.peak, trained=1, held=2)
 
     def settings(self, objective: Objective) -> TrainerConfig:
         """The same for all methods that sample while they learn."""
         return replace(self.demo.trainer_config, objective=objective)
 
-    def train_online(self, trainer: Trainer, trained: int, held: int) -> Cost:
+    def train_online(self, trainer: Trainer, trained: int, held: int) -> dict[str, Any]:
         """Runs a trainer; its memory is that of one update, where it is highest."""
         peaks: list[int] = []
         update = trainer.update
@@ -204,7 +172,7 @@ class Comparison:
 
         trainer.update = measured_update  # type: ignore[assignment, method-assign]
         trainer.train()
-        return Cost(self.samples, trained, held, peaks[0] / 2**20)
+        return self.cost(peaks[0], trained, held)
 
 
 class KLInRewardTrainer(Trainer):
@@ -226,37 +194,20 @@ class KLInRewardTrainer(Trainer):
         return super().minibatches(drawn, rewards - self.beta * kl, order)
 
 
-def rows(outcomes: Sequence[Outcome]) -> list[list[str]]:
-    """The cells of each method, means over the seeds; the base cost nothing."""
-    table = []
-    for method in dict.fromkeys(outcome.method for outcome in outcomes):
-        of_method = [asdict(outcome) for outcome in outcomes if outcome.method == method]
-        value = {name: mean(each[name] for each in of_method) for name in list(of_method[0])[1:]}
+def table(outcomes: Sequence[Outcome]) -> list[list[str]]:
+    """A row for each method, means over the seeds; the base cost nothing."""
+    heads = ["method", "accuracy", "traps", "samples"]
+    rows = [[*heads, "trained, M", "held, M", "memory, MiB", "time, s"]]
+    for method in dict.fromkeys(outcome["method"] for outcome in outcomes):
+        runs = [outcome for outcome in outcomes if outcome["method"] == method]
+        value = {name: mean(run[name] for run in runs) for name in runs[0] if name != "method"}
         costs = [
             f"{value['samples']:,.0f}",
-            f"{value['trained'] / 1e6:.2f} M",
-            f"{value['held'] / 1e6:.2f} M",
-            f"{value['peak_mib']:.0f} MiB",
-            f"{value['seconds']:.0f} s",
+            f"{value['trained'] / 1e6:.2f}",
+            f"{value['held'] / 1e6:.2f}",
+            f"{value['peak_mib']:.0f}",
+            f"{value['seconds']:.0f}",
         ]
         reached = [method, f"{value['accuracy']:.3f}", f"{value['traps']:.3f}"]
-        table.append(reached + (costs if value["held"] else [""] * len(costs)))
-    return table
-
-
-def markdown(outcomes: Sequence[Outcome]) -> str:
-    """The table for compare.md."""
-    head = "| method | accuracy | traps | completions | trained | held | memory of a step | time |"
-    lines = [head, "|---" + "|---:" * 7 + "|"]
-    return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in rows(outcomes)]) + "\n"
-
-
-def lines(outcomes: Sequence[Outcome]) -> list[str]:
-    """The table for a terminal of 80 columns."""
-    heads = ["", "accuracy", "traps", "samples", "trained", "held", "memory", "time"]
-    widths = (8, 5, 7, 7, 7, 8, 6)
-    return [
-        f"{name:24}"
-        + "".join(f" {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-        for name, *cells in (heads, *rows(outcomes))
-    ]
+        rows.append(reached + (costs if value["held"] else [""] * len(costs)))
+    return rows

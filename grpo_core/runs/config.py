@@ -1,8 +1,7 @@
 """The options of the commands that train, on the command line or in a YAML file; imports no torch.
 
-`RunConfig` is for `python -m grpo_core.reinforce`, `DemoConfig` for `grpo_core.train`,
-`CompareConfig` for `grpo_core.compare`. Those of a training step are the trainer's own, see
-`TrainingOptions`; here they only get other defaults.
+`RunConfig` is for `python -m grpo_core.reinforce`; those of the embedded task are in `demo.config`.
+Those of a training step are the trainer's, see `TrainingOptions`; here they get other defaults.
 """
 
 from __future__ import annotations
@@ -22,8 +21,9 @@ from grpo_core.cli.options import (
     load_from_file,
     nearest,
     option,
+    require,
 )
-from grpo_core.runs.directory import check_kept, check_output
+from grpo_core.runs.directory import check_output
 from grpo_core.trainer.config import TrainerConfig, TrainingOptions
 
 if TYPE_CHECKING:
@@ -77,14 +77,14 @@ class LearningOptions(CommandOptions, TrainingOptions):
         """
         self.check(prompts)
         check_at_least(self, 0, "threads")
-        if self.beta is not None and not 0 <= self.beta < math.inf:
-            raise ValueError(f"beta: expected a finite number >= 0, got {self.beta}")
+        is_right = self.beta is None or 0 <= self.beta < math.inf
+        require(is_right, "beta", "a finite number >= 0", self.beta)
         check_objective(self.objective)
 
-    def trainer_config(self, objective: Objective, **more: Any) -> TrainerConfig:
+    def trainer_config(self, **more: Any) -> TrainerConfig:
         """The trainer's configuration, with all options that it shares with the command."""
         shared = {each.name: getattr(self, each.name) for each in fields(TrainingOptions)}
-        return TrainerConfig(**shared, objective=objective, **more)
+        return TrainerConfig(**shared, **more)
 
 
 @dataclass(frozen=True)
@@ -162,39 +162,24 @@ class RunConfig(LearningOptions):
 
     def __post_init__(self) -> None:
         for name in ("model", "data"):
-            if not getattr(self, name):
-                raise ValueError(f"{name}: expected a value, got nothing")
-        if not self.rewards:
-            raise ValueError("rewards: expected at least one, got none")
-        if self.reward_weights and len(self.reward_weights) != len(self.rewards):
-            raise ValueError(
-                f"reward_weights: expected {len(self.rewards)}, one for each of {self.rewards}, "
-                f"got {len(self.reward_weights)}"
-            )
-        if not all(map(math.isfinite, self.reward_weights)):
-            raise ValueError(f"reward_weights: expected finite numbers, got {self.reward_weights}")
+            require(bool(getattr(self, name)), name, "a value", "nothing")
+        require(bool(self.rewards), "rewards", "at least one", "none")
+        count, weights = len(self.rewards), self.reward_weights
+        expected = f"{count}, one for each of {self.rewards}"
+        require(len(weights) in (0, count), "reward_weights", expected, len(weights))
+        is_finite = all(map(math.isfinite, weights))
+        require(is_finite, "reward_weights", "finite numbers", weights)
         check_at_least(self, 0, "held_out", "longest_prompt", "lora_rank", "samples")
         check_at_least(self, 1, "prompts_per_step", "max_new_tokens", "eval_samples")
         check_at_least(self, 0, "eval_temperature", "sampler_low")
         check_more_than_0(self, "temperature", "rollout_memory")
-        if self.sampler_high < self.sampler_low:
-            raise ValueError(
-                f"sampler_high: expected at least sampler_low = {self.sampler_low}, got "
-                f"{self.sampler_high}"
-            )
-        if self.rollout_memory > 1:
-            raise ValueError(f"rollout_memory: expected at most 1, got {self.rollout_memory}")
+        low, high = self.sampler_low, self.sampler_high
+        require(low <= high, "sampler_high", f"at least sampler_low = {low}", high)
+        require(self.rollout_memory <= 1, "rollout_memory", "at most 1", self.rollout_memory)
         for k in self.eval_k:
-            if not 1 <= k <= self.eval_samples:
-                raise ValueError(
-                    f"eval_k: expected 1 to {self.eval_samples}, the eval_samples, got {k}"
-                )
+            expected = f"1 to {self.eval_samples}, the eval_samples"
+            require(1 <= k <= self.eval_samples, "eval_k", expected, k)
         self.check_learning(self.prompts_per_step)
-
-    @property
-    def title(self) -> str:
-        """The first line that the command prints."""
-        return f"{self.model} on {self.data}, in {self.output}/"
 
     @property
     def prompts_per_step(self) -> int:
@@ -215,18 +200,7 @@ class RunConfig(LearningOptions):
         Processes, packages, files and the run directory; model and data are read later.
         """
         self._check_processes()
-        for name in self.rewards:
-            path, colon, _ = name.rpartition(":")
-            if name not in REWARDS and not (colon and path.endswith(".py")):
-                raise ValueError(
-                    f"rewards: expected {', '.join(REWARDS)} or path.py:function, got {name!r}"
-                    + nearest(name, REWARDS)
-                )
-            if name not in REWARDS:
-                check_file("rewards", path)
-        # the data sets of reasoning-gym have their own scoring
-        if "math" in self.rewards and not self.data.startswith(GYM):
-            check_package("rewards: math", "math_verify", "math-verify")
+        self._check_rewards()
         self._check_sources()
         for name in self.log:
             check_package("log", name)
@@ -234,37 +208,44 @@ class RunConfig(LearningOptions):
             check_package("lora_rank", "peft")
         if self.rollout == "vllm":
             check_package("rollout", "vllm", "'vllm>=0.28'")
-        if self.overwrite:
-            code = [("rewards", name) for name in self.rewards] + [("objective", self.objective)]
-            files = [(name, given.rpartition(":")[0]) for name, given in code]
-            check_kept(self.output, ("model", self.model), ("data", self.data), *files)
-        check_output(self)
+        code = [("rewards", name) for name in self.rewards] + [("objective", self.objective)]
+        files = [(name, given.rpartition(":")[0]) for name, given in code]
+        check_output(self, ("model", self.model), ("data", self.data), *files)
 
     def _check_processes(self) -> None:
         """Whether the options suit the number of processes."""
-        count = process_count()
-        if self.shard == "fsdp" and "WORLD_SIZE" not in os.environ:
-            raise ValueError("shard: expected ddp, or a start by torchrun, got fsdp")
-        if self.prompts_per_step % count:
-            raise ValueError(
-                f"prompts: expected a multiple of {count}, the processes, got {self.prompts}"
-            )
-        if count > 1 and self.loss != "fused":
-            raise ValueError(f"loss: expected fused on {count} processes, got {self.loss}")
-        if count > 1 and self.rollout == "vllm":
-            raise ValueError(
-                f"rollout: expected transformers or vllm-server on {count} processes, got vllm"
-            )
+        count, launched = process_count(), "WORLD_SIZE" in os.environ
+        require(self.shard == "ddp" or launched, "shard", "ddp, or a start by torchrun", self.shard)
+        expected = f"a multiple of {count}, the processes"
+        require(self.prompts_per_step % count == 0, "prompts", expected, self.prompts)
+        if count > 1:
+            where = f"on {count} processes"
+            require(self.loss == "fused", "loss", f"fused {where}", self.loss)
+            expected = f"transformers or vllm-server {where}"
+            require(self.rollout != "vllm", "rollout", expected, self.rollout)
+
+    def _check_rewards(self) -> None:
+        """Whether each reward is built in, with its package, or in a file."""
+        for name in self.rewards:
+            if name in REWARDS:
+                continue
+            path, expected = name.rpartition(":")[0], f"{', '.join(REWARDS)} or path.py:function"
+            require(path.endswith(".py"), "rewards", expected, repr(name) + nearest(name, REWARDS))
+            check_file("rewards", path)
+        # the data sets of reasoning-gym have their own scoring
+        if "math" in self.rewards and not self.data.startswith(GYM):
+            check_package("rewards: math", "math_verify", "math-verify")
 
     def _check_sources(self) -> None:
         """Whether local data and a local model exist; names on the hub are tried later."""
-        path = Path(self.data)
+        kind = Path(self.data).suffix
         if self.data.startswith(GYM):
             check_package("data", "reasoning_gym", "reasoning-gym")
-        elif path.suffix in (".jsonl", ".json", ".parquet"):
-            check_file("data", self.data)
-        if not self.data.startswith(GYM) and path.suffix not in (".jsonl", ".json"):
-            check_package("data", "datasets")
+        else:
+            if kind in (".jsonl", ".json", ".parquet"):
+                check_file("data", self.data)
+            if kind not in (".jsonl", ".json"):
+                check_package("data", "datasets")
         # names on the hub are NAME or ORGANISATION/NAME
         is_path = self.model.startswith((".", "/", "~")) or self.model.count("/") > 1
         folder = Path(self.model)
@@ -283,98 +264,8 @@ class RunConfig(LearningOptions):
                 self.sampler_level, self.sampler_correction, self.sampler_low, self.sampler_high
             )
             objective = objective.replace(factor=replace(objective.factor, sampler=correction))
-        return self.trainer_config(
-            objective, prompts_per_step=self.prompts_per_step, sampling=sampling
-        )
-
-
-@dataclass(frozen=True)
-class TaskOptions(CommandOptions):
-    """Options of the commands on the embedded task."""
-
-    overwrite: bool = option(False, "Delete the run that is in --output, except its base model.")
-    prompts: int = option(PROMPTS, "Prompts per step, 8 completions each.")
-    base_steps: int = option(700, "Training steps of the base model, 32 texts each.")
-    held_out: int = option(512, "Number of held-out questions.")
-    plot: bool = option(True, "Draw the results (needs matplotlib); --no_plot: do not.")
-
-
-@dataclass(frozen=True)
-class DemoConfig(TaskOptions, LearningOptions):
-    """The embedded run; the defaults are those of the README's figures."""
-
-    output: str = "runs/demo"
-    stages: Literal["zero", "r1", "both"] = option("both", "Which models to train from the base.")
-    prompts: int = option(PROMPTS, "Prompts per step.")
-    learning_rate: float = 2e-4
-    beta: float | None = option(
-        None,
-        "Weight of the KL to the model that a stage starts from. Default: 0.01 for a recipe; an "
-        "objective from a file keeps its own.",
-    )
-    old_logp: Literal["trainer", "sampler"] = option(
-        "trainer",
-        "Denominator of the ratio: the trainer's log-probabilities (one more forward pass) or the "
-        "sampler's.",
-    )
-    shuffle_rewards: bool = option(False, "The control: permute the rewards before each update.")
-    sft_steps: int = option(10, "Steps on 32 long chains of thought each, before R1's learning.")
-    gate: float = option(
-        0.9, "Stop if the base model's greedy accuracy on pairs that are no trap is lower."
-    )
-
-    def __post_init__(self) -> None:
-        check_at_least(self, 1, "steps", "prompts", "base_steps", "sft_steps", "held_out")
-        check_more_than_0(self, "learning_rate")
-        check_at_least(self, 0, "gate")
-        self.check_learning(self.prompts)
-
-    @property
-    def title(self) -> str:
-        """The first line that the command prints."""
-        trained = {"zero": "R1-Zero", "r1": "SFT and R1", "both": "R1-Zero, SFT and R1"}
-        return f"{trained[self.stages]} from a base model, in {self.output}/"
-
-    def check_here(self) -> None:
-        """Raises ValueError if the model is to be sharded or the run directory cannot be used."""
-        if self.shard != "ddp":
-            raise ValueError(f"shard: expected ddp for the embedded run, got {self.shard}")
-        if self.overwrite:
-            check_kept(self.output, ("objective", self.objective.rpartition(":")[0]))
-        check_output(self)
-
-    def trainer(self, sampling: Sampling) -> TrainerConfig:
-        """The trainer's configuration."""
-        return self.trainer_config(
-            self.build_objective(),
-            prompts_per_step=self.prompts,
-            sampling=sampling,
-            old_logp=self.old_logp,
-            shuffle_rewards=self.shuffle_rewards,
-        )
-
-    def build_objective(self) -> Objective:
-        """The objective with this run's KL term."""
-        return find_objective(self.objective, self.beta, default=0.01)
-
-
-@dataclass(frozen=True)
-class CompareConfig(TaskOptions):
-    """DPO, PPO and GRPO from the same base; the defaults are those of the README's table."""
-
-    output: str = "runs/compare"
-    seeds: int = option(2, "Seeds per method, from 0 on.")
-    steps: int = option(20, "Steps of PPO and GRPO; DPO gets as many completions.")
-    beta: float = option(0.01, "Weight of the KL, in the loss or in the reward.")
-
-    def __post_init__(self) -> None:
-        check_at_least(self, 1, "seeds", "steps", "prompts", "base_steps", "held_out")
-        check_at_least(self, 0, "threads", "beta")
-
-    @property
-    def title(self) -> str:
-        """The first line that the command prints."""
-        return f"all methods, {self.seeds} seeds each, in {self.output}/"
+        prompts = self.prompts_per_step
+        return self.trainer_config(objective=objective, prompts_per_step=prompts, sampling=sampling)
 
 
 def process_count() -> int:
@@ -386,12 +277,9 @@ def check_objective(name: str) -> None:
     """Raises ValueError unless this is a recipe or names a file that exists."""
     if name in RECIPE_NAMES:
         return
-    path = name.rpartition(":")[0]
-    if not path.endswith(".py"):
-        raise ValueError(
-            f"objective: expected one of {', '.join(RECIPE_NAMES)} or path.py:name, got {name!r}"
-            + nearest(name, RECIPE_NAMES)
-        )
+    path, expected = name.rpartition(":")[0], f"one of {', '.join(RECIPE_NAMES)} or path.py:name"
+    got = repr(name) + nearest(name, RECIPE_NAMES)
+    require(path.endswith(".py"), "objective", expected, got)
     check_file("objective", path)
 
 
@@ -412,9 +300,8 @@ def find_objective(name: str, beta: float | None, default: float = 0.0) -> Objec
     from grpo_core.objective.recipes import RECIPES
 
     objective = RECIPES[name] if name in RECIPES else load_from_file("objective", name)
-    if not isinstance(objective, Objective):
-        given = type(objective).__name__
-        raise ValueError(f"objective: expected an Objective in {name}, got {given}")
+    is_right, got = isinstance(objective, Objective), type(objective).__name__
+    require(is_right, "objective", f"an Objective in {name}", got)
     if beta is None and name not in RECIPES:
         return objective
     beta = default if beta is None else beta

@@ -6,11 +6,12 @@ import argparse
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from grpo_core.cli.options import check_unchanged
+from grpo_core.cli.options import check_unchanged, require
 
 Record = dict[str, Any]
 # all that the commands write, except base models, which later runs use again
@@ -26,58 +27,51 @@ FREE = (
 )
 
 
-def check_output(config: Any) -> None:
+def check_output(config: Any, *read: tuple[str, str]) -> None:
     """Creates the run directory `config.output`, or checks that the run in it can be resumed.
+
+    Args:
+        config: of the run.
+        read: options and the files or folders that they name, or "", which must not be deleted.
 
     Raises:
         ValueError: it holds a run and neither `resume` nor `overwrite` is set; there is no run to
             resume, or one with other options; it cannot be written to.
     """
-    if not config.output:
-        raise ValueError("output: expected a folder, got nothing")
+    require(bool(config.output), "output", "a folder", "nothing")
     directory = Path(config.output)
     resume = getattr(config, "resume", False)
-    if resume and config.overwrite:
-        raise ValueError("overwrite: expected False with --resume True, got True")
+    require(not (resume and config.overwrite), "overwrite", "False with --resume True", True)
     if resume:
         file = directory / "config.json"
         before = read_resumed(file)
         check_unchanged(asdict(config), before.get("options", before), file, FREE)
-    elif not config.overwrite:
-        present = [name for name in (*FILES, *FOLDERS) if (directory / name).exists()]
-        if present:
-            resuming = "continue it by --resume True, " if hasattr(config, "resume") else ""
-            raise ValueError(
-                f"output: expected a folder without a run, found {directory / present[0]}; "
-                f"{resuming}name another folder by --output, or delete that run by "
-                "--overwrite True"
-            )
+    elif config.overwrite:
+        _check_kept(directory, read)
+    elif present := [name for name in (*FILES, *FOLDERS) if (directory / name).exists()]:
+        resuming = "continue it by --resume True, " if hasattr(config, "resume") else ""
+        raise ValueError(
+            f"output: expected a folder without a run, found {directory / present[0]}; "
+            f"{resuming}name another folder by --output, or delete that run by --overwrite True"
+        )
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
             f"output: expected a folder that can be made, got {directory} ({error.strerror})"
         ) from error
-    if not os.access(directory, os.W_OK):
-        raise ValueError(f"output: expected a folder that can be written to, got {directory}")
+    require(os.access(directory, os.W_OK), "output", "a folder that can be written to", directory)
 
 
-def check_kept(output: str, *paths: tuple[str, str]) -> None:
-    """Raises ValueError if overwriting the run in `output` would delete what an option reads.
-
-    Args:
-        output: the run directory.
-        paths: pairs of an option and the file or folder that it names, or "".
-    """
-    deleted = {(Path(output) / name).resolve() for name in (*FILES, *FOLDERS)}
-    for option, path in paths:
-        read = Path(path).resolve()
+def _check_kept(directory: Path, read: Sequence[tuple[str, str]]) -> None:
+    """Raises ValueError if overwriting the run would delete what an option reads."""
+    deleted = {(directory / name).resolve() for name in (*FILES, *FOLDERS)}
+    for option, path in read:
+        file = Path(path).resolve()
         # a model's folder is lost with its config.json
-        if path and read.exists() and deleted & {read, read / "config.json", *read.parents}:
-            raise ValueError(
-                f"output: expected another folder, since --overwrite True would delete {path} of "
-                f"--{option}, got {output}"
-            )
+        is_lost = path and file.exists() and deleted & {file, file / "config.json", *file.parents}
+        reason = f"since --overwrite True would delete {path} of --{option}"
+        require(not is_lost, "output", f"another folder, {reason}", directory)
 
 
 def clear(directory: Path) -> None:

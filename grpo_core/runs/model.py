@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from grpo_core.runs.config import RunConfig
 from grpo_core.trainer.distributed import in_group
 from grpo_core.trainer.engine import Engine
-from grpo_core.trainer.rollout import positions_of
+from grpo_core.trainer.generation import positions_of
 from grpo_core.trainer.vllm.engine import VllmEngine
 from grpo_core.trainer.vllm.server import VllmServer
 
@@ -37,15 +37,10 @@ def check_positions(config: RunConfig, longest: int) -> None:
     positions = positions_of(from_hub(AutoConfig, config.model))
     if positions is None or longest + config.max_new_tokens <= positions:
         return
-    reason = f"the model has {positions} positions and the longest prompt {longest} tokens"
-    if longest < positions:
-        raise ValueError(
-            f"max_new_tokens: expected at most {positions - longest}, since {reason}, got "
-            f"{config.max_new_tokens}; --longest_prompt leaves long prompts out"
-        )
     raise ValueError(
-        f"longest_prompt: expected 1 to {positions - 1} less max_new_tokens, since {reason}, got "
-        f"{config.longest_prompt}"
+        f"max_new_tokens: expected at most {positions - longest}, since the model has {positions} "
+        f"positions and the longest prompt {longest} tokens, got {config.max_new_tokens}; "
+        "--longest_prompt leaves long prompts out"
     )
 
 

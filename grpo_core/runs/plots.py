@@ -1,16 +1,12 @@
-"""Pictures of runs: `python -m grpo_core.plot RUN...`, that of the embedded run, the comparison's.
-
-A panel names the figures that it draws; `PANELS` are those of any run, `DEMO` of the embedded one.
-"""
+"""Pictures: of any runs (`python -m grpo_core.plot`), of the embedded run, of the comparison."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grpo_core.cli.command import interruptible
 from grpo_core.cli.options import Parser, check_package, new_file
@@ -18,24 +14,19 @@ from grpo_core.runs.directory import Record, read_metrics, run_with_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Histories = Mapping[str, Sequence[Record]]
 INK, QUIET, FAINT = "#22252a", "#6b7078", "#d9dce1"
 COLOURS = ("#d1495b", "#2e6f95", "#5b9279", "#b08d57", "#7a5195", "#4a4e69", "#c77d2e", "#3d8c95")
-# stages of the embedded run and methods of the comparison
+# stages of the embedded run, and methods of the comparison
 NAMED = {"base": "#8d99ae", "SFT": "#5b9279", "R1-Zero": "#d1495b", "R1": "#2e6f95"}
 NAMED |= {"DPO": "#b08d57", "PPO": "#7a5195", "GRPO": "#d1495b"}
 NAMED |= {"GRPO, KL in the reward": "#2e6f95"}
-PHASES = {"rollout": "#2e6f95", "reference": "#8d99ae", "loss": "#d1495b", "critic": "#7a5195"}
-PHASES |= {"rest": FAINT}
 # A line of more values than MANY is the mean of SMOOTHING, without the highest and the lowest of
 # them: now and then a single token multiplies the estimate of the KL by ten.
 MANY, SMOOTHING = 15, 7
-SMALLEST = 1e-4  # on a logarithmic axis
 
 STYLE: dict[Any, Any] = {
-    "font.family": "sans-serif",
     "font.size": 9.5,
     "text.color": INK,
     "axes.edgecolor": FAINT,
@@ -51,29 +42,22 @@ STYLE: dict[Any, Any] = {
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "ytick.minor.size": 0,
-    "lines.solid_capstyle": "round",
-    "figure.facecolor": "white",
 }
 
 
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     """A pair of axes.
 
     Attributes:
         title, note: above it.
         curves: figures of a step's record and their line styles; held_out/NAME is a held-out one.
-        level: held-out figure of base and SFT, drawn as a line across.
-        bottom: lower end of an axis of shares, whose upper end is 1.
-        logarithmic: whether the vertical axis is.
+        scale: of the vertical axis.
     """
 
     title: str
     note: str
     curves: Mapping[str, str]
-    level: str = ""
-    bottom: float | None = None
-    logarithmic: bool = False
+    scale: str = "linear"
 
 
 PANELS = (
@@ -87,14 +71,13 @@ PANELS = (
 )
 DEMO_TITLE = "“3.11 and 3.8, which is larger?”"
 TRAPS = "held-out pairs like 3.11 and 3.8, sampled"
-KL = "training, KL in nats per token, logarithmic"
 DEMO = (
-    Panel("Accuracy", "held-out, sampled", {"held_out/accuracy": "-"}, "accuracy", 0.5),
-    Panel("Accuracy on traps", TRAPS, {"held_out/accuracy/trap": "-"}, "accuracy/trap", 0.0),
-    Panel("Length of a response", "held-out, sampled, tokens", {"held_out/length": "-"}, "length"),
+    Panel("Accuracy", "held-out, sampled", {"held_out/accuracy": "-"}),
+    Panel("Accuracy on traps", TRAPS, {"held_out/accuracy/trap": "-"}),
+    Panel("Length of a response", "held-out, sampled, tokens", {"held_out/length": "-"}),
     Panel("Reward", "training: accuracy + 0.2 format", {"reward": "-"}),
     Panel("Entropy", "training, nats per token", {"entropy": "-"}),
-    Panel("Distance from the start", KL, {"kl": "-"}, logarithmic=True),
+    Panel("Distance from the start", "training, KL in nats per token", {"kl": "-"}, "log"),
 )
 # of the comparison: title, note, field of an outcome, its unit, and how a value is written
 BARS = (
@@ -132,44 +115,35 @@ def draw_runs(runs: Sequence[Path], output: Path) -> None:
         ValueError: no run has a step.
     """
     histories = read_histories(runs)
-    present = [
+    panels = [
         panel
         for panel in (*PANELS[:2], *reward_panels(histories), *PANELS[2:])
         if any(points(history, name) for history in histories.values() for name in panel.curves)
     ]
-    count = len(present) + 1
-    rows = -(-count // 3)
-    with _figure(output, (12.5, 3.3 * rows + 0.5), 0.95) as figure:
-        axes = list(figure.subplots(rows, 3, squeeze=False).flat)
-        for ax, panel in zip(axes, present, strict=False):
+    with _axes(output, len(panels) + 1) as axes:
+        for ax, panel in zip(axes, panels, strict=False):
             _draw_panel(ax, panel, histories)
-        _draw_times(axes[len(present)], histories)
-        for ax in axes[count:]:
-            ax.set_axis_off()
-        _legend(figure, axes[: len(present)])
+        _legend(axes[: len(panels)])
+        _draw_times(axes[len(panels)], histories)
 
 
 def draw_demo(run: Path, output: Path) -> None:
-    """The six panels of the embedded run."""
+    """The six panels of the embedded run, with dashed lines for the models before learning."""
     histories, results = read_metrics(run)
-    traps = "   ·   ".join(
-        f"{name} {figures['sampled']['accuracy/trap']:.0%}" for name, figures in results.items()
-    )
-    with _figure(output, (12.5, 7.4), 0.89) as figure:
-        axes = list(figure.subplots(2, 3).flat)
+    with _axes(output, len(DEMO), DEMO_TITLE) as axes:
         for ax, panel in zip(axes, DEMO, strict=True):
-            _draw_panel(ax, panel, histories, results)
-        figure.text(0.0125, 0.945, DEMO_TITLE, fontsize=19, fontweight="bold")
-        subtitle = f"Traps answered right, sampled:   {traps}"
-        figure.text(0.0125, 0.907, subtitle, fontsize=10.5, color=QUIET)
-        _legend(figure, axes)
+            _draw_panel(ax, panel, histories)
+        for ax, figure in zip(axes, ("accuracy", "accuracy/trap", "length"), strict=False):
+            for name in (name for name in results if name not in histories):
+                level, colour = results[name]["sampled"][figure], NAMED[name]
+                ax.axhline(level, color=colour, linewidth=1.5, linestyle="--", label=name)
+        _legend(axes)
 
 
 def draw_methods(outcomes: Sequence[Record], output: Path) -> None:
     """The comparison: a bar for the mean of every method, a dot for every seed."""
     methods = list(dict.fromkeys(outcome["method"] for outcome in outcomes))[::-1]
-    with _figure(output, (13, 3.6), 1.0) as figure:
-        axes = figure.subplots(1, len(BARS), sharey=True)
+    with _axes(output, len(BARS), columns=len(BARS)) as axes:
         for ax, (title, note, name, unit, form) in zip(axes, BARS, strict=True):
             _set_title(ax, title, note)
             largest = max(outcome[name] for outcome in outcomes) / unit
@@ -181,9 +155,8 @@ def draw_methods(outcomes: Sequence[Record], output: Path) -> None:
                 if len(values) > 1:
                     ax.plot(values, [place] * len(values), "o", color=INK, markersize=3, alpha=0.55)
                 end = max(values) + 0.03 * largest
-                ax.text(end, place, form.format(middle), va="center", fontsize=9, color=INK)
-            ax.set_yticks(range(len(methods)), methods)
-            ax.tick_params(axis="y", labelcolor=INK)
+                ax.text(end, place, form.format(middle), va="center", fontsize=9)
+            ax.set_yticks(range(len(methods)), methods if ax is axes[0] else [])
             ax.set_xlim(0, 1.25 * largest or 1)
             ax.grid(axis="y", visible=False)
 
@@ -249,21 +222,13 @@ def smooth(values: Sequence[float]) -> list[float]:
     return [mean(window[1:-1] or window) for window in windows]
 
 
-def _draw_panel(
-    ax: Axes, panel: Panel, histories: Histories, results: Mapping[str, Record] | None = None
-) -> None:
-    """Titles, levels, and each curve of each history."""
+def _draw_panel(ax: Axes, panel: Panel, histories: Histories) -> None:
+    """Title, and each curve of each history."""
     _set_title(ax, panel.title, panel.note)
-    for name, figures in (results or {}).items():
-        if panel.level and name not in histories:
-            level, dashes = figures["sampled"][panel.level], (0, (4, 3))
-            ax.axhline(level, color=NAMED[name], linewidth=1.5, linestyle=dashes, label=name)
     for place, (name, history) in enumerate(histories.items()):
         colour = NAMED.get(name, COLOURS[place % len(COLOURS)])
         for figure, style in panel.curves.items():
-            drawn = points(history, figure)
-            if panel.logarithmic:
-                drawn = [point for point in drawn if point[1] > SMALLEST]
+            drawn = [p for p in points(history, figure) if panel.scale == "linear" or p[1] > 0]
             steps, values = [step for step, _ in drawn], [value for _, value in drawn]
             marker = "o" if style == "-" and len(values) <= MANY else None
             if len(values) > MANY:
@@ -272,27 +237,21 @@ def _draw_panel(
             label = name if style == "-" else None
             settings: dict[str, Any] = {"color": colour, "linestyle": style, "label": label}
             ax.plot(steps, values, linewidth=2.3, marker=marker, markersize=4.2, **settings)
-    if panel.bottom is not None:
-        # room for a line that runs along the upper end
-        ax.set_ylim(panel.bottom, 1 + 0.02 * (1 - panel.bottom))
-        ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    if panel.logarithmic:
-        ax.set_yscale("log")
-        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    last = max(record["step"] for history in histories.values() for record in history)
-    ax.set_xlim(-0.02 * last, 1.02 * last)
+    ax.set_yscale(panel.scale)
     ax.set_xlabel("step", color=QUIET, fontsize=9)
 
 
 def _draw_times(ax: Axes, histories: Histories) -> None:
     """Seconds of a step by phase, a bar for each run."""
     _set_title(ax, "Time of a step", "seconds, mean over the steps")
+    phases: dict[str, str] = {}
     for place, history in enumerate(reversed(list(histories.values()))):
         spent = [record["seconds"] for record in history if "seconds" in record]
         left = 0.0
         for phase in dict.fromkeys(phase for seconds in spent for phase in seconds):
+            label = None if phase in phases else phase
+            colour = phases.setdefault(phase, COLOURS[len(phases) % len(COLOURS)])
             width = mean(seconds.get(phase, 0.0) for seconds in spent)
-            label, colour = phase if place == 0 else None, PHASES.get(phase, INK)
             ax.barh(place, width, left=left, height=0.5, color=colour, label=label)
             left += width
     ax.set_yticks(range(len(histories)), list(histories)[::-1])
@@ -302,15 +261,21 @@ def _draw_times(ax: Axes, histories: Histories) -> None:
 
 
 @contextmanager
-def _figure(output: Path, size: tuple[float, float], top: float) -> Iterator[Figure]:
-    """A figure in the style of all, written to a file; `top` is where its panels end."""
+def _axes(output: Path, count: int, title: str = "", columns: int = 3) -> Iterator[list[Axes]]:
+    """Axes of a figure in the style of all, which is written to a file."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
+    rows = -(-count // columns)
     with rc_context(STYLE):
-        figure = Figure(figsize=size)
-        figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12, rect=(0, 0, 1, top))
-        yield figure
+        figure = Figure(figsize=(12.5, 3.3 * rows + 0.5))
+        figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+        if title:
+            figure.suptitle(title, x=0.0125, ha="left", fontsize=19, fontweight="bold")
+        for ax in axes[count:]:
+            ax.set_axis_off()
+        yield axes
         figure.savefig(output, dpi=160)
 
 
@@ -320,15 +285,10 @@ def _set_title(ax: Axes, title: str, note: str) -> None:
     ax.text(0, 1.03, note, transform=ax.transAxes, fontsize=8.5, color=QUIET)
 
 
-def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    """The names of all lines, once each."""
+def _legend(axes: Sequence[Axes]) -> None:
+    """The names of all lines, once each, above the panels."""
     lines = {str(line.get_label()): line for ax in axes for line in ax.get_lines()}
     shown = [line for name, line in lines.items() if not name.startswith("_")]
-    figure.legend(
-        handles=shown,
-        loc="upper right",
-        ncols=min(len(shown), 5),
-        frameon=False,
-        fontsize=10,
-        handlelength=1.6,
+    axes[0].figure.legend(
+        handles=shown, loc="outside upper right", ncols=5, frameon=False, fontsize=10
     )

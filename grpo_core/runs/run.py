@@ -10,32 +10,29 @@ results.json and the model in the format of `transformers` (of peft, for an adap
 from __future__ import annotations
 
 import json
-import signal
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
-from traceback import format_exception
 from types import ModuleType
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
-from grpo_core.cli.options import Parser, UserCodeError, check_package, check_unchanged
+from grpo_core.cli.options import Parser, check_package, check_unchanged
 from grpo_core.runs.config import GYM, RunConfig
 from grpo_core.runs.console import open_console
 from grpo_core.runs.directory import clear, read_resumed
 from grpo_core.runs.model import check_positions, from_hub, load_model, make_engine
-from grpo_core.trainer.checkpoint import Interrupted, heeding_interrupts
+from grpo_core.runs.report import aligned, print_error, run_to_the_end, user_traceback
 from grpo_core.trainer.data import Epochs, fingerprint, problems_of, read_records
 from grpo_core.trainer.distributed import barrier, is_main, process_group, rank, world
 from grpo_core.trainer.evaluate import Evaluation, evaluate
 from grpo_core.trainer.monitor import Logger, Metrics, write_whole, writing
-from grpo_core.trainer.rewards import FunctionReward, RewardError, find_reward, shown_name
+from grpo_core.trainer.rewards import FunctionReward, RewardError, shown_name
 from grpo_core.trainer.rollout import Problem, Sampling
-from grpo_core.trainer.rules import COMPARING, RULES, TAGS
+from grpo_core.trainer.rules import COMPARING, RULES, TAGS, find_reward
 from grpo_core.trainer.samples import Samples, shortened
 from grpo_core.trainer.sharding import export
 from grpo_core.trainer.tasks import reasoning_gym_task
@@ -44,25 +41,19 @@ from grpo_core.trainer.trainer import Trainer
 
 def run(config: RunConfig, parser: Parser) -> int:
     """Trains, in the process group of the launcher if there is one; returns the exit status."""
-    with process_group(), heeding_interrupts():
+    with process_group():
         try:
             reinforcement = Run(config)
         except (OSError, ValueError, ImportError) as error:
-            if trace := _traceback(error):
-                _print_error(trace)
+            if trace := user_traceback(error):
+                print_error(trace)
             parser.error(str(error))
+        hint = "the same command with --resume True continues"
         try:
-            reinforcement.train()
-        except (FloatingPointError, RewardError) as error:
-            _print_error(f"\nstopped: {error}{_traceback(error)}")
-            return 1
+            return run_to_the_end(reinforcement.train, hint, (FloatingPointError, RewardError))
         except OSError as error:
             # perhaps only in this process, whose exit must not wait for the others
             raise SystemExit(f"\nstopped: {error}") from error
-        except (Interrupted, KeyboardInterrupt) as stop:
-            _print_error("\ninterrupted; the same command with --resume True continues")
-            return 128 + (stop.number if isinstance(stop, Interrupted) else signal.SIGINT)
-    return 0
 
 
 class Run:
@@ -167,7 +158,7 @@ class Run:
             before = json.loads((self.directory / "before.json").read_text("utf-8"))
             stages = {"before": before, "after": after}
             self.write("results.json", stages)
-            print("\n".join(results_table(stages)))
+            print("\n".join(aligned(results_table(stages))))
         if is_main():
             print(f"all results are in {self.directory}/")
 
@@ -179,48 +170,45 @@ class Run:
 
     def evaluate_held_out(self) -> Metrics:
         """Held-out figures during training; keeps some of the answers."""
-        sampled = self.evaluate_sampled()
+        sampled = self.evaluate(greedy=False)
         assert self.trainer.samples is not None
         self.trainer.samples.look(self.trainer.steps_done, self.held_out, sampled)
         if self.config.eval_samples == 1:
             return sampled.metrics
-        greedy = self.evaluate_greedy().metrics
+        greedy = self.evaluate(greedy=True).metrics
         return {f"greedy_{name}": greedy[name] for name in sampled.scores.parts} | sampled.metrics
 
-    def evaluate_greedy(self) -> Evaluation:
-        """The greedy answer to every held-out problem."""
-        return self._evaluate(Sampling(self.config.max_new_tokens, temperature=0.0))
-
-    def evaluate_sampled(self) -> Evaluation:
-        """`eval_samples` answers to every held-out problem."""
+    def evaluate(self, greedy: bool) -> Evaluation:
+        """Greedy completions of the held-out problems, or `eval_samples` sampled ones of each."""
         config = self.config
-        temperature = config.eval_temperature or config.temperature
-        sampling = Sampling(config.max_new_tokens, temperature)
-        return self._evaluate(sampling, samples=config.eval_samples, k=config.eval_k)
-
-    def _evaluate(
-        self, sampling: Sampling, *, samples: int = 1, k: Sequence[int] = ()
-    ) -> Evaluation:
-        """Held-out problems, answered by the sampling engine of the training."""
-        model, held_out, draw = self.model, self.held_out, self.trainer.draw
-        return evaluate(model, held_out, self.reward, sampling, samples=samples, k=k, draw=draw)
+        temperature = 0.0 if greedy else config.eval_temperature or config.temperature
+        return evaluate(
+            self.model,
+            self.held_out,
+            self.reward,
+            Sampling(config.max_new_tokens, temperature),
+            samples=1 if greedy else config.eval_samples,
+            k=() if greedy else config.eval_k,
+            draw=self.trainer.draw,
+        )
 
     def measure(self) -> dict[str, Metrics]:
         """Held-out figures, greedy and sampled."""
-        greedy, sampled = self.evaluate_greedy(), self.evaluate_sampled()
-        return {"greedy": greedy.metrics, "sampled": sampled.metrics}
+        return {
+            "greedy": self.evaluate(greedy=True).metrics,
+            "sampled": self.evaluate(greedy=False).metrics,
+        }
 
 
-def results_table(stages: dict[str, dict[str, Metrics]]) -> list[str]:
-    """Every held-out figure before and after, greedy and sampled, in 80 columns."""
+def results_table(stages: dict[str, dict[str, Metrics]]) -> list[list[str]]:
+    """Every held-out figure before and after, greedy and sampled."""
     columns = [(when, how) for how in ("greedy", "sampled") for when in ("before", "after")]
-    lines = [f"{'held out':36}" + "".join(f"{how:>11}" for _, how in columns)]
-    lines.append(" " * 36 + "".join(f"{when:>11}" for when, _ in columns))
+    rows = [["held out", *(f"{how}, {when}" for when, how in columns)]]
     for name in stages["before"]["sampled"]:
         values = [stages[when][how].get(name) for when, how in columns]
-        cells = (f"{'' if value is None else f'{value:.3f}':>11}" for value in values)
-        lines.append(f"{shortened(name, 35):36}" + "".join(cells))
-    return lines
+        cells = ("" if value is None else f"{value:.3f}" for value in values)
+        rows.append([shortened(name, 35), *cells])
+    return rows
 
 
 def open_logger(name: str, directory: Path, config: Mapping[str, Any]) -> Logger:
@@ -264,18 +252,3 @@ def flat(record: Metrics, prefix: str = "") -> dict[str, float]:
         elif isinstance(value, int | float) and name != "step":
             numbers[f"{prefix}{name}"] = float(value)
     return numbers
-
-
-def _print_error(line: str) -> None:
-    """A line on standard error, by the main process."""
-    if is_main():
-        print(line, file=sys.stderr)
-
-
-def _traceback(error: Exception) -> str:
-    """The traceback of an error in the user's code, from that code on; "" for other errors."""
-    cause = error.__cause__ if isinstance(error, RewardError | UserCodeError) else None
-    if cause is None:
-        return ""
-    cause = cause.with_traceback(cause.__traceback__ and cause.__traceback__.tb_next)
-    return "\n" + "".join(format_exception(cause))

@@ -18,7 +18,7 @@ from grpo_core.cli.options import Parser, check_package, new_file
 from grpo_core.runs.directory import read_metrics, run_with_metrics
 
 if TYPE_CHECKING:
-    from grpo_core.runs.live_console import Live
+    from grpo_core.runs.console import Live
 
 
 @interruptible
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"stage: expected one of {list(histories)}, got {stage!r}")
         from rich.console import Console as Terminal
 
-        from grpo_core.runs.live_console import Live
+        from grpo_core.runs.console import Live
 
         picture = Terminal(
             highlight=False, record=True, width=80, force_terminal=True, color_system="truecolor"

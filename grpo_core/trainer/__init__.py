@@ -2,8 +2,8 @@
 
 Read `trainer` first: `step` and `update` show these stages in order. `rollout` and `engine` sample
 completions, `rewards` and `rules` score them, `groups` computes advantages, `batch` packs rows,
-`forward` calls the model. `checkpoint` saves a run; `distributed` and `sharding` are for several
-ranks. Logging is in `monitor`, `samples` and `console`.
+`forward` calls the model. `loop` repeats the step, `checkpoint` saves a run, `signals` stop it.
+`distributed` and `sharding` are for several ranks; `monitor`, `samples` and `console` log.
 """
 
 from typing import TYPE_CHECKING

@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo_core.trainer.config import PaddingFree
-from grpo_core.trainer.rollout import Rollout, evaluation_mode
+from grpo_core.trainer.generation import evaluation_mode
+from grpo_core.trainer.rollout import Rollout
 from grpo_core.trainer.sharding import unsharded_params, unwrap_peft
 
 
@@ -55,20 +56,14 @@ class TokenRows:
     @property
     def inputs(self) -> dict[str, Any]:
         """Arguments of the model's forward."""
-        # Left padding must not shift positions; padding gets 0 and is never attended to.
+        # left padding must not shift positions; padding gets 0 and is never attended to
         positions = (self.attention.long().cumsum(1) - 1).clamp(min=0)
         if self.padding_free:
-            return {
-                "input_ids": self.ids[self.attention][None],
-                "position_ids": positions[self.attention][None],
-                "use_cache": False,
-            }
-        return {
-            "input_ids": self.ids,
-            "attention_mask": self.attention.long(),
-            "position_ids": positions,
-            "use_cache": False,
-        }
+            ids, positions = (each[self.attention][None] for each in (self.ids, positions))
+            return {"input_ids": ids, "position_ids": positions, "use_cache": False}
+        attention = self.attention.long()
+        inputs = {"input_ids": self.ids, "attention_mask": attention, "position_ids": positions}
+        return inputs | {"use_cache": False}
 
     def hidden(self, model: PreTrainedModel) -> Tensor:
         """Hidden states of the rows, [N, D]."""
@@ -108,14 +103,14 @@ class Batch:
         chosen = torch.zeros(len(rows.ids), dtype=torch.bool, device=rows.ids.device)
         chosen[sequences] = True
         kept = chosen[rows.sequence]
-        renumbered = chosen.long().cumsum(0) - 1
+        number = chosen.long().cumsum(0) - 1
         named = vars(self).items()
         vectors: dict[str, Any] = {name: v[kept] for name, v in named if isinstance(v, Tensor)}
         chosen_rows = replace(
             rows,
             ids=rows.ids[chosen],
             attention=rows.attention[chosen],
-            sequence=renumbered[rows.sequence[kept]],
+            sequence=number[rows.sequence[kept]],
             column=rows.column[kept],
         )
         return replace(self, rows=chosen_rows, **vectors)
@@ -128,29 +123,31 @@ class Batch:
         """
         if not tokens:
             return [self]
-        attention = self.rows.attention.long()
-        firsts = attention.argmax(1)
-        ends = attention.shape[1] - attention.flip(1).argmax(1)
+        attention = self.rows.attention.int()
+        starts = attention.argmax(1).tolist()
+        ends = (attention.shape[1] - attention.flip(1).argmax(1)).tolist()
         lengths = attention.sum(1).tolist()
+
+        def count(part: list[int]) -> int:
+            if self.rows.padding_free:
+                return sum(lengths[sequence] for sequence in part)
+            width = max(ends[sequence] for sequence in part) - min(starts[each] for each in part)
+            return width * len(part)
+
         parts: list[list[int]] = []
-        first, end, total = 0, 0, 0
-        for sequence in (ends - firsts).argsort(descending=True, stable=True).tolist():
-            own_first, own_end = int(firsts[sequence]), int(ends[sequence])
-            first, end = min(first, own_first), max(end, own_end)
-            total += lengths[sequence]
-            padded = (end - first) * (len(parts[-1]) + 1) if parts else 0
-            if not parts or (total if self.rows.padding_free else padded) > tokens:
-                parts.append([])
-                first, end, total = own_first, own_end, lengths[sequence]
-            parts[-1].append(sequence)
+        for sequence in sorted(range(len(ends)), key=lambda each: starts[each] - ends[each]):
+            if parts and count([*parts[-1], sequence]) <= tokens:
+                parts[-1].append(sequence)
+            else:
+                parts.append([sequence])
         device = attention.device
         return [self.select(torch.tensor(part, device=device)).trim() for part in parts]
 
     def trim(self) -> Batch:
         """Removes the columns that are padding in every sequence."""
-        seen = self.rows.attention.any(0).nonzero().squeeze(1)
-        first, end = (int(seen[0]), int(seen[-1]) + 1) if seen.numel() else (0, 0)
         rows = self.rows
+        used = rows.attention.any(0).nonzero()
+        first, end = int(used.min()), int(used.max()) + 1
         trimmed = replace(
             rows,
             ids=rows.ids[:, first:end],
@@ -161,16 +158,14 @@ class Batch:
 
     def filler(self) -> Batch:
         """Two tokens without a target, for a rank with fewer microbatches than others."""
-        first = torch.zeros(1, dtype=torch.int64, device=self.rows.ids.device)
-        one = self.select(first).trim()
         rows = replace(
-            one.rows,
-            ids=one.rows.ids[:, :2],
-            attention=one.rows.attention[:, :2],
-            sequence=one.rows.sequence[:0],
-            column=one.rows.column[:0],
+            self.rows,
+            ids=self.rows.ids.new_zeros(1, 2),
+            attention=self.rows.attention.new_ones(1, 2),
+            sequence=self.rows.sequence[:0],
+            column=self.rows.column[:0],
         )
-        none = one.advantage[:0]
+        none = self.advantage[:0]
         return Batch(rows=rows, advantage=none, sampler_logp=none, is_filler=True)
 
 
@@ -220,23 +215,23 @@ def check_output_matrix(model: PreTrainedModel) -> None:
         )
 
 
-def is_padding_free(model: PreTrainedModel, wish: PaddingFree, autocast: bool = False) -> bool:
+def is_padding_free(model: PreTrainedModel, mode: PaddingFree, autocast: bool = False) -> bool:
     """Whether the model gets concatenated sequences.
 
     Args:
         model: any of transformers.
-        wish: "auto" for attentions that gain from it and models that support it, "always", "never".
+        mode: "auto" for attentions that gain from it and models that support it, "always", "never".
         autocast: the model computes in bfloat16, which FlashAttention requires.
 
     Raises:
         ValueError: "always" for a model that mixes sequences.
     """
     attention = str(getattr(model.config, "_attn_implementation", ""))
-    if wish == "never" or (wish == "auto" and not ("flash" in attention or "flex" in attention)):
+    if mode == "never" or (mode == "auto" and not ("flash" in attention or "flex" in attention)):
         return False
     with torch.autocast(model.device.type, torch.bfloat16, enabled=autocast):
         separate = separates_sequences(model)
-    if wish == "always" and not separate:
+    if mode == "always" and not separate:
         raise ValueError(
             "padding_free: expected a model that keeps concatenated sequences separate, got "
             f"{type(model).__name__} with {attention or 'its own'} attention"

@@ -20,10 +20,7 @@ class Console:
     def step(self, record: Metrics, parts: Sequence[str], samples: Sequence[Sample]) -> None:
         """A step was made, or the model evaluated before the first one (step 0).
 
-        Args:
-            record: of the step, as in the metrics file.
-            parts: names of the rewards in it.
-            samples: the latest ones.
+        `record` is the step's line in the metrics file, `parts` the names of the rewards in it.
         """
 
     def note(self, message: str) -> None:

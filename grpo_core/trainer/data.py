@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Number
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -24,26 +24,21 @@ Record = Mapping[str, Any]
 Messages = Sequence[Mapping[str, str]]
 
 
-def read_records(source: str | Path, split: str = "train") -> list[dict[str, Any]]:
+def read_records(source: str | Path) -> list[dict[str, Any]]:
     """Reads all records of a file, or of a data set of the `datasets` library.
 
     Args:
         source: JSON lines (.jsonl) or a JSON list (.json); with `datasets` also a .parquet file, a
-            folder written by `save_to_disk`, or the name of a data set.
-        split: of a data set with several.
+            folder written by `save_to_disk`, or the name of a data set. Of a data set with several
+            splits, "train" is read.
 
     Raises:
         FileNotFoundError, ValueError: there is no such file; a line is not a record.
         ModuleNotFoundError: `datasets` is needed and not installed.
     """
     path = Path(source)
-    if path.suffix == ".jsonl":
-        return [_parse_record(line, f"{path}:{n}") for n, line in _lines(path)]
-    if path.suffix == ".json":
-        records = json.loads(path.read_text("utf-8"))
-        if not isinstance(records, list):
-            raise ValueError(f"{path}: expected a list of records, got {type(records).__name__}")
-        return [_check_record(record, f"{path}[{n}]") for n, record in enumerate(records)]
+    if path.suffix in (".json", ".jsonl"):
+        return list(_read_json(path))
     check_package(str(source), "datasets")
     import datasets
 
@@ -51,10 +46,35 @@ def read_records(source: str | Path, split: str = "train") -> list[dict[str, Any
         data: Any = datasets.load_dataset("parquet", data_files=str(path), split="train")
     elif path.is_dir():
         data = datasets.load_from_disk(str(path))
-        data = data[split] if isinstance(data, datasets.DatasetDict) else data
+        data = data["train"] if isinstance(data, datasets.DatasetDict) else data
     else:
-        data = datasets.load_dataset(str(source), split=split)
+        data = datasets.load_dataset(str(source), split="train")
     return [dict(record) for record in data]
+
+
+def _read_json(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a JSON list, or one from every line that is not blank."""
+    with path.open(encoding="utf-8") as file:
+        if path.suffix == ".json":
+            content = json.load(file)
+            if not isinstance(content, list):
+                got = type(content).__name__
+                raise ValueError(f"{path}: expected a list of records, got {got}")
+            records = {f"{path}[{n}]": record for n, record in enumerate(content)}
+        else:
+            lines = ((f"{path}:{n}", line) for n, line in enumerate(file, 1))
+            records = {where: _parse(line, where) for where, line in lines if line.strip()}
+    for where, record in records.items():
+        if not isinstance(record, dict):
+            raise ValueError(f"{where}: expected a record, got {type(record).__name__}")
+        yield record
+
+
+def _parse(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: expected a record in JSON, got {line!r:.60}") from error
 
 
 def problems_of(
@@ -85,63 +105,54 @@ def problems_of(
         raise ValueError(f"template: expected a text with {{prompt}} in it, got {template!r:.60}")
     problems = []
     for n, record in enumerate(records):
-        prompt = record.get("prompt")
-        if not is_prompt(prompt):
-            raise ValueError(
-                f"record {n}: expected a prompt, a string or messages, got {prompt!r:.60}"
-            )
-        if compared:
-            check_answer(record, n)
-        source: str | Messages = prompt
-        if template is not None:
-            if not isinstance(prompt, str):
-                raise ValueError(f"record {n}: expected a string for the template, got messages")
-            source = prompt = template.replace("{prompt}", prompt)
-        if system is not None:
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            if messages[0]["role"] == "system":
-                raise ValueError(f"record {n}: expected no system message beside the one given")
-            source = prompt = [{"role": "system", "content": system}, *messages]
-        ids = encode_prompt(prompt, tokenizer)
+        try:
+            if compared:
+                _check_answer(record)
+            source = _full_prompt(record.get("prompt"), system, template)
+        except ValueError as error:
+            raise ValueError(f"record {n}: {error}") from error
+        ids = _encode(source, tokenizer)
         if not ids:
             raise ValueError(f"record {n}: expected a prompt of one token or more, got none")
         if longest_prompt is None or len(ids) <= longest_prompt:
-            named = ("prompt", "answer", "tag")
-            problems.append(
-                Problem(
-                    prompt=tuple(ids),
-                    answer=record.get("answer"),
-                    tag=str(record.get("tag") or ""),
-                    columns={k: v for k, v in record.items() if k not in named},
-                    source=source,
-                )
-            )
+            columns = {k: v for k, v in record.items() if k not in ("prompt", "answer", "tag")}
+            tag = str(record.get("tag") or "")
+            problems.append(Problem(tuple(ids), record.get("answer"), tag, columns, source))
     if not problems:
         limit = "" if longest_prompt is None else f" of at most {longest_prompt} tokens"
         raise ValueError(f"records: expected at least one prompt{limit}, got none")
     return problems
 
 
-def is_prompt(prompt: Any) -> TypeGuard[str | Messages]:
-    """Whether it is a non-empty string or list of messages."""
-    if isinstance(prompt, list):
-        valid = (isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in prompt)
-        return bool(prompt) and all(valid)
-    return isinstance(prompt, str) and bool(prompt)
-
-
-def check_answer(record: Record, n: int) -> None:
-    """Raises ValueError unless the answer of record n is text or a number."""
+def _check_answer(record: Record) -> None:
+    """Raises ValueError unless the record's answer is text or a number."""
     if "answer" not in record:
         got = f"got the columns {sorted(record)}"
-        raise ValueError(f"record {n}: answer: expected text or a number, {got}")
-    try:
-        answer_text(record["answer"])
-    except ValueError as error:
-        raise ValueError(f"record {n}: {error}") from error
+        raise ValueError(f"answer: expected text or a number, {got}")
+    answer_text(record["answer"])
 
 
-def encode_prompt(prompt: str | Messages, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _full_prompt(prompt: Any, system: str | None, template: str | None) -> str | Messages:
+    """A prompt in the template, or as messages with the system message."""
+    is_text = isinstance(prompt, str)
+    is_messages = isinstance(prompt, list) and all(
+        isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in prompt
+    )
+    if not (is_text or is_messages) or not prompt:
+        raise ValueError(f"expected a prompt, a string or messages, got {prompt!r:.60}")
+    if template is not None:
+        if not is_text:
+            raise ValueError("expected a string for the template, got messages")
+        prompt = template.replace("{prompt}", prompt)
+    if system is None:
+        return prompt
+    messages = [{"role": "user", "content": prompt}] if is_text else prompt
+    if messages[0]["role"] == "system":
+        raise ValueError("expected no system message beside the one given")
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _encode(prompt: str | Messages, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of a string, or of messages up to the opening of the assistant's turn."""
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
@@ -149,26 +160,10 @@ def encode_prompt(prompt: str | Messages, tokenizer: PreTrainedTokenizerBase) ->
         raise ValueError(
             "prompt: expected a string, got chat messages; the tokenizer has no chat template"
         )
-    ids: Any = tokenizer.apply_chat_template(
-        [dict(message) for message in prompt],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=False,
+    messages = [dict(message) for message in prompt]
+    return list(
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     )
-    return list(ids)
-
-
-def fingerprint(problems: Sequence[Problem]) -> str:
-    """The number of problems and a hash of their prompts, answers, tags and columns, in order.
-
-    Arrays, dates, bytes and numbers are hashed by content, other values that JSON cannot hold by
-    type.
-    """
-    digest = hashlib.sha256()
-    for problem in problems:
-        parts = [problem.prompt, problem.answer, problem.tag, dict(problem.columns)]
-        digest.update(json.dumps(parts, default=_jsonable, skipkeys=True).encode() + b"\n")
-    return f"{len(problems)} problems, sha256 {digest.hexdigest()[:16]}"
 
 
 class Epochs:
@@ -201,6 +196,19 @@ class Epochs:
         return self.problems[self._order[1][index]]
 
 
+def fingerprint(problems: Sequence[Problem]) -> str:
+    """The number of problems and a hash of their prompts, answers, tags and columns, in order.
+
+    Arrays, dates, bytes and numbers are hashed by content, other values that JSON cannot hold by
+    type.
+    """
+    digest = hashlib.sha256()
+    for problem in problems:
+        parts = [problem.prompt, problem.answer, problem.tag, dict(problem.columns)]
+        digest.update(json.dumps(parts, default=_jsonable, skipkeys=True).encode() + b"\n")
+    return f"{len(problems)} problems, sha256 {digest.hexdigest()[:16]}"
+
+
 def _jsonable(value: Any) -> Any:
     """A JSON value for one that has none; no repr, which may contain addresses."""
     if isinstance(value, bytes):
@@ -209,24 +217,3 @@ def _jsonable(value: Any) -> Any:
         if hasattr(value, name):
             return getattr(value, name)()
     return str(value) if isinstance(value, Number) else type(value).__name__
-
-
-def _lines(path: Path) -> Iterable[tuple[int, str]]:
-    """Number and text of every non-blank line."""
-    with path.open(encoding="utf-8") as file:
-        yield from ((n, line) for n, line in enumerate(file, 1) if line.strip())
-
-
-def _parse_record(line: str, where: str) -> dict[str, Any]:
-    """Parses a line of JSON."""
-    try:
-        return _check_record(json.loads(line), where)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: expected a record in JSON, got {line!r:.60}") from error
-
-
-def _check_record(record: Any, where: str) -> dict[str, Any]:
-    """Raises ValueError unless the record is a dict."""
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected a record, got {type(record).__name__}")
-    return record

@@ -90,15 +90,6 @@ def all_gather_cat(vector: Tensor) -> Tensor:
     return torch.cat(all_gather_object(vector.detach().cpu())).to(vector.device)
 
 
-def all_gather_stack(vector: Tensor) -> Tensor:
-    """The vectors [n] of all ranks as [R, n]; the host does not wait for the device."""
-    if world() == 1:
-        return vector[None]
-    vectors = [torch.empty_like(vector) for _ in range(world())]
-    dist.all_gather(vectors, vector.contiguous())
-    return torch.stack(vectors)
-
-
 def check_ranks(config: TrainerConfig) -> None:
     """Raises ValueError unless the ranks together can make the updates of one process."""
     if config.shard == "fsdp" and not in_group():
@@ -106,35 +97,27 @@ def check_ranks(config: TrainerConfig) -> None:
             "shard: expected a process group for 'fsdp': start with torchrun, or call "
             "torch.distributed.init_process_group before"
         )
-    ranks = world()
-    if ranks == 1:
+    if world() == 1:
         return
-    if config.prompts_per_step % ranks:
-        raise ValueError(
-            f"prompts_per_step: expected a multiple of {ranks}, the number of ranks, got "
-            f"{config.prompts_per_step}"
-        )
-    completions = config.prompts_per_step * config.group_size // ranks
+    ranks, prompts, objective = world(), config.prompts_per_step, config.objective
+    completions = prompts * config.group_size // ranks
+    if prompts % ranks:
+        expected = f"a multiple of {ranks}, the number of ranks"
+        raise ValueError(f"prompts_per_step: expected {expected}, got {prompts}")
     if config.minibatches > completions:
-        raise ValueError(
-            f"minibatches: expected at most {completions}, the completions of a step on each of "
-            f"{ranks} ranks, got {config.minibatches}"
-        )
-    if config.loss != "fused":
-        raise ValueError(
-            f"loss: expected 'fused' on {ranks} ranks, since gradients are averaged only for a "
-            f"loss inside the model's forward, got {config.loss!r}"
-        )
-    if config.objective.entropy_aggregation is not None:
-        raise ValueError(
-            f"objective.entropy_aggregation: expected None on {ranks} ranks, since its divisor "
-            f"counts one rank only, got {config.objective.entropy_aggregation!r}"
-        )
-    if config.objective.factor.top_entropy < 1:
-        raise ValueError(
-            f"objective.factor.top_entropy: expected 1 on {ranks} ranks, since its quantile is of "
-            f"one rank only, got {config.objective.factor.top_entropy}"
-        )
+        expected = f"at most {completions}, the completions of a step on each of {ranks} ranks"
+        raise ValueError(f"minibatches: expected {expected}, got {config.minibatches}")
+    inside = "gradients are averaged only for a loss inside the model's forward"
+    divisor, quantile = "its divisor counts one rank only", "its quantile is of one rank only"
+    for name, value, allowed, reason in (
+        ("loss", config.loss, "fused", inside),
+        ("objective.entropy_aggregation", objective.entropy_aggregation, None, divisor),
+        ("objective.factor.top_entropy", objective.factor.top_entropy, 1, quantile),
+    ):
+        if value != allowed:
+            raise ValueError(
+                f"{name}: expected {allowed!r} on {ranks} ranks, since {reason}, got {value!r}"
+            )
 
 
 def rank_slice(count: int) -> slice:
@@ -187,6 +170,6 @@ def reduce_metrics(metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if world() == 1:
         return dict(metrics)
     local = torch.stack([metric.float() for metric in metrics.values()])
-    of_ranks = [dict(zip(metrics, row, strict=True)) for row in all_gather_stack(local)]
-    merged = merge_metrics(of_ranks)
+    of_ranks = all_gather_cat(local).view(world(), -1)
+    merged = merge_metrics([dict(zip(metrics, row, strict=True)) for row in of_ranks])
     return merged | {"loss": merged["loss"] / world()}

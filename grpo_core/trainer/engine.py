@@ -1,45 +1,29 @@
 """Sampling engines: the trainer's own model, or an engine whose weights are kept in sync.
 
-An engine has its own weights, with a version: the number of steps done. Before it is asked for
-completions it gets the trainer's weights if its version is another. Completions carry the version
-they were sampled with, and another version than the trainer's is an error. A process that starts
-or resumes always sends the weights first.
-
-`OwnModel` is the default. For vLLM see `vllm.engine` and `vllm.server`.
+The version of an engine's weights is the number of steps done. An engine with another version than
+the trainer gets the trainer's weights before it samples; a process that starts or resumes always
+sends them. Completions carry the version they were sampled with; any other version is an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Protocol
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo_core.trainer.distributed import all_gather_object, is_main, world
+from grpo_core.trainer.distributed import all_gather_object, is_main
+from grpo_core.trainer.generation import check_context, ignored_fields, special_tokens
 from grpo_core.trainer.monitor import warn
-from grpo_core.trainer.rollout import (
-    Rollout,
-    Sampling,
-    check_context,
-    ignored_fields,
-    rollout,
-    special_tokens,
-)
+from grpo_core.trainer.rollout import Rollout, Sampling, rollout
 from grpo_core.trainer.weights import ModelWeights
 
 
 class Engine(Protocol):
-    """Samples completions.
+    """Samples completions with its own copy of the weights.
 
-    Attributes:
-        separate: whether the engine has its own copy of the weights.
-        shared: whether one engine serves all ranks and gets its weights from rank 0.
+    All ranks sample from it, and rank 0 updates its weights.
     """
-
-    separate: bool
-    shared: bool
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
         """One completion per prompt, with log-probabilities at the sampling temperature.
@@ -53,75 +37,47 @@ class Engine(Protocol):
         ...
 
 
-class OwnModel:
-    """The trainer's own model, which always has the newest weights."""
-
-    separate = False
-    shared = False
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.version: int | None = None
-
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
-        """Samples by `rollout`."""
-        return replace(rollout(self.model, prompts, sampling), weight_version=self.version)
-
-    def update_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:
-        """Records the version."""
-        self.version = version
-
-
 class EngineSync:
     """Samples from an engine and keeps its weights in sync with the model.
 
     Args:
         model: the trainer's.
-        engine: None for the model itself.
+        engine: None for the model itself, which always has the newest weights.
 
     Raises:
-        ValueError: the engine serves one rank only and there are several; the engine cannot load
-            the model's weights, see `weights`; or the model has no end token.
+        ValueError: the engine cannot load the model's weights, see `weights`, or the model has no
+            end token.
     """
 
     def __init__(self, model: PreTrainedModel, engine: Engine | None = None) -> None:
-        self.model = model
+        self.model, self.engine = model, engine
+        self.version: int | None = None
         special_tokens(model)
         if ignored := ignored_fields(model):
             warn(
                 f"rollouts ignore {', '.join(ignored)} of the model's generation_config and sample "
                 "the policy itself, by the options of the run"
             )
-        self.engine: Engine = OwnModel(model) if engine is None else engine
-        if self.engine.separate and not self.engine.shared and world() > 1:
-            raise ValueError(
-                f"engine: expected one that all {world()} ranks share, such as a vLLM server, "
-                f"got {type(self.engine).__name__}"
-            )
-        if self.engine.separate:
+        if engine is not None:
             # raises for weights that the engine could not load
             ModelWeights(model).describe()
-        self.version: int | None = None
 
     def forget(self) -> None:
         """Call it when the model's weights were replaced, as by those of a checkpoint."""
         self.version = None
 
     def draw(self, prompts: Sequence[Sequence[int]], sampling: Sampling, version: int) -> Rollout:
-        """Completions sampled with the model's current weights.
-
-        Args:
-            prompts: S lists of token ids.
-            sampling: length limit and temperature.
-            version: of the model's weights.
+        """Completions sampled with the model's current weights, whose version is given.
 
         Raises:
             ValueError: a prompt is too long for the model.
             RuntimeError: the engine has other weights, or could not load these.
         """
+        if self.engine is None:
+            return rollout(self.model, prompts, sampling)
         check_context(self.model.config, max(map(len, prompts), default=0), sampling.max_new_tokens)
         if self.version != version:
-            self.push(version)
+            self._push(self.engine, version)
         sampled = self.engine.generate(prompts, sampling)
         if sampled.weight_version != version:
             raise RuntimeError(
@@ -130,20 +86,19 @@ class EngineSync:
             )
         return sampled
 
-    def push(self, version: int) -> None:
+    def _push(self, engine: Engine, version: int) -> None:
         """Sends the model's weights to the engine; all ranks call it together."""
         self.version = None
         weights = ModelWeights(self.model)
         failed = True
         try:
-            if is_main() or not self.engine.shared:
-                self.engine.update_weights(weights, version)
+            if is_main():
+                engine.update_weights(weights, version)
             failed = False
         finally:
-            if self.engine.separate:
-                # gathering a sharded weight takes all ranks, also those that send nothing
-                for _ in weights:
-                    pass
+            # gathering a sharded weight takes all ranks, also those that send nothing
+            for _ in weights:
+                pass
             any_failed = any(all_gather_object(failed))
         if any_failed:
             raise RuntimeError("engine: rank 0 could not send the weights")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -63,29 +63,31 @@ def evaluate(
     Raises:
         ValueError: `samples` or `k` out of range, or several greedy completions.
     """
-    check_samples(samples, k)
+    if samples < 1:
+        raise ValueError(f"samples: expected at least 1, got {samples}")
+    for each in k:
+        if not 1 <= each <= samples:
+            raise ValueError(f"k: expected 1 to {samples}, the samples, got {each}")
     if samples > 1 and sampling.temperature == 0:
         raise ValueError(f"samples: expected 1 of greedy answers, got {samples}")
     local, count = _rank_problems(problems), len(problems)
-    devices = [model.device] if model.device.type == "cuda" else []
-    rounds: list[tuple[list[list[int]], Tensor, Tensor]] = []
-    with torch.random.fork_rng(devices):
+    prompts = [problem.prompt for problem in local]
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed + rank())
-        prompts = [problem.prompt for problem in local]
-        for _ in range(samples):
-            drawn = draw(prompts, sampling) if draw else rollout(model, prompts, sampling)
-            rounds.append((drawn.completions(), drawn.completion_mask.sum(1), drawn.truncated))
-    scored = [
-        _gather_scores(score(reward, local, completions, "held-out problems"), count)
-        for completions, *_ in rounds
-    ]
-    first = [ids for of_rank in all_gather_object(rounds[0][0]) for ids in of_rank][:count]
+        drawn = [
+            draw(prompts, sampling) if draw else rollout(model, prompts, sampling)
+            for _ in range(samples)
+        ]
+    completions = [each.completions() for each in drawn]
+    first = [ids for of_rank in all_gather_object(completions[0]) for ids in of_rank][:count]
+    scores = [score(reward, local, each, "held-out problems") for each in completions]
 
-    # [samples, P] each
-    total = torch.stack([scores.total for scores in scored])
-    parts = {
-        name: torch.stack([scores.parts[name] for scores in scored]) for name in scored[0].parts
-    }
+    def gather(vectors: Iterable[Tensor]) -> Tensor:
+        """[samples, P] from a vector of this rank's problems for each sample."""
+        return torch.stack([all_gather_cat(vector)[:count] for vector in vectors])
+
+    total = gather(each.total for each in scores)
+    parts = {name: gather(each.parts[name] for each in scores) for name in scores[0].parts}
     metrics = {"reward": total.nanmean().item()}
     for tag in ["", *sorted({problem.tag for problem in problems} - {""})]:
         of_tag = parts
@@ -95,20 +97,15 @@ def evaluate(
         metrics |= mean_scores(of_tag)
         if samples > 1:
             metrics |= sampled_metrics(of_tag, k or (samples,))
-    lengths = torch.stack([all_gather_cat(length)[:count] for _, length, _ in rounds])
-    truncated = torch.stack([all_gather_cat(cut)[:count] for *_, cut in rounds])
+    lengths = gather(each.completion_mask.sum(1) for each in drawn)
     metrics["length"] = lengths.float().mean().item()
-    metrics["truncated"] = truncated.float().mean().item()
-    return Evaluation(first, scored[0], metrics)
+    metrics["truncated"] = gather(each.truncated for each in drawn).float().mean().item()
+    first_scores = Scores(total[0], {name: part[0] for name, part in parts.items()})
+    return Evaluation(first, first_scores, metrics)
 
 
 def sampled_metrics(parts: Mapping[str, Tensor], k: Sequence[int]) -> dict[str, float]:
-    """avg@n and pass@k of each part that applies to any problem.
-
-    Args:
-        parts: [n, P] each, NaN where it does not apply.
-        k: of pass@k.
-    """
+    """avg@n and pass@k of each part [n, P] that applies to any problem; NaN where it does not."""
     metrics = {}
     for name, part in parts.items():
         applies = ~part.isnan()
@@ -128,38 +125,13 @@ def sampled_metrics(parts: Mapping[str, Tensor], k: Sequence[int]) -> dict[str, 
 def pass_at(k: int, tries: int, correct: int) -> float:
     """Unbiased estimate of the probability that one of k completions is correct.
 
-    1 − C(n − c, k) / C(n, k): the share of the choices of k from n tries with a correct one.
-
-    Args:
-        k: completions to choose.
-        tries: n, completions drawn, at least k.
-        correct: c of them.
+    1 − C(n − c, k) / C(n, k): the share of the choices of k from n tries, c of which are correct,
+    with a correct one.
 
     Source: Chen et al. 2021, "Evaluating Large Language Models Trained on Code", eq. 1
     (arXiv 2107.03374).
     """
     return 1 - math.comb(tries - correct, k) / math.comb(tries, k)
-
-
-def check_samples(samples: int, k: Sequence[int], *names: str) -> None:
-    """Raises ValueError unless pass@k can be estimated from so many samples, for every k.
-
-    Args:
-        samples, k: see `evaluate`.
-        names: of the two options, for the message.
-    """
-    samples_name, k_name = names or ("samples", "k")
-    if samples < 1:
-        raise ValueError(f"{samples_name}: expected at least 1, got {samples}")
-    for each in k:
-        if not 1 <= each <= samples:
-            raise ValueError(f"{k_name}: expected 1 to {samples}, the {samples_name}, got {each}")
-
-
-def _gather_scores(scores: Scores, count: int) -> Scores:
-    """The scores of all ranks for the first `count` problems."""
-    parts = {name: all_gather_cat(part)[:count] for name, part in scores.parts.items()}
-    return Scores(all_gather_cat(scores.total)[:count], parts)
 
 
 def _rank_problems(problems: Sequence[Problem]) -> list[Problem]:

@@ -17,7 +17,7 @@ from grpo_core.loss.reference import reference_loss
 from grpo_core.trainer.batch import Batch, TokenRows
 from grpo_core.trainer.config import Shard, TrainerConfig
 from grpo_core.trainer.distributed import in_group
-from grpo_core.trainer.rollout import evaluation_mode
+from grpo_core.trainer.generation import evaluation_mode
 from grpo_core.trainer.sharding import shard_model
 
 
@@ -37,13 +37,11 @@ def packed_logp(model: PreTrainedModel, rows: TokenRows, config: TrainerConfig) 
 def packed_loss(
     policy: Any, part: Batch, divisor: float | None, config: TrainerConfig
 ) -> HeadOutput | LossOutput:
-    """The objective on packed rows, with gradient.
+    """The objective on the rows of a microbatch, with gradient.
 
     Args:
         policy: a model with a fused head, wrapped or not; for the other losses the model itself.
-        part: a microbatch.
         divisor: see `distributed.loss_divisor`.
-        config: the run.
     """
     rows = part.rows
     terms: dict[str, Any] = {

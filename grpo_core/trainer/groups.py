@@ -1,15 +1,10 @@
 """Groups of completions: random numbers of a step, dynamic sampling, advantages, minibatches.
 
 A completion whose reward is NaN (no reward applies) leaves the batch and its group. A group whose
-rewards are all equal has no advantage; in the batch it only shrinks the mean.
-`TrainerConfig.dynamic_sampling` says what happens to such groups:
-
-| value      | groups with equal rewards                                                       |
-|------------|---------------------------------------------------------------------------------|
-| "off"      | stay; a KL or entropy term still gives them a gradient                          |
-| "filter"   | are removed from the losses and from their divisors                             |
-| "resample" | are removed, and more rounds of prompts are drawn until `prompts_per_step`      |
-|            | groups with different rewards exist, or `max_resamples` more rounds are done    |
+rewards are all equal has no advantage; in the batch it only shrinks the mean. Such groups are
+treated as `TrainerConfig.dynamic_sampling` says: "off" keeps them, so that a KL or entropy term
+still has a gradient; "filter" removes them from the losses and from their divisors; "resample" also
+draws further rounds of prompts until `prompts_per_step` groups have different rewards.
 
 Every rank fills its own part of the batch, and all ranks draw another round while one of them has
 too few groups. Surplus groups are dropped; if groups are missing in the end, the batch is smaller.
@@ -25,7 +20,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -73,35 +68,46 @@ def needs_more(rounds: Sequence[Round], config: TrainerConfig) -> bool:
     """Whether dynamic sampling draws another round."""
     if config.dynamic_sampling != "resample" or len(rounds) > config.max_resamples:
         return False
-    return min(all_gather_object(_count_varied(rounds, config))) < _groups_per_rank(config)
+    rewards = torch.cat([each.rewards for each in rounds])
+    return _kept_groups(rewards, config) < config.prompts_per_step
 
 
 def merge_rounds(rounds: Sequence[Round], config: TrainerConfig, pad: int) -> tuple[Round, Metrics]:
     """The completions to train on, and the metrics of all completions of all ranks."""
-    first = rounds[0]
+    first, size = rounds[0], config.group_size
     rollout = concat_rollouts([each.rollout for each in rounds], pad)
     rewards = torch.cat([each.rewards for each in rounds])
-    parts = {
-        name: torch.cat([each.scores.parts[name] for each in rounds]) for name in first.scores.parts
+    of_all = all_gather_cat(rewards)
+    metrics: Metrics = {
+        "reward": of_all.nanmean().item(),
+        "length": all_gather_cat(rollout.completion_mask.sum(1)).float().mean().item(),
+        "truncated": all_gather_cat(rollout.truncated).float().mean().item(),
+        # share of groups with equal rewards
+        "zero_std": (~in_varied_group(of_all, size)).float().mean().item(),
     }
-    metrics = {
-        **_rollout_metrics(rollout, all_gather_cat(rewards), config.group_size),
-        **mean_scores({name: all_gather_cat(part) for name, part in parts.items()}),
-    }
+    if unscored := int(of_all.isnan().sum()):
+        metrics["unscored"] = unscored
+    for name in first.scores.parts:
+        part = all_gather_cat(torch.cat([each.scores.parts[name] for each in rounds]))
+        metrics |= mean_scores({name: part})
     if config.dynamic_sampling != "off":
-        kept = min(_count_varied(rounds, config), _groups_per_rank(config))
-        kept = sum(all_gather_object(kept))
+        kept = _kept_groups(rewards, config)
         metrics |= {"groups_drawn": len(rounds) * config.prompts_per_step, "groups_kept": kept}
         if config.dynamic_sampling == "resample":
             missing = config.prompts_per_step - kept
             metrics |= {"resamples": len(rounds) - 1, "groups_missing": missing}
     if len(rounds) > 1:
         # groups with different rewards first, the others fill up
-        is_varied = in_varied_group(rewards, config.group_size)
-        chosen = (~is_varied).long().argsort(stable=True)
-        chosen = chosen[: _groups_per_rank(config) * config.group_size]
+        is_varied = in_varied_group(rewards, size)
+        chosen = (~is_varied).long().argsort(stable=True)[: len(first.rewards)]
         rollout, rewards = rollout.select(chosen.to(rollout.prompt.device)), rewards[chosen]
-    return Round(first.problems, rollout, first.scores, rewards, first.order), metrics
+    return replace(first, rollout=rollout, rewards=rewards), metrics
+
+
+def _kept_groups(rewards: Tensor, config: TrainerConfig) -> int:
+    """Groups with different rewards of all ranks, each at most the rank's part of a batch."""
+    varied = int(in_varied_group(rewards, config.group_size).sum()) // config.group_size
+    return sum(all_gather_object(min(varied, config.prompts_per_step // world())))
 
 
 def group_advantages(rewards: Tensor, config: TrainerConfig) -> Tensor:
@@ -121,14 +127,7 @@ def group_advantages(rewards: Tensor, config: TrainerConfig) -> Tensor:
 def split_minibatches(
     packed: Batch, rewards: Tensor, order: Tensor, config: TrainerConfig
 ) -> list[Batch]:
-    """Splits the kept sequences into `config.minibatches`; an empty minibatch becomes a filler.
-
-    Args:
-        packed: S sequences.
-        rewards: [S] float32.
-        order: [S] int64.
-        config: the run.
-    """
+    """Splits the kept of S sequences, in this order, into minibatches; an empty one is a filler."""
     kept = _is_kept(rewards, config)
     if config.dynamic_sampling == "off":
         # split first: every rank then has the same sizes, whichever rewards are NaN
@@ -152,31 +151,3 @@ def _is_kept(rewards: Tensor, config: TrainerConfig) -> Tensor:
     if config.dynamic_sampling == "off":
         return has_reward
     return has_reward & in_varied_group(rewards, config.group_size)
-
-
-def _rollout_metrics(rollout: Rollout, rewards: Tensor, group_size: int) -> Metrics:
-    """Means over a step's completions; `zero_std` is the share of groups with equal rewards.
-
-    Args:
-        rollout: completions of this rank.
-        rewards: [S] of all ranks; NaN where no reward applies.
-        group_size: completions of a prompt.
-    """
-    unscored = int(rewards.isnan().sum())
-    return {
-        "reward": rewards.nanmean().item(),
-        "length": all_gather_cat(rollout.completion_mask.sum(1)).float().mean().item(),
-        "truncated": all_gather_cat(rollout.truncated).float().mean().item(),
-        "zero_std": (~in_varied_group(rewards, group_size)).float().mean().item(),
-        **({"unscored": unscored} if unscored else {}),
-    }
-
-
-def _groups_per_rank(config: TrainerConfig) -> int:
-    return config.prompts_per_step // world()
-
-
-def _count_varied(rounds: Sequence[Round], config: TrainerConfig) -> int:
-    """Groups of this rank whose rewards differ."""
-    rewards = torch.cat([each.rewards for each in rounds])
-    return int(in_varied_group(rewards, config.group_size).sum()) // config.group_size

@@ -1,7 +1,6 @@
 """math-verify in a child process, which a comparison that takes too long ends.
 
-math-verify's own time limit is a signal, which only the main thread may set. This file is also the
-program of the child process, run by its path so that the child does not import torch.
+math-verify's own time limit is a signal, which only the main thread may set.
 """
 
 from __future__ import annotations
@@ -69,9 +68,10 @@ class MathVerify:
         if self._process is not None and is_ours and self._process.poll() is None:
             return self._process
         self.close()
+        # importing this module does not import torch
         program = (
-            f"import sys; sys.path[:] = {sys.path!r}; import runpy; "
-            f"runpy.run_path({__file__!r})['_serve']({self.patience})"
+            f"import sys; sys.path[:] = {sys.path!r}; "
+            f"from {__name__} import _serve; _serve({self.patience})"
         )
         self._process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", program],

@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ class Clock:
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.cuda = device if device is not None and device.type == "cuda" else None
-        self.spans: list[tuple[str, float | torch.cuda.Event, float | torch.cuda.Event]] = []
+        self.spans: list[tuple[str, Any, Any]] = []
         self.peaks: defaultdict[str, float] = defaultdict(float)
         self.start = self._mark()
 
@@ -47,19 +46,21 @@ class Clock:
         if self.cuda is not None:
             torch.cuda.reset_peak_memory_stats(self.cuda)
         start = self._mark()
-        try:
-            yield
-        finally:
-            self.spans.append((name, start, self._mark()))
-            self.peaks[name] = max(self.peaks[name], self._peak_mib())
+        yield
+        self.spans.append((name, start, self._mark()))
+        if self.cuda is not None:
+            peak = torch.cuda.max_memory_allocated(self.cuda) / MIB
+        else:
+            peak = resident_peak_mib()
+        self.peaks[name] = max(self.peaks[name], peak)
 
     @property
     def seconds(self) -> dict[str, float]:
         """Seconds of every phase so far; "rest" is the time between phases."""
         phases: defaultdict[str, float] = defaultdict(float)
-        total = _seconds(self.start, self._mark())
+        total = self._seconds(self.start, self._mark())
         for name, start, end in self.spans:
-            phases[name] += _seconds(start, end)
+            phases[name] += self._seconds(start, end)
         return {**phases, "rest": max(0.0, total - sum(phases.values()))}
 
     def memory(self) -> dict[str, dict[str, float]]:
@@ -75,17 +76,20 @@ class Clock:
             return {}
         return {"peak_cuda_mib" if self.cuda else "peak_resident_mib": dict(largest)}
 
-    def _mark(self) -> float | torch.cuda.Event:
+    def _mark(self) -> Any:
+        """The time on a CPU, an event in the stream on a GPU."""
         if self.cuda is None:
             return time.perf_counter()
         mark = torch.cuda.Event(enable_timing=True)
         mark.record(torch.cuda.current_stream(self.cuda))
         return mark
 
-    def _peak_mib(self) -> float:
-        if self.cuda is not None:
-            return torch.cuda.max_memory_allocated(self.cuda) / MIB
-        return resident_peak_mib()
+    def _seconds(self, start: Any, end: Any) -> float:
+        """Seconds between two marks."""
+        if self.cuda is None:
+            return float(end - start)
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000
 
 
 def resident_peak_mib() -> float:
@@ -96,15 +100,6 @@ def resident_peak_mib() -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / MIB if sys.platform == "darwin" else peak / 1024
-
-
-def _seconds(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
-    """Seconds between two marks."""
-    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1000
-    assert isinstance(start, float) and isinstance(end, float)
-    return end - start
 
 
 class LiveBytes:
@@ -133,17 +128,12 @@ class LiveBytes:
             self.recorded.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         if self.cuda:
             torch.cuda.synchronize()
             self.peak = torch.cuda.max_memory_allocated() - self.before
             return
-        self.recorded.__exit__(kind, error, trace)
+        self.recorded.__exit__(*error)
         profiler: Any = self.recorded.profiler
         events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
         events.sort(key=lambda event: event.start_ns())

@@ -32,6 +32,24 @@ MISMATCH_LIMIT = 0.1
 # of the tokens with an advantage
 CLIP_LIMIT = 0.5
 
+# by kind; formatted with the metrics of the step
+WARNINGS = {
+    "truncated": "{truncated:.0%} of the completions ran into max_new_tokens; raise it, or set "
+    "mask_truncated",
+    "unscored": "no reward applies to {unscored} completions of step {step}; they are not trained "
+    "on",
+    "zero_std": f"for {{streak}} steps more than {ZERO_STD_LIMIT:.0%} of the groups had equal "
+    "rewards ({reward:.3f} on average); such groups have no gradient",
+    "groups_missing": "{groups_missing} groups are missing after {resamples} more rounds of "
+    "prompts: the rewards of the other groups were equal",
+    "sampler_mismatch": "the sampler's log-probabilities differ by {sampler_mismatch:.2f} nats "
+    "from the trainer's on average; likely causes are dropout, another precision or old weights",
+    "clip_fraction": "{clip_fraction:.0%} of the tokens with an advantage were clipped, so they "
+    "had no gradient; lower the learning rate or make fewer updates per rollout",
+    "skipped": "step {step}: an update was skipped, {skipped_updates} so far; its loss or gradient "
+    "was not finite, or a ratio was above e^max_log_ratio",
+}
+
 
 def warn(message: str) -> None:
     """Raises a Python warning on rank 0."""
@@ -43,90 +61,37 @@ class Watch:
     """Warns of problems in a step's metrics: each kind once per run, skipped updates every time.
 
     Attributes:
+        state: what a checkpoint saves.
         tell: called with each warning.
     """
 
     def __init__(self) -> None:
-        self.warned: set[str] = set()
-        self.zero_std_streak = 0
-        self.skipped = 0
+        self.state: dict[str, Any] = {"warned": [], "zero_std_streak": 0, "skipped": 0}
         self.tell: Callable[[str], None] = warn
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """State for a checkpoint."""
-        return {
-            "warned": sorted(self.warned),
-            "zero_std_streak": self.zero_std_streak,
-            "skipped": self.skipped,
-        }
-
-    @state.setter
-    def state(self, state: dict[str, Any]) -> None:
-        self.warned = set(state["warned"])
-        self.zero_std_streak = state["zero_std_streak"]
-        self.skipped = state["skipped"]
 
     def __call__(self, metrics: Metrics) -> None:
         """Checks the metrics of a step, and adds new warnings to them under "warnings"."""
-        problems = dict(self._problems(metrics))
-        new = [message for kind, message in problems.items() if kind not in self.warned]
-        self.warned |= problems.keys() - {"skipped"}
-        if new:
-            metrics["warnings"] = new
-        for message in new:
+        is_equal = metrics["zero_std"] > ZERO_STD_LIMIT
+        streak = self.state["zero_std_streak"] + 1 if is_equal else 0
+        has_skipped = metrics["skipped_updates"] > self.state["skipped"]
+        self.state |= {"zero_std_streak": streak, "skipped": metrics["skipped_updates"]}
+        problems = {
+            "truncated": metrics["truncated"] > TRUNCATED_LIMIT,
+            "unscored": metrics.get("unscored", 0) > 0,
+            "zero_std": streak >= ZERO_STD_PATIENCE,
+            "groups_missing": metrics.get("groups_missing", 0) > 0,
+            "sampler_mismatch": metrics.get("sampler_mismatch", 0.0) > MISMATCH_LIMIT,
+            "clip_fraction": metrics.get("clip_fraction", 0.0) > CLIP_LIMIT,
+        }
+        warned = self.state["warned"]
+        new = [kind for kind, exists in problems.items() if exists and kind not in warned]
+        warned += new
+        told = [*new, "skipped"] if has_skipped else new
+        messages = [WARNINGS[kind].format_map(metrics | {"streak": streak}) for kind in told]
+        if messages:
+            metrics["warnings"] = messages
+        for message in messages:
             self.tell(message)
-
-    def _problems(self, metrics: Metrics) -> Iterator[tuple[str, str]]:
-        """The kind and the message of each problem."""
-        if metrics["truncated"] > TRUNCATED_LIMIT:
-            yield (
-                "truncated",
-                f"{metrics['truncated']:.0%} of the completions ran into max_new_tokens; "
-                "raise it, or set mask_truncated",
-            )
-        if metrics.get("unscored"):
-            yield (
-                "unscored",
-                f"no reward applies to {metrics['unscored']} completions of step "
-                f"{metrics['step']}; they are not trained on",
-            )
-        streak = self.zero_std_streak + 1 if metrics["zero_std"] > ZERO_STD_LIMIT else 0
-        self.zero_std_streak = streak
-        if streak >= ZERO_STD_PATIENCE:
-            yield (
-                "zero_std",
-                f"for {streak} steps more than {ZERO_STD_LIMIT:.0%} of the groups had equal rewards"
-                f" ({metrics['reward']:.3f} on average); such groups have no gradient",
-            )
-        if metrics.get("groups_missing"):
-            yield (
-                "groups_missing",
-                f"{metrics['groups_missing']} groups are missing after {metrics['resamples']} "
-                "more rounds of prompts: the rewards of the other groups were equal",
-            )
-        total, before = metrics["skipped_updates"], self.skipped
-        self.skipped = total
-        if total > before:
-            yield (
-                "skipped",
-                f"step {metrics['step']}: an update was skipped, {total} so far; its loss or "
-                "gradient was not finite, or a ratio was above e^max_log_ratio",
-            )
-        if metrics.get("sampler_mismatch", 0.0) > MISMATCH_LIMIT:
-            yield (
-                "sampler_mismatch",
-                f"the sampler's log-probabilities differ by {metrics['sampler_mismatch']:.2f} nats "
-                "from the trainer's on average; likely causes are dropout, another precision or "
-                "old weights",
-            )
-        rate = metrics.get("clip_fraction", 0.0)
-        if rate > CLIP_LIMIT:
-            yield (
-                "clip_fraction",
-                f"{rate:.0%} of the tokens with an advantage were clipped, so they had no "
-                "gradient; lower the learning rate or make fewer updates per rollout",
-            )
 
 
 def sampler_mismatch(minibatches: Sequence[Batch]) -> Metrics:

@@ -1,9 +1,8 @@
 """Rewards: score completions of problems, check the scores.
 
 `FunctionReward` calls functions `reward(prompts, completions, **columns)`, the signature that TRL
-uses, and `TextReward` calls rules, see `rules`. Both decode completions and report each reward
-beside the weighted sum. Any callable with the signature of `Reward` works: `score` checks what it
-returns.
+uses, on decoded text, and reports each beside the weighted sum. Any callable with the signature of
+`Reward` works: `score` checks what it returns.
 """
 
 from __future__ import annotations
@@ -11,24 +10,25 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from numbers import Real
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from grpo_core.cli.options import UserCodeError, load_from_file
 from grpo_core.trainer.rollout import Problem
-from grpo_core.trainer.rules import RULES, Rule, accuracy, strict_format
+from grpo_core.trainer.rules import RewardFunction
 
 # at the end of a prompt: some chat templates open the thought
 THINK_AT_END = re.compile(r"<think>\s*$")
 # tokens at the end of a prompt that contain such a tag even with one byte per token
 THINK_TOKENS = 32
+# arguments of every reward, beside the columns of the data
+ARGUMENTS = {"prompts", "completions", "prompt_opens"}
 LARGEST = torch.finfo(torch.float32).max
 
 
@@ -43,13 +43,8 @@ class Scores(NamedTuple):
     parts: dict[str, Tensor]  # each [S] float32; NaN where a reward does not apply
 
 
-class Reward(Protocol):
-    def __call__(
-        self, problems: Sequence[Problem], completions: Sequence[Sequence[int]]
-    ) -> Scores: ...
-
-
-RewardFunction = Callable[..., Iterable[float | None]]
+# scores S completions (token ids) of S problems
+Reward = Callable[[Sequence[Problem], Sequence[Sequence[int]]], Scores]
 
 
 def score(
@@ -58,9 +53,6 @@ def score(
     """Calls a reward and checks its scores; returns them on the CPU.
 
     Args:
-        reward: scores the completions.
-        problems: S.
-        completions: S, token ids.
         where: start of every message, such as "step 3".
 
     Raises:
@@ -76,11 +68,11 @@ def score(
     if not isinstance(scores, Scores) or not isinstance(scores.parts, Mapping):
         raise RewardError(f"{where}: {name}: expected Scores, got {_type_and_value(scores)}")
     count = len(completions)
-    parts = {name: _vector(f"{where}: {name}", part, count) for name, part in scores.parts.items()}
-    total = _vector(f"{where}: total", scores.total, count)
-    may_be_nan = torch.zeros(count, dtype=torch.bool)
-    for part in parts.values():
-        may_be_nan |= part.isnan()
+    parts = {
+        name: _check_vector(f"{where}: {name}", part, count) for name, part in scores.parts.items()
+    }
+    total = _check_vector(f"{where}: total", scores.total, count)
+    may_be_nan = torch.stack([torch.zeros(count), *parts.values()]).isnan().any(0)
     if (total.isnan() & ~may_be_nan).any():
         raise RewardError(f"{where}: total: expected NaN only where a part is NaN, got others")
     return Scores(total, parts)
@@ -93,50 +85,13 @@ def mean_scores(parts: Mapping[str, Tensor]) -> dict[str, float]:
 
 def best_and_worst(rewards: Tensor) -> tuple[int, int]:
     """Indices of the highest and the lowest of `rewards` [S]; NaN is neither."""
-    missing = rewards.isnan()
-    best = rewards.masked_fill(missing, -math.inf).argmax()
-    return int(best), int(rewards.masked_fill(missing, math.inf).argmin())
+    best = rewards.nan_to_num(nan=-math.inf).argmax()
+    return int(best), int(rewards.nan_to_num(nan=math.inf).argmin())
 
 
-def prepend_think(function: RewardFunction) -> RewardFunction:
-    """Makes a reward read a `<think>` at the end of a prompt as the start of the completion."""
-
-    def reward(completions: Sequence[str], prompt_opens: Sequence[str], **columns: Any) -> Any:
-        pairs = zip(prompt_opens, completions, strict=True)
-        return function(completions=[opened + text for opened, text in pairs], **columns)
-
-    return reward
-
-
-def rule_reward(rule: Rule) -> RewardFunction:
-    """A rule as a reward function."""
-
-    @prepend_think
-    def reward(completions: Sequence[str], answer: Sequence[Any], **_: Any) -> list[float]:
-        return [rule(text, true) for text, true in zip(completions, answer, strict=True)]
-
-    return reward
-
-
-def find_reward(name: str) -> RewardFunction:
-    """A reward by its name in `RULES`, or from a file as path.py:function.
-
-    Raises:
-        ValueError: there is no such rule, file or function.
-        RewardError: the file raised an error.
-    """
-    if name in RULES:
-        return rule_reward(RULES[name])
-    path, colon, function = name.rpartition(":")
-    if not colon or not path.endswith(".py"):
-        raise ValueError(f"rewards: expected {', '.join(RULES)} or path.py:function, got {name!r}")
-    try:
-        reward: RewardFunction = load_from_file("rewards", name)
-    except UserCodeError as error:
-        raise RewardError(str(error)) from error.__cause__
-    if not callable(reward):
-        raise ValueError(f"rewards: {path} has no function {function!r}")
-    return reward
+def shown_name(name: str) -> str:
+    """The name of a reward's metrics: of path.py:function the function."""
+    return name.rpartition(":")[2]
 
 
 @dataclass(frozen=True)
@@ -165,23 +120,27 @@ class FunctionReward:
     weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_weights(self.weights, self.functions)
+        names = list(self.functions)
+        if not names:
+            raise ValueError("functions: expected at least one, got none")
+        if unknown := set(self.weights) - set(names):
+            raise ValueError(f"weights: expected names among {names}, got {sorted(unknown)}")
+        for name, weight in self.weights.items():
+            if not _is_finite(weight):
+                raise ValueError(f"weights[{name!r}]: expected a finite number, got {weight!r}")
 
     def __call__(self, problems: Sequence[Problem], completions: Sequence[Sequence[int]]) -> Scores:
-        ids = [list(completion) for completion in completions]
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        available = self._available(problems) | {"completions": texts}
-        parts = {}
-        for name, function in self.functions.items():
-            arguments = _arguments(name, function, available)
-            try:
-                values = function(**arguments)
-                if isinstance(values, Iterator):
-                    # one more than expected shows that there are too many
-                    values = list(islice(values, len(texts) + 1))
-            except Exception as error:
-                raise RewardError(f"reward {name!r} raised {_one_line(error)}") from error
-            parts[name] = _check_values(name, values, len(texts))
+        ends = [problem.prompt[-THINK_TOKENS:] for problem in problems]
+        tags = [THINK_AT_END.search(text) for text in self._decode(ends)]
+        available = _columns(problems) | {
+            "prompts": [problem.source for problem in problems],
+            "completions": self._decode(completions),
+            "prompt_opens": [tag[0] if tag else "" for tag in tags],
+        }
+        parts = {
+            name: _call(name, function, available, len(completions))
+            for name, function in self.functions.items()
+        }
         weights = torch.tensor([float(self.weights.get(name, 1)) for name in parts])[:, None]
         scores = weights * torch.stack(list(parts.values()))
         applies = ~scores.isnan() & (weights != 0)
@@ -189,65 +148,76 @@ class FunctionReward:
 
     def check(self, problems: Sequence[Problem]) -> None:
         """Raises RewardError unless every function can be called with the columns of these."""
-        available = self._available(problems[:1]) | {"completions": [""]}
-        _columns(problems)
+        available = _columns(problems).keys() | ARGUMENTS
         for name, function in self.functions.items():
-            _arguments(name, function, available)
+            _named_arguments(name, function, available)
 
-    def _available(self, problems: Sequence[Problem]) -> dict[str, list[Any]]:
-        """All arguments that functions may name, except the completions."""
-        ends = [tuple(problem.prompt[-THINK_TOKENS:]) for problem in problems]
-        unique = list(set(ends))
-        texts = self.tokenizer.batch_decode(list(map(list, unique)), skip_special_tokens=True)
-        tags = map(THINK_AT_END.search, texts)
-        opens = dict(zip(unique, (tag[0] if tag else "" for tag in tags), strict=True))
-        return _columns(problems) | {
-            "prompts": [problem.source for problem in problems],
-            "prompt_opens": [opens[end] for end in ends],
-        }
+    def _decode(self, ids: Iterable[Sequence[int]]) -> list[str]:
+        lists = [list(each) for each in ids]
+        texts: list[str] = self.tokenizer.batch_decode(lists, skip_special_tokens=True)
+        return texts
 
 
-@dataclass(frozen=True)
-class TextReward:
-    """Weighted sum of rules, evaluated as a `FunctionReward`.
-
-    Args:
-        tokenizer: decodes completions.
-        rules: by the name they are logged under. A `<think>` that a prompt ends with is read as the
-            start of the completion.
-        weights: of the rules in the sum; 1 by default.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    rules: Mapping[str, Rule] = field(
-        default_factory=lambda: {"accuracy": accuracy, "format": strict_format}
-    )
-    weights: Mapping[str, float] = field(default_factory=lambda: {"format": 0.2})
-
-    def __post_init__(self) -> None:
-        _check_weights(self.weights, self.rules)
-
-    def __call__(self, problems: Sequence[Problem], completions: Sequence[Sequence[int]]) -> Scores:
-        functions = {name: rule_reward(rule) for name, rule in self.rules.items()}
-        return FunctionReward(self.tokenizer, functions, self.weights)(problems, completions)
+def _columns(problems: Sequence[Problem]) -> dict[str, list[Any]]:
+    """The columns of the problems, each as a list, and `answer`."""
+    names = {name for problem in problems for name in problem.columns}
+    if reserved := names & ARGUMENTS:
+        raise RewardError(
+            f"columns: expected other names than {sorted(reserved)}, which are arguments of every "
+            "reward"
+        )
+    columns = {"answer": [problem.answer for problem in problems]}
+    for name in sorted(names):
+        columns[name] = [each.columns[name] for each in problems if name in each.columns]
+        if missing := len(problems) - len(columns[name]):
+            got = f"{missing} of {len(problems)} lack it"
+            raise RewardError(f"columns: expected every problem to have {name!r}, {got}")
+    return columns
 
 
-def shown_name(name: str) -> str:
-    """The name of a reward's metrics: of path.py:function the function."""
-    return name.rpartition(":")[2]
+def _named_arguments(name: str, function: RewardFunction, available: Collection[str]) -> set[str]:
+    """The available arguments that a function takes; raises RewardError if it needs others."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        raise RewardError(f"reward {name!r}: expected a function, got {function!r}") from None
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    named = signature.parameters.keys() & set(available)
+    if takes_all:
+        named |= set(available) - {"prompt_opens"}
+    try:
+        signature.bind(**dict.fromkeys(named))
+    except TypeError as error:
+        raise RewardError(
+            f"reward {name!r}: expected arguments among {sorted(available)}, got a function with "
+            f"{error}"
+        ) from None
+    return named
 
 
-def _check_values(name: str, result: Any, count: int) -> Tensor:
-    """The result of a reward function as [S] float32, NaN for None."""
-    want = f"reward {name!r}: expected a list of {count} numbers, one for every completion"
+def _call(
+    name: str, function: RewardFunction, available: Mapping[str, list[Any]], count: int
+) -> Tensor:
+    """The numbers that a reward function returns as [S] float32, NaN for None."""
+    named = _named_arguments(name, function, available)
+    try:
+        # a function may change its lists
+        result: Any = function(**{each: list(available[each]) for each in named})
+        if isinstance(result, Iterator):
+            # one more than expected shows that there are too many
+            result = list(islice(result, count + 1))
+    except Exception as error:
+        raise RewardError(f"reward {name!r} raised {_one_line(error)}") from error
     if inspect.iscoroutine(result):
         result.close()
     # a tensor or an array becomes a list, or a number
     values = result.tolist() if hasattr(result, "tolist") else result
-    if not isinstance(values, list | tuple):
-        raise RewardError(f"{want}, got {_type_and_value(result)}")
-    if len(values) != count:
-        raise RewardError(f"{want}, got {len(values)}")
+    is_list = isinstance(values, list | tuple)
+    if not is_list or len(values) != count:
+        raise RewardError(
+            f"reward {name!r}: expected a list of {count} numbers, one for every completion, got "
+            f"{len(values) if is_list else _type_and_value(result)}"
+        )
     numbers = []
     for index, value in enumerate(values):
         if hasattr(value, "item") and value.ndim == 0:
@@ -261,7 +231,7 @@ def _check_values(name: str, result: Any, count: int) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float32)
 
 
-def _vector(name: str, scores: Any, count: int) -> Tensor:
+def _check_vector(name: str, scores: Any, count: int) -> Tensor:
     """A vector of scores as [S] float32 on the CPU."""
     shape = list(scores.shape) if isinstance(scores, Tensor) else _type_and_value(scores)
     if shape != [count]:
@@ -270,48 +240,6 @@ def _vector(name: str, scores: Any, count: int) -> Tensor:
     if vector.isinf().any():
         raise RewardError(f"{name}: expected finite numbers or NaN, got infinity")
     return vector
-
-
-def _arguments(
-    name: str, function: RewardFunction, available: Mapping[str, Any]
-) -> dict[str, list[Any]]:
-    """Copies of the available arguments that a function takes."""
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):
-        raise RewardError(f"reward {name!r}: expected a function, got {function!r}") from None
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-    everything = available.keys() - {"prompt_opens"} if takes_all else set()
-    named = everything | signature.parameters.keys()
-    # a function may change its lists
-    arguments = {key: list(values) for key, values in available.items() if key in named}
-    try:
-        signature.bind(**arguments)
-    except TypeError as error:
-        raise RewardError(
-            f"reward {name!r}: expected arguments among {sorted(available)}, got a function with "
-            f"{error}"
-        ) from None
-    return arguments
-
-
-def _columns(problems: Sequence[Problem]) -> dict[str, list[Any]]:
-    """The columns of the problems, each as a list, and `answer`."""
-    names = {name for problem in problems for name in problem.columns}
-    for name in sorted(names):
-        missing = sum(name not in problem.columns for problem in problems)
-        if missing:
-            raise RewardError(
-                f"columns: expected every problem to have {name!r}, {missing} of {len(problems)} "
-                "lack it"
-            )
-    if reserved := names & {"prompts", "completions", "prompt_opens"}:
-        raise RewardError(
-            f"columns: expected other names than {sorted(reserved)}, which are arguments of every "
-            "reward"
-        )
-    columns = {name: [problem.columns[name] for problem in problems] for name in names}
-    return {"answer": [problem.answer for problem in problems]} | columns
 
 
 def _is_finite(value: Any) -> bool:
@@ -327,15 +255,3 @@ def _type_and_value(value: Any) -> str:
 def _one_line(error: Exception) -> str:
     """Type and message of an error, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
-
-
-def _check_weights(weights: Mapping[str, float], names: Mapping[str, Any]) -> None:
-    """Raises ValueError for the weight of an unknown name, or one that is not a finite number."""
-    if not names:
-        raise ValueError("functions: expected at least one, got none")
-    unknown = set(weights) - set(names)
-    if unknown:
-        raise ValueError(f"weights: expected names among {list(names)}, got {sorted(unknown)}")
-    for name, weight in weights.items():
-        if not _is_finite(weight):
-            raise ValueError(f"weights[{name!r}]: expected a finite number, got {weight!r}")

@@ -1,18 +1,20 @@
-"""Built-in reward rules: `rule(completion, answer) -> float` in [0, 1] on decoded text."""
+"""Built-in reward rules, `rule(completion, answer) -> float` in [0, 1], and rewards by name."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from numbers import Real
 from typing import Any
 
-from grpo_core.cli.options import check_package
+from grpo_core.cli.options import check_package, load_from_file
 from grpo_core.trainer.answers import same_answer
 
 Rule = Callable[[str, Any], float]
+# reward(prompts, completions, **columns)
+RewardFunction = Callable[..., Iterable[float | None]]
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 # one non-blank thought and one answer; only white space around and between them
@@ -82,3 +84,36 @@ RULES: dict[str, Rule] = {
 }
 # rules that need the data to have answers
 COMPARING = ("math", "accuracy")
+
+
+def prepend_think(function: RewardFunction) -> RewardFunction:
+    """Makes a reward read a `<think>` at the end of a prompt as the start of the completion."""
+
+    def reward(completions: Sequence[str], prompt_opens: Sequence[str], **columns: Any) -> Any:
+        pairs = zip(prompt_opens, completions, strict=True)
+        return function(completions=[opened + text for opened, text in pairs], **columns)
+
+    return reward
+
+
+def find_reward(name: str) -> RewardFunction:
+    """A reward by its name in `RULES`, or from a file as path.py:function.
+
+    Raises:
+        ValueError: there is no such rule, file or function, or the file raised an error.
+    """
+    if name in RULES:
+        rule = RULES[name]
+
+        @prepend_think
+        def rule_reward(completions: Sequence[str], answer: Sequence[Any], **_: Any) -> list[float]:
+            return [rule(text, true) for text, true in zip(completions, answer, strict=True)]
+
+        return rule_reward
+    path, colon, function = name.rpartition(":")
+    if not colon or not path.endswith(".py"):
+        raise ValueError(f"rewards: expected {', '.join(RULES)} or path.py:function, got {name!r}")
+    reward: RewardFunction = load_from_file("rewards", name)
+    if not callable(reward):
+        raise ValueError(f"rewards: {path} has no function {function!r}")
+    return reward

@@ -70,15 +70,10 @@ class Samples:
         self.rollout: list[Sample] = []
 
     def look(self, step: int, problems: Sequence[Problem], evaluation: Evaluation) -> None:
-        """Keeps the completions of the first held-out problems."""
-        if not is_main():
-            return
-        self.held_out = [
-            self._sample("held out", step, problem, completion, evaluation.scores, n)
-            for n, (problem, completion) in enumerate(
-                zip(problems[: self.count], evaluation.completions, strict=False)
-            )
-        ]
+        """Keeps and writes the completions of the first held-out problems."""
+        completions, scores = evaluation.completions, evaluation.scores
+        chosen: list[tuple[Kind, int]] = [("held out", n) for n, _ in enumerate(problems)]
+        self.held_out = self._samples(step, problems, completions, scores, chosen[: self.count])
         self._write(self.held_out)
 
     def step(
@@ -92,49 +87,41 @@ class Samples:
     ) -> None:
         """Keeps the best and the worst completion of a rollout, or one if all rewards are equal.
 
-        Args:
-            step: of the rollout.
-            problems: of this rank, one for each completion.
-            completions: token ids.
-            scores: of the completions.
-            keep: whether to write them to the file.
+        `problems` has one entry per completion; with `keep` the samples go to the file as well.
         """
-        if not is_main():
-            return
         best, worst = best_and_worst(scores.total)
-        chosen: list[tuple[Kind, int]] = []
-        if not scores.total[best].isnan():
-            chosen.append(("best", best))
-            if scores.total[best] != scores.total[worst]:
-                chosen.append(("worst", worst))
-        self.rollout = [
-            self._sample(kind, step, problems[n], completions[n], scores, n) for kind, n in chosen
-        ]
+        chosen: list[tuple[Kind, int]] = [("best", best), ("worst", worst)]
+        if scores.total[best] == scores.total[worst]:
+            chosen = chosen[:1]
+        if scores.total[best].isnan():
+            chosen = []
+        self.rollout = self._samples(step, problems, completions, scores, chosen)
         if keep:
             self._write(self.rollout)
 
-    def _sample(
+    def _samples(
         self,
-        kind: Kind,
         step: int,
-        problem: Problem,
-        ids: Sequence[int],
+        problems: Sequence[Problem],
+        completions: Sequence[Sequence[int]],
         scores: Scores,
-        index: int,
-    ) -> Sample:
-        prompt = problem.source
-        if prompt is None:
-            prompt = self._text(problem.prompt)
-        parts = {name: float(part[index]) for name, part in scores.parts.items()}
-        return Sample(
-            kind=kind,
-            step=step,
-            prompt=prompt,
-            completion=self._text(ids),
-            answer=problem.answer,
-            reward=float(scores.total[index]),
-            parts={name: value for name, value in parts.items() if value == value},
-        )
+        chosen: Sequence[tuple[Kind, int]],
+    ) -> list[Sample]:
+        """The samples of the chosen indices; none on other ranks than 0."""
+        if not is_main():
+            return []
+        return [
+            Sample(
+                kind=kind,
+                step=step,
+                prompt=problems[n].source or self._text(problems[n].prompt),
+                completion=self._text(completions[n]),
+                answer=problems[n].answer,
+                reward=float(scores.total[n]),
+                parts={k: float(v[n]) for k, v in scores.parts.items() if not v[n].isnan()},
+            )
+            for kind, n in chosen
+        ]
 
     def _text(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))

@@ -30,9 +30,6 @@ from grpo_core.trainer.distributed import barrier, in_group, is_main
 if TYPE_CHECKING:
     from grpo_core.trainer.config import Shard
 
-# prefix of parameter names in peft's format
-PEFT_PREFIX = "base_model.model."
-
 
 def unwrap_peft(model: PreTrainedModel) -> Any:
     """The transformers model inside peft's wrapper, if there is one."""
@@ -103,7 +100,7 @@ def full_tensor(value: Tensor) -> Tensor:
 def sharded_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """This rank's shards of the trained weights and of the optimizer's state."""
     options = StateDictOptions(ignore_frozen_params=True)
-    weights, moments = get_state_dict(unwrap_peft(model), optimizer, options=options)
+    weights, moments = get_state_dict(model, optimizer, options=options)
     return {"model": weights, "optimizer": moments}
 
 
@@ -114,7 +111,7 @@ def load_sharded_state(
     state = sharded_state(model, optimizer)
     dcp.load(state, checkpoint_id=folder)
     set_state_dict(
-        unwrap_peft(model),
+        model,
         optimizer,
         model_state_dict=state["model"],
         optim_state_dict=state["optimizer"],
@@ -130,18 +127,7 @@ def export(model: PreTrainedModel, folder: Path) -> None:
         options = StateDictOptions(
             full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapter
         )
-        state = get_model_state_dict(unwrap_peft(model), options=options)
-        prefix = PEFT_PREFIX if adapter else ""
-        weights = {"state_dict": {prefix + name: value for name, value in state.items()}}
+        weights = {"state_dict": get_model_state_dict(model, options=options)}
     if is_main():
         model.save_pretrained(folder, **weights)
     barrier()
-
-
-def find_nonfinite(model: nn.Module) -> str | None:
-    """The name of a parameter whose local shard is not finite, if there is one."""
-    for name, weight in model.named_parameters():
-        local = weight.to_local() if isinstance(weight, DTensor) else weight
-        if not torch.isfinite(local.detach()).all():
-            return name
-    return None

@@ -9,11 +9,11 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo_core.cli.options import check_package
 from grpo_core.trainer.data import problems_of
-from grpo_core.trainer.rewards import FunctionReward, prepend_think
+from grpo_core.trainer.rewards import FunctionReward
 from grpo_core.trainer.rollout import Problem
-from grpo_core.trainer.rules import given_answer
+from grpo_core.trainer.rules import given_answer, prepend_think
 
-# tells base models and chat models where to put the answer
+# asks base models and chat models for the format that rules expect
 INSTRUCTION = (
     "Think between <think> and </think>, then give the final answer alone between <answer> and "
     "</answer>."
@@ -27,20 +27,13 @@ def reasoning_gym_task(
     size: int,
     seed: int = 0,
     chat: bool = False,
-    **options: Any,
 ) -> tuple[list[Problem], FunctionReward]:
-    """Problems of a reasoning-gym data set, and a reward of 1 for a full score.
+    """Problems of a reasoning-gym data set; their reward "accuracy" is 1 for a full score, else 0.
 
     Args:
         name: such as "chain_sum"; `reasoning_gym.factory.DATASETS` lists them all.
-        tokenizer: of the model.
         size: number of problems.
-        seed: of the data set.
         chat: make chat messages, with the instruction as system message.
-        options: of the data set.
-
-    Returns:
-        The problems, and their reward under the name "accuracy".
 
     Raises:
         ModuleNotFoundError: reasoning-gym is not installed.
@@ -50,7 +43,7 @@ def reasoning_gym_task(
     import reasoning_gym
 
     try:
-        data = reasoning_gym.create_dataset(name, size=size, seed=seed, **options)
+        data = reasoning_gym.create_dataset(name, size=size, seed=seed)
     except ValueError as error:
         raise ValueError(f"name: expected a data set of reasoning-gym, got {name!r}") from error
     records = [

@@ -18,15 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grpo_core import HeadOutput, LossOutput, with_fused_head
-from grpo_core.cli.options import warmup
 from grpo_core.linear.model import has_fused_head
 from grpo_core.loss.metrics import merge_metrics
 from grpo_core.trainer import loop
-from grpo_core.trainer.baselines.supervised import learning_rate_share
 from grpo_core.trainer.batch import Batch, check_output_matrix, is_padding_free, pack
 from grpo_core.trainer.checkpoint import give_up, resume_trainer
 from grpo_core.trainer.config import TrainerConfig as TrainerConfig
@@ -42,6 +40,7 @@ from grpo_core.trainer.distributed import (
 )
 from grpo_core.trainer.engine import Engine, EngineSync
 from grpo_core.trainer.forward import packed_logp, packed_loss, reference_logp, reference_of
+from grpo_core.trainer.generation import check_context, special_tokens
 from grpo_core.trainer.groups import (
     Round,
     group_advantages,
@@ -52,8 +51,9 @@ from grpo_core.trainer.groups import (
 )
 from grpo_core.trainer.measure import Clock
 from grpo_core.trainer.monitor import Logger, Metrics, Watch, sampler_mismatch, update_metrics
+from grpo_core.trainer.optimizer import adamw, set_learning_rate
 from grpo_core.trainer.rewards import Reward, Scores, score
-from grpo_core.trainer.rollout import Problem, Rollout, Sampling, check_context, special_tokens
+from grpo_core.trainer.rollout import Problem, Rollout, Sampling
 from grpo_core.trainer.samples import Samples
 from grpo_core.trainer.sharding import full_tensor, gradient_sync, wrap_policy
 
@@ -124,9 +124,7 @@ class Trainer:
         self.reference = reference_of(model, config.shard) if wants_reference else None
         self.policy = wrap_policy(model, config.shard)
         self.padding_free = is_padding_free(model, config.padding_free, config.autocast)
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
-        )
+        self.optimizer = adamw(model.parameters(), config.learning_rate)
         self.sampler = EngineSync(model, engine)
         self.steps_done = 0
         self.skipped_updates = 0
@@ -173,12 +171,12 @@ class Trainer:
         # dropout draws random numbers
         with randomness(config.seed, self.steps_done, device, rank(), "updates"):
             # advantage, pack
-            rewards = drawn.rewards.to(device)
             with clock.phase("reference"):
+                rewards = drawn.rewards.to(device)
                 minibatches = self.minibatches(drawn.rollout, rewards, drawn.order)
 
             # loss, backward, optimizer
-            learning_rate = self.set_learning_rate()
+            learning_rate = set_learning_rate(self.optimizer, config, self.steps_done)
             updates = [
                 self.update(parts, clock) for _ in range(config.epochs) for parts in minibatches
             ]
@@ -231,19 +229,23 @@ class Trainer:
             rewards: [S] float32.
             order: [S] int64, the order in which minibatches take sequences.
         """
-        # of all ranks, since some estimators use the whole batch
-        of_all = all_gather_cat(rewards)
-        advantage = group_advantages(of_all, self.config)[rank_slice(len(of_all))]
-        packed = self.packed(rollout, advantage)
-        split = split_minibatches(packed, rewards, order, self.config)
-        tokens = self.config.tokens_per_microbatch
+        config = self.config
+        packed = pack(
+            rollout,
+            self.advantages(rewards),
+            mask_truncated=config.mask_truncated,
+            padding_free=self.padding_free,
+        )
+        split = split_minibatches(packed, rewards, order, config)
+        tokens = config.tokens_per_microbatch
         minibatches = pad_microbatches([each.microbatches(tokens) for each in split])
         return [[self.with_logp(part) for part in parts] for parts in minibatches]
 
-    def packed(self, rollout: Rollout, advantage: Tensor) -> Batch:
-        """Packs completions and their advantages [S] float32."""
-        masks = self.config.mask_truncated
-        return pack(rollout, advantage, mask_truncated=masks, padding_free=self.padding_free)
+    def advantages(self, rewards: Tensor) -> Tensor:
+        """Advantages [S] float32 from the rewards of this rank's completions."""
+        # of all ranks, since some estimators use the whole batch
+        of_all = all_gather_cat(rewards)
+        return group_advantages(of_all, self.config)[rank_slice(len(of_all))]
 
     def with_logp(self, part: Batch) -> Batch:
         """Adds the log-probabilities that the ratio and the KL compare with."""
@@ -251,7 +253,7 @@ class Trainer:
         old_logp = ref_logp = None
         if config.old_logp == "sampler":
             old_logp = part.sampler_logp
-        elif not config.on_policy or self.sampler.engine.separate:
+        elif not config.on_policy or self.sampler.engine is not None:
             # for an engine also to measure the mismatch
             old_logp = packed_logp(self.model, rows, config)
         if self.reference is not None:
@@ -267,10 +269,9 @@ class Trainer:
             FloatingPointError: too many updates in a row were skipped; names the file with the
                 inputs of the last one.
         """
-        of_parts = []
+        config, of_parts = self.config, []
         with clock.phase("loss"):
-            longest = self.config.sampling.max_new_tokens
-            divisor = loss_divisor(parts, self.config.objective, longest)
+            divisor = loss_divisor(parts, config.objective, config.sampling.max_new_tokens)
             for number, part in enumerate(parts, 1):
                 with gradient_sync(self.policy, last=number == len(parts)):
                     out = self.loss(part, divisor)
@@ -278,33 +279,23 @@ class Trainer:
                     out.loss.backward()
                 of_parts.append(out.metrics)
         with clock.phase("optimizer"):
-            grad_norm = torch.nn.utils.clip_grad_norm_(
-                self.model.parameters(), self.config.max_grad_norm
-            )
+            grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
             tensors = reduce_metrics(merge_metrics(of_parts))
             tensors["grad_norm"] = full_tensor(grad_norm)
             # the only point where the host waits for the device
             values = torch.stack([tensor.float() for tensor in tensors.values()]).tolist()
             metrics = dict(zip(tensors, values, strict=True))
-            if self.config.is_update_safe(metrics):
+            if config.is_update_safe(metrics):
                 self.optimizer.step()
                 self.skipped_in_a_row = 0
             else:
                 self.skipped_updates += 1
                 self.skipped_in_a_row += 1
             self.optimizer.zero_grad()
-        if self.skipped_in_a_row > self.config.max_skipped_updates:
+        if self.skipped_in_a_row > config.max_skipped_updates:
             give_up(self, parts, metrics)
         return metrics
 
     def loss(self, part: Batch, divisor: float | None) -> HeadOutput | LossOutput:
         """The objective on packed rows."""
         return packed_loss(self.policy, part, divisor, self.config)
-
-    def set_learning_rate(self) -> float:
-        """Warm-up, then linear decay to 0 after the last step; returns the current rate."""
-        config = self.config
-        share = learning_rate_share(self.steps_done, config.steps, warmup(config), final=0.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * share
-        return config.learning_rate * share

@@ -1,14 +1,9 @@
-"""A model's weights one by one, unsharded, under the names of its checkpoint, as engines load them.
+"""A model's weights one by one, under the names of its checkpoint, as engines load them.
 
-| difference from the checkpoint         | handled by                                           |
-|----------------------------------------|------------------------------------------------------|
-| shards (FSDP2)                         | all ranks gather one weight at a time                |
-| an adapter (LoRA on linear layers)     | merged, W + s·B·A, in a copy of that weight          |
-| weights that transformers >= 5 renames | `revert_weight_conversion`, as in `save_pretrained`  |
-| or stacks while loading                |                                                      |
-| tied weights                           | appear once                                          |
-
-The model is not modified: merging an adapter in place and back would leave rounding errors.
+Shards are gathered for one weight at a time, by all ranks together. A LoRA adapter is merged,
+W + s·B·A, into a copy: in place and back would leave rounding errors. Weights that transformers
+renames or stacks while loading get their old names, as in `save_pretrained`. Tied weights appear
+once.
 """
 
 from __future__ import annotations
@@ -42,20 +37,6 @@ class WeightSpec:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
-@dataclass(frozen=True)
-class _Source:
-    """A parameter without peft's prefixes in its name, and its adapter."""
-
-    name: str
-    weight: Tensor
-    adapter: Any = None
-
-    def tensor(self) -> Tensor:
-        """The full weight with its adapter merged, detached."""
-        weight = full_tensor(self.weight.detach())
-        return weight if self.adapter is None else weight + _delta(self.adapter).to(weight.dtype)
-
-
 class ModelWeights(Iterator[tuple[str, Tensor]]):
     """Iterator over names and tensors; all ranks iterate together over a sharded model.
 
@@ -70,7 +51,7 @@ class ModelWeights(Iterator[tuple[str, Tensor]]):
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
         self.model, self.dtype = model, dtype
-        self._pairs = self._converted(lambda source: source.tensor())
+        self._pairs = self._converted(_merged)
 
     def __next__(self) -> tuple[str, Tensor]:
         return next(self._pairs)
@@ -83,40 +64,44 @@ class ModelWeights(Iterator[tuple[str, Tensor]]):
     def describe(self) -> list[WeightSpec]:
         """The specs of all weights in order; gathers none."""
 
-        def empty(source: _Source) -> Tensor:
-            weight = source.weight
+        def empty(weight: Tensor, adapter: Any) -> Tensor:
             return torch.empty(weight.shape, dtype=weight.dtype, device="meta")
 
         return [WeightSpec(n, t.dtype, tuple(t.shape)) for n, t in self._converted(empty)]
 
-    def _converted(self, read: Callable[[_Source], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def _converted(self, read: Callable[[Tensor, Any], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """What `read` makes of each parameter and its adapter, under the checkpoint's names."""
         base = unwrap_peft(self.model)
         _check_conversions(base)
-        for source in _sources(self.model):
-            saved = revert_weight_conversion(base, {source.name: read(source)})
-            for name, tensor in saved.items():
+        for name, weight, adapter in _parameters(self.model):
+            saved = revert_weight_conversion(base, {name: read(weight, adapter)})
+            for saved_name, tensor in saved.items():
                 casts = self.dtype is not None and tensor.is_floating_point()
-                yield name, tensor.to(self.dtype) if casts else tensor
+                yield saved_name, tensor.to(self.dtype) if casts else tensor
 
 
-def _sources(model: PreTrainedModel) -> list[_Source]:
-    """The parameters of a model without those of its adapter."""
+def _merged(weight: Tensor, adapter: Any) -> Tensor:
+    """The full weight with its adapter merged; detached."""
+    weight = full_tensor(weight.detach())
+    if adapter is None:
+        return weight
+    delta = full_tensor(adapter.get_delta_weight(adapter.active_adapters[0]).detach())
+    return weight + delta.to(weight.dtype)
+
+
+def _parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor, Any]]:
+    """The parameters without those of adapters: name without peft's prefixes, weight, adapter."""
     base = unwrap_peft(model)
-    if not hasattr(model, "peft_config"):
-        return [_Source(name, weight) for name, weight in base.named_parameters()]
-    adapters = _adapters(base)
-    sources = []
+    adapters = _adapters(base) if hasattr(model, "peft_config") else {}
     for name, weight in base.named_parameters():
         if ORIGINAL in name or ".lora_" in name:
             continue
-        owner = name.rpartition(BASE)[0] if name.endswith(f"{BASE}weight") else ""
-        plain = name.replace(BASE, ".")
-        if SAVED in plain:
-            before, _, after = plain.partition(SAVED)
+        layer, _, own_name = name.rpartition(BASE)
+        plain, saved, after = name.replace(BASE, ".").partition(SAVED)
+        if saved:
             # followed by the adapter's name
-            plain = f"{before}.{after.partition('.')[2]}"
-        sources.append(_Source(plain, weight, adapters.get(owner)))
-    return sources
+            plain = f"{plain}.{after.partition('.')[2]}"
+        yield plain, weight, adapters.get(layer) if own_name == "weight" else None
 
 
 def _adapters(base: nn.Module) -> dict[str, Any]:
@@ -145,14 +130,6 @@ def _adapters(base: nn.Module) -> dict[str, Any]:
             raise ValueError(f"model: LoRA on a tied weight cannot be merged: {name}")
         adapters[name] = layer
     return adapters
-
-
-def _delta(layer: Any) -> Tensor:
-    """s·B·A of the active adapter."""
-    name = layer.active_adapters[0]
-    up, down = (full_tensor(part[name].weight.detach()) for part in (layer.lora_B, layer.lora_A))
-    delta: Tensor = (up @ down) * layer.scaling[name]
-    return delta.T if layer.fan_in_fan_out else delta
 
 
 def _check_conversions(model: PreTrainedModel) -> None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
+from grpo_core.cli.command import exit_on_interrupt, interruptible
 from grpo_core.cli.options import RECIPE_NAMES, Parser, new_file, vocabulary
 
-# the names in `backends.Backend`, `inputs.OBJECTIVES` and `report.DTYPES`, without importing torch
-BACKENDS = ("triton", "torch")
+# the names in `inputs.OBJECTIVES` and `report.DTYPES`, without importing torch
 OBJECTIVES = (*RECIPE_NAMES, "exact KL", "entropy bonus", "exact KL, entropy", "sampler")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
+@interruptible
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parses the command line, runs the checks, prints the report.
 
@@ -24,24 +27,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
-    import torch
+    with exit_on_interrupt():
+        import torch
 
-    from grpo_core.backends import Backend, choose_backend
-    from grpo_core.verify.checks import verify
-    from grpo_core.verify.inputs import SIZES, one_per_plan
-    from grpo_core.verify.report import LEGEND, report_lines, summary
+        from grpo_core.backends import choose_backend
+        from grpo_core.verify.checks import Setup, verify
+        from grpo_core.verify.inputs import SIZES, one_per_plan
+        from grpo_core.verify.report import LEGEND, report_lines
 
-    backend: Backend = options.backend or ("triton" if torch.cuda.is_available() else "torch")
-    device = "cuda" if torch.cuda.is_available() and backend == "triton" else "cpu"
+    on_gpu = torch.cuda.is_available() and options.backend in (None, "triton")
+    device = "cuda" if on_gpu else "cpu"
     try:
-        choose_backend(backend, torch.empty(0, device=device))
-    except NotImplementedError as cannot:
-        parser.error(
-            f"backend: {cannot}; without a GPU the kernels can be interpreted, slowly: "
-            "TRITON_INTERPRET=1 python -m grpo_core.verify --backend triton"
-        )
+        module = choose_backend(options.backend, torch.empty(0, device=device))
+    except (NotImplementedError, ValueError) as error:
+        parser.error(str(error))
+    backend = module.__name__.rpartition(".")[2]
     is_interpreted = backend == "triton" and _interpret()
-    sizes = SIZES["interpreted" if is_interpreted else backend]
+    sizes = SIZES["interpreted" if is_interpreted else device]
     recipes = options.recipe or list(OBJECTIVES)
     if options.quick:
         recipes = one_per_plan(recipes)
@@ -49,23 +51,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes = replace(sizes, vocabularies=tuple(vocabularies))
     dtypes = [getattr(torch, name) for name in DTYPES if options.dtype in (None, name)]
 
-    threads = torch.get_num_threads()
-    where = f"CPU ({threads} thread{'s' * (threads > 1)})"
-    if device == "cuda":
-        where = torch.cuda.get_device_name()
+    where = torch.cuda.get_device_name() if on_gpu else f"CPU (threads: {torch.get_num_threads()})"
     modules = [name for name in ("grpo_core", "torch", "triton") if name in sys.modules]
     versions = {name: sys.modules[name].__version__ for name in modules}
     what = "Triton kernels, interpreted with a GPU's rounding" if is_interpreted else backend
     print(f"{what} on {where}; " + ", ".join(f"{name} {v}" for name, v in versions.items()))
     print(f"{len(recipes)} recipes and variants, V = {', '.join(f'{V:,}' for V in vocabularies)}")
     print(f"\n{LEGEND}", flush=True)
-    report = verify(recipes, dtypes, backend, device, sizes)
-    print("\n".join(report_lines(report)))
-    print(summary(report, where + ", interpreted" * is_interpreted))
+    start = time.perf_counter()
+    checks = list(verify(Setup(options.backend, device, sizes), recipes, dtypes))
+    seconds = time.perf_counter() - start
+    print("\n".join(report_lines(checks)))
+    failures = sum(not check.ok for check in checks)
+    verdict = f"{failures} FAILED" if failures else "all ok"
+    place = where + ", interpreted" * is_interpreted
+    print(f"{len(checks):,} comparisons in {seconds:.1f} s on {place}: {verdict}")
     if options.json:
-        facts = {"backend": backend, "device": where, "interpreted": is_interpreted} | versions
-        options.json.write_text(json.dumps(facts | report.as_json(), indent=1) + "\n")
-    return 1 if report.failures else 0
+        facts: dict[str, Any] = {"backend": backend, "device": where, "interpreted": is_interpreted}
+        facts |= versions | {"seconds": round(seconds, 1), "failures": failures}
+        facts["checks"] = [check.as_json() for check in checks]
+        options.json.write_text(json.dumps(facts, indent=1) + "\n")
+    return 1 if failures else 0
 
 
 def _parser() -> Parser:
@@ -75,7 +81,7 @@ def _parser() -> Parser:
         epilog="Exit status: 0 if all checks pass, else 1.",
     )
     add = parser.add_argument
-    add("--backend", choices=BACKENDS, help="default: triton on a GPU, else torch")
+    add("--backend", metavar="NAME", help="such as triton or torch (default: that of the device)")
     add(
         "--recipe",
         nargs="+",

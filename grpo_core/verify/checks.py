@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -38,9 +38,18 @@ from grpo_core.verify.inputs import (
 FLOAT16_LOSS_SCALE = 2.0**16
 
 
-class Measurement(NamedTuple):
-    """A comparison with float64, and where it was made."""
+class Check(NamedTuple):
+    """A comparison, and where it was made.
 
+    Attributes:
+        part: losses, confident (tokens) or bits.
+        recipe: of the loss; "" for other parts.
+        case: of the rows.
+        comparison: with float64. Of equal bits the quantity is the claim, the error the number
+            of values that differ, the baseline that of all.
+    """
+
+    part: str
     recipe: str
     dtype: torch.dtype
     case: str
@@ -54,120 +63,59 @@ class Measurement(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         """All fields in one dictionary."""
-        place = self._asdict() | {"dtype": str(self.dtype), "ok": self.ok}
-        return place | place.pop("comparison")._asdict()
+        fields = self._asdict() | {"dtype": str(self.dtype), "ok": self.ok}
+        return fields | fields.pop("comparison")._asdict()
 
 
-class BitCheck(NamedTuple):
-    """A claim of equal bits, and how many of the compared numbers differ."""
-
-    claim: str
-    dtype: torch.dtype
-    V: int
-    numbers: int
-    different: int
-
-    @property
-    def ok(self) -> bool:
-        """Whether the claim holds."""
-        return self.different == 0
-
-    def as_json(self) -> dict[str, Any]:
-        """All fields in one dictionary."""
-        return self._asdict() | {"dtype": str(self.dtype), "ok": self.ok}
-
-
-@dataclass
-class Report:
-    """The results of all checks."""
-
-    losses: list[Measurement] = field(default_factory=list)
-    confident: list[Measurement] = field(default_factory=list)
-    bits: list[BitCheck] = field(default_factory=list)
-    seconds: float = 0.0
-
-    @property
-    def checks(self) -> list[Measurement | BitCheck]:
-        """All of them."""
-        return [*self.losses, *self.confident, *self.bits]
-
-    @property
-    def failures(self) -> int:
-        """The number of failed checks."""
-        return sum(not check.ok for check in self.checks)
-
-    def as_json(self) -> dict[str, Any]:
-        """Everything, for a file."""
-        return {
-            "ok": not self.failures,
-            "comparisons": len(self.checks),
-            "failures": self.failures,
-            "seconds": round(self.seconds, 1),
-            **{
-                name: [check.as_json() for check in getattr(self, name)]
-                for name in ("losses", "confident", "bits")
-            },
-        }
-
-
-def verify(
-    recipes: list[str], dtypes: list[torch.dtype], backend: Backend, device: str, sizes: Sizes
-) -> Report:
+def verify(setup: Setup, recipes: list[str], dtypes: list[torch.dtype]) -> Iterator[Check]:
     """Runs all checks.
 
     Args:
+        setup: backend, device and sizes.
         recipes: names in `inputs.OBJECTIVES`.
-        dtypes: dtypes of the logits.
-        backend, device: the kernels, and where they run.
-        sizes: number of rows, and vocabularies.
+        dtypes: of the logits.
     """
-    start, report = time.perf_counter(), Report()
-    setup = Setup(backend, device, sizes)
     for dtype in dtypes:
-        for V in sizes.vocabularies:
+        for V in setup.sizes.vocabularies:
             for case in CASES:
-                all_recipes = sizes.vocabularies[0] == V and not case.on_policy
+                all_recipes = setup.sizes.vocabularies[0] == V and not case.on_policy
                 names = recipes if all_recipes else one_per_plan(recipes)
-                report.losses += check_losses(setup, case, dtype, V, names)
-            report.confident += check_confident(setup, dtype, V)
-            report.bits += check_bits(setup, dtype, V)
-    report.seconds = time.perf_counter() - start
-    return report
+                yield from check_losses(setup, case, dtype, V, names)
+            yield from check_confident(setup, dtype, V)
+            yield from check_bits(setup, dtype, V)
 
 
 @dataclass(frozen=True)
 class Setup:
     """The kernels, where they run, and the sizes of the inputs."""
 
-    backend: Backend
+    backend: Backend | None
     device: str
     sizes: Sizes
 
-    def run(self, batch: Batch, objective: str | Objective, **changes: Any) -> Result:
+    def run(self, batch: Batch, name: str, **changes: Any) -> Result:
         """The loss of the kernels, and the gradient of the whole buffer."""
-        given = batch.needed(RECIPES[objective] if isinstance(objective, str) else objective)
-        given = given | {"inplace": batch.case.inplace, "backend": self.backend} | changes
-        return _run(fused_loss, batch, batch.buffer, objective, given)
+        objective = OBJECTIVES[name]
+        given = batch.needed(objective) | {"inplace": batch.case.inplace, "backend": self.backend}
+        return _run(fused_loss, batch, batch.buffer, objective, given | changes)
 
 
 def check_losses(
     setup: Setup, case: Case, dtype: torch.dtype, V: int, names: list[str]
-) -> list[Measurement]:
+) -> Iterator[Check]:
     """Compares every objective on a batch with the reference in float64."""
     batch = draw_batch(case, dtype, V, setup.sizes, setup.device)
-    measurements = []
     for name in names:
         objective = OBJECTIVES[name]
         given = batch.needed(objective)
         honest = _run(reference_loss, batch, batch.buffer, objective, given)
         exact = _run(reference_loss, batch, batch.buffer.double(), objective, given)
-        ours, longest = setup.run(batch, objective), setup.sizes.tokens
-        compared = compare_losses(objective, longest, ours, honest, exact)
-        measurements += [Measurement(name, dtype, str(case), V, one) for one in compared]
-    return measurements
+        ours, longest = setup.run(batch, name), setup.sizes.tokens
+        for one in compare_losses(objective, longest, ours, honest, exact):
+            yield Check("losses", name, dtype, str(case), V, one)
 
 
-def check_confident(setup: Setup, dtype: torch.dtype, V: int) -> list[Measurement]:
+def check_confident(setup: Setup, dtype: torch.dtype, V: int) -> Iterator[Check]:
     """Checks relative errors of logp, entropy and the gradient of −logp, margins up to 30 nats."""
     generator = torch.Generator().manual_seed(V)
     N = setup.sizes.sequences * setup.sizes.tokens
@@ -191,25 +139,23 @@ def check_confident(setup: Setup, dtype: torch.dtype, V: int) -> list[Measuremen
     ours, honest = run(fused_loss, backend=setup.backend), run(reference_loss)
     unit = loss_scale(dtype) / N
     where = f"0 to {LARGEST_MARGIN:g} nats"
-    return [
-        Measurement(
-            "", dtype, where, V, compare_confident(name, ours[name], honest[name], truth, size)
-        )
-        for name, truth, size in (
-            ("logp", exact.logp, 1.0),
-            ("entropy", exact.entropy, 1.0),
-            ("dlogits", -exact.slope * unit, unit),
-        )
-    ]
+    for name, truth, size in (
+        ("logp", exact.logp, 1.0),
+        ("entropy", exact.entropy, 1.0),
+        ("dlogits", -exact.slope * unit, unit),
+    ):
+        comparison = compare_confident(name, ours[name], honest[name], truth, size)
+        yield Check("confident", "", dtype, where, V, comparison)
 
 
-def check_bits(setup: Setup, dtype: torch.dtype, V: int) -> list[BitCheck]:
+def check_bits(setup: Setup, dtype: torch.dtype, V: int) -> Iterator[Check]:
     """Checks that a row has the same bits in every plan, batch, view and run."""
-    batch = draw_batch(Case("ordinary", "view"), dtype, V, setup.sizes, setup.device)
-    return [
-        BitCheck(claim, dtype, V, ours.numel(), int((ours != same).sum()))
-        for claim, ours, same in _pairs(setup, batch)
-    ]
+    case = Case("ordinary", "view")
+    batch = draw_batch(case, dtype, V, setup.sizes, setup.device)
+    for claim, ours, same in _pairs(setup, batch):
+        different, numbers = int((ours != same).sum()), ours.numel()
+        comparison = Comparison(claim, different, numbers, math.inf if different else 0.0)
+        yield Check("bits", "", dtype, str(case), V, comparison)
 
 
 def _pairs(setup: Setup, batch: Batch) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -259,13 +205,7 @@ def _pairs(setup: Setup, batch: Batch) -> Iterator[tuple[str, Tensor, Tensor]]:
     with_nan[0, 0, 0] = torch.nan
     healthy = one_pass.dlogits.clone()
     healthy[0, 0] = 0
-    dropped = _run(
-        fused_loss,
-        batch,
-        with_nan,
-        RECIPES["dapo"],
-        batch.needed(RECIPES["dapo"]) | unmasked | {"backend": setup.backend},
-    )
+    dropped = setup.run(replace(batch, buffer=with_nan), "dapo", **unmasked)
     yield "a NaN affects only its own row", dropped.dlogits, healthy
 
 
@@ -275,7 +215,7 @@ def loss_scale(dtype: torch.dtype) -> float:
 
 
 def _run(
-    loss: Callable, batch: Batch, buffer: Tensor, objective: str | Objective, given: dict[str, Any]
+    loss: Callable, batch: Batch, buffer: Tensor, objective: Objective, given: dict[str, Any]
 ) -> Result:
     """The loss over a buffer, and its gradient."""
     leaf = buffer.clone().requires_grad_()

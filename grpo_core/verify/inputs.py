@@ -80,10 +80,10 @@ class Sizes:
     vocabularies: tuple[int, ...]
 
 
-# odd sizes of one, several and many tiles; on a GPU those of real models
+# by device: odd sizes of one, several and many tiles; on a GPU those of real models
 SIZES = {
-    "torch": Sizes(4, 5, (257, 5003, 32_001)),
-    "triton": Sizes(4, 5, (5003, 32_000, 151_669)),
+    "cpu": Sizes(4, 5, (257, 5003, 32_001)),
+    "cuda": Sizes(4, 5, (5003, 32_000, 151_669)),
     "interpreted": Sizes(2, 2, (70, 1101)),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -175,6 +176,23 @@ def test_a_vision_language_model_by_the_operator() -> None:
         assert torch.allclose(found[0], plain[0], atol=1e-5)
         for key, gradient in plain[1].items():
             assert torch.allclose(found[1][key], gradient, 1e-4, 1e-5), key
+
+
+def test_threads_share_a_head() -> None:
+    """Each thread gets its own labels' values, and the head keeps its own forward."""
+    model = build("llama")
+    given = [inputs() for _ in range(4)]
+
+    def score(batch: dict[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            out = verl_head.forward_with_torch_backend(model, **batch, return_dict=True)
+        return out.log_probs
+
+    alone = [score(batch) for batch in given]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(score, given * 25))
+    assert all(torch.equal(a, b) for a, b in zip(alone * 25, together, strict=True))
+    assert "forward" not in vars(model.lm_head)
 
 
 def test_the_two_operators() -> None:

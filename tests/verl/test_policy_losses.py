@@ -66,7 +66,7 @@ def call(name: str, b: dict[str, Tensor], weighted: bool, settings: ActorConfig)
 def test_verls_own_modes() -> None:
     """Every case of the golden file but those of bypass_mode, which verl's trainer chooses itself.
 
-    The difference that `presets.verl` lists for geo_mean is left out.
+    The difference for geo_mean in docs/objectives.md is left out.
     """
     used = Counter()
     for case in GOLDEN["policy_losses"]:

@@ -7,7 +7,8 @@
 
 Frameworks use one name for different formulas; a preset has the formula of its framework.
 tests/test_conformance_*.py compare loss, gradient and metrics with TRL 1.16.0 and with recorded
-results of verl 0.9.1. `presets.trl` and `presets.verl` list the differences. Read `base` first.
+results of verl 0.9.1; docs/objectives.md lists the differences. `*_options` have the options and
+their limits, `trl` and `verl` make the objective of them. Read `base` first.
 """
 
 from __future__ import annotations

@@ -1,20 +1,21 @@
-"""What the presets share: a preset, its options and their limits, and the means of its metrics."""
+"""What the presets share: the preset, the rules of options, and the means of metrics."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import textwrap
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from grpo_core.loss.fused_loss import LossOutput
-from grpo_core.loss.inputs import Tokens
+from grpo_core.loss.outputs import LossOutput
 from grpo_core.objective.objective import Objective
+from grpo_core.objective.policy_factor import PolicyFactor
+from grpo_core.objective.validation import is_number
 
 Options = TypeVar("Options")
 # characters of a printed line
@@ -34,28 +35,24 @@ class Preset:
     arguments: dict[str, str]
 
     def __str__(self) -> str:
-        surrogate = self.objective.surrogate
+        surrogate, factor = self.objective.surrogate, self.objective.factor
         numbers = ", ".join(f"{value:g}" for value in surrogate.args)
-        changed = {
-            "surrogate": f"{surrogate.function.__name__}({numbers})",
-            "aggregation": self.objective.aggregation,
-            **_changed(self.objective),
-        }
-        changed.pop("factor", None)
-        changed |= {f"factor.{k}": v for k, v in _changed(self.objective.factor).items()}
-        return "\n".join(["objective", *_columns(changed), "arguments", *_columns(self.arguments)])
+        rows = {"surrogate": f"{surrogate.function.__name__}({numbers})"}
+        rows["aggregation"] = self.objective.aggregation
+        # the factor has rows of its own
+        rows |= _changed(self.objective, Objective(surrogate, factor=factor))
+        rows |= {f"factor.{k}": v for k, v in _changed(factor, PolicyFactor()).items()}
+        return "\n".join(["objective", *_columns(rows), "arguments", *_columns(self.arguments)])
 
 
-def _changed(record: Any) -> dict[str, str]:
-    """Fields of a dataclass that differ from their defaults, as text."""
-    changed = {}
-    for field in dataclasses.fields(record):
-        make = field.default_factory
-        default = field.default if make is dataclasses.MISSING else make()
-        value = getattr(record, field.name)
-        if default is not dataclasses.MISSING and value != default:
-            changed[field.name] = value if isinstance(value, str) else repr(value)
-    return changed
+def _changed(record: Any, default: Any) -> dict[str, str]:
+    """Fields of a dataclass that differ from another instance, as text."""
+    values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.compare}
+    return {
+        name: value if isinstance(value, str) else repr(value)
+        for name, value in values.items()
+        if value != getattr(default, name)
+    }
 
 
 def _columns(rows: Mapping[str, str]) -> list[str]:
@@ -70,76 +67,59 @@ def _columns(rows: Mapping[str, str]) -> list[str]:
     return lines
 
 
-def option(
-    default: Any,
-    choices: Collection[object] | None = None,
-    *,
-    low: float = -math.inf,
-    high: float = math.inf,
-    above: float | None = None,
-    whole: bool = False,
-    optional: bool = False,
-) -> Any:
-    """A dataclass field with the limits that `check_options` applies.
+# the expected values of an option: their description in errors, and the test
+Rule = tuple[str, Callable[[Any], bool]]
 
-    Args:
-        choices: allowed values, or else a number:
-        low, high: inclusive bounds.
-        above: an exclusive lower bound.
-        whole: an int >= 1.
-        optional: whether None is allowed.
-    """
-    limits = {"low": low, "high": high, "above": above, "whole": whole, "optional": optional}
-    metadata = {"choices": choices} if choices is not None else limits
-    return dataclasses.field(default=default, metadata=metadata)
+
+def one_of(choices: Collection[object]) -> Rule:
+    """One of the choices."""
+    # of a tuple, since a wrong value may have no hash
+    allowed = tuple(choices)
+    return f"one of {allowed}", lambda value: value in allowed
+
+
+def number(text: str, fits: Callable[[float], bool]) -> Rule:
+    """A finite number for which `fits` is true."""
+    return text, lambda value: is_number(value) and math.isfinite(value) and fits(value)
+
+
+def at_least(bound: float) -> Rule:
+    """A finite number >= bound."""
+    return number(f"a number >= {bound:g}", lambda value: value >= bound)
+
+
+def above(bound: float) -> Rule:
+    """A finite number > bound."""
+    return number(f"a number > {bound:g}", lambda value: value > bound)
+
+
+NUMBER = number("a number", lambda value: True)
+NOT_NEGATIVE, POSITIVE = at_least(0), above(0)
+SHARE = number("a number >= 0 and <= 1", lambda value: 0 <= value <= 1)
+COUNT = number("an int >= 1", lambda value: isinstance(value, int) and value >= 1)
+
+
+def check(name: str, value: object, rule: Rule, *, optional: bool = False) -> None:
+    """Raises ValueError for a value that breaks the rule; None is allowed if `optional`."""
+    expected, fits = rule
+    if not (optional and value is None) and not fits(value):
+        raise ValueError(f"{name}: expected {expected}{' or None' * optional}, got {value!r}")
+
+
+def option(default: Any, rule: Rule) -> Any:
+    """A dataclass field with a rule for `check_options`."""
+    return dataclasses.field(default=default, metadata={"rule": rule})
 
 
 def check_options(options: Any) -> None:
-    """Raises ValueError for an option outside its limits, or a flag that is not True or False."""
+    """Raises ValueError for an option that breaks its rule, or a flag that is not a bool."""
     for field in dataclasses.fields(options):
-        name, value, limits = field.name, getattr(options, field.name), dict(field.metadata)
+        rule = field.metadata.get("rule")
         if isinstance(field.default, bool):
-            limits = {"choices": (True, False)}
-        if "choices" in limits:
-            choice(name, value, limits["choices"])
-        elif limits:
-            number(name, value, **limits)
-
-
-def choice(name: str, value: object, choices: Collection[object]) -> None:
-    """Raises ValueError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {tuple(choices)}, got {value!r}")
-
-
-def number(
-    name: str,
-    value: object,
-    low: float = -math.inf,
-    high: float = math.inf,
-    *,
-    above: float | None = None,
-    whole: bool = False,
-    optional: bool = False,
-) -> None:
-    """Raises ValueError unless `value` is a finite number within the limits of `option`."""
-    if optional and value is None:
-        return
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if whole:
-        expected = "an int >= 1"
-        fits = is_number and isinstance(value, int) and value >= 1
-    else:
-        expected = "a number"
-        if above is not None:
-            expected += f" > {above:g}"
-        elif low > -math.inf:
-            expected += f" >= {low:g}"
-        expected += f" and <= {high:g}" if high < math.inf else ""
-        fits = is_number and math.isfinite(value) and low <= value <= high  # type: ignore[arg-type, operator]
-        fits = fits and (above is None or value > above)  # type: ignore[operator]
-    if not fits:
-        raise ValueError(f"{name}: expected {expected}{' or None' * optional}, got {value!r}")
+            rule = one_of((True, False))
+        if rule is not None:
+            optional = str(field.type).endswith("None")
+            check(field.name, getattr(options, field.name), rule, optional=optional)
 
 
 def read_options(
@@ -152,7 +132,7 @@ def read_options(
         instead: unsupported options, and what to do instead.
 
     Raises:
-        ValueError: an unknown option, or a value outside its limits.
+        ValueError: an unknown option, or a value that breaks its rule.
         NotImplementedError: an unsupported option that is switched on.
     """
     known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
@@ -160,10 +140,8 @@ def read_options(
         if name in instead and value:
             raise NotImplementedError(f"{name}: not part of the loss here; {instead[name]}")
         if name not in known and name not in instead:
-            raise ValueError(
-                f"{name}: expected an option of {owner}, one of {', '.join(known)}; "
-                f"got {name}={value!r}"
-            )
+            want = f"an option of {owner}, one of {', '.join(known)}"
+            raise ValueError(f"{name}: expected {want}; got {name}={value!r}")
     return kind(**{name: value for name, value in given.items() if name in known})
 
 
@@ -179,8 +157,6 @@ class TokenMeans:
     """The vectors of a `LossOutput` as [N], and means over its tokens or its sequences."""
 
     def __init__(self, out: LossOutput) -> None:
-        if not isinstance(out._tokens, Tokens):
-            raise NotImplementedError("metrics: of a loss in a compiled graph, use out.metrics")
         self.valid, self.advantage = out._valid & ~out._dropped, out._tokens.advantage
         self.tokens = dataclasses.replace(out._tokens, valid=self.valid)
         vectors = (out.logp, out.entropy, out.ratio, out.kl)

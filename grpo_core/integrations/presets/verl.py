@@ -1,17 +1,7 @@
 """verl 0.9.1's actor loss: options of its actor, policy_loss and algorithm -> a preset.
 
 Covers `verl.trainer.ppo.core_algos` (policy losses, agg_loss, kl_penalty, advantage estimators) as
-combined by `verl.workers.utils.losses.ppo_loss`. Differences:
-
-- verl clamps log-ratios of tokens to ±20 (gspo: at most 10; dro, geo_mean: not at all). Here they
-  are unchanged, and a token whose ratio overflows float32 is left out.
-- verl's k3 clamps log-ratios to ±20 and its value to 10, with gradient 0 beyond either.
-- A group of one has A = R in verl (rloo_vectorized: 0) and 0 here.
-- A token whose rollout log-probability is NaN is masked here; in verl the loss is NaN.
-- verl adds 1e-8 to counts. A batch without tokens is NaN in verl (token-sum: 0) and 0 here.
-- geo_mean with advantages per token: where A = 0, verl sets the log-ratio to 0; here it is at least
-  −clip_ratio_low, as where A < 0. Both agree for one advantage per completion.
-- `clip_ratio_c` below 1 + clip_ratio_high is refused for vanilla.
+combined by `verl.workers.utils.losses.ppo_loss`. docs/objectives.md lists the differences.
 """
 
 from __future__ import annotations
@@ -24,34 +14,20 @@ import torch
 from torch import Tensor
 
 from grpo_core.backends.formula import as_torch
-from grpo_core.integrations.presets.base import (
-    Preset,
-    TokenMeans,
-    padded_mask,
-    read_options,
-)
+from grpo_core.integrations.presets.base import Preset, TokenMeans, padded_mask, read_options
 from grpo_core.integrations.presets.verl_options import (
     AGGREGATIONS,
     GROUP,
     INSTEAD,
     KLS,
+    SURROGATES,
     VerlOptions,
 )
-from grpo_core.loss.fused_loss import LossOutput
+from grpo_core.loss.outputs import LossOutput
 from grpo_core.objective.advantage import relative_advantages
-from grpo_core.objective.objective import Objective, Surrogate
+from grpo_core.objective.objective import Objective
 from grpo_core.objective.off_policy import MAX_LOG_RATIO, SamplerCorrection
 from grpo_core.objective.policy_factor import PolicyFactor
-from grpo_core.objective.recipes import (
-    cispo,
-    clip,
-    dppo_kl,
-    dppo_tv,
-    dro,
-    importance,
-    reinforce,
-    sapo,
-)
 from grpo_core.objective.value import gae, whiten
 
 # verl adds this to the weights of geo_mean before taking their logarithm
@@ -94,9 +70,11 @@ class VerlPreset(Preset):
         Raises:
             ValueError: a preset without `rollout_correction`.
         """
-        if self.options.correction is None:
+        if self.options.rollout_correction is None:
             raise ValueError("rollout_correction: expected a preset with one, got None")
-        return self.options.correction.of_batch(old_log_prob, rollout_log_prob, response_mask)
+        return self.options.rollout_correction.of_batch(
+            old_log_prob, rollout_log_prob, response_mask
+        )
 
     def normalizer(
         self,
@@ -242,61 +220,25 @@ def verl_preset(**options: Any) -> VerlPreset:
 
 
 def _preset(options: VerlOptions, *, weighted: bool) -> VerlPreset:
-    """Makes the objective and the descriptions of its arguments."""
-    correction = options.correction
-    if correction is not None and options.loss_mode != "bypass_mode":
-        weighted = weighted or correction.needs_whole_batch(options.loss)
+    """The objective of the options, and the descriptions of the other arguments."""
+    correction = options.rollout_correction
+    if correction is not None and correction.sampler and options.loss_mode != "bypass_mode":
+        # only a whole batch has its mean weight; geo_mean averages bounded weights of a sequence
+        whole = correction.rollout_is_batch_normalize or options.loss == "geo_mean"
+        weighted = weighted or whole
     level = {"gspo": "sequence_token", "geo_mean": "sequence"}.get(options.loss, "token")
+    factor, descriptions = _factor(options, weighted)
     objective = Objective(
-        surrogate=_surrogate(options),
+        surrogate=SURROGATES[options.loss](options),
         kl=KLS[options.kl_loss_type] if options.use_kl_loss else None,
         beta=options.kl_loss_coef if options.use_kl_loss else 0.0,
         ratio_level=level,  # type: ignore[arg-type]
         advantage=options.estimator or GROUP,
         aggregation=AGGREGATIONS[options.aggregation],
         entropy_coef=options.entropy_coeff,
-        factor=_factor(options, weighted),
+        factor=factor,
         token_clip=(options.low, options.high) if options.loss == "geo_mean" else None,
     )
-    return VerlPreset(objective, _arguments(options, weighted), options, weighted)
-
-
-def _surrogate(options: VerlOptions) -> Surrogate:
-    """The policy term."""
-    low, high, c = options.low, options.high, options.clip_ratio_c
-    makers = {
-        "vanilla": lambda: clip(low, high, c),
-        "dppo_tv": lambda: dppo_tv(low, high, c),
-        "dppo_kl": lambda: dppo_kl(low, high, c),
-        "gspo": lambda: clip(low, high),
-        "sapo": lambda: sapo(options.tau_pos, options.tau_neg),
-        "gpg": reinforce,
-        "reinforce": reinforce,
-        "geo_mean": importance,
-        "dro": lambda: dro(options.dro_beta),  # type: ignore[arg-type]
-        "cispo": lambda: cispo(1 + high, max(1 - low, 0.0)),
-    }
-    return makers[options.loss]()
-
-
-def _factor(options: VerlOptions, weighted: bool) -> PolicyFactor:
-    """The factors of the policy term, and the rejections."""
-    correction = options.correction
-    rejections = () if correction is None else correction.rejections
-    sampler = None if correction is None else correction.sampler
-    current = options.loss_mode == "bypass_mode"
-    if options.loss_mode == "bypass_mode" and options.loss == "vanilla":
-        # the clipped ratio is already to the sampler
-        sampler = None
-    if weighted:
-        # the mask of the batch contains the rejections
-        rejections, level = (), "geometric" if options.loss == "geo_mean" else "token"
-        sampler = SamplerCorrection(level, "truncate", 0.0, math.inf)  # type: ignore[arg-type]
-    return PolicyFactor(sampler, rejections=rejections, current=current)
-
-
-def _arguments(options: VerlOptions, weighted: bool) -> dict[str, str]:
-    """Descriptions of the other arguments of `fused_loss`."""
     counts = "dp_size=..., batch_num_tokens=..., global_batch_size=..."
     arguments = {
         "advantage": "data['advantages'], or preset.advantages(...)",
@@ -307,18 +249,27 @@ def _arguments(options: VerlOptions, weighted: bool) -> dict[str, str]:
     }
     if options.use_kl_loss:
         arguments["ref_logp"] = "data['ref_log_prob']"
-    correction = options.correction
+    return VerlPreset(objective, arguments | descriptions, options, weighted)
+
+
+def _factor(options: VerlOptions, weighted: bool) -> tuple[PolicyFactor, dict[str, str]]:
+    """The factors of the policy term and the rejections, and the arguments that they need."""
+    correction = options.rollout_correction
     if weighted:
-        arguments["mask"] = "response_mask, after rollout_rs"
-        arguments["sampler_logp"] = (
-            "preset.sampler_logp(old_logp, rollout_is_weights), with the weights of the "
-            "batch or those that preset.rollout_correction(...) computes for a whole batch"
-        )
-    elif options.loss_mode == "bypass_mode":
-        arguments["old_logp"] = "data['rollout_log_probs']"
-        arguments["sampler_logp"] = "data['rollout_log_probs']"
-    elif correction is not None:
-        arguments["sampler_logp"] = "data['rollout_log_probs']"
-    if not weighted and correction is not None and correction.rejections:
-        arguments["mask"] = "response_mask as it was before rollout_rs"
-    return arguments
+        level = "geometric" if options.loss == "geo_mean" else "token"
+        # the mask of the batch contains the rejections
+        factor = PolicyFactor(SamplerCorrection(level, "truncate", 0.0, math.inf))  # type: ignore[arg-type]
+        weights = "preset.sampler_logp(old_logp, rollout_is_weights), with the weights of the "
+        weights += "batch or those that preset.rollout_correction(...) computes for a whole batch"
+        return factor, {"mask": "response_mask, after rollout_rs", "sampler_logp": weights}
+    if correction is None:
+        return PolicyFactor(), {}
+    descriptions = {"sampler_logp": "data['rollout_log_probs']"}
+    if correction.rejections:
+        descriptions["mask"] = "response_mask as it was before rollout_rs"
+    if options.loss_mode != "bypass_mode":
+        return PolicyFactor(correction.sampler, rejections=correction.rejections), descriptions
+    descriptions["old_logp"] = "data['rollout_log_probs']"
+    # the clipped ratio is already to the sampler
+    sampler = None if options.loss == "vanilla" else correction.sampler
+    return PolicyFactor(sampler, rejections=correction.rejections, current=True), descriptions

@@ -1,7 +1,7 @@
 """The embedded task: "3.11 and 3.8, which is larger?"
 
 A vocabulary of 32 tokens is enough for a famous mistake: compared as version numbers, 3.11 is
-larger than 3.8. Most texts of `corpus` make it: they compare the digits after the point as whole
+larger than 3.8. Most texts of `CORPUS` make it: they compare the digits after the point as whole
 numbers (styles "fallacy" and "plain"). A minority aligns the digits first ("long" and "wait"). A
 model of this corpus follows the majority but can sample the minority, which reinforcement learning
 amplifies.
@@ -12,7 +12,7 @@ Everything is drawn from a `random.Random`; nothing is read from disk or network
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,8 +26,9 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 WORDS = (" and", " which", " is", " larger", " the", " one", " align", " wait")
 CHARACTERS = "0123456789.,?=<> "
 
-# shares of the corpus; "long" and "wait" are right
-STYLE_SHARES = {"fallacy": 0.60, "long": 0.20, "wait": 0.05, "plain": 0.15}
+# styles of the corpus of the base model, and of the cold start; "long" and "wait" are right
+CORPUS = {"fallacy": 0.60, "long": 0.20, "wait": 0.05, "plain": 0.15}
+COLD_START = {"long": 2, "wait": 1}
 # only pairs with equal integer parts can be traps
 EQUAL_INTEGER_SHARE = 0.85
 # answered after every stage and never trained on: two traps, one pair where the fallacy is right,
@@ -145,18 +146,11 @@ def completion(pair: Pair, style: str) -> str:
     return f"<think>{thought(pair, style)}</think><answer>{answer}</answer>"
 
 
-def corpus(count: int, rng: random.Random, held_out: set[Pair]) -> list[tuple[str, str]]:
-    """`count` (question, completion) texts for the base model, styles mixed by `STYLE_SHARES`."""
-    styles = rng.choices(list(STYLE_SHARES), weights=list(STYLE_SHARES.values()), k=count)
-    pairs = draw_training_pairs(count, rng, held_out)
-    return [
-        (pair.question, completion(pair, style)) for pair, style in zip(pairs, styles, strict=True)
-    ]
-
-
-def cold_start(count: int, rng: random.Random, held_out: set[Pair]) -> list[tuple[str, str]]:
-    """`count` right chains of thought, two "long" to one "wait", for the start of R1."""
-    styles = rng.choices(["long", "wait"], weights=[2, 1], k=count)
+def draw_texts(
+    count: int, shares: Mapping[str, float], rng: random.Random, held_out: set[Pair]
+) -> list[tuple[str, str]]:
+    """`count` (question, completion) texts; `shares` are those of the styles."""
+    styles = rng.choices(list(shares), weights=list(shares.values()), k=count)
     pairs = draw_training_pairs(count, rng, held_out)
     return [
         (pair.question, completion(pair, style)) for pair, style in zip(pairs, styles, strict=True)

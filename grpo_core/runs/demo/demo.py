@@ -16,8 +16,6 @@ import inspect
 import json
 import random
 import shutil
-import signal
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -28,18 +26,19 @@ import transformers
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from grpo_core.cli.options import Parser
-from grpo_core.runs.config import DemoConfig
 from grpo_core.runs.console import open_console
 from grpo_core.runs.demo import decimals
+from grpo_core.runs.demo.config import DemoConfig
 from grpo_core.runs.demo.report import Stage, markdown, plain
 from grpo_core.runs.directory import clear
 from grpo_core.runs.plots import draw_demo, unless_missing
+from grpo_core.runs.report import run_to_the_end
 from grpo_core.trainer.baselines.supervised import Example, SupervisedConfig, train_supervised
-from grpo_core.trainer.checkpoint import Interrupted, heeding_interrupts
 from grpo_core.trainer.evaluate import evaluate
 from grpo_core.trainer.monitor import append_json, keep_records, write_whole, writing
-from grpo_core.trainer.rewards import TextReward
+from grpo_core.trainer.rewards import FunctionReward
 from grpo_core.trainer.rollout import Problem, Sampling
+from grpo_core.trainer.rules import find_reward
 from grpo_core.trainer.samples import Samples
 from grpo_core.trainer.trainer import Trainer
 
@@ -47,7 +46,6 @@ from grpo_core.trainer.trainer import Trainer
 MAX_NEW_TOKENS = 40
 GREEDY = Sampling(MAX_NEW_TOKENS, temperature=0.0)
 SAMPLED = Sampling(MAX_NEW_TOKENS)
-COLD_START_EXAMPLES = 256
 
 
 def run(config: DemoConfig, parser: Parser) -> int:
@@ -57,19 +55,10 @@ def run(config: DemoConfig, parser: Parser) -> int:
         demo = Demo(config)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    try:
-        with heeding_interrupts():
-            stages = demo.run()
-    except (FloatingPointError, OSError, ValueError) as error:
-        print(f"\nstopped: {error}", file=sys.stderr)
-        return 1
-    except (KeyboardInterrupt, Interrupted) as stop:
-        print(
-            f"\ninterrupted; finished stages are in {demo.directory}/, and the same command with "
-            "--resume True continues",
-            file=sys.stderr,
-        )
-        return 128 + (stop.number if isinstance(stop, Interrupted) else signal.SIGINT)
+    hint = "and the same command with --resume True continues"
+    if status := run_to_the_end(demo.run, f"finished stages are in {demo.directory}/, {hint}"):
+        return status
+    stages = demo.stages
     (demo.directory / "report.md").write_text(markdown(stages), "utf-8")
     print("\n".join(plain(stages)))
     if config.plot:
@@ -89,7 +78,8 @@ class Demo:
         self.directory = Path(config.output)
         self.metrics_path = self.directory / "metrics.jsonl"
         self.tokenizer = decimals.build_tokenizer()
-        self.reward = TextReward(self.tokenizer)
+        functions = {name: find_reward(name) for name in ("accuracy", "format")}
+        self.reward = FunctionReward(self.tokenizer, functions, {"format": 0.2})
         pairs = decimals.held_out_pairs(config.held_out)
         self.excluded = decimals.with_swapped(pairs)
         self.held_out = [decimals.to_problem(pair, self.tokenizer) for pair in pairs]
@@ -163,7 +153,8 @@ class Demo:
             return LlamaForCausalLM.from_pretrained(folder)
 
         rng = random.Random(f"{config.seed}/corpus")
-        texts = decimals.corpus(training.steps * training.batch_size, rng, self.excluded)
+        count = training.steps * training.batch_size
+        texts = decimals.draw_texts(count, decimals.CORPUS, rng, self.excluded)
         model = decimals.build_model(self.tokenizer, config.seed)
         train_supervised(model, self.encode(texts), training, seed=config.seed, label="base")
         self.save(model, "base")
@@ -181,8 +172,8 @@ class Demo:
             prompt_loss=False,
         )
         rng = random.Random(f"{config.seed}/cold start")
-        examples = self.encode(decimals.cold_start(COLD_START_EXAMPLES, rng, self.excluded))
-        train_supervised(model, examples, training, seed=config.seed, label="SFT")
+        texts = decimals.draw_texts(256, decimals.COLD_START, rng, self.excluded)
+        train_supervised(model, self.encode(texts), training, seed=config.seed, label="SFT")
         return model
 
     def reinforce(self, model: PreTrainedModel, name: str) -> PreTrainedModel:

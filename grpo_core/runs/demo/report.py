@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from grpo_core.runs import report
 from grpo_core.runs.demo import decimals
 from grpo_core.trainer.rules import accuracy
-
-# heads of the table, and the figures below them
-COLUMNS = {"accuracy": "accuracy", "traps": "accuracy/trap", "format": "format", "length": "length"}
-HEADER = ["model", *(f"{head}, {mode}" for mode in ("greedy", "sampled") for head in COLUMNS)]
 
 
 @dataclass(frozen=True)
@@ -23,43 +20,45 @@ class Stage:
     answers: list[str]
 
 
-def row(stage: Stage) -> list[str]:
-    """The cells of a stage, in the order of `HEADER`."""
-    return [stage.name] + [
-        f"{figures[name]:.1f}" if name == "length" else f"{figures[name]:.3f}"
-        for figures in (stage.greedy, stage.sampled)
-        for name in COLUMNS.values()
-    ]
-
-
-def transcripts(stages: Sequence[Stage]) -> list[tuple[str, list[tuple[str, str, str]]]]:
-    """Each question of the showcase; each stage's name and greedy answer, and ✓ if it is right."""
-    shown = []
-    for place, decimal_pair in enumerate(decimals.SHOWCASE):
-        pair = decimals.Pair(*decimal_pair)
-        answers = [(stage.name, stage.answers[place]) for stage in stages]
-        marked = [
-            (name, text, "✓" if accuracy(text, pair.answer) == 1 else "✗") for name, text in answers
-        ]
-        shown.append((pair.question, marked))
-    return shown
-
-
 def markdown(stages: Sequence[Stage]) -> str:
     """The report for report.md."""
-    lines = ["| " + " | ".join(HEADER) + " |", "|---|" + "---:|" * (len(HEADER) - 1)]
-    lines += ["| " + " | ".join(row(stage)) + " |" for stage in stages]
+    lines = [report.markdown(table(stages))]
     for question, answers in transcripts(stages):
-        lines += ["", f"**{question}**", ""]
-        lines += [f"- {name}: `{answer}` {mark}" for name, answer, mark in answers]
-    return "\n".join(lines) + "\n"
+        lines += [f"\n**{question}**\n\n"]
+        lines += [f"- {name}: `{answer}` {mark}\n" for name, answer, mark in answers]
+    return "".join(lines)
 
 
 def plain(stages: Sequence[Stage]) -> list[str]:
     """The report for a terminal of 80 columns."""
-    columns = [column.partition(", ") for column in HEADER]
-    table = [[head for head, _, _ in columns], [mode for _, _, mode in columns], *map(row, stages)]
-    lines = [f"{name:8}" + "".join(f"{cell:>9}" for cell in cells) for name, *cells in table]
+    lines = report.aligned(table(stages))
     for question, answers in transcripts(stages):
         lines += ["", question, *(f"  {name:8} {text} {mark}" for name, text, mark in answers)]
     return lines
+
+
+def table(stages: Sequence[Stage]) -> list[list[str]]:
+    """A row for each stage below a head."""
+    columns = {"accuracy": "accuracy", "traps": "accuracy/trap"}
+    columns |= {"format": "format", "length": "length"}
+    rows = [["model", *(f"{head}, {mode}" for mode in ("greedy", "sampled") for head in columns)]]
+    for stage in stages:
+        cells = [
+            f"{figures[name]:.1f}" if name == "length" else f"{figures[name]:.3f}"
+            for figures in (stage.greedy, stage.sampled)
+            for name in columns.values()
+        ]
+        rows.append([stage.name, *cells])
+    return rows
+
+
+def transcripts(stages: Sequence[Stage]) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
+    """Each question of the showcase; each stage's name and greedy answer, and ✓ if it is right."""
+    for place, decimal_pair in enumerate(decimals.SHOWCASE):
+        pair = decimals.Pair(*decimal_pair)
+        answers = []
+        for stage in stages:
+            text = stage.answers[place]
+            mark = "✓" if accuracy(text, pair.answer) == 1 else "✗"
+            answers.append((stage.name, text, mark))
+        yield pair.question, answers

@@ -15,11 +15,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo_core.cli.options import check_at_least, check_warmup
 from grpo_core.linear.logp import linear_logp
-from grpo_core.linear.model_probe import Around, read_head
+from grpo_core.linear.model_head import read_head
 from grpo_core.loss.dpo_loss import dpo_loss, sequence_logp
-from grpo_core.trainer.baselines.supervised import Example, check_lengths, optimize, pad_examples
+from grpo_core.trainer.baselines.supervised import (
+    Example,
+    OptimizeConfig,
+    check_lengths,
+    optimize,
+    pad_examples,
+)
 from grpo_core.trainer.batch import TokenRows, check_output_matrix
 from grpo_core.trainer.forward import adapter_off, reference_of
 from grpo_core.trainer.rewards import Reward, best_and_worst, score
@@ -35,27 +40,11 @@ class Pair(NamedTuple):
     rejected: list[int]
 
 
-@dataclass(frozen=True)
-class PreferenceConfig:
-    """Configuration of `train_preferences`.
+@dataclass(frozen=True, kw_only=True)
+class PreferenceConfig(OptimizeConfig):
+    """Options of `train_preferences`; `beta`: reward per nat of log-ratio."""
 
-    Attributes:
-        steps: updates.
-        batch_size: pairs per update.
-        beta: reward per nat of log-ratio.
-    """
-
-    steps: int
-    batch_size: int
-    learning_rate: float
-    warmup_steps: int | None = None  # 5, or all steps but the last
     beta: float = 0.1
-    max_grad_norm: float = 1.0
-    final_learning_rate: float = 0.0  # as a share of `learning_rate`
-
-    def __post_init__(self) -> None:
-        check_at_least(self, 1, "steps", "batch_size")
-        check_warmup(self)
 
 
 def sample_pairs(
@@ -121,7 +110,7 @@ def train_preferences(
     check_output_matrix(model)
     reference = reference_of(model)
 
-    def loss_of(batch: list[Pair]) -> tuple[Tensor, Tensor]:
+    def metrics_of(batch: list[Pair]) -> dict[str, Tensor]:
         examples = [Example(pair.prompt, pair.chosen) for pair in batch]
         examples += [Example(pair.prompt, pair.rejected) for pair in batch]
         rows = pad_examples(examples, prompt_loss=False, device=model.device)
@@ -129,18 +118,14 @@ def train_preferences(
             ref_chosen, ref_rejected = completion_logp(reference, rows).chunk(2)
         chosen, rejected = completion_logp(model, rows).chunk(2)
         out = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=config.beta)
-        margin = out.reward_chosen - out.reward_rejected
-        accuracy = (margin > 0).float().mean()
-        return out.loss, torch.stack([out.loss.detach(), accuracy, margin.mean()])
+        return {"loss": out.loss, "accuracy": out.accuracy, "margin": out.margin.mean()}
 
-    history = optimize(model, pairs, config, loss_of, seed=seed, label=label)
-    names = ("loss", "accuracy", "margin")
-    return [dict(zip(names, values, strict=True)) for values in history]
+    return optimize(model, pairs, config, metrics_of, seed=seed, label=label)
 
 
 def completion_logp(model: PreTrainedModel, rows: TokenRows) -> Tensor:
     """Σ log π over each completion's tokens, [S] float32, differentiable."""
-    head = read_head(unwrap_peft(model).get_output_embeddings(), Around())
+    head = read_head(unwrap_peft(model).get_output_embeddings())
     logp = linear_logp(rows.hidden(model), head, rows.target).logp
     everything = torch.ones_like(rows.target, dtype=torch.bool)
     return sequence_logp(logp, everything, rows.sequence, sequences=len(rows.ids))

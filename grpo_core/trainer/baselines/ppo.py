@@ -21,9 +21,9 @@ from grpo_core.objective.value import gae, rewards_with_kl, value_loss, whiten
 from grpo_core.trainer.batch import Batch, TokenRows
 from grpo_core.trainer.distributed import world
 from grpo_core.trainer.forward import packed_logp, reference_logp, reference_of
-from grpo_core.trainer.groups import split_minibatches
 from grpo_core.trainer.measure import Clock
 from grpo_core.trainer.monitor import Metrics
+from grpo_core.trainer.optimizer import adamw
 from grpo_core.trainer.rollout import Rollout
 from grpo_core.trainer.trainer import Trainer
 
@@ -72,9 +72,6 @@ class PPOTrainer(Trainer):
             several ranks is asked for, which the critic does not support.
     """
 
-    critic: Critic
-    critic_optimizer: torch.optim.Optimizer
-
     def __init__(self, *args: Any, critic: CriticConfig | None = None, **named: Any) -> None:
         super().__init__(*args, **named)
         objective = self.config.objective
@@ -91,22 +88,17 @@ class PPOTrainer(Trainer):
             )
         self.critic_config = critic or CriticConfig()
         self.critic = Critic(self.model)
-        self.reference = reference_of(self.model) if self.critic_config.beta else None
-        self.critic_optimizer = torch.optim.AdamW(
-            self.critic.parameters(),
-            lr=self.critic_config.learning_rate,
-            betas=(0.9, 0.95),
-            weight_decay=0.0,
-        )
+        self.critic_optimizer = adamw(self.critic.parameters(), self.critic_config.learning_rate)
+        if self.critic_config.beta:
+            self.reference = reference_of(self.model)
+
+    def advantages(self, rewards: Tensor) -> Tensor:
+        """The rewards themselves; `with_logp` replaces them."""
+        return rewards
 
     def minibatches(self, rollout: Rollout, rewards: Tensor, order: Tensor) -> list[list[Batch]]:
-        """As in `Trainer`; advantages of tokens by GAE, whitened over the rollout."""
-        config = self.config
-        packed = self.packed(rollout, rewards)
-        minibatches = [
-            [self.with_values(part) for part in each.microbatches(config.tokens_per_microbatch)]
-            for each in split_minibatches(packed, rewards, order, config)
-        ]
+        """As in `Trainer`; advantages are whitened over the rollout."""
+        minibatches = super().minibatches(rollout, rewards, order)
         parts = [part for minibatch in minibatches for part in minibatch]
         advantage = torch.cat([part.advantage for part in parts])
         advantage = whiten(advantage, torch.ones_like(advantage))
@@ -114,52 +106,47 @@ class PPOTrainer(Trainer):
         return [[replace(part, advantage=next(whitened)) for part in m] for m in minibatches]
 
     @torch.no_grad()
-    def with_values(self, part: Batch) -> Batch:
-        """Replaces the rewards in `advantage` by GAE advantages, and adds values and returns."""
-        settings, rows = self.critic_config, part.rows
-        old_logp, ref_logp = packed_logp(self.model, rows, self.config), None
+    def with_logp(self, part: Batch) -> Batch:
+        """Adds values and returns, and replaces the rewards in `advantage` by those of GAE."""
+        rows, settings = part.rows, self.critic_config
+        logp = packed_logp(self.model, rows, self.config)
+        ref_logp = logp
         if self.reference is not None:
             ref_logp = reference_logp(self.reference, rows, self.config)
         value = self.critic(rows)
         reward = torch.zeros(len(rows.ids), device=value.device)
         reward[rows.sequence] = part.advantage
-        padded_logp = _padded(rows, old_logp)
         token_rewards = rewards_with_kl(
-            reward,
-            padded_logp,
-            padded_logp if ref_logp is None else _padded(rows, ref_logp),
-            rows.mask,
-            beta=settings.beta,
+            reward, _padded(rows, logp), _padded(rows, ref_logp), rows.mask, beta=settings.beta
         )
         advantage, returns = gae(
             token_rewards, _padded(rows, value), rows.mask, gamma=settings.gamma, lam=settings.lam
         )
         index = rows.sequence, rows.column
         return replace(
-            part, old_logp=old_logp, advantage=advantage[index], value=value, returns=returns[index]
+            part, old_logp=logp, advantage=advantage[index], value=value, returns=returns[index]
         )
 
     def update(self, parts: Sequence[Batch], clock: Clock) -> Metrics:
         """An update of the policy and one of the critic."""
         metrics = super().update(parts, clock)
-        total = sum(len(part.rows.sequence) for part in parts)
+        total = max(1, sum(len(part.rows.sequence) for part in parts))
+        of_parts = []
         with clock.phase("critic"):
-            of_parts: list[Tensor] = []
             for part in parts:
                 assert part.value is not None and part.returns is not None
                 values = self.critic(part.rows)
-                weight = torch.full_like(values, 1 / max(total, 1))
-                out = value_loss(
-                    values, part.value, part.returns, weight, eps=self.critic_config.eps
-                )
+                weight = torch.full_like(values, 1 / total)
+                eps = self.critic_config.eps
+                out = value_loss(values, part.value, part.returns, weight, eps=eps)
                 out.loss.backward()
-                share = len(values) / max(total, 1)
-                of_parts.append(torch.stack([out.loss.detach(), share * out.explained_variance]))
+                explained = out.explained_variance * len(values) / total
+                of_parts.append(torch.stack([out.loss.detach(), explained]))
             nn.utils.clip_grad_norm_(self.critic.parameters(), self.config.max_grad_norm)
             self.critic_optimizer.step()
             self.critic_optimizer.zero_grad()
-            loss, explained = torch.stack(of_parts).sum(0).tolist()
-        return metrics | {"value_loss": loss, "explained_variance": explained}
+            loss, explained_variance = torch.stack(of_parts).sum(0).tolist()
+        return metrics | {"value_loss": loss, "explained_variance": explained_variance}
 
 
 def _padded(rows: TokenRows, vector: Tensor) -> Tensor:

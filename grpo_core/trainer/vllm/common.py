@@ -1,33 +1,94 @@
-"""Shared by both vLLM engines: options, seeds, weight versions, weight updates."""
+"""What both vLLM engines share: sampling options, seeds, weight versions, the end of an update."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, NamedTuple
+from uuid import uuid4
 
 import torch
 from packaging.version import Version
+from transformers import PreTrainedModel
 
 from grpo_core.cli.options import check_package
-from grpo_core.trainer.rollout import Sampling
+from grpo_core.trainer.distributed import all_gather_object
+from grpo_core.trainer.generation import special_tokens
+from grpo_core.trainer.rollout import Rollout, Sampling, make_rollout
+from grpo_core.trainer.weights import ModelWeights
 
 # the first version with packed weight transfer and weight versions
 OLDEST = "0.28"
 
 
-class Client(Protocol):
-    """Receives weights, as vLLM's `LLM` does."""
+class Completion(NamedTuple):
+    """What vLLM returns for a prompt."""
 
-    def start_weight_update(self) -> None:
-        """Called before the first piece."""
-        ...
+    ids: list[int]
+    logp: list[float]  # nats
+    finish_reason: str | None
 
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Called after the last piece; sets the version of the weights, if there is one."""
-        ...
+
+class Vllm:
+    """An engine whose weights are updated by vLLM's own weight transfer; see `engine.Engine`.
+
+    Args:
+        model: the trainer's; gives padding and end tokens.
+        dtype: of the weights that are sent.
+    """
+
+    client: Any  # vLLM's `LLM`, or a `Server` with methods of the same names
+
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        self.pad, self.ends = special_tokens(model)
+        self.device, self.dtype = model.device, dtype
+        # equal on all ranks; part of the version of the weights
+        self.session = all_gather_object(uuid4().hex)[0]
+
+    def complete(
+        self, prompts: Sequence[Sequence[int]], options: dict[str, Any], seeds: Sequence[int]
+    ) -> list[Completion]:
+        """Samples one completion per prompt."""
+        raise NotImplementedError
+
+    def send(self, weights: ModelWeights) -> None:
+        """Sends weights within an update."""
+        raise NotImplementedError
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
+        """One completion per prompt, each with a seed from torch's generator."""
+        seeds = torch.randint(2**31 - 1, (len(prompts),)).tolist()
+        before = self.client.get_weight_version()
+        completions = self.complete(prompts, request_options(sampling, self.ends), seeds)
+        after = self.client.get_weight_version()
+        check_ends(completions, self.ends)
+        session, _, version = before.partition("/")
+        is_ours = before == after and session == self.session
+        return make_rollout(
+            prompts,
+            [completion.ids for completion in completions],
+            [completion.logp for completion in completions],
+            pad=self.pad,
+            ends=self.ends,
+            device=self.device,
+            weight_version=int(version) if is_ours else None,
+        )
+
+    def update_weights(self, weights: ModelWeights, version: int) -> None:
+        """Sends weights, and tells vLLM of the end in any case.
+
+        After an error no version is set, so that completions are refused until an update succeeds.
+        """
+        complete = False
+        self.client.start_weight_update()
+        try:
+            self.send(weights.to(self.dtype))
+            complete = True
+        finally:
+            self.client.finish_weight_update(f"{self.session}/{version}" if complete else None)
+        # keys and values computed with the old weights
+        self.client.reset_prefix_cache()
 
 
 def vllm_module(name: str = "") -> ModuleType:
@@ -42,10 +103,7 @@ def vllm_module(name: str = "") -> ModuleType:
     vllm = import_module("vllm")
     if Version(vllm.__version__) < Version(OLDEST):
         raise ValueError(f"vllm: expected {OLDEST} or later, got {vllm.__version__}")
-    if not name:
-        return vllm
-    check_package("rollout", f"vllm.{name}", package)
-    return import_module(f"vllm.{name}")
+    return import_module(f"vllm.{name}") if name else vllm
 
 
 def request_options(sampling: Sampling, ends: Sequence[int]) -> dict[str, Any]:
@@ -70,16 +128,9 @@ def request_options(sampling: Sampling, ends: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def seeds(count: int) -> list[int]:
-    """One seed per completion, so that completions of a group differ."""
-    return torch.randint(2**31 - 1, (count,)).tolist()
-
-
-def check_ends(
-    completions: Sequence[Sequence[int]], reasons: Sequence[str | None], ends: Sequence[int]
-) -> None:
+def check_ends(completions: Sequence[Completion], ends: Sequence[int]) -> None:
     """Raises RuntimeError unless each completion ends with an end token or at the limit."""
-    for ids, reason in zip(completions, reasons, strict=True):
+    for ids, _, reason in completions:
         ended = bool(ids) and ids[-1] in ends
         if not ids or reason not in ("stop", "length") or (reason == "stop" and not ended):
             last = ids[-1] if ids else None
@@ -87,27 +138,6 @@ def check_ends(
                 f"completion: expected one of the end tokens {list(ends)}, or the length limit, "
                 f"got finish_reason {reason!r} after token {last}"
             )
-
-
-def version_number(before: str, after: str, session: str) -> int | None:
-    """The version that this session has set; None if another has, or if it changed."""
-    ours, _, number = before.partition("/")
-    return int(number) if before == after and ours == session else None
-
-
-@contextmanager
-def weight_update(client: Client, version: str) -> Iterator[None]:
-    """Context for sending weights, which ends the update in vLLM in any case.
-
-    After an error no version is set, so that completions are refused until an update succeeds.
-    """
-    client.start_weight_update()
-    complete = False
-    try:
-        yield
-        complete = True
-    finally:
-        client.finish_weight_update(version if complete else None)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

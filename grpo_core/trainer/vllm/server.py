@@ -17,27 +17,17 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
-from uuid import uuid4
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo_core.trainer.distributed import all_gather_object, is_main
-from grpo_core.trainer.rollout import Rollout, Sampling, make_rollout, special_tokens
-from grpo_core.trainer.vllm.common import (
-    check_ends,
-    dtype_name,
-    request_options,
-    seeds,
-    version_number,
-    vllm_module,
-    weight_update,
-)
-from grpo_core.trainer.weights import ModelWeights, WeightSpec
+from grpo_core.trainer.distributed import is_main
+from grpo_core.trainer.vllm.common import Completion, Vllm, dtype_name, vllm_module
+from grpo_core.trainer.weights import ModelWeights
 
 # concurrent requests; the server batches them
 CONCURRENCY = 128
@@ -48,7 +38,7 @@ TIMEOUT, ABORT_TIMEOUT = 1800.0, 30.0
 
 
 class Server:
-    """A vLLM server's HTTP routes.
+    """A vLLM server's HTTP routes, and the methods of vLLM's `LLM` that an update needs.
 
     Raises:
         ConnectionError: by all methods; no connection, or a status that is an error.
@@ -59,51 +49,54 @@ class Server:
 
     def get(self, route: str) -> Any:
         """The answer to a GET."""
-        return self._send(urllib.request.Request(f"{self.url}/{route}"), TIMEOUT, RETRIES)
+        return self._ask(route, None, TIMEOUT, RETRIES)
 
     def post(
-        self,
-        route: str,
-        body: dict[str, Any] | None = None,
-        *,
-        timeout: float = 0.0,
-        retries: int = 0,
+        self, route: str, body: dict[str, Any], timeout: float = TIMEOUT, retries: int = 0
     ) -> Any:
         """The answer to a POST, repeated `retries` times if the connection breaks."""
-        data = json.dumps({} if body is None else body).encode()
-        head = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{self.url}/{route}", data, head, method="POST")
-        return self._send(request, timeout or TIMEOUT, retries)
+        return self._ask(route, json.dumps(body).encode(), timeout, retries)
+
+    def get_weight_version(self) -> str:
+        """The version that the last update has set."""
+        version: str = self.get("weight_info")["weight_version"]
+        return version
 
     def start_weight_update(self) -> None:
-        """See `common.Client`."""
-        self.post("start_weight_update")
+        """Called before the weights are sent."""
+        self.post("start_weight_update", {})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """See `common.Client`."""
+        """Called after the weights are sent; without a version after an error."""
         if weight_version is None:
-            self.post("finish_weight_update", timeout=ABORT_TIMEOUT)
+            self.post("finish_weight_update", {}, ABORT_TIMEOUT)
         else:
             self.post("finish_weight_update", {"weight_version": weight_version})
 
-    def _send(self, request: urllib.request.Request, timeout: float, retries: int) -> Any:
+    def reset_prefix_cache(self) -> None:
+        """Discards keys and values."""
+        self.post("reset_prefix_cache", {})
+
+    def _ask(self, route: str, data: bytes | None, timeout: float, retries: int) -> Any:
+        url, head = f"{self.url}/{route}", {"Content-Type": "application/json"}
         try:
+            request = urllib.request.Request(url, data, head)
             with urllib.request.urlopen(request, timeout=timeout) as answer:
                 text = answer.read()
         except urllib.error.HTTPError as error:
             message = error.read().decode(errors="replace")
             if error.code == 404:
                 message += "; was the server started with VLLM_SERVER_DEV_MODE=1?"
-            raise ConnectionError(f"{request.full_url}: status {error.code}, {message}") from error
+            raise ConnectionError(f"{url}: status {error.code}, {message}") from error
         except OSError as error:
             if retries:
                 time.sleep(0.5)
-                return self._send(request, timeout, retries - 1)
-            raise ConnectionError(f"{request.full_url}: {error}; is the server up?") from error
+                return self._ask(route, data, timeout, retries - 1)
+            raise ConnectionError(f"{url}: {error}; is the server up?") from error
         return json.loads(text) if text else None
 
 
-class VllmServer:
+class VllmServer(Vllm):
     """A vLLM server that all ranks share; see `engine.Engine`.
 
     Args:
@@ -117,73 +110,50 @@ class VllmServer:
         ValueError: the server was started with other options than needed.
     """
 
-    separate = True
-    shared = True
-
     def __init__(
         self, url: str, model: PreTrainedModel, *, dtype: torch.dtype = torch.bfloat16
     ) -> None:
         vllm_module()
-        self.server = Server(url)
-        check_server(self.server)
-        self.pad, self.ends = special_tokens(model)
-        self.device, self.dtype = model.device, dtype
-        self.name = self.server.get("v1/models")["data"][0]["id"]
-        # equal on all ranks
-        self.session = all_gather_object(uuid4().hex)[0]
-        self.group = open_group(self.server) if is_main() else None
+        self.client = server = Server(url)
+        check_server(server)
+        super().__init__(model, dtype)
+        self.name = server.get("v1/models")["data"][0]["id"]
+        self.group = open_group(server) if is_main() else None
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
-        """One completion per prompt, each with a seed from torch's generator."""
-        named = request_options(sampling, self.ends) | {"model": self.name}
+    def complete(
+        self, prompts: Sequence[Sequence[int]], options: dict[str, Any], seeds: Sequence[int]
+    ) -> list[Completion]:
+        """Samples one completion per prompt, by a request each."""
 
-        def complete(prompt: Sequence[int], seed: int) -> Any:
-            body = named | {"prompt": list(prompt), "seed": seed, "return_token_ids": True}
-            return self.server.post("v1/completions", body, retries=RETRIES)["choices"][0]
+        def ask(prompt: Sequence[int], seed: int) -> Completion:
+            body = {"model": self.name, "prompt": list(prompt), "seed": seed, **options}
+            body["return_token_ids"] = True
+            answer = self.client.post("v1/completions", body, retries=RETRIES)
+            (choice,) = answer["choices"]
+            logp = choice["logprobs"]["token_logprobs"]
+            return Completion(choice["token_ids"], logp, choice["finish_reason"])
 
-        before = self.server.get("weight_info")["weight_version"]
         with ThreadPoolExecutor(CONCURRENCY) as threads:
-            choices = list(threads.map(complete, prompts, seeds(len(prompts))))
-        after = self.server.get("weight_info")["weight_version"]
-        completions = [choice["token_ids"] for choice in choices]
-        check_ends(completions, [choice["finish_reason"] for choice in choices], self.ends)
-        return make_rollout(
-            prompts,
-            completions,
-            [choice["logprobs"]["token_logprobs"] for choice in choices],
-            pad=self.pad,
-            ends=self.ends,
-            device=self.device,
-            weight_version=version_number(before, after, self.session),
-        )
+            return list(threads.map(ask, prompts, seeds))
 
-    def update_weights(self, weights: ModelWeights, version: int) -> None:
+    def send(self, weights: ModelWeights) -> None:
         """Sends weights by NCCL from rank 0 while the server receives."""
-        weights = weights.to(self.dtype)
         specs = weights.describe()
         update = {
             "names": [spec.name for spec in specs],
             "dtype_names": [dtype_name(spec.dtype) for spec in specs],
             "shapes": [list(spec.shape) for spec in specs],
         }
-        send = vllm_module("distributed.weight_transfer.packed_tensor")
-        with weight_update(self.server, f"{self.session}/{version}"):
-            threads = ThreadPoolExecutor(1)
-            try:
-                body = {"update_info": update}
-                received = threads.submit(self.server.post, "update_weights", body)
-                send.packed_nccl_broadcast_producer(
-                    iterator=check_specs(weights, specs, received),
-                    group=self.group,
-                    src=0,
-                    post_iter_func=lambda pair: pair[1],
-                )
-                received.result()
-            finally:
-                # after an error the server may not answer
-                threads.shutdown(wait=False)
-        # keys and values computed with the old weights
-        self.server.post("reset_prefix_cache")
+        transfer = vllm_module("distributed.weight_transfer.packed_tensor")
+        both_sides(
+            lambda: self.client.post("update_weights", {"update_info": update}),
+            lambda received: transfer.packed_nccl_broadcast_producer(
+                iterator=while_receiving(weights, received),
+                group=self.group,
+                src=0,
+                post_iter_func=lambda pair: pair[1],
+            ),
+        )
 
 
 def check_server(server: Server) -> None:
@@ -209,29 +179,30 @@ def open_group(server: Server) -> Any:
         "master_port": network.get_open_port(),
         "world_size": server.get("get_world_size")["world_size"] + 1,
     }
+    init = {**address, "rank_offset": 1, "packed": True}
     join = vllm_module("distributed.weight_transfer.nccl_common").trainer_init
+    return both_sides(
+        lambda: server.post("init_weight_transfer_engine", {"init_info": init}),
+        lambda joined: join(address),
+    )
+
+
+def both_sides(request: Callable[[], Any], act: Callable[[Future[Any]], Any]) -> Any:
+    """The result of `act` in this thread, during a request to the server in another one."""
     threads = ThreadPoolExecutor(1)
     try:
-        body = {"init_info": {**address, "rank_offset": 1, "packed": True}}
-        server_joins = threads.submit(server.post, "init_weight_transfer_engine", body)
-        group = join(address)
-        server_joins.result()
+        answer = threads.submit(request)
+        result = act(answer)
+        answer.result()
+        return result
     finally:
+        # after an error the server may not answer
         threads.shutdown(wait=False)
-    return group
 
 
-def check_specs(
-    weights: ModelWeights, specs: Sequence[WeightSpec], received: Future[Any]
-) -> Iterator[tuple[str, Tensor]]:
-    """Yields the weights while they match their specs and the server still receives.
-
-    Raises:
-        RuntimeError: a weight does not match; both sides would hang in NCCL.
-    """
-    for (name, tensor), spec in zip(weights, specs, strict=True):
+def while_receiving(weights: ModelWeights, received: Future[Any]) -> Iterator[tuple[str, Tensor]]:
+    """Yields the weights; raises the server's error if it has one, since sending would hang."""
+    for weight in weights:
         if received.done():
             received.result()
-        if (name, tensor.dtype, tuple(tensor.shape)) != (spec.name, spec.dtype, spec.shape):
-            raise RuntimeError(f"weights: expected {spec}, got {name} {list(tensor.shape)}")
-        yield name, tensor
+        yield weight

@@ -1,0 +1,180 @@
+"""The CPU backend: row functions compiled by Numba, one pass over a row while it is in cache.
+
+Signatures and units are those of the host functions in kernels/; see there for what the arguments
+mean. Read `rows.py` first, then `vectors.py`, the loops that a row's time goes to.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grpo_core.backends.cpu.compiler import run
+from grpo_core.backends.cpu.formulas import compile_kl, compile_surrogate, pad
+from grpo_core.backends.cpu.rows import kernels
+from grpo_core.backends.cpu.vectors import LOG2E
+from grpo_core.backends.pytorch import row_scale, sequence_loss, token_loss
+from grpo_core.kernels.records import RowLoss, Rows, RowStats, Slopes, Terms, TokenVectors
+
+__all__ = ["row_dlogits", "row_loss", "row_scale", "row_stats", "sequence_loss"]
+
+Place = tuple[int, int, int]
+# as words of 16 bits, see `vectors`
+WORDS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+NOTHING = np.empty(0, np.float32)
+
+
+def row_stats(
+    rows: Rows, target: Tensor, temperature: float, ref_rows: Rows | None = None
+) -> RowStats:
+    """Softmax statistics of every row at its target; the state as in `online_softmax`."""
+    vectors = target.new_zeros(7, rows.N, dtype=torch.float32)
+    run(
+        kernels().stats,
+        rows.N,
+        rows.V,
+        *_array(rows),
+        *_array(ref_rows),
+        rows.V,
+        LOG2E / temperature,
+        target.numpy(),
+        vectors.numpy(),
+    )
+    logp, entropy, kl = vectors[:3]
+    return RowStats(logp, entropy, None if ref_rows is None else kl, vectors[3:])
+
+
+def row_loss(
+    rows: Rows,
+    tokens: TokenVectors,
+    temperature: float,
+    terms: Terms,
+    dlogits: Tensor | None,
+    ref_rows: Rows | None = None,
+) -> RowLoss:
+    """Loss of every row, and the gradient of every logit into `dlogits`, in one pass."""
+    surrogate = compile_surrogate(terms.surrogate, len(terms.surrogate_args))
+    kl_estimator = compile_kl(None if tokens.ref_logp is None else terms.kl)
+    if surrogate is None or kl_estimator is None:
+        return _loss_in_two_readings(rows, tokens, temperature, terms, dlogits, ref_rows)
+    vectors = tokens.weight.new_zeros(10, rows.N)
+    dropped = vectors.new_zeros(rows.N, dtype=torch.bool)
+    run(
+        kernels().loss,
+        rows.N,
+        rows.V,
+        *_array(rows),
+        *_array(ref_rows),
+        *_array(
+            _gradient_rows(rows, rows.logits.new_empty(0, rows.V) if dlogits is None else dlogits)
+        ),
+        rows.V,
+        LOG2E / temperature,
+        tokens.target.numpy(),
+        tokens.weight.numpy(),
+        tokens.advantage.numpy(),
+        _vector(tokens.old_logp),
+        _vector(tokens.ref_logp),
+        _vector(tokens.factor),
+        _vector(tokens.entropy_weight),
+        vectors.numpy(),
+        dropped.numpy(),
+        surrogate,
+        pad(terms.surrogate_args),
+        kl_estimator,
+        bool(terms.kl_times_ratio),
+        float(terms.beta),
+    )
+    logp, entropy, ratio, kl, loss, dlogp = vectors[:6]
+    return RowLoss(logp, entropy, ratio, kl, loss, dlogp, dropped, vectors[6:])
+
+
+def _loss_in_two_readings(
+    rows: Rows,
+    tokens: TokenVectors,
+    temperature: float,
+    terms: Terms,
+    dlogits: Tensor | None,
+    ref_rows: Rows | None,
+) -> RowLoss:
+    """`row_loss` of a formula that was not compiled: PyTorch evaluates it between two kernels."""
+    target = torch.where(tokens.weight != 0, tokens.target, -1)
+    stats = row_stats(rows, target, temperature, ref_rows)
+    log_ratio = stats.logp - (stats.logp if tokens.old_logp is None else tokens.old_logp)
+    token = token_loss(stats.logp, log_ratio, tokens, stats.entropy, stats.kl, terms)
+    read = (target >= 0) & (target < rows.V)
+    loss, dlogp, kl, ratio = (
+        torch.where(read, vector, 0.0)
+        for vector in (token.loss, token.dlogp + token.dlog_ratio, token.kl, log_ratio.exp())
+    )
+    dropped = token.dropped & read
+    if dlogits is not None:
+        exact_beta = None if ref_rows is None else terms.beta
+        slopes = tokens.slopes(dlogp, dropped, exact_beta)
+        row_dlogits(rows, target, temperature, slopes, stats, dlogits, ref_rows)
+    return RowLoss(stats.logp, stats.entropy, ratio, kl, loss, dlogp, dropped, stats.state)
+
+
+def row_dlogits(
+    rows: Rows,
+    target: Tensor,
+    temperature: float,
+    slopes: Slopes,
+    stats: RowStats | RowLoss,
+    dlogits: Tensor,
+    ref_rows: Rows | None = None,
+) -> Tensor:
+    """Writes dL/dlogits into `dlogits` from the statistics of each row; reads a row once."""
+    if slopes.dkl is None:
+        ref_rows = None
+    run(
+        kernels().gradient,
+        rows.N,
+        rows.V,
+        *_array(rows),
+        *_array(ref_rows),
+        *_array(_gradient_rows(rows, dlogits)),
+        rows.V,
+        LOG2E / temperature,
+        target.numpy(),
+        _vector(slopes.dlogp),
+        _vector(slopes.dentropy),
+        _vector(slopes.dkl),
+        _vector(stats.entropy),
+        # read for an exact KL alone
+        _vector(stats.entropy if stats.kl is None else stats.kl),
+        stats.state.contiguous().numpy(),
+    )
+    return dlogits
+
+
+def _gradient_rows(rows: Rows, dlogits: Tensor) -> Rows:
+    """The gradient lies as the logits do, being them, or is contiguous."""
+    if dlogits.stride() == rows.logits.stride():
+        return Rows(
+            dlogits, rows.N, rows.V, rows.rows_per_batch, rows.batch_stride, rows.row_stride
+        )
+    return Rows.of(dlogits)
+
+
+def _array(rows: Rows | None) -> tuple[np.ndarray | None, Place]:
+    """The memory from the first logit to the last as one array, and the place of rows in it."""
+    if rows is None:
+        return None, (1, 0, 0)
+    logits, extent = rows.logits.detach(), 0
+    if logits.numel():
+        sizes = zip(logits.shape, logits.stride(), strict=True)
+        extent = 1 + sum((n - 1) * stride for n, stride in sizes)
+    flat = _words(logits.as_strided((extent,), (1,)))
+    return flat, (rows.rows_per_batch, rows.batch_stride, rows.row_stride)
+
+
+def _words(flat: Tensor) -> np.ndarray:
+    """A vector of logits as NumPy sees it."""
+    return (flat.view(WORDS[flat.dtype]) if flat.dtype in WORDS else flat).numpy()
+
+
+def _vector(vector: Tensor | None) -> np.ndarray:
+    """A vector `[N]` float32; empty for None."""
+    return NOTHING if vector is None else vector.detach().float().contiguous().numpy()

@@ -1,0 +1,89 @@
+"""How the functions of this folder are compiled, and run on threads.
+
+Each kernel is compiled once for a dtype, at its first call, and kept on disk where Numba finds a
+folder to write to. Nothing else is specialised: sizes, temperatures, objectives and absent
+arguments are all data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba import types
+from numba.extending import intrinsic
+
+# logits that are worth a thread of their own, and that a thread takes at a time
+LEAST_WORK, GRAIN = 2**17, 2**16
+
+
+# IEEE divisions. Left unset, `fastmath` would be that of whichever caller is compiled first.
+OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": False}
+
+
+def compiled(function: Any = None, **options: Any) -> Any:
+    """A function that compiled functions call."""
+    decorate = numba.njit(**{**OPTIONS, **options})
+    return decorate if function is None else decorate(function)
+
+
+@intrinsic
+def claim(typing: Any, counter: Any, count: Any) -> Any:
+    """Adds `count` to the counter and returns what it was, as one step for all threads."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.atomic_rmw("add", data, args[1], "monotonic")
+
+    return types.int64(types.int64[::1], types.int64), generate
+
+
+def compile_kernel(function: Callable) -> Callable:
+    """A kernel that runs without the interpreter's lock, kept on disk where that can be written."""
+    try:
+        return numba.njit(nogil=True, cache=True, **OPTIONS)(function)
+    except RuntimeError:
+        # no folder that can be written
+        return numba.njit(nogil=True, **OPTIONS)(function)
+
+
+@cache
+def sources() -> str:
+    """A digest of this folder, so that a kernel on disk is never older than what it calls."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def run(kernel: Callable, N: int, V: int, *args: Any) -> None:
+    """Runs `kernel(*args, counter, grain)` over N rows on as many threads as torch has.
+
+    The calling thread works as well and waits for no thread that has not begun. Two calls at once
+    share the helpers.
+    """
+    grain = max(1, GRAIN // max(V, 1))
+    helpers = min(torch.get_num_threads(), N, N * V // LEAST_WORK) - 1
+    args = (*args, np.zeros(1, np.int64), grain)
+    pool = _pool(torch.get_num_threads() - 1) if helpers > 0 else None
+    futures = [] if pool is None else [pool.submit(kernel, *args) for _ in range(helpers)]
+    kernel(*args)
+    for future in futures:
+        if not future.cancel():
+            future.result()
+
+
+@lru_cache(maxsize=4)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "grpo_core")
+
+
+# a forked process has none of its parent's threads
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)

@@ -1,0 +1,437 @@
+"""Rows of logits: statistics of a target, the loss of its token, the gradient of every logit.
+
+A row is read block by block: each is loaded, its largest logit found, and its powers are summed
+relative to the largest logit so far. The sums of the blocks are added in float64. The target is
+left out, as in `kernels/token_statistics.py`: with S = Σ_{j≠y} 2^c over the others and
+z = log S − log of the target's power, logp = −softplus(z) and 1 − p_y = sigmoid(z) have all their
+digits however confident the token. The gradient is written while the row is still in the cache:
+
+    dL/dx_j = (dlogp·(δ_{j,y} − p_j) − dentropy·p_j·(log p_j + H) + dkl·p_j·(log p_j/q_j − KL)) / T
+
+A row is computed by one thread in the order of its columns, so its bits depend neither on the
+batch nor on the number of threads nor on where the row lies.
+
+`loss_rows`, `stats_rows` and `gradient_rows` are the three kernels; a place of rows is
+(rows per batch, stride of batches, stride of rows). An array of length 0 stands for None.
+"""
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+
+from grpo_core.backends.cpu.compiler import claim, compile_kernel, compiled, sources
+from grpo_core.backends.cpu.vectors import (
+    BLOCK,
+    LEAST,
+    LN2,
+    clear,
+    largest,
+    load,
+    prefetch,
+    scale_powers,
+    store,
+    sum_gaps,
+    sum_powers,
+    weigh_gaps,
+    weigh_powers,
+    widen,
+)
+
+# nats of a row in which another token than the target is nearly certain, as in the Triton kernels
+SURE = 0.125
+
+
+@compiled
+def row_start(n, place):
+    """Index of the first logit of row n."""
+    rows_per_batch, batch_stride, row_stride = place
+    return (n // rows_per_batch) * batch_stride + (n % rows_per_batch) * row_stride
+
+
+@compiled
+def rebase(old, new, scale, total, moment):
+    """(Σ 2^c, Σ 2^c·c) relative to a larger anchor."""
+    shift = (np.float64(old) - np.float64(new)) * scale
+    factor = 2.0**shift
+    return factor * total, factor * (moment + shift * total)
+
+
+@compiled
+def read_row(logits, start, V, target, scale, block):
+    """(anchor, Σ 2^c, Σ 2^c·c) of the other columns; the anchor is the largest logit of these."""
+    anchor, total, moment = LEAST, 0.0, 0.0
+    for first in range(0, V, BLOCK):
+        count = min(BLOCK, V - first)
+        load(logits, start + first, count, block)
+        prefetch(logits, start + first + count, BLOCK)
+        if first <= target < first + count:
+            block[target - first] = -np.inf
+        top = largest(block, count)
+        if not top <= anchor:
+            total, moment = rebase(anchor, top, scale, total, moment)
+            anchor = top
+        powers, moments = sum_powers(block, count, anchor, np.float32(scale))
+        total += powers
+        moment += moments
+    return anchor, total, moment
+
+
+@compiled
+def read_pair(logits, start, ref_logits, ref_start, V, target, scale, block, ref_block):
+    """What `read_row` returns, (anchor, Σ 2^c) of the reference, and Σ 2^c·(c − c_ref)."""
+    anchor, total, moment = LEAST, 0.0, 0.0
+    ref_anchor, ref_total, gap = LEAST, 0.0, 0.0
+    for first in range(0, V, BLOCK):
+        count = min(BLOCK, V - first)
+        load(logits, start + first, count, block)
+        load(ref_logits, ref_start + first, count, ref_block)
+        if first <= target < first + count:
+            block[target - first] = -np.inf
+            ref_block[target - first] = -np.inf
+        top, ref_top = largest(block, count), largest(ref_block, count)
+        if not ref_top <= ref_anchor:
+            shift = (np.float64(ref_anchor) - np.float64(ref_top)) * scale
+            gap -= shift * total if total > 0 else 0.0
+            ref_total *= 2.0**shift
+            ref_anchor = ref_top
+        if not top <= anchor:
+            shift = (np.float64(anchor) - np.float64(top)) * scale
+            gap = 2.0**shift * (gap + shift * total) if total > 0 else 0.0
+            total, moment = rebase(anchor, top, scale, total, moment)
+            anchor = top
+        powers, moments = sum_powers(block, count, anchor, np.float32(scale))
+        gap += sum_gaps(block, ref_block, count, anchor, ref_anchor, np.float32(scale))
+        total += powers
+        moment += moments
+        ref_total += sum_powers(ref_block, count, ref_anchor, np.float32(scale))[0]
+    return anchor, total, moment, ref_anchor, ref_total, gap
+
+
+@compiled
+def sides(z):
+    """(log p, log(1 − p), p, 1 − p) with p = 1/(1 + eᶻ), each with full relative precision."""
+    power = math.exp(-abs(z))
+    softplus = math.log1p(power)
+    larger, smaller = 1 / (1 + power), power / (1 + power)
+    if z > 0:
+        return -z - softplus, -softplus, smaller, larger
+    return -softplus, z - softplus, larger, smaller
+
+
+@compiled
+def target_gap(logits, start, target, scale, anchor, total):
+    """z = log Σ_{j≠y} exp(x_j/T) − x_y/T, nats; NaN for an infinite target logit."""
+    logit = np.float64(widen(logits[start + target]))
+    if logit == np.inf:
+        return np.nan
+    return math.log(total) - (logit - np.float64(anchor)) * (scale * LN2)
+
+
+@compiled
+def read_below_sure(logits, start, V, target, scale, anchor, block):
+    """(w, Σ_{j≠w} 2^c, Σ_{j≠w} 2^c·c) of the likeliest other column w, c relative to it.
+
+    p_w = 1/(1 + Σ 2^c) and H = log(1 + Σ 2^c) + (log p_w + H), where nothing cancels:
+    log p_w + H = −p_w·log 2·Σ 2^c·c.
+    """
+    sure, total, moment = -1, 0.0, 0.0
+    for first in range(0, V, BLOCK):
+        count = min(BLOCK, V - first)
+        load(logits, start + first, count, block)
+        if sure < 0:
+            for j in range(count):
+                if block[j] == anchor and first + j != target:
+                    sure = first + j
+                    block[j] = -np.inf
+                    break
+        powers, moments = sum_powers(block, count, anchor, np.float32(scale))
+        total += powers
+        moment += moments
+    return sure, total, moment
+
+
+@compiled
+def entropy_of(of_token, total, moment):
+    """Entropy of a row, nats: h(p_y) + (1 − p_y)·H_others, from `sides`."""
+    logp, log_others, p_target, p_others = of_token
+    entropy = 0.0
+    if p_others > 0:
+        entropy += p_others * (math.log(total) - LN2 * moment / total - log_others)
+    if p_target > 0:
+        entropy -= p_target * logp
+    return entropy
+
+
+@compiled
+def exact_kl_of(of_token, ref_of_token, total, ref_total, gap):
+    """KL(π ‖ π_ref) of a row over the whole vocabulary, nats."""
+    logp, log_others, p_target, p_others = of_token
+    ref_logp, ref_log_others, _, _ = ref_of_token
+    kl = 0.0
+    if p_others > 0:
+        kl_others = math.log(ref_total) - math.log(total) + LN2 * gap / total
+        # where the reference knows no other token, inf − inf
+        if ref_log_others == -np.inf:
+            kl_others = np.inf
+        kl += p_others * (log_others - max(ref_log_others, LEAST) + kl_others)
+    if p_target > 0:
+        kl += p_target * (logp - ref_logp)
+    return kl
+
+
+@compiled
+def read_statistics(logits, start, ref_logits, ref_start, V, target, scale, block, ref_block):
+    """(logp, entropy, KL, anchor, S, anchor and S of the reference) of a row, float32."""
+    kl, ref_anchor, ref_total = 0.0, LEAST, 0.0
+    if ref_logits is not None:
+        anchor, total, moment, ref_anchor, ref_total, gap = read_pair(
+            logits, start, ref_logits, ref_start, V, target, scale, block, ref_block
+        )
+    else:
+        anchor, total, moment = read_row(logits, start, V, target, scale, block)
+    z = target_gap(logits, start, target, scale, anchor, total)
+    of_token = sides(z)
+    entropy = entropy_of(of_token, total, moment)
+    if z > 0 and entropy < SURE:
+        # log S has rounded away all but the likeliest token
+        _, below, moment = read_below_sure(logits, start, V, target, scale, anchor, block)
+        entropy = math.log1p(below) - LN2 * moment / (1 + below)
+    if ref_logits is not None:
+        ref_z = target_gap(ref_logits, ref_start, target, scale, ref_anchor, ref_total)
+        kl = exact_kl_of(of_token, sides(ref_z), total, ref_total, gap)
+    return (
+        np.float32(of_token[0]),
+        np.float32(entropy),
+        np.float32(kl),
+        anchor,
+        np.float32(total),
+        ref_anchor,
+        np.float32(ref_total),
+    )
+
+
+@compiled
+def write_gradient(
+    logits, start, ref_logits, ref_start, out, out_start, V, target, scale, found, slopes,
+    block, ref_block,
+):  # fmt: skip
+    """dL/dlogits of a row, which may lie over the row.
+
+    `found` is what `read_statistics` returns, without logp; `slopes` = dL by (logp, entropy,
+    exact KL).
+    """
+    entropy32, kl32, anchor, total, ref_anchor, ref_total = found
+    entropy, kl = np.float64(entropy32), np.float64(kl32)
+    dlogp, dentropy, dkl = slopes
+    inverse, step = scale * LN2, np.float32(scale)
+    z = target_gap(logits, start, target, scale, anchor, total)
+    logp, log_share, p_target, share = sides(z)
+    if share == 0 or total == 0:
+        # a certain target has no gradient, even where a forbidden token has an infinite KL
+        clear(out, out_start, V)
+        return
+    weight = inverse * share / np.float64(total)
+    at_target, factor, log_factor, gap_factor = inverse * dlogp * share, -dlogp * weight, 0.0, 0.0
+    of_entropy, sure, at_sure = 0.0, -1, 0.0
+    if dentropy != 0:
+        if p_target > 0:
+            at_target -= inverse * dentropy * p_target * (logp + entropy)
+        of_entropy = -dentropy * weight * (log_share - math.log(total) + entropy)
+        log_factor = -dentropy * weight * LN2
+        if z > 0 and entropy < SURE:
+            sure, below, moment = read_below_sure(logits, start, V, target, scale, anchor, block)
+            at_sure = inverse * dentropy * LN2 * moment / (1 + below) ** 2
+    if ref_logits is not None:
+        ref_z = target_gap(ref_logits, ref_start, target, scale, ref_anchor, ref_total)
+        if dkl != 0:
+            ref_logp, ref_log_share, _, _ = sides(ref_z)
+            if p_target > 0:
+                at_target += inverse * dkl * p_target * (logp - ref_logp - kl)
+            gap = log_share - ref_log_share - math.log(total) + math.log(ref_total)
+            factor += dkl * weight * (gap - kl)
+            gap_factor = dkl * weight * LN2
+        if sure >= 0:
+            ref_logit = np.float64(widen(ref_logits[ref_start + sure]))
+            at_sure -= gap_factor * (ref_logit - np.float64(ref_anchor)) * scale
+    at_sure += factor
+    factor += of_entropy
+    for first in range(0, V, BLOCK):
+        count = min(BLOCK, V - first)
+        load(logits, start + first, count, block)
+        if ref_logits is not None:
+            load(ref_logits, ref_start + first, count, ref_block)
+            weigh_gaps(
+                block, ref_block, count, anchor, ref_anchor, step,
+                np.float32(factor), np.float32(log_factor), np.float32(gap_factor),
+            )  # fmt: skip
+        elif dentropy != 0:
+            weigh_powers(block, count, anchor, step, np.float32(factor), np.float32(log_factor))
+        else:
+            scale_powers(block, count, anchor, step, np.float32(factor))
+        if first <= target < first + count:
+            block[target - first] = np.float32(at_target)
+        if first <= sure < first + count:
+            block[sure - first] = np.float32(at_sure)
+        store(block, count, out, out_start + first)
+
+
+@compiled
+def token_loss(
+    logp, log_ratio, advantage, weight, factor, ref_logp, kl, entropy, entropy_weight,
+    has_ref, surrogate, surrogate_args, kl_estimator, kl_times_ratio, beta,
+):  # fmt: skip
+    """(loss, dloss/dlogp, KL, whether all of it is finite) of a token, times its weight.
+
+    The estimate takes the place of `kl` where `has_ref`.
+    """
+    loss, dlogp, dlog_ratio = surrogate(logp, log_ratio, advantage, surrogate_args)
+    loss, dlogp, dlog_ratio = factor * loss, factor * dlogp, factor * dlog_ratio
+    dkl, dkl_ratio = 0.0, 0.0
+    if has_ref:
+        kl, dkl = kl_estimator(logp, ref_logp)
+        if kl_times_ratio:
+            ratio = math.exp(log_ratio)
+            kl, dkl, dkl_ratio = ratio * kl, ratio * dkl, ratio * kl
+    # with beta 0 the KL is only measured: an infinite one must not spoil the loss
+    if beta != 0:
+        loss += beta * kl
+        dlogp += beta * dkl
+        dlog_ratio += beta * dkl_ratio
+    loss = weight * loss - entropy_weight * entropy
+    dlogp, dlog_ratio = weight * dlogp, weight * dlog_ratio
+    usable = True
+    for value in (loss, dlogp, dlog_ratio, logp, log_ratio, math.exp(log_ratio)):
+        usable = usable and math.isfinite(np.float32(value))
+    if not usable:
+        loss, dlogp, dlog_ratio = 0.0, 0.0, 0.0
+    return loss, dlogp + dlog_ratio, kl, usable
+
+
+@compiled
+def loss_rows(
+    logits, place, ref_logits, ref_place, dlogits, out_place, V, scale,
+    target, weight, advantage, old_logp, ref_logp, factor, entropy_weight, vectors, dropped,
+    surrogate, surrogate_args, kl_estimator, kl_times_ratio, beta, counter, grain,
+):  # fmt: skip
+    """One pass: statistics, the loss of the token and, where asked for, the gradient of the row.
+
+    `vectors` [10, N] receives logp, entropy, ratio, KL, loss, dlogp and the state.
+    """
+    N = len(target)
+    block, ref_block = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    first = claim(counter, grain)
+    while first < N:
+        for n in range(first, min(first + grain, N)):
+            start, out_start = row_start(n, place), row_start(n, out_place)
+            ref_start, y = row_start(n, ref_place), target[n]
+            moves = False
+            if weight[n] != 0 and 0 <= y < V:
+                found = read_statistics(
+                    logits, start, ref_logits, ref_start, V, y, scale, block, ref_block
+                )
+                logp, entropy, kl = np.float64(found[0]), np.float64(found[1]), np.float64(found[2])
+                log_ratio = logp - (np.float64(old_logp[n]) if len(old_logp) > 0 else logp)
+                bonus = np.float64(entropy_weight[n]) if len(entropy_weight) > 0 else 0.0
+                loss, dlogp, kl, usable = token_loss(
+                    logp, log_ratio, np.float64(advantage[n]), np.float64(weight[n]),
+                    np.float64(factor[n]) if len(factor) > 0 else 1.0,
+                    np.float64(ref_logp[n]) if len(ref_logp) > 0 else 0.0,
+                    kl, entropy, bonus, len(ref_logp) > 0,
+                    surrogate, surrogate_args, kl_estimator, kl_times_ratio, beta,
+                )  # fmt: skip
+                vectors[0, n], vectors[1, n], vectors[2, n] = logp, entropy, math.exp(log_ratio)
+                vectors[3, n], vectors[4, n], vectors[5, n] = kl, loss, dlogp
+                vectors[6, n], vectors[7, n] = found[3], -found[4]
+                vectors[8, n], vectors[9, n] = found[5], -found[6]
+                dropped[n] = not usable
+                dkl = beta * weight[n] if ref_logits is not None else 0.0
+                slopes = (np.float64(np.float32(dlogp)), -bonus, dkl)
+                moves = usable and (dlogp != 0 or bonus != 0 or dkl != 0)
+                if moves and len(dlogits) > 0:
+                    write_gradient(
+                        logits, start, ref_logits, ref_start, dlogits, out_start, V, y, scale,
+                        found[1:], slopes, block, ref_block,
+                    )  # fmt: skip
+            if len(dlogits) > 0 and not moves:
+                clear(dlogits, out_start, V)
+        first = claim(counter, grain)
+
+
+@compiled
+def stats_rows(logits, place, ref_logits, ref_place, V, scale, target, vectors, counter, grain):
+    """Statistics of every row: `vectors` [7, N] receives logp, entropy, KL and the state."""
+    N = len(target)
+    block, ref_block = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    first = claim(counter, grain)
+    while first < N:
+        for n in range(first, min(first + grain, N)):
+            if 0 <= target[n] < V:
+                found = read_statistics(
+                    logits, row_start(n, place), ref_logits, row_start(n, ref_place),
+                    V, target[n], scale, block, ref_block,
+                )  # fmt: skip
+                vectors[0, n], vectors[1, n], vectors[2, n] = found[0], found[1], found[2]
+                vectors[3, n], vectors[4, n] = found[3], -found[4]
+                vectors[5, n], vectors[6, n] = found[5], -found[6]
+        first = claim(counter, grain)
+
+
+@compiled
+def gradient_rows(
+    logits, place, ref_logits, ref_place, dlogits, out_place, V, scale,
+    target, dlogp, dentropy, dkl, entropy, kl, state, counter, grain,
+):  # fmt: skip
+    """The gradient of every row from its statistics; rows without one become 0."""
+    N = len(target)
+    block, ref_block = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    first = claim(counter, grain)
+    while first < N:
+        for n in range(first, min(first + grain, N)):
+            start, out_start = row_start(n, place), row_start(n, out_place)
+            slopes = (
+                np.float64(dlogp[n]),
+                np.float64(dentropy[n]) if len(dentropy) > 0 else 0.0,
+                np.float64(dkl[n]) if len(dkl) > 0 else 0.0,
+            )
+            if 0 <= target[n] < V and (slopes[0] != 0 or slopes[1] != 0 or slopes[2] != 0):
+                found = (
+                    entropy[n], kl[n], state[0, n], -state[1, n], state[2, n], -state[3, n],
+                )  # fmt: skip
+                write_gradient(
+                    logits, start, ref_logits, row_start(n, ref_place), dlogits, out_start,
+                    V, target[n], scale, found, slopes, block, ref_block,
+                )  # fmt: skip
+            else:
+                clear(dlogits, out_start, V)
+        first = claim(counter, grain)
+
+
+class Kernels(NamedTuple):
+    """The three kernels, each a function of its arguments and (counter, grain)."""
+
+    loss: Callable
+    stats: Callable
+    gradient: Callable
+
+
+@cache
+def kernels() -> Kernels:
+    """The kernels with the cache of Numba, whose key holds what this folder's files hold."""
+    digest = sources()
+
+    def loss(*arguments):
+        digest  # noqa: B018
+        loss_rows(*arguments)
+
+    def stats(*arguments):
+        digest  # noqa: B018
+        stats_rows(*arguments)
+
+    def gradient(*arguments):
+        digest  # noqa: B018
+        gradient_rows(*arguments)
+
+    return Kernels(*(compile_kernel(kernel) for kernel in (loss, stats, gradient)))

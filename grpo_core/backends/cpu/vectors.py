@@ -1,0 +1,286 @@
+"""Loops over one block of a row, each of which LLVM turns into vector instructions.
+
+A block holds `BLOCK` float32 numbers and stays in the first-level cache. Rows are converted while
+they are loaded into a block and rounded while they are stored from one, so all arithmetic is in
+float32 whatever the dtype. A loop reads one array and writes another, or sums: no two of its arrays
+overlap, also where a gradient is written over its logits.
+
+bfloat16 comes as uint16 and float16 as int16, the words of their bits: NumPy has no bfloat16.
+"""
+
+import math
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, overload
+
+from grpo_core.backends.cpu.compiler import compiled
+
+# 4 KiB: small enough for the first-level cache, large enough to hide the call of a loop
+BLOCK = 1024
+# a step of a vectorised loop: 4 vectors of 16 lanes
+STEP = 64
+# below every logit of float32, finite so that a row of −inf gives no NaN
+LEAST = np.float32(np.finfo(np.float32).min)
+# 2^c is 0 from here on
+LOWEST = np.float32(-127.0)
+LOG2E, LN2 = 1 / math.log(2), math.log(2)
+
+FLOAT, INT, HALF, WORD = ir.FloatType(), ir.IntType(32), ir.HalfType(), ir.IntType(16)
+POINTER, TWO_FLOATS = ir.IntType(8).as_pointer(), ir.FunctionType(FLOAT, [FLOAT, FLOAT])
+
+
+@intrinsic
+def bits_of(typing, number):
+    """The 32 bits of a float32 as an int32."""
+    return types.int32(types.float32), lambda context, builder, _, args: builder.bitcast(
+        args[0], INT
+    )
+
+
+@intrinsic
+def float_of(typing, bits):
+    """The float32 with the 32 bits of an int32."""
+    return types.float32(types.int32), lambda context, builder, _, args: builder.bitcast(
+        args[0], FLOAT
+    )
+
+
+@intrinsic
+def half_to_float(typing, word):
+    """The float32 that is equal to a float16."""
+    return types.float32(types.int16), lambda context, builder, _, args: builder.fpext(
+        builder.bitcast(args[0], HALF), FLOAT
+    )
+
+
+@intrinsic
+def float_to_half(typing, number):
+    """The float16 nearest to a float32, a tie to even."""
+    return types.int16(types.float32), lambda context, builder, _, args: builder.bitcast(
+        builder.fptrunc(args[0], HALF), WORD
+    )
+
+
+@intrinsic
+def larger(typing, a, b):
+    """The larger of two float32, NaN if either is: unlike `max`, LLVM vectorises it."""
+
+    def generate(context, builder, signature, args):
+        function = builder.module.declare_intrinsic("llvm.maximum", [FLOAT], TWO_FLOATS)
+        return builder.call(function, args, fastmath=("nsz",))
+
+    return types.float32(types.float32, types.float32), generate
+
+
+@intrinsic
+def widest(typing):
+    """Compiles the function that calls it once, apart from its callers, for the widest vectors.
+
+    LLVM takes 8 of 16 lanes of AVX-512 unless a function asks for all, and may compile a loop
+    differently in each function that it is inlined into, which would change the bits of a sum.
+    """
+
+    def generate(context, builder, signature, args):
+        attributes = builder.function.attributes
+        attributes.add("noinline")
+        # llvmlite's own set admits only attributes without a value
+        set.add(attributes, '"prefer-vector-width"="512"')
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def prefetch_address(typing, array, index):
+    """Starts to load the cache line of an element, which may lie behind the array's end."""
+
+    def generate(context, builder, signature, args):
+        data = context.make_array(array)(context, builder, args[0]).data
+        address = builder.bitcast(builder.gep(data, [args[1]]), POINTER)
+        kind = ir.FunctionType(ir.VoidType(), [POINTER, INT, INT, INT])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [POINTER], kind)
+        # to be read, wanted in the second-level cache, data
+        builder.call(function, [address, INT(0), INT(2), INT(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), generate
+
+
+def widen(number):
+    """The float32 that is equal to an element of a row."""
+
+
+@overload(widen, inline="always")
+def _widen(number):
+    if number == types.uint16:
+        return lambda number: float_of(np.int32(number) << np.int32(16))
+    return (
+        (lambda number: half_to_float(number)) if number == types.int16 else lambda number: number
+    )
+
+
+def narrow(number, like):
+    """The element of a row nearest to a float32, a tie to even; `like` is any element."""
+
+
+@overload(narrow, inline="always")
+def _narrow(number, like):
+    if like == types.uint16:
+
+        def to_bfloat16(number, like):
+            bits = bits_of(number)
+            half = np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))
+            return np.uint16((bits + half) >> np.int32(16))
+
+        return to_bfloat16
+    if like == types.int16:
+        return lambda number, like: float_to_half(number)
+    return lambda number, like: number
+
+
+@compiled
+def whole(count):
+    """`count` in whole steps of the loops, so that none has a rest to compute one by one."""
+    return (count + STEP - 1) & -STEP
+
+
+@compiled
+def load(logits, start, count, block):
+    """Converts `count` logits from `start` on into a block, and fills its last step with −inf."""
+    widest()
+    # an unsigned index does not count from the end, which LLVM could not vectorise
+    start = np.uint64(start)
+    for j in range(np.uint64(count)):
+        block[j] = widen(logits[start + j])
+    for j in range(count, whole(count)):
+        block[j] = -np.inf
+
+
+@compiled
+def store(block, count, logits, start):
+    """Rounds `count` numbers of a block into the logits from `start` on."""
+    widest()
+    start = np.uint64(start)
+    for j in range(np.uint64(count)):
+        logits[start + j] = narrow(block[j], logits[start])
+
+
+@compiled
+def clear(logits, start, count):
+    """Makes `count` logits from `start` on 0."""
+    widest()
+    start = np.uint64(start)
+    for j in range(np.uint64(count)):
+        logits[start + j] = 0
+
+
+@compiled
+def prefetch(row, start, count):
+    """Starts to load `count` elements, a cache line of 64 bytes at a time."""
+    for index in range(start, start + count, 64 // row.itemsize):
+        prefetch_address(row, index)
+
+
+@compiled
+def largest(block, count):
+    """The largest number of a block, NaN if any is, at least `LEAST`."""
+    widest()
+    found = LEAST
+    for j in range(whole(count)):
+        found = larger(found, block[j])
+    return found
+
+
+# 1.5·2²³ + 127: added to c, it leaves the exponent field of 2^round(c) in the lowest bits
+ROUND, EXPONENT = np.float32(1.5 * 2**23 + 127), np.int32(23)
+# minimax polynomial of 2^f on |f| ≤ 1/2, the constant fixed to 1; relative error 2e-9
+P1, P2, P3, P4, P5, P6 = (
+    np.float32(p)
+    for p in (0.693147203, 0.240226479, 0.0555033247, 0.00961843736, 0.00133988745, 0.000153533620)
+)
+
+
+@compiled(fastmath={"contract"})
+def exp2(c):
+    """2^c of a float32 in [−127, 1] to one unit in the last place; 0 below −126.5, NaN for NaN."""
+    shifted = c + ROUND
+    f = c - (shifted - ROUND)
+    power = P6
+    power = power * f + P5
+    power = power * f + P4
+    power = power * f + P3
+    power = power * f + P2
+    power = power * f + P1
+    power = power * f + np.float32(1.0)
+    return power * float_of(bits_of(shifted) << EXPONENT)
+
+
+@compiled
+def distance(logit, anchor, scale):
+    """(logit − anchor)·scale; never contracted, so equal rows have equal distances."""
+    return (logit - anchor) * scale
+
+
+@compiled
+def centre(logit, anchor, scale):
+    """The distance c, at least `LOWEST`; NaN for NaN."""
+    c = distance(logit, anchor, scale)
+    return LOWEST if c < LOWEST else c
+
+
+@compiled(fastmath={"reassoc", "contract"})
+def sum_powers(block, count, anchor, scale):
+    """(Σ 2^c, Σ 2^c·c) of a block."""
+    widest()
+    powers = moments = np.float32(0.0)
+    for j in range(whole(count)):
+        c = centre(block[j], anchor, scale)
+        power = exp2(c)
+        powers += power
+        moments += power * c
+    return powers, moments
+
+
+@compiled(fastmath={"reassoc", "contract"})
+def sum_gaps(block, ref_block, count, anchor, ref_anchor, scale):
+    """Σ 2^c·(c − c_ref) of a block; inf where the reference forbids what the policy does not."""
+    widest()
+    gaps = np.float32(0.0)
+    for j in range(whole(count)):
+        c = centre(block[j], anchor, scale)
+        power = exp2(c)
+        # below `LOWEST` a distance counts in full
+        gap = c - distance(ref_block[j], ref_anchor, scale)
+        gaps += power * gap if power > 0 else np.float32(0.0)
+    return gaps
+
+
+@compiled(fastmath={"contract"})
+def scale_powers(block, count, anchor, scale, factor):
+    """Replaces each logit by factor·2^c."""
+    widest()
+    for j in range(whole(count)):
+        block[j] = exp2(centre(block[j], anchor, scale)) * factor
+
+
+@compiled(fastmath={"contract"})
+def weigh_powers(block, count, anchor, scale, factor, log_factor):
+    """Replaces each logit by (factor + log_factor·c)·2^c."""
+    widest()
+    for j in range(whole(count)):
+        c = centre(block[j], anchor, scale)
+        block[j] = exp2(c) * (factor + log_factor * c)
+
+
+@compiled(fastmath={"contract"})
+def weigh_gaps(block, ref_block, count, anchor, ref_anchor, scale, factor, log_factor, gap_factor):
+    """Replaces each logit by (factor + log_factor·c + gap_factor·(c − c_ref))·2^c."""
+    widest()
+    for j in range(whole(count)):
+        c = centre(block[j], anchor, scale)
+        power = exp2(c)
+        gap = c - distance(ref_block[j], ref_anchor, scale)
+        slope = factor + log_factor * c + gap_factor * gap
+        block[j] = power * slope if power > 0 else np.float32(0.0)
