@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Collection, Iterable
 from itertools import combinations, product
 from typing import Any
 
 import pytest
+
+from tests.conftest import BACKENDS, is_interpreted
 
 
 def pairwise(choices: dict[str, list[Any]], seed: int = 0) -> list[dict[str, Any]]:
@@ -43,3 +46,15 @@ def paired(**choices: Any) -> pytest.MarkDecorator:
         for place, row in zip(product(*places.values()), product(*axes.values()), strict=True)
     ]
     return pytest.mark.parametrize(list(axes), cases, indirect=[n for n in axes if n == "backend"])
+
+
+def over_backends(names: Iterable[str], interpreted: Collection[str]) -> pytest.MarkDecorator:
+    """Every name with every backend; where kernels are interpreted, all but these are `rare`."""
+    cases = [
+        pytest.param(
+            *(backend, name),
+            marks=pytest.mark.rare if is_interpreted(backend) and name not in interpreted else (),
+        )
+        for backend, name in product(BACKENDS, names)
+    ]
+    return pytest.mark.parametrize(("backend", "name"), cases, indirect=["backend"])

@@ -35,10 +35,10 @@ def uninterpreted(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def inspected(*arguments: str) -> Inspected:
-    """`python -m grpo_core.inspect`."""
+def inspected(*arguments: str, command: tuple[str, str] = ("-m", "grpo_core.inspect")) -> Inspected:
+    """`python -m grpo_core.inspect`, or what stands for it."""
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "figures.json"
-        done = uninterpreted("-m", "grpo_core.inspect", *arguments, "--json", str(file))
+        done = uninterpreted(*command, *arguments, "--json", str(file))
         assert file.exists(), done.stderr[-4000:]
         return Inspected(done.returncode, done.stdout, json.loads(file.read_text("utf-8")))

@@ -32,6 +32,16 @@ hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("suite")
 
 
+# every backend that tests choose from, and the one of tests that need no other
+BACKENDS = ("torch", "cpu", "triton")
+CPU_BACKEND = "torch"
+
+
+def is_interpreted(backend: str) -> bool:
+    """Whether its kernels run in the interpreter, which is slow: tests then give it fewer cases."""
+    return backend == "triton" and not HAS_GPU
+
+
 # test files that run every kernel
 INTERPRETED_QUICKLY = ("test_row_kernels.py", "test_advantages.py", "test_weights.py")
 
@@ -47,7 +57,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if "rare" not in item.keywords]
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        interpreted = params.get("backend") == "triton" and not HAS_GPU
+        interpreted = is_interpreted(params.get("backend"))
         if interpreted and item.path.name not in INTERPRETED_QUICKLY:
             item.add_marker(pytest.mark.slow)
         if "gpu" in item.keywords and not HAS_GPU:
@@ -66,9 +76,6 @@ def poison():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-BACKENDS = ("torch", "cpu", "triton")
 
 
 @pytest.fixture(params=BACKENDS)

@@ -99,7 +99,7 @@ def make(case: Case) -> tuple[Any, Tensor, dict[str, Any]]:
     counted = arguments["target"] != -100
     if arguments["objective"] == "gspo":
         counted = counted.any(1)
-    return model, ids, arguments | {"normalizer": float(counted.sum()), "backend": "torch"}
+    return model, ids, arguments | {"normalizer": float(counted.sum())}
 
 
 def part(arguments: dict[str, Any], rows: slice) -> dict[str, Any]:

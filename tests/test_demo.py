@@ -1,4 +1,4 @@
-"""The command line, on a run short enough to learn nothing, and (slow) one that learns."""
+"""The command line, on a run short enough to learn nothing, and (slow) two that learn."""
 
 from __future__ import annotations
 
@@ -123,6 +123,20 @@ def test_help_documents_every_option(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.slow
+def test_a_few_steps_of_reinforcement_learning_show(tmp_path: Path) -> None:
+    """R1-Zero from a third of the base's training: ten steps, and most traps are seen through."""
+    short = {"base_steps": 250, "steps": 10, "evaluate_every": 10, "held_out": 256, "gate": 0.0}
+    base, zero = Demo(
+        DemoConfig(output=str(tmp_path), stages="zero", learning_rate=3e-4, **short)
+    ).run()
+    assert base.greedy["accuracy/trap"] <= 0.10
+    assert zero.greedy["accuracy/trap"] >= 0.40
+    assert zero.sampled["accuracy/trap"] >= base.sampled["accuracy/trap"] + 0.20
+    assert zero.sampled["format"] > base.sampled["format"]
+
+
+@pytest.mark.slow
+@pytest.mark.rare
 def test_the_embedded_run_learns(tmp_path: Path) -> None:
     """R1-Zero from a base that always falls for the trap; minutes on one core."""
     base, zero = Demo(DemoConfig(output=str(tmp_path), stages="zero")).run()

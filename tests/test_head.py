@@ -29,6 +29,7 @@ from grpo_core import (
 )
 from grpo_core.linear.model import has_fused_head
 from grpo_core.linear.model_head import options_of_config
+from tests.conftest import CPU_BACKEND
 from tests.tiny_models import FAMILIES, V, batch, tiny
 
 Gradients = dict[str, Tensor]
@@ -43,12 +44,12 @@ def gradients(model: nn.Module, loss: Tensor) -> Gradients:
 
 def dense(model: Any, ids: Tensor, arguments: dict[str, Any], V: int | None = None) -> Any:
     """The loss from the model's own logits."""
-    return fused_loss(model(input_ids=ids).logits[..., :V], backend="torch", **arguments)
+    return fused_loss(model(input_ids=ids).logits[..., :V], backend=CPU_BACKEND, **arguments)
 
 
 def fused(model: Any, ids: Tensor, arguments: dict[str, Any]) -> Any:
     """The loss by a request."""
-    return model(input_ids=ids, request=LossRequest(backend="torch", **arguments))
+    return model(input_ids=ids, request=LossRequest(backend=CPU_BACKEND, **arguments))
 
 
 def assert_close(ours: Gradients, plain: Gradients, tolerance: float = 2e-6) -> None:
@@ -410,7 +411,7 @@ def test_a_request_that_nobody_honours_is_an_error() -> None:
 def test_threads_do_not_get_each_others_answers() -> None:
     """All are in the forward before one asks the head, and all have asked before one returns."""
     model, (ids, arguments) = with_fused_head(tiny()), batch()
-    changes = {"objective": "gspo", "temperature": 0.5, "backend": "torch"}
+    changes = {"objective": "gspo", "temperature": 0.5, "backend": CPU_BACKEND}
     other = LossRequest(**arguments | changes)
     runs: tuple[Callable[[], Tensor], ...] = (
         lambda: fused(model, ids, arguments).logp,
@@ -468,7 +469,9 @@ def test_checkpointing_of_the_whole_model(reentrant: bool) -> None:
     assert_close(again, plain)
 
 
-@pytest.mark.parametrize("what", ["step", "model", "in place"])
+@pytest.mark.parametrize(
+    "what", [pytest.param("step", marks=pytest.mark.slow), "model", "in place"]
+)
 def test_a_compiled_model(what: str) -> None:
     """As one graph, given its head before or after, and with requests made in the graph."""
     torch._dynamo.reset()

@@ -36,7 +36,7 @@ STEPS: dict[str, tuple[str, list[str], list[str]]] = {
 
 def given(packed: bool, *names: str) -> dict[str, Any]:
     """A batch as a trainer has it: targets and mask are views of what was generated."""
-    B, T, V = 4, 5, 40
+    B, T, V = 4, 3, 40
     ids = torch.randint(0, V, (B, T + 1), device=DEVICE)
     logp = torch.full((B, T), -3.7, device=DEVICE)
     arguments: dict[str, Any] = {
@@ -59,7 +59,7 @@ def given(packed: bool, *names: str) -> dict[str, Any]:
     return arguments
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_launches_no_more(name: str, packed: bool) -> None:
     """Forward and backward together; torch's own root gradient is given, not launched."""

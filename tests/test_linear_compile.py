@@ -16,11 +16,12 @@ from grpo_core.linear.logp import logp_from_hidden
 from grpo_core.linear.loss import loss_from_hidden
 from grpo_core.loss import compile
 from grpo_core.loss.inputs import LossInputs
+from tests.conftest import CPU_BACKEND
 from tests.test_fused_loss import OBJECTIVES
 from tests.test_linear_loss import FEW, HEADS, case, make_head, needed
 from tests.test_torch_compile import SHOWN
 
-COMPILERS = ["eager", "aot_eager"]
+COMPILERS = ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)]
 TENSORS = ("weight", "bias", "lora_A", "lora_B")
 
 
@@ -36,7 +37,7 @@ def step(
     hidden: Tensor, head: LinearHead, arguments: dict[str, Any]
 ) -> tuple[LossOutput, dict[str, Tensor]]:
     """What a training step would compile: hidden states of a model, the loss, and its metrics."""
-    out = fused_linear_loss(hidden * 1.0, head, backend="torch", **arguments)
+    out = fused_linear_loss(hidden * 1.0, head, backend=CPU_BACKEND, **arguments)
     return out, out.metrics
 
 
@@ -127,7 +128,7 @@ def test_other_policies_and_log_probabilities(compiler: str) -> None:
     def run(
         hidden: Tensor, head: LinearHead, arguments: dict[str, Any]
     ) -> tuple[LossOutput, dict[str, Tensor]]:
-        scored = linear_token_logp(hidden, head, arguments["target"], backend="torch")
+        scored = linear_token_logp(hidden, head, arguments["target"], backend=CPU_BACKEND)
         out, metrics = step(hidden, head, arguments)
         return out, metrics | {"logp": scored.logp, "entropies": scored.entropy}
 
@@ -198,7 +199,7 @@ def test_the_operators_keep_their_promises() -> None:
         "advantage": torch.randn(len(hidden)),
         "old_logp": arguments["old_logp"],
         "temperature": 0.9,
-        "backend": "torch",
+        "backend": CPU_BACKEND,
         # a fake target has no values
         "validate": False,
     }
@@ -208,7 +209,7 @@ def test_the_operators_keep_their_promises() -> None:
     torch.library.opcheck(compile._run, call)
     head = replace(head, **{name: getattr(head, name).detach() for name in TENSORS})
     names = ("mask", "plan", "memory_budget", "logits_dtype")
-    options = dict.fromkeys(names) | {"temperature": 0.9, "backend": "torch", "validate": False}
+    options = dict.fromkeys(names) | {"temperature": 0.9, "backend": CPU_BACKEND, "validate": False}
     values = (hidden.detach(), head, arguments["target"])
     call = compile._flatten(logp_from_hidden, [False], False, values, options)
     torch.library.opcheck(compile._run, call)

@@ -29,6 +29,8 @@ from grpo_core.backends.formula import as_torch
 from grpo_core.linear.matmuls import Layout, choose_layout
 from grpo_core.loss.reference import reference_loss
 from tests.accuracy import assert_no_worse
+from tests.combinations import over_backends
+from tests.conftest import CPU_BACKEND, is_interpreted
 from tests.test_fused_loss import OBJECTIVES
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -207,11 +209,6 @@ def check(
             assert close, f"{name} {variant}: {found[0].metrics[name]} is not {value}"
 
 
-def is_interpreted(backend: str, device: str) -> bool:
-    """Whether kernels are slow: what does not concern them is then left to the torch backend."""
-    return backend == "triton" and device == "cpu"
-
-
 PLANS: list[dict[str, Any]] = [
     {"plan": plan, "memory_budget": budget} for plan in ("fast", "lean") for budget in (FEW, ALL)
 ]
@@ -223,8 +220,8 @@ def test_every_objective(name: str, frozen: bool) -> None:
     """Both plans, chunks that do and do not divide the rows."""
     head = make_head()
     hidden, arguments = case(head)
-    variants = [{**plan, "backend": "torch"} for plan in PLANS]
-    variants.append({"plan": "fast", "memory_budget": SOME, "backend": "torch"})
+    variants = [{**plan, "backend": CPU_BACKEND} for plan in PLANS]
+    variants.append({"plan": "fast", "memory_budget": SOME, "backend": CPU_BACKEND})
     check(OBJECTIVES[name], head, hidden, arguments, variants, frozen=frozen)
 
 
@@ -233,17 +230,20 @@ def test_every_objective(name: str, frozen: bool) -> None:
 def test_every_head(name: str, options: str) -> None:
     head = make_head(**HEADS[options])
     hidden, arguments = case(head)
-    variants = [{**plan, "backend": "torch"} for plan in PLANS]
+    variants = [{**plan, "backend": CPU_BACKEND} for plan in PLANS]
     check(OBJECTIVES[name], head, hidden, arguments, variants)
 
 
-@pytest.mark.parametrize("name", ["grpo", "sequence", "exact KL, entropy", "top entropy, bonus"])
+@over_backends(
+    ["grpo", "sequence", "exact KL, entropy", "top entropy, bonus"],
+    interpreted=["sequence", "exact KL, entropy"],
+)
 def test_every_backend(backend: str, device: str, name: str) -> None:
     """The kernels, too, on a head with everything."""
     head = make_head(**HEADS["everything"])
     hidden, arguments = case(head)
     # interpreted: small chunks of the one plan, and one chunk of the other
-    plans = [PLANS[0], PLANS[-1]] if is_interpreted(backend, device) else PLANS
+    plans = [PLANS[0], PLANS[-1]] if is_interpreted(backend) else PLANS
     variants = [{**plan, "backend": backend, "device": device} for plan in plans]
     check(OBJECTIVES[name], head, hidden, arguments, variants)
 
@@ -262,7 +262,7 @@ def test_every_dtype(name: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None
     """Also a float32 head with hidden states of 16 bits, and the reverse."""
     head = make_head(dtype=dtypes[1], bias=True)
     hidden, arguments = case(head, dtypes[0])
-    variants = [{**plan, "backend": "torch"} for plan in PLANS]
+    variants = [{**plan, "backend": CPU_BACKEND} for plan in PLANS]
     check(OBJECTIVES[name], head, hidden, arguments, variants)
 
 
@@ -275,7 +275,13 @@ def test_logits_of_16_bits(name: str) -> None:
     exact, exact_gradients = dense(head, hidden, None, Tensor.double, False, **arguments)
     for plan in PLANS:
         found, gradient = ours(
-            head, hidden, None, backend="torch", logits_dtype=torch.bfloat16, **arguments, **plan
+            head,
+            hidden,
+            None,
+            backend=CPU_BACKEND,
+            logits_dtype=torch.bfloat16,
+            **arguments,
+            **plan,
         )
         assert (found.logp - exact.logp).abs().max() < 0.05
         for key, value in gradient.items():
@@ -306,7 +312,7 @@ def test_views_and_packed_rows(backend: str, device: str) -> None:
     target = torch.randint(0, V, (B, T - 1), device=device)
     rewards = torch.tensor([1.0, 0.0, 0.5, 0.25], device=device)
     names = ("dapo", "gspo", "gmpo")
-    for name in names[:2] if is_interpreted(backend, device) else names:
+    for name in names[:2] if is_interpreted(backend) else names:
         arguments = {"objective": name, "rewards": rewards, "group_size": 2, "backend": backend}
         leaf = buffer.clone().requires_grad_()
         padded = fused_linear_loss(leaf[:, :-1], head, target, **arguments)
@@ -340,7 +346,7 @@ def step(
     head: LinearHead, hidden: Tensor, frozen: bool = False, **arguments: Any
 ) -> Callable[[], object]:
     """Forward and backward as one call."""
-    return lambda: ours(head, hidden, None, frozen, backend="torch", **arguments)
+    return lambda: ours(head, hidden, None, frozen, backend=CPU_BACKEND, **arguments)
 
 
 def test_products_are_counted() -> None:
@@ -438,7 +444,7 @@ def test_surrogates_that_promise_it_vanish_without_an_advantage() -> None:
         assert surrogate.homogeneous == all(bool((part == 0).all()) for part in found), name
 
 
-@pytest.mark.parametrize("name", ["dapo", "sequence", "exact KL, entropy"])
+@over_backends(["dapo", "sequence", "exact KL, entropy"], interpreted=["exact KL, entropy"])
 def test_logp_has_the_same_bits_in_every_chunk(backend: str, device: str, name: str) -> None:
     """Whatever the budget, the plan, the rows beside it; and those of `linear_token_logp`."""
     head = make_head()
@@ -446,7 +452,7 @@ def test_logp_has_the_same_bits_in_every_chunk(backend: str, device: str, name: 
     arguments, reference = needed(OBJECTIVES[name], head, hidden, arguments)
     common = {"objective": OBJECTIVES[name], "backend": backend, "device": device, **arguments}
     layouts = [(plan, budget) for plan in ("fast", "lean") for budget in (1, FEW, SOME, ALL)]
-    slow = is_interpreted(backend, device)
+    slow = is_interpreted(backend)
     if slow:
         # chunks of 16 rows and of 36; the first reading of the lean plan
         layouts = [("fast", FEW), ("fast", ALL), ("lean", SOME)]
@@ -656,7 +662,7 @@ def test_memory_is_the_budget_and_the_gradients() -> None:
         "sequence_id": torch.arange(N) // 32,
         "advantage": torch.randn(N),
         "memory_budget": budget,
-        "backend": "torch",
+        "backend": CPU_BACKEND,
     }
     # the row kernels' scratch, two chunks of 1 MiB each at most, and vectors of N
     scratch = 2**23 + 2**20
@@ -683,7 +689,7 @@ def test_lean_holds_no_float32_sum_of_the_matrix() -> None:
             "sequence_id": torch.arange(N) // 32,
             "advantage": torch.randn(N),
             "objective": "dapo",
-            "backend": "torch",
+            "backend": CPU_BACKEND,
         }
         returned = 2 * (hidden.numel() + weight.numel())
         for plan, budget in (("fast", None), ("lean", 2**20)):

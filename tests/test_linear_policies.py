@@ -18,6 +18,7 @@ from grpo_core import (
     fused_linear_loss,
     linear_token_logp,
 )
+from tests.conftest import CPU_BACKEND
 from tests.test_linear_loss import (
     FEW,
     HEADS,
@@ -78,12 +79,12 @@ def check(name: str, head: LinearHead, frozen: bool, words: int = 0, **changes: 
     objective = OBJECTIVES[name]
     hidden, arguments = case(head)
     del arguments["ref_logp"]
-    arguments |= {"objective": objective, "backend": "torch", **changes}
+    arguments |= {"objective": objective, "backend": CPU_BACKEND, **changes}
     given = reference(head, hidden, words)
     target = arguments["target"].clamp(max=head.V + min(words, 0) - 1)
     arguments["target"] = target
     states, matrix = given.values()
-    ref = linear_token_logp(states, matrix, target, temperature=0.9, backend="torch")
+    ref = linear_token_logp(states, matrix, target, temperature=0.9, backend=CPU_BACKEND)
     if objective.factor.needs_sampler:
         arguments["sampler_logp"] = arguments["old_logp"] + 0.2 * torch.randn(B, T)
     for plan in PLANS:
@@ -166,7 +167,7 @@ def test_the_exact_kl_takes_two_buffers_for_all_chunks() -> None:
             ref_lm_head=ref,
             plan="fast",
             memory_budget=2 * FEW,
-            backend="torch",
+            backend=CPU_BACKEND,
         )
     assert seen.seen == ["policy", "ref", "dhidden", "rows"] * 2
     assert len(seen.buffers) == 2
@@ -176,7 +177,7 @@ def test_products_are_counted() -> None:
     """One for the reference and each row that is made, whatever the plan; none in a backward."""
     head, rows = make_head(), 4 * 32
     hidden, target = torch.randn(4, 32, D), torch.randint(0, V, (4, 32))
-    common = {"target": target, "backend": "torch", "ref_hidden": hidden.clone()}
+    common = {"target": target, "backend": CPU_BACKEND, "ref_hidden": hidden.clone()}
 
     def count(name: str, frozen: bool = False, again: bool = False, **options: Any) -> float:
         def call() -> None:
@@ -215,7 +216,7 @@ def test_the_peak_is_that_of_the_loss_alone() -> None:
         "plan": "fast",
         "memory_budget": 2**20,
         "objective": OBJECTIVES["token"],
-        "backend": "torch",
+        "backend": CPU_BACKEND,
     }
     others = {"ref_hidden": hidden.detach(), "ref_lm_head": ref}
     for given in ({"ref_logp": torch.zeros(N)}, others):
@@ -229,7 +230,7 @@ def test_the_reference_has_no_gradient() -> None:
     head = make_head(bias=True)
     hidden, arguments = case(head)
     del arguments["ref_logp"]
-    arguments |= {"objective": OBJECTIVES["token"], "backend": "torch"}
+    arguments |= {"objective": OBJECTIVES["token"], "backend": CPU_BACKEND}
     other = hidden + 0.1 * torch.randn(hidden.shape)
     ref = linear_token_logp(other, head, arguments["target"], temperature=0.9).logp
     results = []

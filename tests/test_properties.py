@@ -1,7 +1,7 @@
 """What must hold of every objective, whatever its formula: masks, padding, parts, order.
 
 Each property is checked for every objective of `tests.test_fused_loss`, by turns in float64 by the
-reference and in float32 by the torch backend, and for a few by the interpreted kernels.
+reference and in float32 by a backend of the CPU, and for a few by the interpreted kernels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from grpo_core import Objective, fused_loss, merge_metrics
 from grpo_core.loss.reference import reference_loss
-from tests.conftest import HAS_TRITON
+from tests.conftest import BACKENDS, HAS_GPU, HAS_TRITON
 from tests.test_fused_loss import OBJECTIVES
 
 B, T, V = 6, 5, 37
@@ -24,27 +24,30 @@ LENGTHS = [5, 2, 0, 4, 1, 3]
 COUPLED = {name for name, spec in OBJECTIVES.items() if spec.factor.top_entropy < 1} | {
     name for name, spec in OBJECTIVES.items() if spec.entropy_aggregation is not None
 }
-FEW = {"grpo", "gspo", "gmpo", "exact KL, entropy", "sampler, mask, entropy, exact KL"}
+# by interpreted kernels: of tokens, of sequences, and of all that reads two rows
+FEW = ["grpo", "gmpo", "sampler, mask, entropy, exact KL"]
+PATHS = ["reference", *(backend for backend in BACKENDS if backend != "triton")]
 CASES = [
     *(
         pytest.param(
             *(name, path),
             id=f"{name}-{path}",
-            marks=pytest.mark.rare if (number + turn) % 2 else (),
+            marks=() if number % len(PATHS) == turn else pytest.mark.rare,
         )
         for number, name in enumerate(OBJECTIVES)
-        for turn, path in enumerate(("reference", "torch"))
+        for turn, path in enumerate(PATHS)
     ),
     *(
         pytest.param(
             name,
             "triton",
             id=f"{name}-triton",
-            marks=pytest.mark.skipif(
-                not HAS_TRITON or torch.cuda.is_available(), reason="interpreted kernels"
-            ),
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(not HAS_TRITON or HAS_GPU, reason="interpreted kernels"),
+            ],
         )
-        for name in sorted(FEW)
+        for name in FEW
     ),
 ]
 Batch = dict[str, Tensor]

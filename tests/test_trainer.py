@@ -51,7 +51,7 @@ def without_times(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in m.items() if key not in MACHINE} for m in history]
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.rare) for n in (1, 2))])
 def test_it_learns(seed: int) -> None:
     model = micro_model(seed)
     history = Trainer(model, draw_problems, share_of_sevens, config(seed=seed)).train()
@@ -59,7 +59,20 @@ def test_it_learns(seed: int) -> None:
     assert history[-1]["reward"] > 0.95
 
 
-@pytest.mark.parametrize("objective", [WITH_KL, *RECIPES.values()], ids=["kl", *RECIPES])
+# one of each divisor and level of the ratio
+FEW = ("dapo", "grpo", "dr_grpo", "gspo", "gmpo")
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        pytest.param(WITH_KL, id="kl"),
+        *(
+            pytest.param(recipe, id=name, marks=() if name in FEW else pytest.mark.slow)
+            for name, recipe in RECIPES.items()
+        ),
+    ],
+)
 def test_every_loss_trains_the_same_model(objective: Any) -> None:
     models, rewards = [], []
     for loss in ("naive", "logits", "fused"):
@@ -297,7 +310,7 @@ def test_an_adapter_switched_off_is_the_reference() -> None:
     assert not torch.allclose(minibatch.old_logp, expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("loss", ["fused", "logits"])
+@pytest.mark.parametrize("loss", ["fused", pytest.param("logits", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "gspo", "luspo", "vespo", "rloo"])
 def test_parts_of_a_minibatch_make_the_same_update(name: str, loss: str) -> None:
     """Divisors are those of the whole; a part has at most so many places, and whole sequences."""

@@ -201,7 +201,7 @@ def model_of(options: dict[str, Any]) -> Any:
 
 
 def fixed_run(name: str, shard: str) -> dict[str, Any]:
-    """Two steps of four updates each: their metrics, and the weights afterwards."""
+    """Two steps of four updates each, or one: their metrics, and the weights afterwards."""
     changes, lengths, options = CASES[name]
     settings: dict[str, Any] = {
         "objective": DAPO,
@@ -221,7 +221,8 @@ def fixed_run(name: str, shard: str) -> dict[str, Any]:
     if options.get("rate", True):
         # AdamW would not show a gradient that is too large by a factor
         run.optimizer = torch.optim.SGD(run.model.parameters(), lr=config.learning_rate)
-    history = [run.step() for _ in range(2)]
+    # a second step sees what the first has left in wrapper and optimizer
+    history = [run.step() for _ in range(1 if name in UNWRAPPED else 2)]
     for metrics in history:
         for name in MACHINE:
             metrics.pop(name, None)
