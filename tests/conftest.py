@@ -34,7 +34,7 @@ hypothesis.settings.load_profile("suite")
 
 # every backend that tests choose from, and the one of tests that need no other
 BACKENDS = ("torch", "cpu", "triton")
-CPU_BACKEND = "torch"
+CPU_BACKEND = "cpu"
 
 
 def is_interpreted(backend: str) -> bool:

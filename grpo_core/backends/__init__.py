@@ -26,7 +26,7 @@ def choose_backend(backend: Backend | None, tensor: Tensor) -> ModuleType:
         NotImplementedError: a backend that is not installed or cannot compute on this device.
     """
     if backend is None:
-        backend = default_backend(tensor.device.type)
+        backend = "triton" if tensor.is_cuda else default_backend(tensor.device.type)
     if backend not in get_args(Backend):
         raise ValueError(f"backend: expected one of {get_args(Backend)} or None, got {backend!r}")
     if backend == "triton":

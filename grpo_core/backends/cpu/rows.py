@@ -347,7 +347,7 @@ def loss_rows(
                 vectors[6, n], vectors[7, n] = found[3], -found[4]
                 vectors[8, n], vectors[9, n] = found[5], -found[6]
                 dropped[n] = not usable
-                dkl = beta * weight[n] if ref_logits is not None else 0.0
+                dkl = np.float32(beta) * weight[n] if ref_logits is not None else 0.0
                 slopes = (np.float64(np.float32(dlogp)), -bonus, dkl)
                 moves = usable and (dlogp != 0 or bonus != 0 or dkl != 0)
                 if moves and len(dlogits) > 0:
