@@ -101,7 +101,8 @@ def fused_loss(
             that are a leaf is then the same memory. Not for logits whose producer keeps its
             output for its own backward (a tanh soft cap): torch then raises. Not inside
             `torch.compile`, see `compile`.
-        backend: "triton", "torch", or None for triton on a GPU and torch elsewhere.
+        backend: "triton", "cpu" (Numba), "torch" (plain and slow), or None for triton on a GPU and
+            cpu elsewhere, torch where Numba is not installed.
         validate: look at values for bad targets, sequence ids and rewards. None means on the CPU
             only: on a GPU the host would wait, so there a bad row gets weight 0 and is counted.
 

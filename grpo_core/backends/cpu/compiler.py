@@ -23,15 +23,22 @@ from numba.extending import intrinsic
 
 # logits that are worth a thread of their own, and that a thread takes at a time
 LEAST_WORK, GRAIN = 2**17, 2**16
+# logits that a row is computed in at a time: 4 KiB of float32, small enough for the first-level
+# cache and large enough to hide the call of a loop
+BLOCK = 1024
 
 
-# IEEE divisions. Left unset, `fastmath` would be that of whichever caller is compiled first.
-OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": False}
+# IEEE divisions; no counting of references to arrays, which costs a call for each of a row's
+# functions. Left unset, `fastmath` would be that of whichever caller is compiled first.
+OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": False, "_nrt": False}
+
+
+INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
 def compiled(function: Any = None, **options: Any) -> Any:
     """A function that compiled functions call."""
-    decorate = numba.njit(**{**OPTIONS, **options})
+    decorate = numba.njit(**{**OPTIONS, **INNER, **options})
     return decorate if function is None else decorate(function)
 
 
@@ -49,10 +56,10 @@ def claim(typing: Any, counter: Any, count: Any) -> Any:
 def compile_kernel(function: Callable) -> Callable:
     """A kernel that runs without the interpreter's lock, kept on disk where that can be written."""
     try:
-        return numba.njit(nogil=True, cache=True, **OPTIONS)(function)
+        return numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True, **OPTIONS)(function)
     except RuntimeError:
         # no folder that can be written
-        return numba.njit(nogil=True, **OPTIONS)(function)
+        return numba.njit(nogil=True, no_cfunc_wrapper=True, **OPTIONS)(function)
 
 
 @cache
@@ -63,17 +70,18 @@ def sources() -> str:
 
 
 def run(kernel: Callable, N: int, V: int, *args: Any) -> None:
-    """Runs `kernel(*args, counter, grain)` over N rows on as many threads as torch has.
+    """Runs `kernel(*args, blocks, counter, grain)` over N rows on as many threads as torch has.
 
     The calling thread works as well and waits for no thread that has not begun. Two calls at once
     share the helpers.
     """
     grain = max(1, GRAIN // max(V, 1))
-    helpers = min(torch.get_num_threads(), N, N * V // LEAST_WORK) - 1
-    args = (*args, np.zeros(1, np.int64), grain)
+    helpers = max(min(torch.get_num_threads(), N, N * V // LEAST_WORK), 1) - 1
+    counter = np.zeros(1, np.int64)
+    calls = [(*args, np.empty((2, BLOCK), np.float32), counter, grain) for _ in range(helpers + 1)]
     pool = _pool(torch.get_num_threads() - 1) if helpers > 0 else None
-    futures = [] if pool is None else [pool.submit(kernel, *args) for _ in range(helpers)]
-    kernel(*args)
+    futures = [] if pool is None else [pool.submit(kernel, *call) for call in calls[1:]]
+    kernel(*calls[0])
     for future in futures:
         if not future.cancel():
             future.result()

@@ -22,13 +22,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from grpo_core.backends.cpu.compiler import claim, compile_kernel, compiled, sources
+from grpo_core.backends.cpu.compiler import BLOCK, claim, compile_kernel, compiled, sources
 from grpo_core.backends.cpu.vectors import (
-    BLOCK,
     LEAST,
     LN2,
     clear,
-    largest,
     load,
     prefetch,
     scale_powers,
@@ -42,6 +40,8 @@ from grpo_core.backends.cpu.vectors import (
 
 # nats of a row in which another token than the target is nearly certain, as in the Triton kernels
 SURE = 0.125
+# no column of a block; as a plain number it would be a type of its own, compiled apart
+NOWHERE = np.int64(-1)
 
 
 @compiled
@@ -54,6 +54,8 @@ def row_start(n, place):
 @compiled
 def rebase(old, new, scale, total, moment):
     """(Σ 2^c, Σ 2^c·c) relative to a larger anchor."""
+    if total == 0:
+        return total, moment
     shift = (np.float64(old) - np.float64(new)) * scale
     factor = 2.0**shift
     return factor * total, factor * (moment + shift * total)
@@ -65,11 +67,8 @@ def read_row(logits, start, V, target, scale, block):
     anchor, total, moment = LEAST, 0.0, 0.0
     for first in range(0, V, BLOCK):
         count = min(BLOCK, V - first)
-        load(logits, start + first, count, block)
-        prefetch(logits, start + first + count, BLOCK)
-        if first <= target < first + count:
-            block[target - first] = -np.inf
-        top = largest(block, count)
+        top = load(logits, start + first, count, target - first, block)
+        prefetch(logits, start + first + count, count)
         if not top <= anchor:
             total, moment = rebase(anchor, top, scale, total, moment)
             anchor = top
@@ -86,12 +85,8 @@ def read_pair(logits, start, ref_logits, ref_start, V, target, scale, block, ref
     ref_anchor, ref_total, gap = LEAST, 0.0, 0.0
     for first in range(0, V, BLOCK):
         count = min(BLOCK, V - first)
-        load(logits, start + first, count, block)
-        load(ref_logits, ref_start + first, count, ref_block)
-        if first <= target < first + count:
-            block[target - first] = -np.inf
-            ref_block[target - first] = -np.inf
-        top, ref_top = largest(block, count), largest(ref_block, count)
+        top = load(logits, start + first, count, target - first, block)
+        ref_top = load(ref_logits, ref_start + first, count, target - first, ref_block)
         if not ref_top <= ref_anchor:
             shift = (np.float64(ref_anchor) - np.float64(ref_top)) * scale
             gap -= shift * total if total > 0 else 0.0
@@ -122,12 +117,12 @@ def sides(z):
 
 
 @compiled
-def target_gap(logits, start, target, scale, anchor, total):
+def target_gap(logits, start, target, scale, anchor, log_total):
     """z = log Σ_{j≠y} exp(x_j/T) − x_y/T, nats; NaN for an infinite target logit."""
     logit = np.float64(widen(logits[start + target]))
     if logit == np.inf:
         return np.nan
-    return math.log(total) - (logit - np.float64(anchor)) * (scale * LN2)
+    return log_total - (logit - np.float64(anchor)) * (scale * LN2)
 
 
 @compiled
@@ -140,7 +135,7 @@ def read_below_sure(logits, start, V, target, scale, anchor, block):
     sure, total, moment = -1, 0.0, 0.0
     for first in range(0, V, BLOCK):
         count = min(BLOCK, V - first)
-        load(logits, start + first, count, block)
+        load(logits, start + first, count, NOWHERE, block)
         if sure < 0:
             for j in range(count):
                 if block[j] == anchor and first + j != target:
@@ -154,25 +149,25 @@ def read_below_sure(logits, start, V, target, scale, anchor, block):
 
 
 @compiled
-def entropy_of(of_token, total, moment):
+def entropy_of(of_token, total, log_total, moment):
     """Entropy of a row, nats: h(p_y) + (1 − p_y)·H_others, from `sides`."""
     logp, log_others, p_target, p_others = of_token
     entropy = 0.0
     if p_others > 0:
-        entropy += p_others * (math.log(total) - LN2 * moment / total - log_others)
+        entropy += p_others * (log_total - LN2 * moment / total - log_others)
     if p_target > 0:
         entropy -= p_target * logp
     return entropy
 
 
 @compiled
-def exact_kl_of(of_token, ref_of_token, total, ref_total, gap):
-    """KL(π ‖ π_ref) of a row over the whole vocabulary, nats."""
+def exact_kl_of(of_token, ref_of_token, total, log_ratio, gap):
+    """KL(π ‖ π_ref) of a row over the whole vocabulary, nats; `log_ratio` = log S/S_ref."""
     logp, log_others, p_target, p_others = of_token
     ref_logp, ref_log_others, _, _ = ref_of_token
     kl = 0.0
     if p_others > 0:
-        kl_others = math.log(ref_total) - math.log(total) + LN2 * gap / total
+        kl_others = LN2 * gap / total - log_ratio
         # where the reference knows no other token, inf − inf
         if ref_log_others == -np.inf:
             kl_others = np.inf
@@ -192,16 +187,18 @@ def read_statistics(logits, start, ref_logits, ref_start, V, target, scale, bloc
         )
     else:
         anchor, total, moment = read_row(logits, start, V, target, scale, block)
-    z = target_gap(logits, start, target, scale, anchor, total)
+    log_total = math.log(total)
+    z = target_gap(logits, start, target, scale, anchor, log_total)
     of_token = sides(z)
-    entropy = entropy_of(of_token, total, moment)
+    entropy = entropy_of(of_token, total, log_total, moment)
     if z > 0 and entropy < SURE:
         # log S has rounded away all but the likeliest token
         _, below, moment = read_below_sure(logits, start, V, target, scale, anchor, block)
         entropy = math.log1p(below) - LN2 * moment / (1 + below)
     if ref_logits is not None:
-        ref_z = target_gap(ref_logits, ref_start, target, scale, ref_anchor, ref_total)
-        kl = exact_kl_of(of_token, sides(ref_z), total, ref_total, gap)
+        ref_log_total = math.log(ref_total)
+        ref_z = target_gap(ref_logits, ref_start, target, scale, ref_anchor, ref_log_total)
+        kl = exact_kl_of(of_token, sides(ref_z), total, log_total - ref_log_total, gap)
     return (
         np.float32(of_token[0]),
         np.float32(entropy),
@@ -227,7 +224,8 @@ def write_gradient(
     entropy, kl = np.float64(entropy32), np.float64(kl32)
     dlogp, dentropy, dkl = slopes
     inverse, step = scale * LN2, np.float32(scale)
-    z = target_gap(logits, start, target, scale, anchor, total)
+    log_total = math.log(np.float64(total))
+    z = target_gap(logits, start, target, scale, anchor, log_total)
     logp, log_share, p_target, share = sides(z)
     if share == 0 or total == 0:
         # a certain target has no gradient, even where a forbidden token has an infinite KL
@@ -239,18 +237,19 @@ def write_gradient(
     if dentropy != 0:
         if p_target > 0:
             at_target -= inverse * dentropy * p_target * (logp + entropy)
-        of_entropy = -dentropy * weight * (log_share - math.log(total) + entropy)
+        of_entropy = -dentropy * weight * (log_share - log_total + entropy)
         log_factor = -dentropy * weight * LN2
         if z > 0 and entropy < SURE:
             sure, below, moment = read_below_sure(logits, start, V, target, scale, anchor, block)
             at_sure = inverse * dentropy * LN2 * moment / (1 + below) ** 2
     if ref_logits is not None:
-        ref_z = target_gap(ref_logits, ref_start, target, scale, ref_anchor, ref_total)
+        ref_log_total = math.log(np.float64(ref_total))
+        ref_z = target_gap(ref_logits, ref_start, target, scale, ref_anchor, ref_log_total)
         if dkl != 0:
             ref_logp, ref_log_share, _, _ = sides(ref_z)
             if p_target > 0:
                 at_target += inverse * dkl * p_target * (logp - ref_logp - kl)
-            gap = log_share - ref_log_share - math.log(total) + math.log(ref_total)
+            gap = log_share - ref_log_share - log_total + ref_log_total
             factor += dkl * weight * (gap - kl)
             gap_factor = dkl * weight * LN2
         if sure >= 0:
@@ -260,9 +259,9 @@ def write_gradient(
     factor += of_entropy
     for first in range(0, V, BLOCK):
         count = min(BLOCK, V - first)
-        load(logits, start + first, count, block)
+        load(logits, start + first, count, NOWHERE, block)
         if ref_logits is not None:
-            load(ref_logits, ref_start + first, count, ref_block)
+            load(ref_logits, ref_start + first, count, NOWHERE, ref_block)
             weigh_gaps(
                 block, ref_block, count, anchor, ref_anchor, step,
                 np.float32(factor), np.float32(log_factor), np.float32(gap_factor),
@@ -314,14 +313,14 @@ def token_loss(
 def loss_rows(
     logits, place, ref_logits, ref_place, dlogits, out_place, V, scale,
     target, weight, advantage, old_logp, ref_logp, factor, entropy_weight, vectors, dropped,
-    surrogate, surrogate_args, kl_estimator, kl_times_ratio, beta, counter, grain,
+    surrogate, surrogate_args, kl_estimator, kl_times_ratio, beta, blocks, counter, grain,
 ):  # fmt: skip
     """One pass: statistics, the loss of the token and, where asked for, the gradient of the row.
 
     `vectors` [10, N] receives logp, entropy, ratio, KL, loss, dlogp and the state.
     """
     N = len(target)
-    block, ref_block = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    block, ref_block = blocks[0], blocks[1]
     first = claim(counter, grain)
     while first < N:
         for n in range(first, min(first + grain, N)):
@@ -361,10 +360,12 @@ def loss_rows(
 
 
 @compiled
-def stats_rows(logits, place, ref_logits, ref_place, V, scale, target, vectors, counter, grain):
+def stats_rows(
+    logits, place, ref_logits, ref_place, V, scale, target, vectors, blocks, counter, grain
+):
     """Statistics of every row: `vectors` [7, N] receives logp, entropy, KL and the state."""
     N = len(target)
-    block, ref_block = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    block, ref_block = blocks[0], blocks[1]
     first = claim(counter, grain)
     while first < N:
         for n in range(first, min(first + grain, N)):
@@ -382,11 +383,11 @@ def stats_rows(logits, place, ref_logits, ref_place, V, scale, target, vectors, 
 @compiled
 def gradient_rows(
     logits, place, ref_logits, ref_place, dlogits, out_place, V, scale,
-    target, dlogp, dentropy, dkl, entropy, kl, state, counter, grain,
+    target, dlogp, dentropy, dkl, entropy, kl, state, blocks, counter, grain,
 ):  # fmt: skip
     """The gradient of every row from its statistics; rows without one become 0."""
     N = len(target)
-    block, ref_block = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    block, ref_block = blocks[0], blocks[1]
     first = claim(counter, grain)
     while first < N:
         for n in range(first, min(first + grain, N)):
@@ -410,7 +411,7 @@ def gradient_rows(
 
 
 class Kernels(NamedTuple):
-    """The three kernels, each a function of its arguments and (counter, grain)."""
+    """The three kernels, each a function of its arguments and what `run` adds."""
 
     loss: Callable
     stats: Callable

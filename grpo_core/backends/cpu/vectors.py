@@ -17,8 +17,6 @@ from numba.extending import intrinsic, overload
 
 from grpo_core.backends.cpu.compiler import compiled
 
-# 4 KiB: small enough for the first-level cache, large enough to hide the call of a loop
-BLOCK = 1024
 # a step of a vectorised loop: 4 vectors of 16 lanes
 STEP = 64
 # below every logit of float32, finite so that a row of −inf gives no NaN
@@ -147,15 +145,23 @@ def whole(count):
 
 
 @compiled
-def load(logits, start, count, block):
-    """Converts `count` logits from `start` on into a block, and fills its last step with −inf."""
+def load(logits, start, count, hole, block):
+    """Converts `count` logits from `start` on into a block; returns the largest, NaN if any is.
+
+    The one at `hole`, if that is within, becomes −inf, and so does the rest of the last step. The
+    largest is at least `LEAST`.
+    """
     widest()
     # an unsigned index does not count from the end, which LLVM could not vectorise
-    start = np.uint64(start)
+    start, hole, found = np.uint64(start), np.uint64(hole), LEAST
     for j in range(np.uint64(count)):
-        block[j] = widen(logits[start + j])
+        logit = widen(logits[start + j])
+        logit = np.float32(-np.inf) if j == hole else logit
+        block[j] = logit
+        found = larger(found, logit)
     for j in range(count, whole(count)):
         block[j] = -np.inf
+    return found
 
 
 @compiled
@@ -181,16 +187,6 @@ def prefetch(row, start, count):
     """Starts to load `count` elements, a cache line of 64 bytes at a time."""
     for index in range(start, start + count, 64 // row.itemsize):
         prefetch_address(row, index)
-
-
-@compiled
-def largest(block, count):
-    """The largest number of a block, NaN if any is, at least `LEAST`."""
-    widest()
-    found = LEAST
-    for j in range(whole(count)):
-        found = larger(found, block[j])
-    return found
 
 
 # 1.5·2²³ + 127: added to c, it leaves the exponent field of 2^round(c) in the lowest bits
