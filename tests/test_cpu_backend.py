@@ -271,7 +271,7 @@ def test_blocks_are_converted_and_rounded_as_torch_does(dtype: torch.dtype) -> N
     words = torch.arange(-(2**15), 2**15, dtype=torch.int16)
     block = np.empty(words.numel(), np.float32)
     row = words.view(dtype)
-    vectors.load(_words(row), 0, words.numel(), -1, block)
+    vectors.load(_words(row), 0, words.numel(), block)
     assert torch.equal(torch.from_numpy(block).nan_to_num(7.0), row.float().nan_to_num(7.0))
     near = row[row.isfinite()].float()
     spread = torch.linspace(0.998, 1.002, 2001)

@@ -28,6 +28,7 @@ from grpo_core.backends.cpu.vectors import (
     LN2,
     clear,
     load,
+    load_others,
     prefetch,
     scale_powers,
     store,
@@ -40,8 +41,6 @@ from grpo_core.backends.cpu.vectors import (
 
 # nats of a row in which another token than the target is nearly certain, as in the Triton kernels
 SURE = 0.125
-# no column of a block; as a plain number it would be a type of its own, compiled apart
-NOWHERE = np.int64(-1)
 
 
 @compiled
@@ -67,7 +66,7 @@ def read_row(logits, start, V, target, scale, block):
     anchor, total, moment = LEAST, 0.0, 0.0
     for first in range(0, V, BLOCK):
         count = min(BLOCK, V - first)
-        top = load(logits, start + first, count, target - first, block)
+        top = load_others(logits, start + first, count, target - first, block)
         prefetch(logits, start + first + count, count)
         if not top <= anchor:
             total, moment = rebase(anchor, top, scale, total, moment)
@@ -85,8 +84,8 @@ def read_pair(logits, start, ref_logits, ref_start, V, target, scale, block, ref
     ref_anchor, ref_total, gap = LEAST, 0.0, 0.0
     for first in range(0, V, BLOCK):
         count = min(BLOCK, V - first)
-        top = load(logits, start + first, count, target - first, block)
-        ref_top = load(ref_logits, ref_start + first, count, target - first, ref_block)
+        top = load_others(logits, start + first, count, target - first, block)
+        ref_top = load_others(ref_logits, ref_start + first, count, target - first, ref_block)
         if not ref_top <= ref_anchor:
             shift = (np.float64(ref_anchor) - np.float64(ref_top)) * scale
             gap -= shift * total if total > 0 else 0.0
@@ -135,7 +134,7 @@ def read_below_sure(logits, start, V, target, scale, anchor, block):
     sure, total, moment = -1, 0.0, 0.0
     for first in range(0, V, BLOCK):
         count = min(BLOCK, V - first)
-        load(logits, start + first, count, NOWHERE, block)
+        load(logits, start + first, count, block)
         if sure < 0:
             for j in range(count):
                 if block[j] == anchor and first + j != target:
@@ -259,9 +258,9 @@ def write_gradient(
     factor += of_entropy
     for first in range(0, V, BLOCK):
         count = min(BLOCK, V - first)
-        load(logits, start + first, count, NOWHERE, block)
+        load(logits, start + first, count, block)
         if ref_logits is not None:
-            load(ref_logits, ref_start + first, count, NOWHERE, ref_block)
+            load(ref_logits, ref_start + first, count, ref_block)
             weigh_gaps(
                 block, ref_block, count, anchor, ref_anchor, step,
                 np.float32(factor), np.float32(log_factor), np.float32(gap_factor),

@@ -145,18 +145,28 @@ def whole(count):
 
 
 @compiled
-def load(logits, start, count, hole, block):
-    """Converts `count` logits from `start` on into a block; returns the largest, NaN if any is.
-
-    The one at `hole`, if that is within, becomes −inf, and so does the rest of the last step. The
-    largest is at least `LEAST`.
-    """
+def load(logits, start, count, block):
+    """Converts `count` logits from `start` on into a block, the rest of its last step into −inf."""
     widest()
     # an unsigned index does not count from the end, which LLVM could not vectorise
-    start, hole, found = np.uint64(start), np.uint64(hole), LEAST
+    start = np.uint64(start)
+    for j in range(np.uint64(count)):
+        block[j] = widen(logits[start + j])
+    for j in range(count, whole(count)):
+        block[j] = -np.inf
+
+
+@compiled
+def load_others(logits, start, count, target, block):
+    """Loads a block, the target in it as −inf; returns the largest of the others.
+
+    The largest is NaN if any is, and at least `LEAST`.
+    """
+    widest()
+    start, target, found = np.uint64(start), np.uint64(target), LEAST
     for j in range(np.uint64(count)):
         logit = widen(logits[start + j])
-        logit = np.float32(-np.inf) if j == hole else logit
+        logit = np.float32(-np.inf) if j == target else logit
         block[j] = logit
         found = larger(found, logit)
     for j in range(count, whole(count)):
