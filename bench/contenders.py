@@ -184,7 +184,7 @@ class Contender:
         name: as in the table.
         loss: (*inputs, batch, recipe) -> (loss, logp or None, entropy or None).
         compiled: goes through torch.compile, once per shape.
-        kernels: runs Triton kernels, whose traffic PyTorch does not see.
+        kernels: runs compiled kernels, whose traffic PyTorch does not see.
         dtypes: those in which it is right.
     """
 
@@ -228,22 +228,23 @@ def _from_logits(machine: Machine, case: Case) -> list[Contender]:
         Contender("naive+entropy", partial(naive, with_entropy=True)),
         Contender("compiled", naive, compiled=True),
     ]
-    kernels = machine != "cpu" and find_spec("triton") is not None
+    triton = machine != "cpu" and find_spec("triton") is not None
     # the two differ only where there is a gradient
     ways = (False, True) if case.gradients else (False,)
-    if kernels and find_spec("liger_kernel"):
+    if triton and find_spec("liger_kernel"):
         for inplace in ways:
             loss = partial(liger, inplace=inplace)
             found.append(Contender("liger" + "-inplace" * inplace, loss, kernels=True))
-    if kernels and find_spec("trl"):
+    if triton and find_spec("trl"):
         found.append(Contender("trl", trl, kernels=True))
     # on a GPU no values are checked, and so not where one is imitated
     validate = False if machine == "interpreter" else None
-    for backend in ("torch", "triton") if kernels else ("torch",):
-        for inplace in ways:
-            name = f"ours-{backend}" + "-inplace" * inplace
-            loss = partial(ours, backend=backend, inplace=inplace, validate=validate)
-            found.append(Contender(name, loss, kernels=backend == "triton"))
+    for inplace in ways:
+        name = ("ours-triton" if triton else "ours-cpu") + "-inplace" * inplace
+        loss = partial(ours, inplace=inplace, validate=validate)
+        if machine == "interpreter":
+            loss = partial(loss, backend="triton")
+        found.append(Contender(name, loss, kernels=True))
     return found
 
 

@@ -125,8 +125,6 @@ def main() -> None:
         for dtype in (torch.bfloat16, torch.float32)
         for case in CASES
         for contender in contenders("interpreter", case)
-        # the chunks of our torch backend follow the cache and not the rows
-        if not contender.name.startswith("ours-torch")
     ]
     made = ", ".join(f"{name} {versions()[name]}" for name in MAKERS)
     head = ["# Counted: bytes, launches, memory", "", f"By `python -m bench.counted`: {made}.", ""]

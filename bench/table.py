@@ -15,12 +15,12 @@ x floor   time over that of the least work, timed before every round; median of 
           logits: to read them once, in two phases twice, and to write a gradient once, at the speed
           of a copy into memory already in use. From hidden states: the bare matrix products, 3 with
           a trained head, 2 with a frozen one, 1 for logp
-peak      MiB held at one time beyond those before the call, gradients included; on a CPU with one
-          thread: each further thread of ours-torch holds its own scratch
+peak      MiB held at one time beyond those before the call, gradients included
 x logits  the same over the size of the logits
 work      from logits, bytes moved per logit: operands as large as the logits of every operation, as
           inductor counts all for compiled, for Triton kernels each address once per program; from
-          hidden states, matrix products of 2 * rows * V * D operations
+          hidden states, matrix products of 2 * rows * V * D operations. ours-cpu is not seen: a
+          row is read once from memory and once from cache, and written once
 off       largest error of loss, logp, entropy and gradients against float64, of the norm of each
 """.splitlines()
 

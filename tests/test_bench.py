@@ -545,7 +545,7 @@ def test_one_table_sets_contenders_side_by_side():
     lines = table(
         [
             from_hidden,
-            a_run(dtype="bfloat16", group="forward, bfloat16", contender="ours-torch"),
+            a_run(dtype="bfloat16", group="forward, bfloat16", contender="ours-cpu"),
             a_run(),
             a_run(**fast, bytes_per_logit=8.0),
             a_run(contender="compiled", bytes_per_logit=None, bytes_per_logit_issued=None),
@@ -562,7 +562,7 @@ def test_one_table_sets_contenders_side_by_side():
     assert shown["ours-triton-inplace"][:5] == ["200.0", "5", "3.00", "0.67", "4.00"]
     assert shown["compiled"][-2] == "-"
     # a block without naive
-    assert shown["ours-torch"][2] == "-"
+    assert shown["ours-cpu"][2] == "-"
     assert lines[-2] == "  gradients of 2 MiB, products 500.0 ms"
     assert shown["ours"] == ["600.0", "5", "-", "-", "1.20", "1.0", "0.00", "3.00", "3e-07"]
     assert max(map(len, lines)) <= 100
@@ -570,11 +570,11 @@ def test_one_table_sets_contenders_side_by_side():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts on the CPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_in_place_a_core_takes_a_few_rows_of_scratch(dtype: torch.dtype):
-    """In float32 fewer, since exponentials are staged in the gradient."""
+def test_in_place_nothing_as_long_as_a_row_is_held(dtype: torch.dtype):
+    """A CPU kernel computes in blocks of 4 KiB, two on each thread."""
     batch = Batch.draw(64, 151_936, dtype, "cpu")
     named = {one.name: one for one in contenders("cpu", ONE_PASS)}
-    call, threads = named["ours-torch-inplace"].call(batch, ONE_PASS), 2
+    call, threads = named["ours-cpu-inplace"].call(batch, ONE_PASS), 2
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -583,9 +583,8 @@ def test_in_place_a_core_takes_a_few_rows_of_scratch(dtype: torch.dtype):
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
-    rows = live.peak / (151_936 * 4)
-    expected = 5 if dtype == torch.float32 else 24
-    assert expected <= rows < expected + 0.1
+    # vectors of 64 tokens
+    assert live.peak < 64 * 8 * 100 < 151_936
 
 
 @interpreted
@@ -691,7 +690,7 @@ def test_the_command_for_a_gpu_walks_through_its_parts_without_one(given: str, t
             assert f"| {part} | done |" in summary
         for part in ("trl", "verify"):
             assert re.search(rf"\| {part} \| (done|skipped)", summary)
-        assert "ours-torch-inplace" in (tmp_path / "bench.txt").read_text()
+        assert "ours-cpu-inplace" in (tmp_path / "bench.txt").read_text()
     for part in ("tests", "hidden", "tune"):
         assert f"| {part} | done |" in summary
     assert "ours-lean" in (tmp_path / "hidden.txt").read_text()
