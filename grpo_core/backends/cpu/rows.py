@@ -66,8 +66,10 @@ def read_row(logits, start, V, target, scale, block):
     anchor, total, moment = LEAST, 0.0, 0.0
     for first in range(0, V, BLOCK):
         count = min(BLOCK, V - first)
+        # in halves: a core waits for few cache lines at a time
+        prefetch(logits, start + first + count, count // 2)
         top = load_others(logits, start + first, count, target - first, block)
-        prefetch(logits, start + first + count, count)
+        prefetch(logits, start + first + count + count // 2, count // 2)
         if not top <= anchor:
             total, moment = rebase(anchor, top, scale, total, moment)
             anchor = top
