@@ -236,6 +236,18 @@ def test_nothing_of_the_process_is_changed(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@numba.njit
+def load(row: Any, block: Any) -> None:
+    """Compiled functions have no entry for Python."""
+    vectors.load(row, 0, len(row), block)
+
+
+@numba.njit
+def store(block: Any, row: Any) -> None:
+    """The way back."""
+    vectors.store(block, len(row), row, 0)
+
+
 def scalar(function: Any, x: Tensor) -> Tensor:
     """A compiled function of one float32, at every element of x."""
     out = np.empty(x.numel(), np.float32)
@@ -271,7 +283,7 @@ def test_blocks_are_converted_and_rounded_as_torch_does(dtype: torch.dtype) -> N
     words = torch.arange(-(2**15), 2**15, dtype=torch.int16)
     block = np.empty(words.numel(), np.float32)
     row = words.view(dtype)
-    vectors.load(_words(row), 0, words.numel(), block)
+    load(_words(row), block)
     assert torch.equal(torch.from_numpy(block).nan_to_num(7.0), row.float().nan_to_num(7.0))
     near = row[row.isfinite()].float()
     spread = torch.linspace(0.998, 1.002, 2001)
@@ -279,7 +291,7 @@ def test_blocks_are_converted_and_rounded_as_torch_does(dtype: torch.dtype) -> N
     halves = (near[1:] + near[:-1])[(near[1:] + near[:-1]).isfinite()] / 2
     numbers = torch.cat([numbers, halves, torch.tensor([3e38, -3e38, 1e-40, 0.0, -0.0])])
     rounded = torch.empty(numbers.numel(), dtype=dtype)
-    vectors.store(numbers.numpy(), numbers.numel(), _words(rounded), 0)
+    store(numbers.numpy(), _words(rounded))
     assert torch.equal(rounded, numbers.to(dtype))
 
 

@@ -31,13 +31,12 @@ BLOCK = 1024
 # IEEE divisions; no counting of references to arrays, which costs a call for each of a row's
 # functions. Left unset, `fastmath` would be that of whichever caller is compiled first.
 OPTIONS: dict[str, Any] = {"error_model": "numpy", "fastmath": False, "_nrt": False}
-
-
+# without an entry for Python, half of the time to compile
 INNER = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
 
 def compiled(function: Any = None, **options: Any) -> Any:
-    """A function that compiled functions call."""
+    """A function that only compiled functions call; a call from Python would crash."""
     decorate = numba.njit(**{**OPTIONS, **INNER, **options})
     return decorate if function is None else decorate(function)
 
