@@ -107,14 +107,16 @@ class TokenVectors:
             some(self.entropy_weight),
         )
 
-    def slopes(self, dlogp: Tensor, dropped: Tensor, exact_beta: float | None) -> Slopes:
+    def row_gradients(
+        self, dlogp: Tensor, dropped: Tensor, exact_beta: float | None
+    ) -> RowGradients:
         """dL by each statistic of a row, 0 where dropped; `exact_beta` is None without exact KL."""
         dentropy = dkl = None
         if self.entropy_weight is not None:
             dentropy = -self.entropy_weight.masked_fill(dropped, 0.0)
         if exact_beta:
             dkl = exact_beta * self.weight.float().masked_fill(dropped, 0.0)
-        return Slopes(dlogp, dentropy, dkl)
+        return RowGradients(dlogp, dentropy, dkl)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,28 +137,30 @@ class SequenceTokens(TokenVectors):
         return tokens // max(self.width or 1, 1)
 
 
-class Slopes(NamedTuple):
-    """What the gradient of a row of logits is made of: `[N]` float32 each."""
+class RowGradients(NamedTuple):
+    """The derivatives of L by the statistics of a row: `[N]` float32 each."""
 
     dlogp: Tensor  # dL/dlogp
     dentropy: Tensor | None  # dL/dH
     dkl: Tensor | None  # dL/dKL, of the exact KL
 
-    def times(self, grad_output: Tensor) -> Slopes:
+    def times(self, grad_output: Tensor) -> RowGradients:
         """Each multiplied by a 0-dim tensor."""
-        return Slopes._make(None if slope is None else slope * grad_output for slope in self)
+        return RowGradients._make(
+            None if vector is None else vector * grad_output for vector in self
+        )
 
-    def at(self, place: slice | Tensor) -> Slopes:
+    def at(self, place: slice | Tensor) -> RowGradients:
         """Those of some rows only."""
-        return Slopes._make(None if slope is None else slope[place] for slope in self)
+        return RowGradients._make(None if vector is None else vector[place] for vector in self)
 
     @property
     def any(self) -> Tensor:
         """`[N]` bool: where there is a gradient at all."""
         moves = self.dlogp != 0
-        for slope in (self.dentropy, self.dkl):
-            if slope is not None:
-                moves = moves | (slope != 0)
+        for vector in (self.dentropy, self.dkl):
+            if vector is not None:
+                moves = moves | (vector != 0)
         return moves
 
 

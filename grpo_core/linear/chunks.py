@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from grpo_core.kernels.records import RowLoss, RowStats, Slopes
+from grpo_core.kernels.records import RowGradients, RowLoss, RowStats
 from grpo_core.linear.workspace import Workspace
 from grpo_core.loss.autograd import loss_of_statistics
 from grpo_core.loss.inputs import Tokens
@@ -63,7 +63,7 @@ def loss_over_chunks(work: Workspace, tokens: Tokens) -> LossRows:
             logits, ref_logits = work.make_logits(place)
             some, dlogits = scaled.select(place), work.dlogits_of(place)
             result = kernels.row_loss(logits, some, T, some.terms, dlogits, ref_logits)
-            work.add_gradients(place, some.slopes(result.dlogp, result.dropped, beta))
+            work.add_gradients(place, some.row_gradients(result.dlogp, result.dropped, beta))
             loss = result.loss if scale is None else result.loss / scale
             results.append(LossRows.of(result._replace(loss=loss), some))
             continue
@@ -72,14 +72,14 @@ def loss_over_chunks(work: Workspace, tokens: Tokens) -> LossRows:
         results.append(LossRows.of(result, complete))
         if not work.differentiates:
             continue
-        slopes = work.scaled(complete.slopes(result.dlogp, result.dropped, beta))
+        row_gradients = work.scaled(complete.row_gradients(result.dlogp, result.dropped, beta))
         for chunk in segment:
             if len(segment) > 1:
                 # the buffer holds the logits of the last chunk
                 work.make_logits(chunk)
             local = slice(chunk.start - start, chunk.stop - start)
             target = complete.target[local]
-            work.differentiate(chunk, target, slopes.at(local), stats.at(local))
+            work.differentiate(chunk, target, row_gradients.at(local), stats.at(local))
     return concatenate(results)
 
 
@@ -136,7 +136,7 @@ def read_chunks(
         stats.append(work.read_statistics(chunk))
         further.append(also(chunk))
         if ahead:
-            ones = only_finite(Slopes(torch.ones_like(stats[-1].logp), None, None), stats[-1])
+            ones = only_finite(RowGradients(torch.ones_like(stats[-1].logp), None, None), stats[-1])
             work.differentiate(chunk, work.call.target[chunk], ones, stats[-1])
     return concatenate(stats), [torch.cat(parts) for parts in zip(*further, strict=True)]
 
@@ -153,7 +153,9 @@ def concatenate(parts: list[Record]) -> Record:
     return type(parts[0])(*vectors)
 
 
-def only_finite(slopes: Slopes, stats: RowStats) -> Slopes:
-    """The slopes with 0 where the log-probability is not finite."""
+def only_finite(row_gradients: RowGradients, stats: RowStats) -> RowGradients:
+    """The row_gradients with 0 where the log-probability is not finite."""
     bad = ~stats.logp.isfinite()
-    return Slopes._make(None if slope is None else slope.masked_fill(bad, 0.0) for slope in slopes)
+    return RowGradients._make(
+        None if vector is None else vector.masked_fill(bad, 0.0) for vector in row_gradients
+    )

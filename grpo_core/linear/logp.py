@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.backends import Backend
-from grpo_core.kernels.records import RowStats, Slopes
+from grpo_core.kernels.records import RowGradients, RowStats
 from grpo_core.linear.chunks import only_finite, read_chunks, scale_rows
 from grpo_core.linear.head import HEAD_DTYPES, LinearHead, check_rows
 from grpo_core.linear.matmuls import Plan
@@ -236,38 +236,44 @@ class LinearLogp(torch.autograd.Function):
         hidden, *tensors, logp, entropy, state, at_target, ahead = ctx.saved_tensors
         call = ctx.call
         stats = RowStats(logp, entropy, None, state)
-        slopes = Slopes(dlogp, dentropy, None)
-        slopes = only_finite(slopes if call.rows is None else slopes.at(call.rows), stats)
+        row_gradients = RowGradients(dlogp, dentropy, None)
+        row_gradients = only_finite(
+            row_gradients if call.rows is None else row_gradients.at(call.rows), stats
+        )
         if ahead is not None and dentropy is None:
-            dhidden = scale_rows(ahead.clone(), slopes.dlogp).to(hidden.dtype)
+            dhidden = scale_rows(ahead.clone(), row_gradients.dlogp).to(hidden.dtype)
             dhidden = scatter_rows(dhidden, call.rows, hidden)
             return None, None, None, None, dhidden, *[None] * len(tensors)
         # the rows that have a gradient
-        some = slopes.any.nonzero().squeeze(1)
-        slopes = slopes.at(some)
+        some = row_gradients.any.nonzero().squeeze(1)
+        row_gradients = row_gradients.at(some)
         stats = RowStats(logp[some], entropy[some], None, state[:, some].contiguous())
         at_target = None if at_target is None else at_target[some]
         call = call if len(some) == hidden.shape[:-1].numel() else call.at(some)
         call = replace(call, wanted=ctx.needs_input_grad[4:])
         with ctx.gathered(), torch.autocast(hidden.device.type, enabled=False):
             work = Workspace(hidden, ctx.head.of(*tensors), call)
-            _add_gradients(work, slopes, stats, at_target)
+            _add_gradients(work, row_gradients, stats, at_target)
         return None, None, None, None, *work.gradients(hidden)
 
 
 def _add_gradients(
-    work: Workspace, slopes: Slopes, stats: RowStats, at_target: Tensor | None
+    work: Workspace, row_gradients: RowGradients, stats: RowStats, at_target: Tensor | None
 ) -> None:
     """The gradients of all rows, into `work`, by its plan."""
-    call, size = work.call, slopes.dlogp.abs()
-    size = size if slopes.dentropy is None else torch.maximum(size, slopes.dentropy.abs())
+    call, size = work.call, row_gradients.dlogp.abs()
+    size = (
+        size
+        if row_gradients.dentropy is None
+        else torch.maximum(size, row_gradients.dentropy.abs())
+    )
     work.choose_loss_scale(size)
-    slopes = work.scaled(slopes)
+    row_gradients = work.scaled(row_gradients)
     if work.lean:
         assert at_target is not None
-        softmax = SoftmaxRows(call.target, call.temperature, slopes, stats, at_target)
+        softmax = SoftmaxRows(call.target, call.temperature, row_gradients, stats, at_target)
         add_gradients_of_slices(work, softmax)
         return
     for chunk in work.chunks:
         work.make_logits(chunk)
-        work.differentiate(chunk, call.target[chunk], slopes.at(chunk), stats.at(chunk))
+        work.differentiate(chunk, call.target[chunk], row_gradients.at(chunk), stats.at(chunk))

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from grpo_core.kernels.records import RowStats, Slopes
+from grpo_core.kernels.records import RowGradients, RowStats
 from grpo_core.linear.chunks import LossRows, read_chunks
 from grpo_core.linear.matmuls import LEAST_ROWS, HeadProducts
 from grpo_core.linear.workspace import Workspace
@@ -40,8 +40,10 @@ def loss_over_slices(work: Workspace, tokens: Tokens) -> LossRows:
     stats, (at_target, *of_reference) = read_chunks(work, also=at_targets)
     result, complete = loss_of_statistics(stats, tokens, call.kernels)
     work.choose_loss_scale(complete.weight)
-    slopes = work.scaled(complete.slopes(result.dlogp, result.dropped, call.exact_beta))
-    softmax = SoftmaxRows(complete.target, T, slopes, stats, at_target, *of_reference)
+    row_gradients = work.scaled(
+        complete.row_gradients(result.dlogp, result.dropped, call.exact_beta)
+    )
+    softmax = SoftmaxRows(complete.target, T, row_gradients, stats, at_target, *of_reference)
     add_gradients_of_slices(work, softmax)
     return LossRows.of(result, complete)
 
@@ -80,7 +82,7 @@ def _add_slice(work: Workspace, softmax: SoftmaxRows, columns: slice) -> None:
     for start in range(0, n, step):
         chunk = slice(start, min(start + step, n))
         logits, ref_logits = _logits(work, products, chunk, columns), None
-        if work.reference is not None and softmax.slopes.dkl is not None:
+        if work.reference is not None and softmax.row_gradients.dkl is not None:
             ref_logits = _logits(work, work.reference, chunk, columns)
         before = None if work.head.softcap is None else logits.clone()
         dlogits = softmax.dlogits(chunk, columns, logits, ref_logits)
@@ -108,7 +110,7 @@ class SoftmaxRows:
 
     Args:
         target: [n] int64.
-        slopes, stats: of the rows.
+        row_gradients, stats: of the rows.
         at_target, ref_at_target: [n] float32, the logits at the targets.
         ref_logp: [n] float32, of the reference, for the exact KL.
     """
@@ -117,15 +119,20 @@ class SoftmaxRows:
         self,
         target: Tensor,
         temperature: float,
-        slopes: Slopes,
+        row_gradients: RowGradients,
         stats: RowStats,
         at_target: Tensor,
         ref_at_target: Tensor | None = None,
         ref_logp: Tensor | None = None,
     ) -> None:
         T = temperature
-        self.target, self.temperature, self.slopes, self.kl = target, T, slopes, stats.kl
-        self.zero = ~slopes.any
+        self.target, self.temperature, self.row_gradients, self.kl = (
+            target,
+            T,
+            row_gradients,
+            stats.kl,
+        )
+        self.zero = ~row_gradients.any
         # the log-sum-exp is the sum of two numbers, of which the first may be far larger
         anchor, others = stats.state[0].double(), stats.state[1].double()
         # unscaled where S is negative
@@ -140,14 +147,14 @@ class SoftmaxRows:
         self.ref_lse = None
         if ref_logp is not None and ref_at_target is not None:
             self.ref_lse = ref_at_target / T - ref_logp
-        self.at_target = _gradient_at_target(slopes, stats, ref_logp)
+        self.at_target = _gradient_at_target(row_gradients, stats, ref_logp)
 
     def dlogits(
         self, chunk: slice, columns: slice, logits: Tensor, ref_logits: Tensor | None
     ) -> Tensor:
         """dL/dx `[n, columns]` of some rows; overwrites the logits and `ref_logits`."""
         T = self.temperature
-        dlogp, dentropy, dkl = self.slopes.at(chunk)
+        dlogp, dentropy, dkl = self.row_gradients.at(chunk)
         correction = self.correction[chunk]
         log_p = logits.sub_(self.centre[chunk, None])
         log_p = log_p if T == 1 else log_p.div_(T)
@@ -156,13 +163,13 @@ class SoftmaxRows:
         else:
             factor = -dlogp[:, None].expand_as(log_p)
             if dentropy is not None:
-                slope = (log_p + self.entropy[chunk, None]).mul_(-dentropy[:, None])
-                factor = slope.add_(factor)
+                term = (log_p + self.entropy[chunk, None]).mul_(-dentropy[:, None])
+                factor = term.add_(factor)
             if dkl is not None:
                 assert ref_logits is not None and self.ref_lse is not None and self.kl is not None
                 log_q = ref_logits.div_(T).sub_(self.ref_lse[chunk, None])
-                slope = log_q.neg_().add_(log_p).sub_(self.kl[chunk, None])
-                factor = slope.mul_(dkl[:, None]).add_(factor)
+                term = log_q.neg_().add_(log_p).sub_(self.kl[chunk, None])
+                factor = term.mul_(dkl[:, None]).add_(factor)
             p = log_p.exp_().mul_(correction[:, None])
             # 0·(−inf): an entry of probability 0 has no gradient
             dlogits = factor.mul_(p).masked_fill_(~(p > 0), 0.0)
@@ -173,16 +180,18 @@ class SoftmaxRows:
         return dlogits if T == 1 else dlogits.div_(T)
 
 
-def _gradient_at_target(slopes: Slopes, stats: RowStats, ref_logp: Tensor | None) -> Tensor:
+def _gradient_at_target(
+    row_gradients: RowGradients, stats: RowStats, ref_logp: Tensor | None
+) -> Tensor:
     """dL/dx_y times T of every row, float32 `[n]`."""
     logp, p = stats.logp.double(), stats.logp.double().exp()
-    value = -slopes.dlogp.double() * torch.expm1(logp)
+    value = -row_gradients.dlogp.double() * torch.expm1(logp)
     possible = logp > -torch.inf
-    if slopes.dentropy is not None:
-        term = slopes.dentropy.double() * p * (logp + stats.entropy)
+    if row_gradients.dentropy is not None:
+        term = row_gradients.dentropy.double() * p * (logp + stats.entropy)
         value = value - torch.where(possible, term, 0.0)
-    if slopes.dkl is not None:
+    if row_gradients.dkl is not None:
         assert ref_logp is not None and stats.kl is not None
-        term = slopes.dkl.double() * p * (logp - ref_logp - stats.kl)
+        term = row_gradients.dkl.double() * p * (logp - ref_logp - stats.kl)
         value = value + torch.where(possible, term, 0.0)
     return value.float()

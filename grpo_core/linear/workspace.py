@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.backends import Backend, choose_backend
-from grpo_core.kernels.records import Rows, RowStats, Slopes
+from grpo_core.kernels.records import RowGradients, Rows, RowStats
 from grpo_core.linear.head import HEAD_DTYPES, LinearHead
 from grpo_core.linear.matmuls import LEAST_ROWS, HeadProducts, Plan, choose_layout
 from grpo_core.loss.inputs import Tokens
@@ -129,9 +129,9 @@ class Workspace:
             self.scale = torch.exp2(torch.floor(-torch.log2(largest)))
         return self.scale
 
-    def scaled(self, slopes: Slopes) -> Slopes:
+    def scaled(self, row_gradients: RowGradients) -> RowGradients:
         """Times `scale`."""
-        return slopes if self.scale is None else slopes.times(self.scale)
+        return row_gradients if self.scale is None else row_gradients.times(self.scale)
 
     def make_logits(self, chunk: slice) -> tuple[Rows, Rows | None]:
         """The logits of a chunk, and of its reference, in the buffers."""
@@ -155,19 +155,21 @@ class Workspace:
         target, T = self.call.target[chunk], self.call.temperature
         return self.call.kernels.row_stats(logits, target, T, ref_logits)
 
-    def differentiate(self, chunk: slice, target: Tensor, slopes: Slopes, stats: RowStats) -> None:
+    def differentiate(
+        self, chunk: slice, target: Tensor, row_gradients: RowGradients, stats: RowStats
+    ) -> None:
         """dlogits of the chunk in the buffers, from vectors of its rows; the gradient products."""
         (logits, ref_logits), T = self.rows_of(chunk), self.call.temperature
         dlogits = self.dlogits_of(chunk)
-        self.call.kernels.row_dlogits(logits, target, T, slopes, stats, dlogits, ref_logits)
-        self.add_gradients(chunk, slopes)
+        self.call.kernels.row_dlogits(logits, target, T, row_gradients, stats, dlogits, ref_logits)
+        self.add_gradients(chunk, row_gradients)
 
-    def add_gradients(self, chunk: slice, slopes: Slopes) -> None:
-        """The gradient products of a chunk whose dlogits, made of `slopes`, are in the buffer."""
+    def add_gradients(self, chunk: slice, row_gradients: RowGradients) -> None:
+        """The gradient products of a chunk; its dlogits are in the buffer, see `differentiate`."""
         dlogits = self.dlogits_of(chunk)
         if dlogits is None:
             return
-        zero = self.zero[chunk] = ~slopes.any
+        zero = self.zero[chunk] = ~row_gradients.any
         self.products.through_softcap(dlogits, self.logits[: len(dlogits)])
         dhidden = None if self.dhidden is None else self.dhidden[chunk]
         self.products.add_gradients(chunk, dlogits, zero, dhidden, self.sums, first=self.first)
