@@ -1,9 +1,10 @@
-"""The lean plan: no float32 sum of the size of lm_head; one product more than the fast plan.
+"""The lean plan: no float32 accumulator as large as lm_head, one product more than the fast plan.
 
-First the statistics of every row, in small chunks; then, for one slice of the vocabulary after the
-other, the logits of all rows once more, their gradient, and both gradient products. dweight of the
-slice is complete then and rounded at once. The softmax is recomputed from the anchor M and the sum
-S of the first reading, see `online_softmax`; logp itself is rounded too coarsely:
+The first phase reads the statistics of every row, in small chunks. The second goes over slices of
+the vocabulary: logits of all rows, their gradient, and both gradient products. After a slice its
+part of dweight is complete and is rounded to the parameter's dtype. The softmax is recomputed from
+the anchor M and the sum S of the first phase, see `online_softmax`, because logp is rounded too
+coarsely:
 
     lse = M·log 2 + log(S + exp(x_y/T − M·log 2)),  p_j = exp(x_j/T − lse),  1 − p_y = −expm1(logp)
     dL/dx_j = (dlogp·(δ_{j,y} − p_j) − dentropy·p_j·(log p_j + H) + dkl·p_j·(log p_j/q_j − KL)) / T
@@ -31,37 +32,37 @@ def loss_over_slices(work: Workspace, tokens: Tokens) -> LossRows:
     def at_targets(chunk: slice) -> list[Tensor]:
         """Logits at the targets; of the reference also logp."""
         target, (_, ref) = call.target[chunk], work.rows_of(chunk)
-        vectors = [logits_at(work.logits, target)]
+        vectors = [gather_target_logits(work.logits, target)]
         if ref is not None:
             ref_logp = call.kernels.row_stats(ref, target, T).logp
-            vectors += [logits_at(ref.logits, target), ref_logp]
+            vectors += [gather_target_logits(ref.logits, target), ref_logp]
         return vectors
 
-    stats, (at_target, *of_reference) = read_chunks(work, also=at_targets)
+    stats, (target_logit, *of_reference) = read_chunks(work, extra_vectors=at_targets)
     result, complete = loss_of_statistics(stats, tokens, call.kernels)
     work.choose_loss_scale(complete.weight)
     row_gradients = work.scaled(
         complete.row_gradients(result.dlogp, result.dropped, call.exact_beta)
     )
-    softmax = SoftmaxRows(complete.target, T, row_gradients, stats, at_target, *of_reference)
+    softmax = SoftmaxRows(complete.target, T, row_gradients, stats, target_logit, *of_reference)
     add_gradients_of_slices(work, softmax)
     return LossRows.of(result, complete)
 
 
-def logits_at(logits: Tensor, target: Tensor) -> Tensor:
+def gather_target_logits(logits: Tensor, target: Tensor) -> Tensor:
     """`[n]` float32: the logits at the targets, of the first n rows."""
     return logits[: len(target)].gather(1, target[:, None]).squeeze(1).float()
 
 
 def add_gradients_of_slices(work: Workspace, softmax: SoftmaxRows) -> None:
-    """The gradients of all rows, into `work`; frees the buffers of the first reading."""
+    """Adds the gradients of all rows to `work`; frees the buffers of the first phase."""
     work.free_buffers()
     work.zero, V, width = softmax.zero, work.head.V, work.layout.width
     if work.dhidden is not None:
         work.dhidden.zero_()
     for k, tensor in enumerate(work.head.tensors):
         if tensor is not None and work.call.wanted[k + 1]:
-            # rounded slice by slice, unless all slices add to it or a loss scale is to come
+            # rounded slice by slice, unless all slices add to it or a loss scale follows
             whole = tensor is work.head.lora_A or tensor.dtype == torch.float16
             dtype = torch.float32 if whole else tensor.dtype
             work.sums[k] = torch.zeros(tensor.shape, dtype=dtype, device=tensor.device)
@@ -70,7 +71,7 @@ def add_gradients_of_slices(work: Workspace, softmax: SoftmaxRows) -> None:
 
 
 def _add_slice(work: Workspace, softmax: SoftmaxRows, columns: slice) -> None:
-    """The gradients from a slice of the vocabulary."""
+    """Adds the gradients of a slice of the vocabulary."""
     products, device = work.products, softmax.target.device
     sums: list[Tensor | None] = []
     for total in work.sums:
@@ -98,7 +99,7 @@ def _add_slice(work: Workspace, softmax: SoftmaxRows, columns: slice) -> None:
 
 
 def _logits(work: Workspace, products: HeadProducts, chunk: slice, columns: slice) -> Tensor:
-    """Logits of some rows and columns, rounded as the first reading rounded them, float32."""
+    """Logits of some rows and columns in float32, rounded as in the first phase."""
     rows = max(chunk.stop - chunk.start, LEAST_ROWS)
     shape, dtype = (rows, columns.stop - columns.start), work.call.logits_dtype
     out = torch.empty(shape, dtype=dtype, device=work.zero.device)
@@ -111,7 +112,7 @@ class SoftmaxRows:
     Args:
         target: [n] int64.
         row_gradients, stats: of the rows.
-        at_target, ref_at_target: [n] float32, the logits at the targets.
+        target_logit, ref_target_logit: [n] float32, the logits at the targets.
         ref_logp: [n] float32, of the reference, for the exact KL.
     """
 
@@ -121,8 +122,8 @@ class SoftmaxRows:
         temperature: float,
         row_gradients: RowGradients,
         stats: RowStats,
-        at_target: Tensor,
-        ref_at_target: Tensor | None = None,
+        target_logit: Tensor,
+        ref_target_logit: Tensor | None = None,
         ref_logp: Tensor | None = None,
     ) -> None:
         T = temperature
@@ -137,17 +138,17 @@ class SoftmaxRows:
         anchor, others = stats.state[0].double(), stats.state[1].double()
         # unscaled where S is negative
         anchor = torch.where(others < 0, anchor / T, anchor * math.log(2))
-        log_sum = torch.log(others.abs() + torch.exp(at_target.double() / T - anchor))
-        # near T·lse the logits that matter lose nothing by the subtraction
+        log_sum = torch.log(others.abs() + torch.exp(target_logit.double() / T - anchor))
+        # logits near T·lse, which have the large p, are subtracted without rounding
         self.centre = ((anchor + log_sum) * T).float()
-        # what rounding took away goes into every log p, and into the coefficient of every p
+        # the rounding error is added to every log p, and multiplies every p
         rounding = (self.centre.double() / T - anchor) - log_sum
         self.entropy = (stats.entropy + rounding).float()
         self.correction = torch.exp(rounding).float()
         self.ref_lse = None
-        if ref_logp is not None and ref_at_target is not None:
-            self.ref_lse = ref_at_target / T - ref_logp
-        self.at_target = _gradient_at_target(row_gradients, stats, ref_logp)
+        if ref_logp is not None and ref_target_logit is not None:
+            self.ref_lse = ref_target_logit / T - ref_logp
+        self.target_gradient = _gradient_at_target(row_gradients, stats, ref_logp)
 
     def dlogits(
         self, chunk: slice, columns: slice, logits: Tensor, ref_logits: Tensor | None
@@ -175,7 +176,7 @@ class SoftmaxRows:
             dlogits = factor.mul_(p).masked_fill_(~(p > 0), 0.0)
         target = self.target[chunk]
         here = ((target >= columns.start) & (target < columns.stop)).nonzero().squeeze(1)
-        dlogits[here, target[here] - columns.start] = self.at_target[chunk][here]
+        dlogits[here, target[here] - columns.start] = self.target_gradient[chunk][here]
         dlogits.index_fill_(0, self.zero[chunk].nonzero().squeeze(1), 0.0)
         return dlogits if T == 1 else dlogits.div_(T)
 

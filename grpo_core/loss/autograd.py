@@ -1,8 +1,8 @@
 """The two plans of the loss from logits, and its autograd function.
 
 The gradient is computed together with the loss; the backward multiplies it by grad_output. A second
-backward computes it again from the saved logits. In float16 the first backward computes it as well:
-without the loss scale, which is grad_output, it would underflow.
+backward computes it again from the saved logits. For float16 logits the first backward computes it,
+because without the loss scale, which is part of grad_output, it would underflow.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from grpo_core.loss.tokens import Tokens
 
 @dataclass(frozen=True)
 class Call:
-    """Everything that a call needs beside the logits; constant for autograd."""
+    """The arguments of a call beside the logits; constants for autograd."""
 
     tokens: Tokens
     ref_logits: Tensor | None
@@ -51,7 +51,7 @@ class Call:
 def evaluate(rows: Rows, call: Call, dlogits: Tensor | None) -> tuple[RowLoss, Tokens]:
     """The loss of every row, and the tokens with their factor; fills `dlogits` if it is given.
 
-    A loss that waits for the statistics of other rows takes two phases, any other one pass.
+    A loss that depends on the statistics of other rows takes two phases, any other one pass.
     """
     kernels, tokens, T, ref_rows = call.kernels, call.tokens, call.temperature, call.ref_rows
     if not tokens.needs_statistics:

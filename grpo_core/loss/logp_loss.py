@@ -1,6 +1,6 @@
-"""The loss from log-probabilities, for training loops that compute their own.
+"""The loss from log-probabilities, for training loops that compute these themselves.
 
-It does what `fused_loss` does after the softmax, with the same objectives, masks, weights, metrics
+It is the part of `fused_loss` after the softmax, with the same objectives, masks, weights, metrics
 and treatment of tokens that are not finite. It does not reduce the memory of the logits; for that
 use `linear_logp`, whose outputs are valid inputs here, or `fused_linear_loss`, which does both.
 """
@@ -43,8 +43,8 @@ def logp_loss(
 ) -> LossOutput:
     """The loss of `fused_loss`, from log-probabilities of the targets instead of logits.
 
-    Differentiated with respect to `logp`, and to `entropy` where the objective has a bonus; once,
-    a gradient of the gradient is refused. Computed in float32.
+    Differentiated with respect to `logp`, and to `entropy` where the objective has a bonus. A
+    gradient of the gradient raises an error. Computed in float32.
 
     Args:
         logp: [B, T], or packed [N] with `sequence_id`; floating point, nats.
@@ -115,10 +115,10 @@ def with_gradients(
     entropy: Tensor | None = None,
     dentropy: Tensor | None = None,
 ) -> Tensor:
-    """`value` as a function of `logp`, and of `entropy`, with known derivatives.
+    """`value` as a function of `logp`, and of `entropy`, with given derivatives.
 
     Args:
-        value: 0-dim, or a value per token that depends on that token alone.
+        value: 0-dim, or one value per token that depends on that token only.
         logp, entropy: what it is differentiated with respect to.
         dlogp, dentropy: the derivatives, of as many elements; None means constant.
     """
