@@ -42,7 +42,7 @@ BY_MARGIN = ("logp", "entropy", OF_ANOTHER, "dlogits")
 # the chunked contenders would lie on the lines of their libraries
 LINES = {
     "ours, Triton": ("ours, Triton", "#d1495b", "-", 2.4),
-    "ours, PyTorch": ("ours, PyTorch", "#e39aa4", "-", 2.0),
+    "ours, CPU": ("ours, CPU", "#e39aa4", "-", 2.0),
     "PyTorch, float32": ("PyTorch, float32 softmax", "#2e6f95", "-", 1.6),
     "PyTorch, logits' dtype": ("PyTorch, bfloat16 softmax", "#7fa8c2", "-", 1.6),
     "Liger, Triton": ("Liger", "#5b9279", "-", 1.6),

@@ -66,9 +66,10 @@ CONTENDERS: dict[str, Callable[..., Answer]] = {
     "TRL, Triton": trl,
     "TRL, chunked": partial(_with_head, partial(hidden_trl, chunk=V // 3)),
     "ours, PyTorch": partial(_ours, backend="torch"),
+    "ours, CPU": partial(_ours, backend="cpu"),
     "ours, Triton": partial(_ours, backend="triton"),
 }
-OURS = ("ours, PyTorch", "ours, Triton")
+OURS = ("ours, PyTorch", "ours, CPU", "ours, Triton")
 # what a contender does not return
 UNSAID = {"Liger, Triton": ("entropy",), "Liger, chunked": ("logp", "entropy", "ratio")}
 

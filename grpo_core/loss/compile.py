@@ -52,8 +52,13 @@ VECTORS = {
     "sampler_logp": torch.float32,
     "sequence_id": torch.int64,
 }
-# the names in the expression of a call, and the fields of the records among them
-NAMES: dict[str, Any] = {"torch": torch, "Surrogate": Surrogate, "function_of": function_of}
+# all names that the expression of a call may use, and the fields of the records among them
+NAMES: dict[str, Any] = {
+    "__builtins__": {"int": int, "float": float},
+    "torch": torch,
+    "Surrogate": Surrogate,
+    "function_of": function_of,
+}
 FIELDS: dict[str, tuple[str, ...]] = {}
 
 
@@ -177,7 +182,7 @@ def _write(value: Any, tensors: list[Tensor], numbers: list[float]) -> str:
     if value is None or isinstance(value, (bool, torch.dtype)):
         return str(value)
     if isinstance(value, str):
-        return f'"{value}"'
+        return repr(value)
     if isinstance(value, (int, float)):
         numbers.append(value)
         return f"{'int' if isinstance(value, int) else 'float'}(numbers[{len(numbers) - 1}])"

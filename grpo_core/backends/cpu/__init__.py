@@ -55,8 +55,9 @@ def row_loss(
 ) -> RowLoss:
     """Loss of every row, and the gradient of every logit into `dlogits`, in one pass."""
     surrogate = compile_surrogate(terms.surrogate, len(terms.surrogate_args))
-    kl_estimator = compile_kl(None if tokens.ref_logp is None else terms.kl)
-    if surrogate is None or kl_estimator is None:
+    estimated = tokens.ref_logp is not None and terms.kl is not None
+    kl_estimator = compile_kl(terms.kl) if estimated else None
+    if surrogate is None or (estimated and kl_estimator is None):
         return _loss_in_two_readings(rows, tokens, temperature, terms, dlogits, ref_rows)
     vectors = tokens.weight.new_zeros(10, rows.N)
     dropped = vectors.new_zeros(rows.N, dtype=torch.bool)
@@ -80,9 +81,9 @@ def row_loss(
         _vector(tokens.entropy_weight),
         vectors.numpy(),
         dropped.numpy(),
-        surrogate,
+        surrogate.address,
         pad(terms.surrogate_args),
-        kl_estimator,
+        0 if kl_estimator is None else kl_estimator.address,
         bool(terms.kl_times_ratio),
         float(terms.beta),
     )

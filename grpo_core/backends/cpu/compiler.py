@@ -54,11 +54,12 @@ def claim(typing: Any, counter: Any, count: Any) -> Any:
 
 def compile_kernel(function: Callable) -> Callable:
     """A kernel that runs without the interpreter's lock, kept on disk where that can be written."""
+    options = {"nogil": True, "no_cfunc_wrapper": True, **OPTIONS}
     try:
-        return numba.njit(nogil=True, cache=True, no_cfunc_wrapper=True, **OPTIONS)(function)
+        return numba.njit(cache=True, **options)(function)
     except RuntimeError:
         # no folder that can be written
-        return numba.njit(nogil=True, no_cfunc_wrapper=True, **OPTIONS)(function)
+        return numba.njit(**options)(function)
 
 
 @cache

@@ -1,7 +1,6 @@
-"""Surrogates and KL estimators as compiled function values, from the source that Triton reads.
+"""Surrogates and KL estimators as compiled functions, from the source that Triton reads.
 
-All surrogates have one type, and so have all KL estimators: a kernel that is handed one calls it
-through a pointer, once a row, and is never compiled again for another.
+A kernel gets the address of one and calls it once a row, so it is never compiled again for another.
 """
 
 from __future__ import annotations
@@ -21,11 +20,9 @@ from grpo_core.backends.cpu.compiler import OPTIONS, compiled
 
 # of any surrogate; more than any in use
 MOST_PARAMETERS = 8
-NUMBER = types.float64
-SURROGATE = types.UniTuple(NUMBER, 3)(
-    NUMBER, NUMBER, NUMBER, types.UniTuple(NUMBER, MOST_PARAMETERS)
-)
-KL = types.UniTuple(NUMBER, 2)(NUMBER, NUMBER)
+NUMBER, RESULTS = types.float64, types.CPointer(types.float64)
+SURROGATE = types.void(*(NUMBER,) * (3 + MOST_PARAMETERS), RESULTS)
+KL = types.void(NUMBER, NUMBER, RESULTS)
 SCALAR_MATH = {
     name: getattr(language, name) for name in ("exp_excess", "expm1", "sigmoid", "stop_grad")
 }
@@ -33,14 +30,16 @@ SCALAR_MATH = {
 
 @lru_cache
 def compile_surrogate(surrogate: Callable, count: int) -> Any:
-    """(logp, log_ratio, advantage, its `count` parameters, padded) -> the surrogate's results.
+    """(logp, log_ratio, advantage, its `count` parameters, padded, pointer to three results).
 
     None, after one warning that says why, for a function that Numba cannot compile.
     """
     formula = _as_numba(surrogate)
 
-    def bound(logp, log_ratio, advantage, parameters):  # type: ignore[no-untyped-def]
-        return formula(logp, log_ratio, advantage, *parameters[:count])
+    def bound(logp, log_ratio, advantage, a, b, c, d, e, f, g, h, results):  # type: ignore[no-untyped-def]
+        parameters = (a, b, c, d, e, f, g, h)[:count]
+        loss, dlogp, dlog_ratio = formula(logp, log_ratio, advantage, *parameters)
+        results[0], results[1], results[2] = loss, dlogp, dlog_ratio
 
     return _compile(bound, SURROGATE, surrogate)
 
@@ -51,12 +50,15 @@ def pad(parameters: tuple[float, ...]) -> tuple[float, ...]:
 
 
 @lru_cache
-def compile_kl(kl: Callable | None) -> Any:
-    """(logp, ref_logp) -> (kl, dkl/dlogp); without an estimator (0, 0)."""
-    if kl is None:
-        return _compile(lambda logp, ref_logp: (0.0, 0.0), KL, None)
+def compile_kl(kl: Callable) -> Any:
+    """(logp, ref_logp, pointer to the KL, its derivative by logp, and 0); None as above."""
     formula = _as_numba(kl)
-    return _compile(lambda logp, ref_logp: formula(logp, ref_logp), KL, kl)
+
+    def bound(logp, ref_logp, results):  # type: ignore[no-untyped-def]
+        results[0], results[1] = formula(logp, ref_logp)
+        results[2] = 0.0
+
+    return _compile(bound, KL, kl)
 
 
 def _as_numba(formula: Callable) -> Any:
@@ -66,7 +68,7 @@ def _as_numba(formula: Callable) -> Any:
     return compiled(FunctionType(function.__code__, namespace, function.__name__))
 
 
-def _compile(function: Callable, signature: Any, formula: Callable | None) -> Any:
+def _compile(function: Callable, signature: Any, formula: Callable) -> Any:
     try:
         return numba.cfunc(signature, **OPTIONS)(function)
     except NumbaError as error:

@@ -26,6 +26,7 @@ from grpo_core.backends.cpu.compiler import BLOCK, claim, compile_kernel, compil
 from grpo_core.backends.cpu.vectors import (
     LEAST,
     LN2,
+    call_formula,
     clear,
     load,
     load_others,
@@ -281,17 +282,20 @@ def write_gradient(
 @compiled
 def token_loss(
     logp, log_ratio, advantage, weight, factor, ref_logp, kl, entropy, entropy_weight,
-    has_ref, surrogate, surrogate_args, kl_estimator, kl_times_ratio, beta,
+    surrogate, parameters, kl_estimator, kl_times_ratio, beta,
 ):  # fmt: skip
     """(loss, dloss/dlogp, KL, whether all of it is finite) of a token, times its weight.
 
-    The estimate takes the place of `kl` where `has_ref`.
+    `surrogate` and `kl_estimator` are addresses, see `formulas`; the estimate replaces `kl` unless
+    its address is 0.
     """
-    loss, dlogp, dlog_ratio = surrogate(logp, log_ratio, advantage, surrogate_args)
+    # Numba cannot unpack a tuple into another
+    numbers = (logp, log_ratio, advantage) + parameters  # noqa: RUF005
+    loss, dlogp, dlog_ratio = call_formula(surrogate, numbers)
     loss, dlogp, dlog_ratio = factor * loss, factor * dlogp, factor * dlog_ratio
     dkl, dkl_ratio = 0.0, 0.0
-    if has_ref:
-        kl, dkl = kl_estimator(logp, ref_logp)
+    if kl_estimator != 0:
+        kl, dkl, _ = call_formula(kl_estimator, (logp, ref_logp))
         if kl_times_ratio:
             ratio = math.exp(log_ratio)
             kl, dkl, dkl_ratio = ratio * kl, ratio * dkl, ratio * kl
@@ -314,7 +318,7 @@ def token_loss(
 def loss_rows(
     logits, place, ref_logits, ref_place, dlogits, out_place, V, scale,
     target, weight, advantage, old_logp, ref_logp, factor, entropy_weight, vectors, dropped,
-    surrogate, surrogate_args, kl_estimator, kl_times_ratio, beta, blocks, counter, grain,
+    surrogate, parameters, kl_estimator, kl_times_ratio, beta, blocks, counter, grain,
 ):  # fmt: skip
     """One pass: statistics, the loss of the token and, where asked for, the gradient of the row.
 
@@ -339,8 +343,8 @@ def loss_rows(
                     logp, log_ratio, np.float64(advantage[n]), np.float64(weight[n]),
                     np.float64(factor[n]) if len(factor) > 0 else 1.0,
                     np.float64(ref_logp[n]) if len(ref_logp) > 0 else 0.0,
-                    kl, entropy, bonus, len(ref_logp) > 0,
-                    surrogate, surrogate_args, kl_estimator, kl_times_ratio, beta,
+                    kl, entropy, bonus,
+                    surrogate, parameters, kl_estimator, kl_times_ratio, beta,
                 )  # fmt: skip
                 vectors[0, n], vectors[1, n], vectors[2, n] = logp, entropy, math.exp(log_ratio)
                 vectors[3, n], vectors[4, n], vectors[5, n] = kl, loss, dlogp

@@ -13,6 +13,7 @@ import math
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from grpo_core.backends.cpu.compiler import compiled
@@ -104,6 +105,22 @@ def prefetch_address(typing, array, index):
         return context.get_dummy_value()
 
     return types.void(array, types.int64), generate
+
+
+@intrinsic
+def call_formula(typing, address, numbers):
+    """Calls the C function at an address with float64 numbers; returns its three results."""
+
+    def generate(context, builder, signature, args):
+        values = cgutils.unpack_tuple(builder, args[1])
+        results = cgutils.alloca_once(builder, ir.DoubleType(), size=3)
+        kind = ir.FunctionType(ir.VoidType(), [value.type for value in values] + [results.type])
+        function = builder.inttoptr(args[0], kind.as_pointer())
+        builder.call(function, [*values, results])
+        found = [builder.load(builder.gep(results, [INT(nth)])) for nth in range(3)]
+        return context.make_tuple(builder, signature.return_type, found)
+
+    return types.UniTuple(types.float64, 3)(types.int64, numbers), generate
 
 
 def widen(number):
