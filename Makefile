@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test quick test-all test-verl test-openrlhf bench lint clean
 
-demo: $(VENV)/.train          ## train base, R1-Zero, SFT and R1 on the embedded task
+demo: $(VENV)/.train          ## train base, R1-Zero, SFT and R1 on the demo task
 	$(BIN)/python -m grpo_core.train
 
 test: $(VENV)/.test           ## the whole test-suite

@@ -24,7 +24,7 @@ from grpo_core.cli.options import Parser
 ONE_PASS, TWO_PHASES, FORWARD = CASES
 DTYPES = (torch.float32, torch.bfloat16)
 VOCABULARY = 151_936
-# vocabulary and rows of further batches: Llama 2, SmolLM2, a byte-pair toy, the embedded task
+# vocabulary and rows of further batches: Llama 2, SmolLM2, a byte-pair toy, the demo task
 SIZES = ((32_000, 512), (49_152, 256), (2_048, 64), (2_048, 4_096), (27, 600), (27, 65_536))
 HIDDEN_SHAPE = (1_024, 32_000, 512)
 

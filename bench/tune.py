@@ -33,7 +33,7 @@ from grpo_core.backends import triton as triton_backend
 from grpo_core.cli.options import Parser, existing_file, new_file
 from grpo_core.kernels import launch
 from grpo_core.kernels.launch import Layout
-from grpo_core.kernels.records import Rows, Slopes, Terms, TokenVectors
+from grpo_core.kernels.records import RowGradients, Rows, Terms, TokenVectors
 
 # values to try of every field of `Layout`
 AXES: dict[str, tuple[Any, ...]] = {
@@ -97,8 +97,8 @@ class Plans:
             return found.logp, found.loss, found.dlogp, dlogits
 
         def gradient() -> tuple[Tensor, ...]:
-            slopes = Slopes(weight, None, None)
-            return (triton_backend.row_dlogits(rows, target, 1.0, slopes, stats, dlogits),)
+            row_gradients = RowGradients(weight, None, None)
+            return (triton_backend.row_dlogits(rows, target, 1.0, row_gradients, stats, dlogits),)
 
         self.calls: dict[str, Callable[[], tuple[Tensor, ...]]] = {
             "statistics": lambda: triton_backend.row_stats(rows, target, 1.0)[:2],

@@ -22,7 +22,7 @@ from torch import Tensor
 from grpo_core.backends.formula import as_torch
 from grpo_core.kernels import kl as estimators
 from grpo_core.kernels.kl import times_ratio
-from grpo_core.loss.logp_loss import with_slopes
+from grpo_core.loss.logp_loss import with_gradients
 from grpo_core.objective.objective import Surrogate
 from grpo_core.objective.recipes import cispo, clip
 
@@ -72,10 +72,10 @@ def compute_grpo_loss(
             clipped = (clipped & (A > 0)) | ((r < 1.0 - config.clip_lower) & (A < 0))
         kl, dkl = _kl(logp, r, ref_logprobs, config)
         shown = [x.to(new_logprobs.dtype) for x in (rho * loss, clipped & (rho != 0), kl)]
-    policy_loss = with_slopes(shown[0], new_logprobs, rho * (dlogp + dlog_ratio))
+    policy_loss = with_gradients(shown[0], new_logprobs, rho * (dlogp + dlog_ratio))
     if ref_logprobs is None:
         return policy_loss, shown[1], shown[2]
-    return policy_loss, shown[1], with_slopes(shown[2], new_logprobs, dkl)
+    return policy_loss, shown[1], with_gradients(shown[2], new_logprobs, dkl)
 
 
 def _surrogate(config: Any) -> Surrogate:

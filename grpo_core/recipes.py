@@ -9,7 +9,7 @@ def main() -> int:
     """Parses the command line and prints; returns the exit status."""
     parser = Parser(
         "grpo_core.recipes",
-        description="The published methods as objectives: formula, KL, ratio, advantage, mean.",
+        description="The published methods: formula, KL, ratio, advantage and aggregation.",
         epilog="r = π/π_old, d = log r, p = π(y), q = π_old(y), A advantage, sg stop-gradient. "
         "More: docs/objectives.md.",
     )

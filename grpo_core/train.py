@@ -1,4 +1,4 @@
-"""The embedded run: `python -m grpo_core.train`."""
+"""The demo run: `python -m grpo_core.train`."""
 
 from grpo_core.cli.command import training_command
 from grpo_core.runs.demo.config import DemoConfig

@@ -69,6 +69,6 @@ def k3_plus(logp, ref_logp):
 
 @triton.jit
 def times_ratio(kl, dlogp, log_ratio):
-    """(r·kl, derivative by logp, derivative by log_ratio): r is differentiated, too."""
+    """(r·kl, derivative by logp, derivative by log_ratio): r is differentiated as well."""
     ratio = tl.exp(log_ratio)
     return ratio * kl, ratio * dlogp, ratio * kl

@@ -1,4 +1,4 @@
-"""What goes into the row functions of a backend and what comes out: the same for both backends."""
+"""The inputs and outputs of the row functions, the same for every backend."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rows:
-    """Logits of N tokens where they lie: row n is at `(n // T)·batch_stride + (n % T)·row_stride`.
+    """The logits of N tokens: row n is at offset `(n // T)·batch_stride + (n % T)·row_stride`.
 
     Strides count elements; the last axis is contiguous. A padded `[B, T, V]` batch, a view of one
     such as `logits[:, :-1]`, and packed `[N, V]` rows (T = N) are all of this form.
@@ -40,7 +40,7 @@ class Rows:
         return cls(logits, N, V, max(T, 1), batch_stride, row_stride)
 
     def aligned_with(self, other: Rows) -> Rows:
-        """These rows, or a copy of them, between multiples of 16 bytes as those of `other` are."""
+        """These rows, or a copy, with the same offsets from multiples of 16 bytes as `other`."""
         size = self.logits.element_size()
         width, each = 16 // size, min(self.rows_per_batch, other.rows_per_batch)
 
@@ -72,7 +72,7 @@ class Terms:
 
 @dataclass(frozen=True)
 class TokenVectors:
-    """What a loss knows of each of N tokens beside its logits: `[N]`, float32 but for `target`.
+    """The inputs of a loss per token, beside the logits: `[N]`, float32 but for `target`.
 
     L = Σ_n weight_n · (factor_n · ℓ_n + beta · kl_n) − entropy_weight_n · H_n
     """
@@ -86,11 +86,11 @@ class TokenVectors:
     entropy_weight: Tensor | None = None  # None means no entropy bonus
 
     def at(self, place: slice | Tensor) -> TokenVectors:
-        """Those of some tokens only."""
+        """The vectors of some tokens."""
         return self._each(lambda vector: vector[place])
 
     def double(self) -> TokenVectors:
-        """The same in float64, targets as they are."""
+        """The same in float64; targets are not converted."""
         return self._each(lambda vector: vector.double() if vector.is_floating_point() else vector)
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> TokenVectors:
@@ -107,14 +107,16 @@ class TokenVectors:
             some(self.entropy_weight),
         )
 
-    def slopes(self, dlogp: Tensor, dropped: Tensor, exact_beta: float | None) -> Slopes:
+    def row_gradients(
+        self, dlogp: Tensor, dropped: Tensor, exact_beta: float | None
+    ) -> RowGradients:
         """dL by each statistic of a row, 0 where dropped; `exact_beta` is None without exact KL."""
         dentropy = dkl = None
         if self.entropy_weight is not None:
             dentropy = -self.entropy_weight.masked_fill(dropped, 0.0)
         if exact_beta:
             dkl = exact_beta * self.weight.float().masked_fill(dropped, 0.0)
-        return Slopes(dlogp, dentropy, dkl)
+        return RowGradients(dlogp, dentropy, dkl)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,28 +137,30 @@ class SequenceTokens(TokenVectors):
         return tokens // max(self.width or 1, 1)
 
 
-class Slopes(NamedTuple):
-    """What the gradient of a row of logits is made of: `[N]` float32 each."""
+class RowGradients(NamedTuple):
+    """The derivatives of L by the statistics of a row: `[N]` float32 each."""
 
     dlogp: Tensor  # dL/dlogp
     dentropy: Tensor | None  # dL/dH
     dkl: Tensor | None  # dL/dKL, of the exact KL
 
-    def times(self, grad_output: Tensor) -> Slopes:
-        """Each multiplied by a 0-dim tensor."""
-        return Slopes._make(None if slope is None else slope * grad_output for slope in self)
+    def times(self, grad_output: Tensor) -> RowGradients:
+        """Multiplies each by a 0-dim tensor."""
+        return RowGradients._make(
+            None if vector is None else vector * grad_output for vector in self
+        )
 
-    def at(self, place: slice | Tensor) -> Slopes:
-        """Those of some rows only."""
-        return Slopes._make(None if slope is None else slope[place] for slope in self)
+    def at(self, place: slice | Tensor) -> RowGradients:
+        """The vectors of some rows."""
+        return RowGradients._make(None if vector is None else vector[place] for vector in self)
 
     @property
     def any(self) -> Tensor:
-        """`[N]` bool: where there is a gradient at all."""
+        """`[N]` bool: the rows with a gradient."""
         moves = self.dlogp != 0
-        for slope in (self.dentropy, self.dkl):
-            if slope is not None:
-                moves = moves | (slope != 0)
+        for vector in (self.dentropy, self.dkl):
+            if vector is not None:
+                moves = moves | (vector != 0)
         return moves
 
 
@@ -171,22 +175,22 @@ class TokenLoss(NamedTuple):
 
 
 class RowStats(NamedTuple):
-    """What a read of the logits leaves behind, float32."""
+    """The results of reading the logits once, float32."""
 
     logp: Tensor  # [N] nats
     entropy: Tensor  # [N] nats
     kl: Tensor | None  # [N] nats, the exact KL; None without `ref_logits`
-    state: Tensor  # [k, N], from which the backend finds the softmax again
+    state: Tensor  # [k, N], from which the backend recomputes the softmax
 
     def at(self, place: slice) -> RowStats:
-        """Those of some rows only."""
+        """The vectors of some rows."""
         kl = None if self.kl is None else self.kl[place]
         state = self.state[:, place].contiguous()
         return RowStats(self.logp[place], self.entropy[place], kl, state)
 
 
 class RowLoss(NamedTuple):
-    """What one pass over the logits leaves behind, `[N]` each; float32 but for `dropped`."""
+    """The results of one pass over the logits, `[N]` each; float32 but for `dropped`."""
 
     logp: Tensor  # nats
     entropy: Tensor  # nats
@@ -199,7 +203,7 @@ class RowLoss(NamedTuple):
 
     @classmethod
     def empty(cls, N: int, device: torch.device, state: Tensor) -> RowLoss:
-        """Room for N tokens."""
+        """Uninitialised vectors for N tokens."""
         return cls._make((*_empty_vectors(len(cls._fields) - 2, N, device), state))
 
 

@@ -17,7 +17,7 @@ from .launch import (
     unspecialized,
 )
 from .online_softmax import LOG2E
-from .records import RowLoss, Rows, RowStats, Slopes
+from .records import RowGradients, RowLoss, Rows, RowStats
 from .row_gradient import write_row_gradient, write_row_zeros
 from .row_tiles import row_start
 from .token_statistics import target_gap
@@ -99,7 +99,7 @@ def row_dlogits(
     rows: Rows,
     target: torch.Tensor,
     temperature: float,
-    slopes: Slopes,
+    row_gradients: RowGradients,
     stats: RowStats | RowLoss,
     dlogits: torch.Tensor,
     ref_rows: Rows | None = None,
@@ -110,11 +110,11 @@ def row_dlogits(
         rows: logits of N tokens, float32, bfloat16 or float16.
         target: [N] int64; outside [0, V) means a row of zeros.
         temperature: T, the logits are divided by it.
-        slopes: dL by the statistics of each row; a row without any becomes 0.
+        row_gradients: dL by the statistics of each row; a row without any becomes 0.
         stats: from `row_stats` or `row_loss`.
-        ref_rows: the reference policy's logits, where `slopes.dkl` is given.
+        ref_rows: the reference policy's logits, where `row_gradients.dkl` is given.
     """
-    dlogp, dentropy, dkl = slopes
+    dlogp, dentropy, dkl = row_gradients
     ref, registers = None, None if dentropy is None else WRITING_REGISTERS
     if dkl is not None and ref_rows is not None:
         ref, registers = ref_rows.aligned_with(rows), PAIR_REGISTERS

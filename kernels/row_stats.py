@@ -3,7 +3,7 @@
 Reads each row of logits once and writes four floats: logp and entropy, and as `state` the anchor
 and the sum of `online_softmax`, from which `row_dlogits` computes the softmax again. Memory
 traffic: 2 bytes per bfloat16 logit. With reference logits also the exact KL, and the state of both
-rows; those are read once, too. A row whose target lies outside [0, V) is not read; its outputs are
+rows; those are also read once. A row whose target lies outside [0, V) is not read; its outputs are
 0.
 """
 

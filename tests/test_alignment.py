@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from grpo_core import fused_loss, token_logp
 from grpo_core.backends import triton as triton_backend
 from grpo_core.kernels import kl, surrogates
-from grpo_core.kernels.records import Rows, Slopes, Terms, TokenVectors
+from grpo_core.kernels.records import RowGradients, Rows, Terms, TokenVectors
 from tests.conftest import HAS_GPU
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -95,8 +95,8 @@ def test_small_vocabularies() -> None:
         rows, _ = at_lead(logits, lead)
         dlogits, memory = at_lead(torch.full_like(logits, MARK), (lead + 2) % 8)
         found = triton_backend.row_stats(Rows.of(rows), target, 1.0)
-        slopes = Slopes(torch.ones(N, device=DEVICE), None, None)
-        triton_backend.row_dlogits(Rows.of(rows), target, 1.0, slopes, found, dlogits)
+        row_gradients = RowGradients(torch.ones(N, device=DEVICE), None, None)
+        triton_backend.row_dlogits(Rows.of(rows), target, 1.0, row_gradients, found, dlogits)
         log_p = torch.log_softmax(logits.double(), 1)
         logp = log_p.gather(1, target[:, None])[:, 0]
         assert torch.allclose(found.logp.double(), logp, rtol=1e-6, atol=1e-6)
@@ -171,8 +171,8 @@ def test_rows_far_from_their_anchor(far: float) -> None:
     assert torch.allclose(stats.entropy.double(), entropy, rtol=1e-6, atol=4e-6)
     dlogits = torch.empty_like(logits)
     ones = torch.ones(3, device=DEVICE)
-    slopes = Slopes(ones, 0.1 * ones, None)
-    triton_backend.row_dlogits(Rows.of(logits), target, 1.0, slopes, stats, dlogits)
+    row_gradients = RowGradients(ones, 0.1 * ones, None)
+    triton_backend.row_dlogits(Rows.of(logits), target, 1.0, row_gradients, stats, dlogits)
     assert torch.allclose(dlogits.double(), exact.grad, rtol=0, atol=3e-6)
 
 

@@ -1,4 +1,4 @@
-"""The embedded task against exact decimal arithmetic and sentences written out by hand."""
+"""The demo task against exact decimal arithmetic and sentences written out by hand."""
 
 from __future__ import annotations
 

@@ -119,8 +119,8 @@ def test_derivatives_are_those_of_autograd(name: str, args: tuple[float, ...]) -
     log_ratio.requires_grad_()
     surrogate = as_torch(getattr(surrogates, name))
     loss, dlogp, dlog_ratio = surrogate(logp, log_ratio, advantage, *args)
-    slopes = torch.autograd.grad(loss.sum(), (logp, log_ratio), allow_unused=True)
-    for ours, theirs in zip((dlogp, dlog_ratio), slopes, strict=True):
+    derivatives = torch.autograd.grad(loss.sum(), (logp, log_ratio), allow_unused=True)
+    for ours, theirs in zip((dlogp, dlog_ratio), derivatives, strict=True):
         theirs = torch.zeros_like(ours) if theirs is None else theirs
         assert torch.allclose(ours.detach(), theirs, rtol=1e-9, atol=1e-12)
 

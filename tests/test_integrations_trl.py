@@ -359,7 +359,7 @@ def test_what_the_hook_returns(biased: bool, frozen: bool) -> None:
     g = torch.Generator().manual_seed(0)
     hidden, weight, bias = (torch.randn(s, generator=g) for s in ((20, 16), (70, 16), (70,)))
     target = torch.randint(0, 70, (20,), generator=g)
-    slopes = torch.randn(2, 20, generator=g)
+    grad_outputs = torch.randn(2, 20, generator=g)
     results = []
     for wanted in (names, names[:1], names[2:4]):
         made = []
@@ -369,8 +369,8 @@ def test_what_the_hook_returns(biased: bool, frozen: bool) -> None:
             with patch():
                 apply = trl.trainer.utils._ChunkedLogProbFunction.apply
                 out = apply(h, w, b if biased else None, target, 0.7, 32, 3.0, 0.6, wanted)
-            total = (out[0] * slopes[0]).sum()
-            total = total if out[1] is None else total + (out[1] * slopes[1]).sum()
+            total = (out[0] * grad_outputs[0]).sum()
+            total = total if out[1] is None else total + (out[1] * grad_outputs[1]).sum()
             made.append((out, torch.autograd.grad(total, [h, *trained])))
         results.append(made)
     for (theirs, their_grads), (ours, our_grads) in results:

@@ -34,9 +34,11 @@ def plainly(head: LinearHead, hidden: Tensor, target: Tensor) -> list[Tensor]:
     return [logp, entropy, *(x.detach() for x in further)]
 
 
-def gradients(outputs: list[Tensor], slopes: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
-    """Of Σ slope · output."""
-    total = sum(((x * s.to(x.dtype)).sum() for x, s in zip(outputs, slopes, strict=False)))
+def gradients(
+    outputs: list[Tensor], grad_outputs: list[Tensor], tensors: list[Tensor]
+) -> list[Tensor]:
+    """Of Σ grad_output · output."""
+    total = sum(((x * s.to(x.dtype)).sum() for x, s in zip(outputs, grad_outputs, strict=False)))
     assert isinstance(total, Tensor)
     return list(torch.autograd.grad(total, tensors))
 
@@ -56,7 +58,7 @@ def test_values_and_gradients(backend: str, device: str, outputs: int) -> None:
 def compare(head: LinearHead, frozen: bool, outputs: int, backend: Any, device: str) -> None:
     """Values and gradients of all that requires one."""
     hidden, target = torch.randn(N, D), torch.randint(0, head.V, (N,))
-    slopes = [torch.randn(N) * (torch.arange(N) % 3 > 0), torch.randn(N)][:outputs]
+    grad_outputs = [torch.randn(N) * (torch.arange(N) % 3 > 0), torch.randn(N)][:outputs]
     results = []
     for dtype, home in ((None, device), (torch.float32, "cpu"), (torch.float64, "cpu")):
         wants: list[Tensor] = []
@@ -89,7 +91,7 @@ def compare(head: LinearHead, frozen: bool, outputs: int, backend: Any, device: 
             assert len(values) == 5 and all(not x.requires_grad for x in values[2:])
         else:
             values = plainly(mine, states, words)
-        made = gradients(values[:outputs], [s.to(home) for s in slopes], wants)
+        made = gradients(values[:outputs], [s.to(home) for s in grad_outputs], wants)
         results.append(([x.detach().double().cpu() for x in values], [g.cpu() for g in made]))
     (ours, mine_g), (base, theirs), (truth, exact) = results
     for name, *three in zip(("logp", "entropy", *FURTHER), ours, base, truth, strict=True):
@@ -120,15 +122,15 @@ def test_products_are_counted() -> None:
     """Rows without a gradient take none in the backward; a frozen head takes none there at all."""
     N = 64  # whole chunks, of half of them, too
     weight, target = torch.randn(V, D), torch.randint(0, V, (N,))
-    slopes = torch.randn(N) * (torch.arange(N) < N // 2)
+    grad_outputs = torch.randn(N) * (torch.arange(N) < N // 2)
 
     def step(trained: bool, entropy: bool) -> Callable[[], object]:
         def call() -> object:
             states = torch.randn(N, D, requires_grad=True)
             matrix = weight.clone().requires_grad_(trained)
             found = linear_scores(states, matrix, target, memory_budget=FEW)
-            total = (found.logp * slopes).sum()
-            return (total + (found.entropy * slopes).sum() if entropy else total).backward()
+            total = (found.logp * grad_outputs).sum()
+            return (total + (found.entropy * grad_outputs).sum() if entropy else total).backward()
 
         return call
 
@@ -176,7 +178,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
     head, hidden = make_head(dtype=dtype), torch.randn(N, D).to(dtype)
     target = torch.randint(0, V, (N,))
     for size in (1e-4, 1e3):
-        slopes = [size * torch.randn(N), size * torch.randn(N)]
+        grad_outputs = [size * torch.randn(N), size * torch.randn(N)]
         made = []
         for wide in (False, True):
             states = (hidden.double() if wide else hidden).clone().requires_grad_()
@@ -185,7 +187,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
                 values = plainly(LinearHead(weight), states, target)
             else:
                 values = [*linear_scores(states, weight, target, temperature=T)]
-            made.append(gradients(values[:2], slopes, [states, weight]))
+            made.append(gradients(values[:2], grad_outputs, [states, weight]))
         for ours, truth in zip(*made, strict=True):
             assert ours.dtype == dtype
             error = float((ours.double() - truth).abs().amax() / truth.abs().amax())

@@ -478,7 +478,7 @@ def test_the_package_shows_its_public_names_alone() -> None:
 
 
 def test_a_report_fits_a_terminal() -> None:
-    """That of the embedded run without rich, and that of the comparison."""
+    """That of the demo run without rich, and that of the comparison."""
     figures = {"accuracy": 0.125, "accuracy/trap": 0.5, "format": 1.0, "length": 31.25}
     stages = [Stage("R1-Zero", figures, figures, ["<answer>3.8</answer>"] * len(SHOWCASE))]
     lines = plain(stages)

@@ -14,7 +14,7 @@ from torch import Tensor
 from grpo_core import fused_loss, token_logp
 from grpo_core.backends import choose_backend
 from grpo_core.kernels import kl, surrogates
-from grpo_core.kernels.records import RowLoss, Rows, Slopes, Terms, TokenVectors
+from grpo_core.kernels.records import RowGradients, RowLoss, Rows, Terms, TokenVectors
 from tests import oracles
 from tests.accuracy import FLOOR, assert_no_worse
 from tests.combinations import paired
@@ -126,8 +126,8 @@ def test_a_row_has_the_same_bits_in_every_plan(
         assert torch.equal(alone.entropy, entropy[row])
 
     second = torch.empty_like(packed)
-    slopes = Slopes(result.dlogp, None, None)
-    kernels.row_dlogits(Rows.of(packed), target, 1.0, slopes, stats, second)
+    row_gradients = RowGradients(result.dlogp, None, None)
+    kernels.row_dlogits(Rows.of(packed), target, 1.0, row_gradients, stats, second)
     assert torch.equal(second.view(B, T, V), dlogits)
     one_pass(kernels, packed, target, weight=weight, dlogits=packed)
     assert torch.equal(packed, second)
@@ -441,9 +441,9 @@ def test_rows_that_are_sure_of_another_word(
     assert (error < digits[:, None] + torch.finfo(dtype).eps).all()
 
     assert torch.equal(result.entropy, stats.entropy)
-    slopes = Slopes(result.dlogp, -given["entropy_weight"], None)
+    row_gradients = RowGradients(result.dlogp, -given["entropy_weight"], None)
     second = torch.empty_like(logits)
-    kernels.row_dlogits(Rows.of(logits), target, T, slopes, result, second)
+    kernels.row_dlogits(Rows.of(logits), target, T, row_gradients, result, second)
     assert torch.equal(second, dlogits)
     view = wide.to(device)[:, 3:]
     shifted = one_pass(kernels, view, target, dlogits=view, **given)
@@ -512,9 +512,9 @@ def test_rows_of_huge_logits(
     again = kernels.row_stats(Rows.of(logits.to(device)), target.to(device), temperature)
     assert torch.equal(again.logp.cpu(), logp)
     second = torch.empty_like(logits, device=device)
-    slopes = Slopes(found.dlogp, -there["entropy_weight"], None)
+    row_gradients = RowGradients(found.dlogp, -there["entropy_weight"], None)
     kernels.row_dlogits(
-        Rows.of(logits.to(device)), target.to(device), temperature, slopes, found, second
+        Rows.of(logits.to(device)), target.to(device), temperature, row_gradients, found, second
     )
     usable = ~found.dropped.cpu()
     assert torch.equal(second.cpu()[usable], dlogits[usable])

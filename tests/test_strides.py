@@ -105,12 +105,12 @@ def hidden_loss(objective: Any, *shape: int, **options: Any) -> Callable[..., An
 
 
 def scores(function: Callable[..., Any], *shape: int, **options: Any) -> Callable[..., Answers]:
-    """Of hidden states, differentiated by slopes that are views, too."""
+    """Of hidden states, with views as `grad_outputs`."""
 
-    def call(backend: str, slope: Tensor, **given: Tensor) -> Answers:
+    def call(backend: str, grad_output: Tensor, **given: Tensor) -> Answers:
         hidden, head = leaf(*shape, D), leaf(V, D, seed=2)
         logp, entropy, *_ = function(hidden, head, backend=backend, **given, **options)
-        (logp * slope + entropy).sum().backward()
+        (logp * grad_output + entropy).sum().backward()
         return logp.detach(), entropy.detach(), hidden.grad, head.grad
 
     return call
@@ -169,7 +169,7 @@ def values() -> dict[str, Tensor]:
 
 def scored(*shape: int) -> dict[str, Tensor]:
     given = tokens(*shape)
-    return {name: given[name] for name in ("target", "mask")} | {"slope": torch.randn(shape)}
+    return {name: given[name] for name in ("target", "mask")} | {"grad_output": torch.randn(shape)}
 
 
 def without(given: dict[str, Tensor], *names: str) -> dict[str, Tensor]:

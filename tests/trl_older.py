@@ -35,7 +35,7 @@ def the_function() -> None:
     """Values and gradients of TRL's function and of ours."""
     g = torch.Generator().manual_seed(0)
     hidden, weight, bias = (torch.randn(s, generator=g) for s in ((20, 16), (70, 16), (70,)))
-    target, slopes = torch.randint(0, 70, (20,), generator=g), torch.randn(2, 20, generator=g)
+    target, grad_outputs = torch.randint(0, 70, (20,), generator=g), torch.randn(2, 20, generator=g)
     for biased in (False, True):
         made = []
         for patched in (False, True):
@@ -49,7 +49,7 @@ def the_function() -> None:
             out = function.apply(*given, target, 0.7, 32, 3.0, 0.6)
             if patch is not None:
                 patch.undo()
-            total = (out[0] * slopes[0]).sum() + (out[1] * slopes[1]).sum()
+            total = (out[0] * grad_outputs[0]).sum() + (out[1] * grad_outputs[1]).sum()
             made.append([*out, *torch.autograd.grad(total, leaves)])
         for ours, theirs in zip(made[1], made[0], strict=True):
             assert torch.allclose(ours, theirs, rtol=CLOSE, atol=CLOSE)

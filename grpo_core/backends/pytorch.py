@@ -19,11 +19,11 @@ from grpo_core.backends import sequence_ratio
 from grpo_core.backends.formula import as_torch
 from grpo_core.kernels.kl import times_ratio
 from grpo_core.kernels.records import (
+    RowGradients,
     RowLoss,
     Rows,
     RowStats,
     SequenceTokens,
-    Slopes,
     Terms,
     TokenLoss,
     TokenVectors,
@@ -74,8 +74,8 @@ def row_loss(
         vectors[:, at] = torch.stack([*values, *softmax.state]).float()
         dropped[at] = token.dropped
         if dlogits is not None:
-            slopes = some.slopes(dlogp, token.dropped, exact_beta)
-            _put(dlogits, at, softmax.gradient(slopes, entropy, kl))
+            row_gradients = some.row_gradients(dlogp, token.dropped, exact_beta)
+            _put(dlogits, at, softmax.gradient(row_gradients, entropy, kl))
     logp, entropy, ratio, kl, loss, dlogp = vectors[:6]
     return RowLoss(logp, entropy, ratio, kl, loss, dlogp, dropped, vectors[6:])
 
@@ -84,19 +84,19 @@ def row_dlogits(
     rows: Rows,
     target: Tensor,
     temperature: float,
-    slopes: Slopes,
+    row_gradients: RowGradients,
     stats: RowStats | RowLoss,
     dlogits: Tensor,
     ref_rows: Rows | None = None,
 ) -> Tensor:
     """Writes dL/dlogits into `dlogits`; the softmax is computed again from the logits."""
-    wanted = slopes.any & _readable(target, rows.V)
-    ref_rows = None if slopes.dkl is None else ref_rows
+    wanted = row_gradients.any & _readable(target, rows.V)
+    ref_rows = None if row_gradients.dkl is None else ref_rows
     _put(dlogits, (~wanted).nonzero().squeeze(1), 0.0)
     for at in _groups(rows, wanted):
         softmax = _Softmax.of(rows, target, temperature, ref_rows, at)
         kl = None if stats.kl is None else stats.kl[at]
-        _put(dlogits, at, softmax.gradient(slopes.at(at), stats.entropy[at], kl))
+        _put(dlogits, at, softmax.gradient(row_gradients.at(at), stats.entropy[at], kl))
     return dlogits
 
 
@@ -142,17 +142,17 @@ class _Softmax:
             return logp, entropy, torch.zeros_like(logp)
         return logp, entropy, self._weighted(self.log_p - self.log_q).sum(1)
 
-    def gradient(self, slopes: Slopes, entropy: Tensor, kl: Tensor | None) -> Tensor:
-        """dL/dlogits `[n, V]`; 0 in rows without a slope and where the target is certain."""
-        share, dlogp = self.log_others.exp(), slopes.dlogp.double()[:, None]
+    def gradient(self, row_gradients: RowGradients, entropy: Tensor, kl: Tensor | None) -> Tensor:
+        """dL/dlogits `[n, V]`; 0 in rows without a gradient and where the target is certain."""
+        share, dlogp = self.log_others.exp(), row_gradients.dlogp.double()[:, None]
         dlogits = (-dlogp * self.log_p.exp()).scatter_(1, self.target, dlogp * share)
-        if slopes.dentropy is not None:
+        if row_gradients.dentropy is not None:
             surprise = self._weighted(self.log_p + entropy[:, None])
-            dlogits -= slopes.dentropy.double()[:, None] * surprise
-        if slopes.dkl is not None and self.log_q is not None and kl is not None:
+            dlogits -= row_gradients.dentropy.double()[:, None] * surprise
+        if row_gradients.dkl is not None and self.log_q is not None and kl is not None:
             gap = self._weighted(self.log_p - self.log_q - kl[:, None])
-            dlogits += slopes.dkl.double()[:, None] * gap
-        still = ~slopes.any[:, None] | (share == 0)
+            dlogits += row_gradients.dkl.double()[:, None] * gap
+        still = ~row_gradients.any[:, None] | (share == 0)
         return dlogits.div_(self.temperature).masked_fill_(still, 0.0)
 
     def _weighted(self, values: Tensor) -> Tensor:

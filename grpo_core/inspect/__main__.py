@@ -55,14 +55,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the tables; returns the exit status."""
     parser = Parser(
         "grpo_core.inspect",
-        description="Compiles every kernel for GPUs that are not present; prints the figures.",
+        description="Compiles every kernel without a GPU; prints what the machine code needs.",
     )
     parser.add_argument(
         "cards", nargs="*", help=f"sm_NUMBER or gfxNAME; default: {' '.join(CARDS)}"
     )
     add = parser.add_argument
     add("--dtype", action="append", choices=DTYPES, help="dtype of the logits; may be repeated")
-    add("--vocabulary", action="append", type=vocabulary, metavar="V", help="may be repeated")
+    add(
+        "--vocabulary",
+        action="append",
+        type=vocabulary,
+        metavar="V",
+        help="its size; may be repeated",
+    )
     add("--all", action="store_true", help="every surrogate and every KL estimator")
     add("--json", type=new_file, metavar="FILE", help="also write all figures to FILE")
     add("--gate", action="store_true", help="exit with 1 and a list if a limit is exceeded")

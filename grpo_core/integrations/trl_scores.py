@@ -64,8 +64,8 @@ def linear_scores(
         logits_dtype=None,
         backend=backend,
         validate=None,
-        ahead=True,
-        also=partial(_further, further, temperature),
+        gradients_in_forward=True,
+        extra_vectors=partial(_further, further, temperature),
         gathered=gathered,
     )
     values = dict(zip(further, others, strict=True))

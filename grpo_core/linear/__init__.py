@@ -1,4 +1,4 @@
-"""From hidden states: the output matrix is part of the loss, the logits never exist all at once.
+"""The loss from hidden states and output matrix, without materialising the full logits.
 
 Read `chunks.loss_over_chunks` first (the loop), then `workspace` (what chunks share), `loss` and
 `logp` (the public functions), `vocab_slices` (the plan without a float32 sum of the matrix).

@@ -1,12 +1,12 @@
-"""The loop over chunks of rows: the logits of all rows never exist at once.
+"""The loop over chunks of rows, so that the full logits are never materialised.
 
-Read `loss_over_chunks` first. Per row and vocabulary entry, D multiplications are one product:
+Read `loss_over_chunks` first. Its cost is counted in matrix products:
 
-| what is wanted                     | products of 2·n·V·D operations, n the rows that need them|
+| result                             | products of 2·n·V·D operations, n rows that need them    |
 |------------------------------------|----------------------------------------------------------|
 | log-probabilities, or no gradient  | 1                                                        |
 | gradients, head frozen             | 2                                                        |
-| gradients, head trained, fast plan | 3; 4 where a loss waits for more rows than a chunk holds |
+| gradients, head trained, fast plan | 3; 4 if a loss depends on more rows than a chunk has     |
 | gradients, head trained, lean plan | 4, see `vocab_slices`                                    |
 """
 
@@ -18,14 +18,14 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from grpo_core.kernels.records import RowLoss, RowStats, Slopes
+from grpo_core.kernels.records import RowGradients, RowLoss, RowStats
 from grpo_core.linear.workspace import Workspace
 from grpo_core.loss.autograd import loss_of_statistics
 from grpo_core.loss.inputs import Tokens
 
 
 class LossRows(NamedTuple):
-    """What is known of n rows after a loss, `[n]` each; float32 unless said."""
+    """The results of a loss for n rows, `[n]` each; float32 unless said otherwise."""
 
     loss: Tensor  # times weight
     logp: Tensor
@@ -46,10 +46,10 @@ class LossRows(NamedTuple):
 def loss_over_chunks(work: Workspace, tokens: Tokens) -> LossRows:
     """Loss and gradients of every row, fast plan; the gradients are summed in `work`.
 
-    A chunk is some rows and the whole vocabulary. Its logits are made in a buffer that all chunks
-    share, dlogits take their place, and the gradient products follow at once. A loss that waits for
-    other rows (ratios of sequences, top entropy) waits for a segment: a chunk of whole sequences,
-    or several chunks, whose logits are then made twice.
+    A chunk is some rows and the whole vocabulary. Its logits are computed in a buffer that all
+    chunks share, dlogits overwrite them, and the gradient products follow. If the loss of a row
+    depends on other rows (sequence-level ratios, top entropy), these rows are a segment: one chunk
+    of whole sequences, or several chunks, whose logits are then computed twice.
     """
     kernels, T, beta = work.call.kernels, work.call.temperature, work.call.exact_beta
     results = []
@@ -59,11 +59,11 @@ def loss_over_chunks(work: Workspace, tokens: Tokens) -> LossRows:
         start, stop = segment[0].start, segment[-1].stop
         place = slice(start, stop)
         if not tokens.needs_statistics:
-            # one pass over the logits makes both the loss and dlogits
+            # one pass over the logits computes both the loss and dlogits
             logits, ref_logits = work.make_logits(place)
             some, dlogits = scaled.select(place), work.dlogits_of(place)
             result = kernels.row_loss(logits, some, T, some.terms, dlogits, ref_logits)
-            work.add_gradients(place, some.slopes(result.dlogp, result.dropped, beta))
+            work.add_gradients(place, some.row_gradients(result.dlogp, result.dropped, beta))
             loss = result.loss if scale is None else result.loss / scale
             results.append(LossRows.of(result._replace(loss=loss), some))
             continue
@@ -72,14 +72,14 @@ def loss_over_chunks(work: Workspace, tokens: Tokens) -> LossRows:
         results.append(LossRows.of(result, complete))
         if not work.differentiates:
             continue
-        slopes = work.scaled(complete.slopes(result.dlogp, result.dropped, beta))
+        row_gradients = work.scaled(complete.row_gradients(result.dlogp, result.dropped, beta))
         for chunk in segment:
             if len(segment) > 1:
                 # the buffer holds the logits of the last chunk
                 work.make_logits(chunk)
             local = slice(chunk.start - start, chunk.stop - start)
             target = complete.target[local]
-            work.differentiate(chunk, target, slopes.at(local), stats.at(local))
+            work.differentiate(chunk, target, row_gradients.at(local), stats.at(local))
     return concatenate(results)
 
 
@@ -103,11 +103,12 @@ def _segments(work: Workspace, tokens: Tokens) -> Iterator[list[slice]]:
 
 
 def loss_with_frozen_head(work: Workspace, tokens: Tokens) -> LossRows:
-    """The same with two products, where a loss waits for other rows and only dhidden is wanted.
+    """Loss and dhidden by two products, if the loss of a row depends on other rows.
 
-    dlogits of a row is dlogp·(δ − p)/T: dhidden is made as if dlogp were 1, and multiplied later.
+    Only for a frozen head without entropy bonus or exact KL: dlogits of a row are dlogp·(δ − p)/T,
+    so dhidden is computed with dlogp = 1 and multiplied by dlogp later.
     """
-    stats, _ = read_chunks(work, ahead=True)
+    stats, _ = read_chunks(work, gradients_in_forward=True)
     result, complete = loss_of_statistics(stats, tokens, work.call.kernels)
     assert work.dhidden is not None
     scale_rows(work.dhidden, result.dlogp)
@@ -122,21 +123,21 @@ def scale_rows(dhidden: Tensor, dlogp: Tensor) -> Tensor:
 def read_chunks(
     work: Workspace,
     *,
-    ahead: bool = False,
-    also: Callable[[slice], list[Tensor]] = lambda chunk: [],
+    gradients_in_forward: bool = False,
+    extra_vectors: Callable[[slice], list[Tensor]] = lambda chunk: [],
 ) -> tuple[RowStats, list[Tensor]]:
     """Statistics of every row.
 
     Args:
-        ahead: also makes dhidden of Σ logp, of rows whose logp is finite.
-        also: further vectors of a chunk whose logits are in the buffer.
+        gradients_in_forward: also computes dhidden of Σ logp over the rows with a finite logp.
+        extra_vectors: returns further vectors of a chunk while its logits are in the buffer.
     """
     stats, further = [], []
     for chunk in work.chunks:
         stats.append(work.read_statistics(chunk))
-        further.append(also(chunk))
-        if ahead:
-            ones = only_finite(Slopes(torch.ones_like(stats[-1].logp), None, None), stats[-1])
+        further.append(extra_vectors(chunk))
+        if gradients_in_forward:
+            ones = only_finite(RowGradients(torch.ones_like(stats[-1].logp), None, None), stats[-1])
             work.differentiate(chunk, work.call.target[chunk], ones, stats[-1])
     return concatenate(stats), [torch.cat(parts) for parts in zip(*further, strict=True)]
 
@@ -145,7 +146,7 @@ Record = TypeVar("Record", RowStats, LossRows)
 
 
 def concatenate(parts: list[Record]) -> Record:
-    """The vectors of neighbouring chunks, of one record, as one record."""
+    """Concatenates the records of neighbouring chunks."""
     if len(parts) == 1:
         return parts[0]
     columns: Any = zip(*parts, strict=True)
@@ -153,7 +154,9 @@ def concatenate(parts: list[Record]) -> Record:
     return type(parts[0])(*vectors)
 
 
-def only_finite(slopes: Slopes, stats: RowStats) -> Slopes:
-    """The slopes with 0 where the log-probability is not finite."""
+def only_finite(row_gradients: RowGradients, stats: RowStats) -> RowGradients:
+    """The row_gradients with 0 where the log-probability is not finite."""
     bad = ~stats.logp.isfinite()
-    return Slopes._make(None if slope is None else slope.masked_fill(bad, 0.0) for slope in slopes)
+    return RowGradients._make(
+        None if vector is None else vector.masked_fill(bad, 0.0) for vector in row_gradients
+    )

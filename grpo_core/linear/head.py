@@ -1,4 +1,4 @@
-"""What turns hidden states into logits, and the checks of both.
+"""The head, which turns hidden states into logits, and the checks of both.
 
 logits = cap(scale · (hidden @ weightᵀ + bias + lora_scaling · (hidden @ lora_Aᵀ) @ lora_Bᵀ))
 cap(x) = softcap · tanh(x / softcap)
@@ -28,15 +28,15 @@ HEAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @register_record
 @dataclass(frozen=True)
 class LinearHead:
-    """An output matrix, and what the model does between its product and the logits.
+    """An output matrix, and the operations between its product and the logits.
 
     Args:
         weight: `lm_head`, [rows, D]; it and the others float32, bfloat16 or float16.
         bias: [rows], or None.
         softcap: c > 0 of c·tanh(x/c) (Gemma), or None.
         scale: the logits are multiplied by it (Cohere; Granite divides: give the inverse).
-        vocabulary: V, the true size of the vocabulary if the matrix is padded; the further rows
-            take no part in the softmax and get a zero gradient. None means all rows.
+        vocabulary: V, the true size of the vocabulary if the matrix is padded; the remaining rows
+            are not part of the softmax and get a zero gradient. None means all rows.
         lora_A, lora_B: [r, D] and [rows, r], an adapter of the matrix itself, or None.
         lora_scaling: the product of the two is multiplied by it.
 
@@ -98,7 +98,7 @@ class LinearHead:
         return replace(self, weight=weight.detach(), bias=bias, lora_A=lora_A, lora_B=lora_B)
 
     def without_tensors(self) -> LinearHead:
-        """The numbers alone: tensors are kept by `save_for_backward`."""
+        """A copy with numbers only: `save_for_backward` keeps the tensors."""
         return self.of(torch.empty(self.weight.shape, device="meta"), None, None, None)
 
 

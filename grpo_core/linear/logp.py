@@ -1,21 +1,20 @@
-"""Log-probability and entropy from hidden states, also differentiable, for other losses.
+"""Differentiable log-probability and entropy from hidden states, for any loss.
 
-A trainer that keeps its own loss asks for logp and entropy of every target and sends both gradients
-back later. Chunks of rows go through the product and the row kernel in the forward, and once more
-in the backward, followed by the gradient products.
+The forward computes logits and statistics of one chunk of rows after another. The backward gets the
+gradients of both outputs, computes the logits of every chunk again and then the gradient products.
 
     dL/dx_j = (dlogp·(δ_{j,y} − p_j) − dentropy·p_j·(log p_j + H)) / T
 
-| what is wanted                         | products of 2·n·V·D operations                       |
+| result                                 | products of 2·n·V·D operations                       |
 |----------------------------------------|------------------------------------------------------|
 | no gradient                            | 1                                                    |
 | gradients, head trained, either plan   | 1, and 3 in the backward over rows that have some    |
 | gradients, head frozen                 | 1, and 2 in the backward over rows that have some    |
-| the same, `ahead`, of logp alone       | 2, both in the forward: dlogp only scales rows       |
-| the same, `ahead`, of entropy as well  | 2, and 2 in the backward                             |
+| with `gradients_in_forward`, of logp   | 2, both in the forward: dlogp only scales rows       |
+| the same, of logp and entropy          | 2, and 2 in the backward                             |
 
-The backward keeps the statistics of the forward, a few numbers a row. `fused_linear_loss` makes no
-logits twice, because it knows the loss in the forward.
+A few statistics per row are saved for the backward. `fused_linear_loss` does not compute logits
+twice, because it knows the loss in the forward.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ import torch
 from torch import Tensor
 
 from grpo_core.backends import Backend
-from grpo_core.kernels.records import RowStats, Slopes
+from grpo_core.kernels.records import RowGradients, RowStats
 from grpo_core.linear.chunks import only_finite, read_chunks, scale_rows
 from grpo_core.linear.head import HEAD_DTYPES, LinearHead, check_rows
 from grpo_core.linear.matmuls import Plan
-from grpo_core.linear.vocab_slices import SoftmaxRows, add_gradients_of_slices, logits_at
+from grpo_core.linear.vocab_slices import SoftmaxRows, add_gradients_of_slices, gather_target_logits
 from grpo_core.linear.workspace import LinearCall, Workspace, scatter_rows
 from grpo_core.loss.compile import logp_in_graph, register_function
 from grpo_core.loss.inputs import check_logits, check_target, find_unmasked, flatten_target
@@ -95,11 +94,11 @@ def linear_logp(
 ) -> TokenLogp:
     """Log-probability and entropy of every target, differentiable, without the logits.
 
-    Both can be used in any loss, together or alone, any number of times; a second backward through
-    the same outputs (retain_graph) makes the chunks again and is right; a gradient of the gradient
-    (create_graph) is refused. Bit for bit the values of `linear_token_logp`.
+    A loss may use both or one of them. A second backward through the same outputs (retain_graph)
+    computes the chunks again and gives the correct gradient; a gradient of the gradient
+    (create_graph) raises an error. The values are bitwise those of `linear_token_logp`.
 
-    A row whose log-probability is not finite returns it as it is, and passes no gradient on.
+    A log-probability that is not finite is returned as it is, without a gradient.
 
     Args:
         hidden: [B, T, D], or packed [N, D]; float32, bfloat16 or float16, also as a view.
@@ -150,15 +149,16 @@ def logp_from_hidden(
     logits_dtype: torch.dtype | None,
     backend: Backend | None,
     validate: bool | None,
-    ahead: bool = False,
-    also: Callable[[Tensor, Tensor], list[Tensor]] = lambda logits, target: [],
+    gradients_in_forward: bool = False,
+    extra_vectors: Callable[[Tensor, Tensor], list[Tensor]] = lambda logits, target: [],
     gathered: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> list[Tensor]:
-    """logp and entropy, shaped like target, then the vectors of `also`; see `linear_logp`.
+    """logp and entropy, shaped like target, then the vectors of `extra_vectors`; see `linear_logp`.
 
     Args:
-        ahead: with a frozen head, makes dhidden of Σ logp in the forward: dlogp only scales it.
-        also: further vectors [n], from a chunk's logits [n, V] and targets [n].
+        gradients_in_forward: with a frozen head, computes dhidden of Σ logp in the forward; the
+            backward multiplies its rows by dlogp.
+        extra_vectors: returns further vectors [n] from a chunk's logits [n, V] and targets [n].
         gathered: a context that the backward enters to use the head.
     """
     head, target, logits = check_rows(hidden, lm_head, target)
@@ -178,19 +178,23 @@ def logp_from_hidden(
     if not valid.all():
         call = call.at(valid.nonzero().squeeze(1))
     trained = any(tensor is not None and tensor.requires_grad for tensor in head.tensors)
-    ahead = ahead and not trained and torch.is_grad_enabled() and hidden.requires_grad
-    call = replace(call, wanted=(ahead, False, False, False, False))
-    logp, entropy, *others = LinearLogp.apply(also, gathered, call, head, hidden, *head.tensors)
+    gradients_in_forward = (
+        gradients_in_forward and not trained and torch.is_grad_enabled() and hidden.requires_grad
+    )
+    call = replace(call, wanted=(gradients_in_forward, False, False, False, False))
+    logp, entropy, *others = LinearLogp.apply(
+        extra_vectors, gathered, call, head, hidden, *head.tensors
+    )
     return [logp.view(target.shape), entropy.view(target.shape), *others]
 
 
 class LinearLogp(torch.autograd.Function):
-    """logp and entropy `[N]`, differentiable, and the vectors of `also`, which are not."""
+    """logp and entropy `[N]`, differentiable, and the vectors of `extra_vectors`, which are not."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        also: Callable[[Tensor, Tensor], list[Tensor]],
+        extra_vectors: Callable[[Tensor, Tensor], list[Tensor]],
         gathered: Callable[[], AbstractContextManager[object]],
         call: LinearCall,
         head: LinearHead,
@@ -205,14 +209,16 @@ class LinearLogp(torch.autograd.Function):
 
             def vectors_of(chunk: slice) -> list[Tensor]:
                 target = call.target[chunk]
-                vectors = [logits_at(work.logits, target)] if lean else []
-                return vectors + also(work.logits[: len(target)], target)
+                vectors = [gather_target_logits(work.logits, target)] if lean else []
+                return vectors + extra_vectors(work.logits[: len(target)], target)
 
-            stats, vectors = read_chunks(work, ahead=work.differentiates, also=vectors_of)
-        at_target = vectors.pop(0) if lean else None
+            stats, vectors = read_chunks(
+                work, gradients_in_forward=work.differentiates, extra_vectors=vectors_of
+            )
+        target_logit = vectors.pop(0) if lean else None
         ctx.call, ctx.head, ctx.gathered = call, head.without_tensors(), gathered
         # not the outputs, which a caller may overwrite
-        kept = (stats.logp, stats.entropy, stats.state, at_target, work.dhidden)
+        kept = (stats.logp, stats.entropy, stats.state, target_logit, work.dhidden)
         ctx.save_for_backward(hidden, weight, *others, *kept)
         outputs = []
         for vector in (stats.logp, stats.entropy, *vectors):
@@ -233,41 +239,47 @@ class LinearLogp(torch.autograd.Function):
             if dentropy is None:
                 return (None,) * len(ctx.needs_input_grad)
             dlogp = torch.zeros_like(dentropy)
-        hidden, *tensors, logp, entropy, state, at_target, ahead = ctx.saved_tensors
+        hidden, *tensors, logp, entropy, state, target_logit, dhidden_of_logp = ctx.saved_tensors
         call = ctx.call
         stats = RowStats(logp, entropy, None, state)
-        slopes = Slopes(dlogp, dentropy, None)
-        slopes = only_finite(slopes if call.rows is None else slopes.at(call.rows), stats)
-        if ahead is not None and dentropy is None:
-            dhidden = scale_rows(ahead.clone(), slopes.dlogp).to(hidden.dtype)
+        row_gradients = RowGradients(dlogp, dentropy, None)
+        row_gradients = only_finite(
+            row_gradients if call.rows is None else row_gradients.at(call.rows), stats
+        )
+        if dhidden_of_logp is not None and dentropy is None:
+            dhidden = scale_rows(dhidden_of_logp.clone(), row_gradients.dlogp).to(hidden.dtype)
             dhidden = scatter_rows(dhidden, call.rows, hidden)
             return None, None, None, None, dhidden, *[None] * len(tensors)
         # the rows that have a gradient
-        some = slopes.any.nonzero().squeeze(1)
-        slopes = slopes.at(some)
+        some = row_gradients.any.nonzero().squeeze(1)
+        row_gradients = row_gradients.at(some)
         stats = RowStats(logp[some], entropy[some], None, state[:, some].contiguous())
-        at_target = None if at_target is None else at_target[some]
+        target_logit = None if target_logit is None else target_logit[some]
         call = call if len(some) == hidden.shape[:-1].numel() else call.at(some)
         call = replace(call, wanted=ctx.needs_input_grad[4:])
         with ctx.gathered(), torch.autocast(hidden.device.type, enabled=False):
             work = Workspace(hidden, ctx.head.of(*tensors), call)
-            _add_gradients(work, slopes, stats, at_target)
+            _add_gradients(work, row_gradients, stats, target_logit)
         return None, None, None, None, *work.gradients(hidden)
 
 
 def _add_gradients(
-    work: Workspace, slopes: Slopes, stats: RowStats, at_target: Tensor | None
+    work: Workspace, row_gradients: RowGradients, stats: RowStats, target_logit: Tensor | None
 ) -> None:
-    """The gradients of all rows, into `work`, by its plan."""
-    call, size = work.call, slopes.dlogp.abs()
-    size = size if slopes.dentropy is None else torch.maximum(size, slopes.dentropy.abs())
+    """Adds the gradients of all rows to `work`, by its plan."""
+    call, size = work.call, row_gradients.dlogp.abs()
+    size = (
+        size
+        if row_gradients.dentropy is None
+        else torch.maximum(size, row_gradients.dentropy.abs())
+    )
     work.choose_loss_scale(size)
-    slopes = work.scaled(slopes)
+    row_gradients = work.scaled(row_gradients)
     if work.lean:
-        assert at_target is not None
-        softmax = SoftmaxRows(call.target, call.temperature, slopes, stats, at_target)
+        assert target_logit is not None
+        softmax = SoftmaxRows(call.target, call.temperature, row_gradients, stats, target_logit)
         add_gradients_of_slices(work, softmax)
         return
     for chunk in work.chunks:
         work.make_logits(chunk)
-        work.differentiate(chunk, call.target[chunk], slopes.at(chunk), stats.at(chunk))
+        work.differentiate(chunk, call.target[chunk], row_gradients.at(chunk), stats.at(chunk))

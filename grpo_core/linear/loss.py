@@ -1,9 +1,9 @@
 """`fused_linear_loss`: the loss from hidden states, and its autograd function.
 
-Rows whose weight is 0 or that can have no gradient (`Tokens.has_no_gradient`) are left out before
-the first product. The gradients of the others are made in the forward, see `chunks`, and returned
-by the first backward; a second backward makes them again. In float16 they stay float32 until
-grad_output, a loss scale, is known.
+Rows of weight 0 and rows that cannot have a gradient (`Tokens.has_no_gradient`) are left out before
+the first product. The forward computes the gradients of the other rows, see `chunks`; the first
+backward returns them, a second one computes them again. Gradients of float16 tensors stay float32
+until the backward has multiplied them by grad_output, the loss scale.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def fused_linear_loss(
             shaped like target with any D, and its matrix (None: `lm_head`); one product more.
             kl="exact" needs them.
         plan: "fast" takes 3 products with a trained head and holds a float32 sum of its gradient;
-            "lean" takes 4 and does not. None means fast, unless it would not fit.
+            "lean" takes 4 and does not. None means fast if its memory fits, else lean.
         memory_budget: bytes to hold beyond inputs and returned gradients, as far as that is
             possible; the larger, the fewer chunks. None means about 1 GiB of logits on a GPU, 64
             MiB on a CPU.
@@ -119,7 +119,9 @@ def fused_linear_loss(
         "all_logp": all_logp,
     }
     if torch.compiler.is_compiling():
-        return loss_in_graph(loss_from_hidden, (hidden, lm_head), inputs, ahead=True, **options)
+        return loss_in_graph(
+            loss_from_hidden, (hidden, lm_head), inputs, gradients_in_forward=True, **options
+        )
     check_concrete(hidden=hidden, lm_head=lm_head, **vars(inputs), **options)
     return loss_from_hidden(hidden, lm_head, inputs, **options)
 
@@ -142,10 +144,10 @@ def loss_from_hidden(
     reference = _check_reference(inputs, head, hidden, ref_hidden, ref_lm_head)
     exact = reference is not None and inputs.objective.kl == "exact"
     if exact:
-        # of the same shape, which is all that is checked
+        # only the shape is checked
         inputs = replace(inputs, ref_logits=logits)
     elif reference is not None:
-        # computed once it is known which rows are made
+        # computed below, when the rows are known
         inputs = replace(inputs, ref_logp=torch.zeros(target.shape, device=hidden.device))
     tokens = inputs.tokens(logits, logit_dtypes=HEAD_DTYPES)
     without_gradient = tokens.has_no_gradient()
@@ -184,7 +186,7 @@ def loss_from_hidden(
 
 
 def _call_of_rows(call: LinearCall, tokens: Tokens, made: Tensor) -> LinearCall:
-    """The call over the rows marked in `made` [N] bool, sequence after sequence if one waits."""
+    """The call over the rows marked in `made` [N] bool, ordered by sequence where needed."""
     rows, lengths = made.nonzero().squeeze(1), None
     if tokens.needs_statistics and not tokens.couples_sequences:
         rows = rows[tokens.sequence[rows].argsort(stable=True)]
@@ -198,7 +200,7 @@ def _call_of_rows(call: LinearCall, tokens: Tokens, made: Tensor) -> LinearCall:
 def _output(
     loss: Tensor, tokens: Tokens, shape: torch.Size, parts: list[tuple[LinearCall, LossRows]]
 ) -> LossOutput:
-    """The output over all N rows, from the vectors of those that were made; 0 elsewhere."""
+    """The output over all N rows, from the vectors of the computed rows; 0 elsewhere."""
     N = len(tokens.target)
     logp, entropy, ratio, kl = tokens.advantage.new_zeros(4, N)
     factor = torch.ones_like(logp)
@@ -248,7 +250,7 @@ def _check_reference(
 
 
 class FusedLinearLoss(torch.autograd.Function):
-    """Loss and all gradients in the forward; grad_output in the backward."""
+    """The forward computes the loss and all gradients; the backward multiplies by grad_output."""
 
     @staticmethod
     def forward(

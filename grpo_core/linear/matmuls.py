@@ -1,7 +1,7 @@
-"""The matrix products of a head, and how much memory they may take.
+"""The matrix products of a head, and the memory that they may take.
 
-A product is 2·n·v·D operations and there are three: logits = hidden @ lm_headᵀ, dhidden =
-dlogits @ lm_head, dweight = dlogitsᵀ @ hidden. On a GPU operands of 16 bits stay as they are and
+There are three products, of 2·n·V·D operations each: logits = hidden @ lm_headᵀ, dhidden =
+dlogits @ lm_head, dweight = dlogitsᵀ @ hidden. On a GPU operands of 16 bits are not converted and
 the result is float32; on the CPU operands are converted to float32, a slice of the matrix at a
 time. Sums of gradients are float32.
 
@@ -48,7 +48,7 @@ class HeadProducts:
         autocast: dtype that torch.autocast wants, or None.
 
     Attributes:
-        compute: dtype of the operands as they enter a product.
+        compute: dtype of the operands of a product.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class HeadProducts:
         self.compute = self._operand if hidden.is_cuda else torch.float32
 
     def operands(self, tensor: Tensor) -> Tensor:
-        """A tensor as it enters a product."""
+        """A tensor in the dtype of the products."""
         return tensor.to(self._operand).to(self.compute)
 
     def _hidden_rows(self, chunk: slice) -> Tensor:

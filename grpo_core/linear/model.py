@@ -3,11 +3,10 @@
     with_fused_head(model)
     out = model(input_ids=ids, attention_mask=mask, request=LossRequest(target, rewards=rewards))
 
-The model and its output embedding change their class for a subclass, as under FSDP2. The model's
-forward keeps the request for its thread while it runs; the output embedding answers it instead of
-returning logits. Hooks run as usual, DistributedDataParallel, FSDP, ZeRO and PEFT need nothing
-else, and a copy of the model, pickled or not, has a fused head as well. Without a request nothing
-changes.
+`with_fused_head` replaces the classes of the model and of its output embedding by subclasses, as
+FSDP2 does. The model's forward stores the request per thread; the output embedding computes its
+result instead of logits. Hooks run as usual, so that DistributedDataParallel, FSDP, ZeRO and PEFT
+work. A copy of the model, pickled or not, has a fused head. A call without a request is unchanged.
 """
 
 from __future__ import annotations
@@ -211,7 +210,7 @@ def has_fused_head(model: nn.Module) -> bool:
 
 
 def _model_forward(plain: Callable, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The model's forward; with a request, the answer of its head."""
+    """The model's forward; with a request, the result of its head."""
     request = kwargs.pop("request", None)
     if request is None:
         return plain(*args, **kwargs)
@@ -268,9 +267,9 @@ class _Fused(nn.Module):
     """Base of the classes that `_fused_class` makes.
 
     Attributes:
-        plain_class: the class of the module before.
-        intercept: the new forward, a function of the old one, the module and its arguments.
-        outer: the same around a forward that was set on the module itself, `forward_before`.
+        plain_class: the original class of the module.
+        intercept: the new forward, a function of the original one, the module and its arguments.
+        outer: the same around a forward that was set on the instance, `forward_before`.
     """
 
     plain_class: type[nn.Module]
@@ -288,7 +287,7 @@ class _Fused(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced, kind = super().__reduce_ex__(protocol), type(self)
-        # fully_shard makes a class of its own, with its own rules
+        # fully_shard makes another subclass, with its own rules
         if "plain_class" not in vars(kind):
             return reduced
         return _blank, (kind.plain_class, kind.intercept), *reduced[2:]
@@ -327,7 +326,7 @@ def _fused_class(plain_class: Any, intercept: Callable) -> type[_Fused]:
 
 
 def _fuse(module: Any, intercept: Callable) -> None:
-    """Changes the class of a module; wraps a forward that was set on the module itself."""
+    """Changes the class of a module; wraps a forward that was set on the instance."""
     kind: Any = type(module)
     if not issubclass(kind, _Fused):
         module.__class__ = kind = _fused_class(kind, intercept)
@@ -338,7 +337,7 @@ def _fuse(module: Any, intercept: Callable) -> None:
 
 
 def _restore(module: Any) -> None:
-    """Undoes `_fuse`; a class or a forward that was wrapped since stays and does nothing."""
+    """Undoes `_fuse`; a class or forward that was wrapped in the meantime stays, without effect."""
     own = module.__dict__.get("forward")
     if _is_ours(own, module):
         del module.__dict__["forward"]

@@ -1,10 +1,10 @@
 """The head of a transformers model as a `LinearHead`.
 
 The matrix, its bias and an adapter are read from the module at every call, when wrappers have
-gathered them. What the model does to the logits afterwards is code in its forward. Its config names
-the numbers; `probe_options` runs a few tokens to see which of them are applied, and how (Granite
+gathered them. Soft cap and scale are applied by code in the model's forward. The config has their
+values; `probe_options` runs a few tokens to find out which of them are applied, and how (Granite
 divides by `logits_scaling`, HyperCLOVA multiplies). For a model that cannot be run,
-`options_of_config` takes what is certain.
+`options_of_config` uses the fields whose meaning is certain.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class HeadOptions(NamedTuple):
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-# logits are the product alone
+# nothing is applied to the product
 NOTHING = HeadOptions()
 
 
 def options_of_config(config: Any) -> HeadOptions:
-    """What is certain from a config, for a model that cannot be run.
+    """The options that a config states without ambiguity, for a model that cannot be run.
 
     Raises:
         NotImplementedError: a scale that may multiply or divide.
@@ -130,7 +130,7 @@ def probe_options(model: Any, module: nn.Module) -> HeadOptions:
 
     Raises:
         ValueError: the module's own logits are not those of `read_head`, or the model does
-            something to them that its config does not name.
+            something to them that its config does not state.
     """
     cap, scales = _numbers(model.config)
     factors = [1.0, *(f for scale in scales.values() for f in (scale, 1 / scale))]

@@ -1,9 +1,10 @@
-"""The lean plan: no float32 sum of the size of lm_head; one product more than the fast plan.
+"""The lean plan: no float32 accumulator as large as lm_head, one product more than the fast plan.
 
-First the statistics of every row, in small chunks; then, for one slice of the vocabulary after the
-other, the logits of all rows once more, their gradient, and both gradient products. dweight of the
-slice is complete then and rounded at once. The softmax is recomputed from the anchor M and the sum
-S of the first reading, see `online_softmax`; logp itself is rounded too coarsely:
+The first phase reads the statistics of every row, in small chunks. The second goes over slices of
+the vocabulary: logits of all rows, their gradient, and both gradient products. After a slice its
+part of dweight is complete and is rounded to the parameter's dtype. The softmax is recomputed from
+the anchor M and the sum S of the first phase, see `online_softmax`, because logp is rounded too
+coarsely:
 
     lse = M·log 2 + log(S + exp(x_y/T − M·log 2)),  p_j = exp(x_j/T − lse),  1 − p_y = −expm1(logp)
     dL/dx_j = (dlogp·(δ_{j,y} − p_j) − dentropy·p_j·(log p_j + H) + dkl·p_j·(log p_j/q_j − KL)) / T
@@ -16,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from grpo_core.kernels.records import RowStats, Slopes
+from grpo_core.kernels.records import RowGradients, RowStats
 from grpo_core.linear.chunks import LossRows, read_chunks
 from grpo_core.linear.matmuls import LEAST_ROWS, HeadProducts
 from grpo_core.linear.workspace import Workspace
@@ -31,35 +32,37 @@ def loss_over_slices(work: Workspace, tokens: Tokens) -> LossRows:
     def at_targets(chunk: slice) -> list[Tensor]:
         """Logits at the targets; of the reference also logp."""
         target, (_, ref) = call.target[chunk], work.rows_of(chunk)
-        vectors = [logits_at(work.logits, target)]
+        vectors = [gather_target_logits(work.logits, target)]
         if ref is not None:
             ref_logp = call.kernels.row_stats(ref, target, T).logp
-            vectors += [logits_at(ref.logits, target), ref_logp]
+            vectors += [gather_target_logits(ref.logits, target), ref_logp]
         return vectors
 
-    stats, (at_target, *of_reference) = read_chunks(work, also=at_targets)
+    stats, (target_logit, *of_reference) = read_chunks(work, extra_vectors=at_targets)
     result, complete = loss_of_statistics(stats, tokens, call.kernels)
     work.choose_loss_scale(complete.weight)
-    slopes = work.scaled(complete.slopes(result.dlogp, result.dropped, call.exact_beta))
-    softmax = SoftmaxRows(complete.target, T, slopes, stats, at_target, *of_reference)
+    row_gradients = work.scaled(
+        complete.row_gradients(result.dlogp, result.dropped, call.exact_beta)
+    )
+    softmax = SoftmaxRows(complete.target, T, row_gradients, stats, target_logit, *of_reference)
     add_gradients_of_slices(work, softmax)
     return LossRows.of(result, complete)
 
 
-def logits_at(logits: Tensor, target: Tensor) -> Tensor:
+def gather_target_logits(logits: Tensor, target: Tensor) -> Tensor:
     """`[n]` float32: the logits at the targets, of the first n rows."""
     return logits[: len(target)].gather(1, target[:, None]).squeeze(1).float()
 
 
 def add_gradients_of_slices(work: Workspace, softmax: SoftmaxRows) -> None:
-    """The gradients of all rows, into `work`; frees the buffers of the first reading."""
+    """Adds the gradients of all rows to `work`; frees the buffers of the first phase."""
     work.free_buffers()
     work.zero, V, width = softmax.zero, work.head.V, work.layout.width
     if work.dhidden is not None:
         work.dhidden.zero_()
     for k, tensor in enumerate(work.head.tensors):
         if tensor is not None and work.call.wanted[k + 1]:
-            # rounded slice by slice, unless all slices add to it or a loss scale is to come
+            # rounded slice by slice, unless all slices add to it or a loss scale follows
             whole = tensor is work.head.lora_A or tensor.dtype == torch.float16
             dtype = torch.float32 if whole else tensor.dtype
             work.sums[k] = torch.zeros(tensor.shape, dtype=dtype, device=tensor.device)
@@ -68,7 +71,7 @@ def add_gradients_of_slices(work: Workspace, softmax: SoftmaxRows) -> None:
 
 
 def _add_slice(work: Workspace, softmax: SoftmaxRows, columns: slice) -> None:
-    """The gradients from a slice of the vocabulary."""
+    """Adds the gradients of a slice of the vocabulary."""
     products, device = work.products, softmax.target.device
     sums: list[Tensor | None] = []
     for total in work.sums:
@@ -80,7 +83,7 @@ def _add_slice(work: Workspace, softmax: SoftmaxRows, columns: slice) -> None:
     for start in range(0, n, step):
         chunk = slice(start, min(start + step, n))
         logits, ref_logits = _logits(work, products, chunk, columns), None
-        if work.reference is not None and softmax.slopes.dkl is not None:
+        if work.reference is not None and softmax.row_gradients.dkl is not None:
             ref_logits = _logits(work, work.reference, chunk, columns)
         before = None if work.head.softcap is None else logits.clone()
         dlogits = softmax.dlogits(chunk, columns, logits, ref_logits)
@@ -96,7 +99,7 @@ def _add_slice(work: Workspace, softmax: SoftmaxRows, columns: slice) -> None:
 
 
 def _logits(work: Workspace, products: HeadProducts, chunk: slice, columns: slice) -> Tensor:
-    """Logits of some rows and columns, rounded as the first reading rounded them, float32."""
+    """Logits of some rows and columns in float32, rounded as in the first phase."""
     rows = max(chunk.stop - chunk.start, LEAST_ROWS)
     shape, dtype = (rows, columns.stop - columns.start), work.call.logits_dtype
     out = torch.empty(shape, dtype=dtype, device=work.zero.device)
@@ -108,8 +111,8 @@ class SoftmaxRows:
 
     Args:
         target: [n] int64.
-        slopes, stats: of the rows.
-        at_target, ref_at_target: [n] float32, the logits at the targets.
+        row_gradients, stats: of the rows.
+        target_logit, ref_target_logit: [n] float32, the logits at the targets.
         ref_logp: [n] float32, of the reference, for the exact KL.
     """
 
@@ -117,37 +120,42 @@ class SoftmaxRows:
         self,
         target: Tensor,
         temperature: float,
-        slopes: Slopes,
+        row_gradients: RowGradients,
         stats: RowStats,
-        at_target: Tensor,
-        ref_at_target: Tensor | None = None,
+        target_logit: Tensor,
+        ref_target_logit: Tensor | None = None,
         ref_logp: Tensor | None = None,
     ) -> None:
         T = temperature
-        self.target, self.temperature, self.slopes, self.kl = target, T, slopes, stats.kl
-        self.zero = ~slopes.any
+        self.target, self.temperature, self.row_gradients, self.kl = (
+            target,
+            T,
+            row_gradients,
+            stats.kl,
+        )
+        self.zero = ~row_gradients.any
         # the log-sum-exp is the sum of two numbers, of which the first may be far larger
         anchor, others = stats.state[0].double(), stats.state[1].double()
         # unscaled where S is negative
         anchor = torch.where(others < 0, anchor / T, anchor * math.log(2))
-        log_sum = torch.log(others.abs() + torch.exp(at_target.double() / T - anchor))
-        # near T·lse the logits that matter lose nothing by the subtraction
+        log_sum = torch.log(others.abs() + torch.exp(target_logit.double() / T - anchor))
+        # logits near T·lse, which have the large p, are subtracted without rounding
         self.centre = ((anchor + log_sum) * T).float()
-        # what rounding took away goes into every log p, and into the coefficient of every p
+        # the rounding error is added to every log p, and multiplies every p
         rounding = (self.centre.double() / T - anchor) - log_sum
         self.entropy = (stats.entropy + rounding).float()
         self.correction = torch.exp(rounding).float()
         self.ref_lse = None
-        if ref_logp is not None and ref_at_target is not None:
-            self.ref_lse = ref_at_target / T - ref_logp
-        self.at_target = _gradient_at_target(slopes, stats, ref_logp)
+        if ref_logp is not None and ref_target_logit is not None:
+            self.ref_lse = ref_target_logit / T - ref_logp
+        self.target_gradient = _gradient_at_target(row_gradients, stats, ref_logp)
 
     def dlogits(
         self, chunk: slice, columns: slice, logits: Tensor, ref_logits: Tensor | None
     ) -> Tensor:
         """dL/dx `[n, columns]` of some rows; overwrites the logits and `ref_logits`."""
         T = self.temperature
-        dlogp, dentropy, dkl = self.slopes.at(chunk)
+        dlogp, dentropy, dkl = self.row_gradients.at(chunk)
         correction = self.correction[chunk]
         log_p = logits.sub_(self.centre[chunk, None])
         log_p = log_p if T == 1 else log_p.div_(T)
@@ -156,33 +164,35 @@ class SoftmaxRows:
         else:
             factor = -dlogp[:, None].expand_as(log_p)
             if dentropy is not None:
-                slope = (log_p + self.entropy[chunk, None]).mul_(-dentropy[:, None])
-                factor = slope.add_(factor)
+                term = (log_p + self.entropy[chunk, None]).mul_(-dentropy[:, None])
+                factor = term.add_(factor)
             if dkl is not None:
                 assert ref_logits is not None and self.ref_lse is not None and self.kl is not None
                 log_q = ref_logits.div_(T).sub_(self.ref_lse[chunk, None])
-                slope = log_q.neg_().add_(log_p).sub_(self.kl[chunk, None])
-                factor = slope.mul_(dkl[:, None]).add_(factor)
+                term = log_q.neg_().add_(log_p).sub_(self.kl[chunk, None])
+                factor = term.mul_(dkl[:, None]).add_(factor)
             p = log_p.exp_().mul_(correction[:, None])
             # 0·(−inf): an entry of probability 0 has no gradient
             dlogits = factor.mul_(p).masked_fill_(~(p > 0), 0.0)
         target = self.target[chunk]
         here = ((target >= columns.start) & (target < columns.stop)).nonzero().squeeze(1)
-        dlogits[here, target[here] - columns.start] = self.at_target[chunk][here]
+        dlogits[here, target[here] - columns.start] = self.target_gradient[chunk][here]
         dlogits.index_fill_(0, self.zero[chunk].nonzero().squeeze(1), 0.0)
         return dlogits if T == 1 else dlogits.div_(T)
 
 
-def _gradient_at_target(slopes: Slopes, stats: RowStats, ref_logp: Tensor | None) -> Tensor:
+def _gradient_at_target(
+    row_gradients: RowGradients, stats: RowStats, ref_logp: Tensor | None
+) -> Tensor:
     """dL/dx_y times T of every row, float32 `[n]`."""
     logp, p = stats.logp.double(), stats.logp.double().exp()
-    value = -slopes.dlogp.double() * torch.expm1(logp)
+    value = -row_gradients.dlogp.double() * torch.expm1(logp)
     possible = logp > -torch.inf
-    if slopes.dentropy is not None:
-        term = slopes.dentropy.double() * p * (logp + stats.entropy)
+    if row_gradients.dentropy is not None:
+        term = row_gradients.dentropy.double() * p * (logp + stats.entropy)
         value = value - torch.where(possible, term, 0.0)
-    if slopes.dkl is not None:
+    if row_gradients.dkl is not None:
         assert ref_logp is not None and stats.kl is not None
-        term = slopes.dkl.double() * p * (logp - ref_logp - stats.kl)
+        term = row_gradients.dkl.double() * p * (logp - ref_logp - stats.kl)
         value = value + torch.where(possible, term, 0.0)
     return value.float()

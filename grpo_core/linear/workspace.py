@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.backends import Backend, choose_backend
-from grpo_core.kernels.records import Rows, RowStats, Slopes
+from grpo_core.kernels.records import RowGradients, Rows, RowStats
 from grpo_core.linear.head import HEAD_DTYPES, LinearHead
 from grpo_core.linear.matmuls import LEAST_ROWS, HeadProducts, Plan, choose_layout
 from grpo_core.loss.inputs import Tokens
@@ -21,7 +21,7 @@ Gradients = list[Tensor | None]
 
 @dataclass(frozen=True, kw_only=True)
 class LinearCall:
-    """A call over n rows of hidden states: all but its differentiable tensors."""
+    """The arguments of a call over n rows of hidden states, without its differentiable tensors."""
 
     target: Tensor  # [n] int64
     rows: Tensor | None = None  # [n] int64, places among all N rows; None for all in order
@@ -33,7 +33,7 @@ class LinearCall:
     kernels: ModuleType
     wanted: tuple[bool, ...] = (False,) * 5  # which `Gradients`
     reference: tuple[Tensor, LinearHead] | None = None  # states and head, for the exact KL
-    exact_beta: float | None = None  # weight of the exact KL
+    exact_beta: float | None = None  # weight of the exact KL; None without one
     tokens: Tokens | None = None  # of the n rows, for a loss
     lengths: tuple[int, ...] | None = None  # of sequences in order; None if they do not matter
 
@@ -70,14 +70,14 @@ class Workspace:
     """What all chunks share: products, buffers, and the sums of gradients so far.
 
     Attributes:
-        chunks: all rows, as many at a time as fit; at least one, which may be empty.
-        logits: [rows, V], of the chunk at hand; `ref_logits` of its reference, for the exact KL.
-        dlogits: their gradient: the same memory, unless its dtype is narrower or a soft cap needs
-            the logits; None in the lean plan, which makes it by slices of the vocabulary.
+        chunks: slices of the rows, as many rows as fit in each; at least one, which may be empty.
+        logits: [rows, V], of the current chunk; `ref_logits` of its reference, for the exact KL.
+        dlogits: their gradient, in the same memory unless its dtype is narrower or a soft cap needs
+            the logits; None in the lean plan, which computes it by slices of the vocabulary.
         dhidden: [n, D] float32.
         sums: gradients of the head's tensors, float32.
         zero: [n] bool, rows without a gradient.
-        scale: 0-dim, what dlogits and sums are multiplied by; None means 1.
+        scale: 0-dim, the factor of dlogits and sums that avoids underflow; None means 1.
     """
 
     def __init__(self, hidden: Tensor, head: LinearHead, call: LinearCall) -> None:
@@ -129,12 +129,12 @@ class Workspace:
             self.scale = torch.exp2(torch.floor(-torch.log2(largest)))
         return self.scale
 
-    def scaled(self, slopes: Slopes) -> Slopes:
-        """Times `scale`."""
-        return slopes if self.scale is None else slopes.times(self.scale)
+    def scaled(self, row_gradients: RowGradients) -> RowGradients:
+        """The gradients multiplied by `scale`."""
+        return row_gradients if self.scale is None else row_gradients.times(self.scale)
 
     def make_logits(self, chunk: slice) -> tuple[Rows, Rows | None]:
-        """The logits of a chunk, and of its reference, in the buffers."""
+        """Computes the logits of a chunk, and of its reference, in the buffers."""
         self.products.logits(chunk, self.logits)
         if self.reference is not None and self.ref_logits is not None:
             self.reference.logits(chunk, self.ref_logits)
@@ -150,37 +150,39 @@ class Workspace:
         return None if self.dlogits is None else self.dlogits[: chunk.stop - chunk.start]
 
     def read_statistics(self, chunk: slice) -> RowStats:
-        """Makes the logits of a chunk and reads their statistics."""
+        """Computes the logits of a chunk and reads their statistics."""
         logits, ref_logits = self.make_logits(chunk)
         target, T = self.call.target[chunk], self.call.temperature
         return self.call.kernels.row_stats(logits, target, T, ref_logits)
 
-    def differentiate(self, chunk: slice, target: Tensor, slopes: Slopes, stats: RowStats) -> None:
-        """dlogits of the chunk in the buffers, from vectors of its rows; the gradient products."""
+    def differentiate(
+        self, chunk: slice, target: Tensor, row_gradients: RowGradients, stats: RowStats
+    ) -> None:
+        """Computes dlogits of the chunk in the buffers and adds its gradients."""
         (logits, ref_logits), T = self.rows_of(chunk), self.call.temperature
         dlogits = self.dlogits_of(chunk)
-        self.call.kernels.row_dlogits(logits, target, T, slopes, stats, dlogits, ref_logits)
-        self.add_gradients(chunk, slopes)
+        self.call.kernels.row_dlogits(logits, target, T, row_gradients, stats, dlogits, ref_logits)
+        self.add_gradients(chunk, row_gradients)
 
-    def add_gradients(self, chunk: slice, slopes: Slopes) -> None:
-        """The gradient products of a chunk whose dlogits, made of `slopes`, are in the buffer."""
+    def add_gradients(self, chunk: slice, row_gradients: RowGradients) -> None:
+        """Adds the gradients of a chunk, whose dlogits are in the buffer, by matrix products."""
         dlogits = self.dlogits_of(chunk)
         if dlogits is None:
             return
-        zero = self.zero[chunk] = ~slopes.any
+        zero = self.zero[chunk] = ~row_gradients.any
         self.products.through_softcap(dlogits, self.logits[: len(dlogits)])
         dhidden = None if self.dhidden is None else self.dhidden[chunk]
         self.products.add_gradients(chunk, dlogits, zero, dhidden, self.sums, first=self.first)
         self.first = False
 
     def free_buffers(self) -> None:
-        """Once no chunk follows."""
+        """Frees the buffers, after the last chunk."""
         self.logits, self.ref_logits, self.dlogits = torch.empty(0), None, None
 
     def gradients(self, hidden: Tensor, *, round_float16: bool = True) -> Gradients:
-        """The sums over all chunks without `scale`, in their tensors' dtypes, dhidden of all rows.
+        """The gradients of all chunks, divided by `scale`, in the dtypes of their tensors.
 
-        Frees the buffers and the sums. With `round_float16` False gradients of float16 tensors
+        Frees the buffers and the sums. With `round_float16=False` the gradients of float16 tensors
         stay float32.
         """
         if self.dhidden is not None:

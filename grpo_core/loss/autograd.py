@@ -1,8 +1,8 @@
 """The two plans of the loss from logits, and its autograd function.
 
 The gradient is computed together with the loss; the backward multiplies it by grad_output. A second
-backward computes it again from the saved logits. In float16 the first backward computes it as well:
-without the loss scale, which is grad_output, it would underflow.
+backward computes it again from the saved logits. For float16 logits the first backward computes it,
+because without the loss scale, which is part of grad_output, it would underflow.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from grpo_core.kernels.records import RowLoss, Rows, RowStats, Slopes
+from grpo_core.kernels.records import RowGradients, RowLoss, Rows, RowStats
 from grpo_core.loss.inputs import LOGIT_DTYPES
 from grpo_core.loss.tokens import Tokens
 
 
 @dataclass(frozen=True)
 class Call:
-    """Everything that a call needs beside the logits; constant for autograd."""
+    """The arguments of a call beside the logits; constants for autograd."""
 
     tokens: Tokens
     ref_logits: Tensor | None
@@ -41,17 +41,17 @@ class Call:
             return logits
         return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
-    def slopes(self, result: RowLoss, tokens: Tokens) -> Slopes:
+    def row_gradients(self, result: RowLoss, tokens: Tokens) -> RowGradients:
         """The derivatives of the loss by each statistic of a row."""
         exact_beta = None if self.ref_logits is None else float(tokens.objective.beta)
-        return tokens.slopes(result.dlogp, result.dropped, exact_beta)
+        return tokens.row_gradients(result.dlogp, result.dropped, exact_beta)
 
 
 @torch.no_grad()
 def evaluate(rows: Rows, call: Call, dlogits: Tensor | None) -> tuple[RowLoss, Tokens]:
     """The loss of every row, and the tokens with their factor; fills `dlogits` if it is given.
 
-    A loss that waits for the statistics of other rows takes two phases, any other one pass.
+    A loss that depends on the statistics of other rows takes two phases, any other one pass.
     """
     kernels, tokens, T, ref_rows = call.kernels, call.tokens, call.temperature, call.ref_rows
     if not tokens.needs_statistics:
@@ -59,8 +59,8 @@ def evaluate(rows: Rows, call: Call, dlogits: Tensor | None) -> tuple[RowLoss, T
     stats = kernels.row_stats(rows, tokens.target, T, ref_rows)
     result, tokens = loss_of_statistics(stats, tokens, kernels)
     if dlogits is not None:
-        slopes = call.slopes(result, tokens)
-        kernels.row_dlogits(rows, tokens.target, T, slopes, stats, dlogits, ref_rows)
+        row_gradients = call.row_gradients(result, tokens)
+        kernels.row_dlogits(rows, tokens.target, T, row_gradients, stats, dlogits, ref_rows)
     return result, tokens
 
 
@@ -119,9 +119,9 @@ class FusedLoss(torch.autograd.Function):
         (logits,) = ctx.saved_tensors
         rows = Rows.of(logits.detach())
         dlogits = call.allocate_gradient(rows.logits)
-        slopes = call.slopes(ctx.result, ctx.tokens).times(grad_output)
+        row_gradients = call.row_gradients(ctx.result, ctx.tokens).times(grad_output)
         target, T = ctx.tokens.target, call.temperature
-        kernels.row_dlogits(rows, target, T, slopes, ctx.result, dlogits, call.ref_rows)
+        kernels.row_dlogits(rows, target, T, row_gradients, ctx.result, dlogits, call.ref_rows)
         if call.inplace:
             increment_version(logits)
             ctx.spent = True

@@ -10,9 +10,9 @@ A new value of a number compiles nothing once torch treats the number as dynamic
 the number first changes. The function of a surrogate is named.
 
 From logits the backward runs the loss again, with its gradient: one more read of the logits than
-in eager mode, and no gradient to keep. From hidden states a product costs more, so the forward
-returns the gradients and the backward multiplies them. In float16 they would underflow before the
-loss scale, which is grad_output, is known: there the backward runs that loss again as well.
+in eager mode, but no gradient is stored. From hidden states that would cost matrix products, so the
+forward returns the gradients and the backward multiplies them. Float16 gradients would underflow
+before the loss scale, which is grad_output, is known, so there the backward runs the loss again.
 """
 
 from __future__ import annotations
@@ -95,21 +95,25 @@ def loss_in_graph(
     leaves: tuple[Any, ...],
     inputs: LossInputs,
     *,
-    ahead: bool,
+    gradients_in_forward: bool,
     **options: Any,
 ) -> LossOutput:
     """The loss of a function, differentiated with respect to the tensors in `leaves`.
 
     Args:
         options: further arguments of the function.
-        ahead: whether the forward makes the gradients.
+        gradients_in_forward: whether the forward computes the gradients.
     """
     tensors: list[Tensor] = []
     for leaf in leaves:
         _write(leaf, tensors, [])
     wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in tensors]
-    ahead = ahead and all(tensor.dtype != torch.float16 for tensor in tensors)
-    loss, *results = _run(*_flatten(function, wanted, ahead, (*leaves, inputs), options))
+    gradients_in_forward = gradients_in_forward and all(
+        tensor.dtype != torch.float16 for tensor in tensors
+    )
+    loss, *results = _run(
+        *_flatten(function, wanted, gradients_in_forward, (*leaves, inputs), options)
+    )
     results = [tensor.detach() for tensor in results]
     logp, entropy, ratio, kl, factor, valid, dropped, skipped, *vectors = results
     # gradients follow the vectors
@@ -139,14 +143,14 @@ def _vectors_of(inputs: LossInputs) -> list[str]:
 def _flatten(
     function: Callable[..., Any],
     wanted: list[bool],
-    ahead: bool,
+    gradients_in_forward: bool,
     arguments: tuple[Any, ...],
     options: dict[str, Any],
 ) -> tuple[str, list[Tensor], Tensor]:
     """(key, tensors, numbers) of a call; the lines of a key are the fields of `_Call`.
 
     Args:
-        wanted: of the first tensors, which want a gradient.
+        wanted: which of the first tensors need a gradient.
     """
     tensors: list[Tensor] = []
     numbers: list[float] = []
@@ -160,7 +164,7 @@ def _flatten(
     expression = f"{function.__name__}({', '.join(written)})"
     # torch keeps a number dynamic in a product
     one = torch.ones((), dtype=torch.float64, device="cpu")
-    key = "\n".join([str(ahead), str(autocast), wants, vectors, expression])
+    key = "\n".join([str(gradients_in_forward), str(autocast), wants, vectors, expression])
     return key, tensors, torch.stack([one * x for x in numbers])
 
 
@@ -190,7 +194,7 @@ def _write(value: Any, tensors: list[Tensor], numbers: list[float]) -> str:
 class _Call(NamedTuple):
     """A call as its key describes it."""
 
-    ahead: bool
+    gradients_in_forward: bool
     autocast: torch.dtype | None
     wanted: list[bool]
     vectors: list[str]
@@ -198,9 +202,15 @@ class _Call(NamedTuple):
 
     @classmethod
     def of(cls, key: str) -> _Call:
-        ahead, autocast, wanted, vectors, expression = key.split("\n")
+        gradients_in_forward, autocast, wanted, vectors, expression = key.split("\n")
         wants = [want == "True" for want in wanted.split()]
-        return cls(ahead == "True", eval(autocast, NAMES), wants, vectors.split(), expression)
+        return cls(
+            gradients_in_forward == "True",
+            eval(autocast, NAMES),
+            wants,
+            vectors.split(),
+            expression,
+        )
 
     def run(
         self, tensors: Sequence[Tensor], numbers: Tensor, *, differentiable: bool
@@ -236,9 +246,9 @@ def _gradients(loss: Tensor, leaves: list[Tensor], grad_output: Tensor) -> list[
     "grpo_core::run", mutates_args=(), tags=TAGS, schema=f"({CALL}) -> Tensor[]"
 )
 def _run(key: str, tensors: Sequence[Tensor], numbers: Tensor) -> list[Tensor]:
-    """The tensors of a function's result, then its gradients if they are made ahead."""
+    """The tensors of a function's result, then its gradients with `gradients_in_forward`."""
     call = _Call.of(key)
-    out, leaves = call.run(tensors, numbers, differentiable=call.ahead)
+    out, leaves = call.run(tensors, numbers, differentiable=call.gradients_in_forward)
     if not isinstance(out, LossOutput):
         return [tensor.clone() for tensor in out]
     skipped = torch.full((), int(out._skipped or 0), dtype=torch.int64, device=out.loss.device)
@@ -260,7 +270,7 @@ def _(key: str, tensors: Sequence[Tensor], numbers: Tensor) -> list[Tensor]:
     marks = [source.new_empty(N, dtype=torch.bool) for _ in MARKS]
     skipped = source.new_empty((), dtype=torch.int64)
     vectors = [source.new_empty(N, dtype=VECTORS[name]) for name in call.vectors]
-    gradients = call.empty_gradients(tensors) if call.ahead else []
+    gradients = call.empty_gradients(tensors) if call.gradients_in_forward else []
     return [loss, *shaped, *marks, skipped, *vectors, *gradients]
 
 
@@ -288,7 +298,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) 
     ctx.key, tensors, numbers = inputs
     ctx.call, ctx.count = _Call.of(ctx.key), len(tensors)
     made = output[len(output) - sum(ctx.call.wanted) :]
-    ctx.save_for_backward(*(made if ctx.call.ahead else (*tensors, numbers)))
+    ctx.save_for_backward(*(made if ctx.call.gradients_in_forward else (*tensors, numbers)))
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -296,7 +306,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) 
 def _backward(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
     """Of the first tensors; all else is constant."""
     grad_output = gradients[0]
-    if ctx.call.ahead:
+    if ctx.call.gradients_in_forward:
         found = iter([gradient * grad_output for gradient in ctx.saved_tensors])
     else:
         *tensors, numbers = ctx.saved_tensors

@@ -1,4 +1,4 @@
-"""DPO: pairs of completions, one preferred. Two derivatives per pair are the whole gradient.
+"""DPO: a loss over pairs of completions, one preferred, with two derivatives per pair.
 
     h = (logp_w − ref_w) − (logp_l − ref_l)        w chosen, l rejected; sums over tokens
     ℓ(h) = −log σ(βh),    dℓ/dlogp_w = −dℓ/dlogp_l = −β·σ(−βh)

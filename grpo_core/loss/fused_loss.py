@@ -1,4 +1,4 @@
-"""The public loss: from logits to a scalar whose gradient is computed with it.
+"""The loss from logits; its gradient is computed in the forward.
 
 A token-level objective is one pass: `row_loss` reads every row, evaluates the loss and writes
 dlogits; backward only multiplies by grad_output. A sequence-level ratio takes two phases: row
@@ -75,36 +75,36 @@ def fused_loss(
         advantage: [B], [B, T] or [N]. Or instead:
         rewards: [B], one per sequence, finite; normalised within groups as `objective` says.
         group_size: completions per prompt, neighbours in `rewards`; a group of 1 has advantage 0.
-            Or instead
+            Or instead:
         group_id: [B] integers in [0, B), the prompt of each: groups of any size, in any order.
         old_logp: shaped like target, nats; None means on policy: the ratio is exactly 1 and the
             gradient is that of REINFORCE.
-        ref_logp: shaped like target, nats; needed when the objective's beta is not 0, else only
-            measured as `kl`. For kl="exact" instead
+        ref_logp: shaped like target, nats; needed if the objective's beta is not 0, otherwise only
+            reported as `kl`. For kl="exact" give instead:
         ref_logits: shaped like logits, any of their dtypes, at the same temperature; read once,
             beside the logits.
         sampler_logp: shaped like target, nats, of the sampling engine; needed by `factor.sampler`
-            and `factor.rejections`, else only measured. They remove tokens for which it is NaN or
-            infinite. Without `old_logp` they compare the policy itself, in two phases.
+            and `factor.rejections`, otherwise only reported. They remove tokens for which it is NaN
+            or infinite. Without `old_logp` they compare the policy itself, in two phases.
         mask: shaped like target, 0 means masked, anything else counts fully; together with
             target -100. Sequences without a token are in no mean.
         sequence_id: [N] integers in [0, N), for packed logits: the sequence of each row; it also
             indexes `rewards`.
         normalizer: what the sum is divided by, a number or 0-dim tensor; None means this call's
             own count, see `aggregation`. Under gradient accumulation give the global count of what
-            the aggregation counts: tokens, sequences, or sequences · length. A factor c on the
-            loss is best put here as n / c: `(c * loss).backward()` rounds a bfloat16 gradient
+            the aggregation counts: tokens, sequences, or sequences · length. Put a factor c of the
+            loss here, as n / c: `(c * loss).backward()` rounds a bfloat16 gradient
             twice unless c is a power of two (at most 2⁻⁷ of an element instead of 2⁻⁸).
         temperature: T > 0, the logits are divided by it.
-        inplace: write the gradient, if one is wanted, over the logits. Needs the least memory;
-            the logits are gone after the call, and backward runs once. The `.grad` of logits
-            that are a leaf is then the same memory. Not for logits whose producer keeps its
+        inplace: write the gradient, if one is wanted, over the logits. This needs the least
+            memory; the logits are overwritten and backward can run once only. If the logits are a
+            leaf, their `.grad` is the same memory. Not for logits whose producer keeps its
             output for its own backward (a tanh soft cap): torch then raises. Not inside
             `torch.compile`, see `compile`.
         backend: "triton", "cpu" (Numba), "torch" (plain and slow), or None for triton on a GPU and
             cpu elsewhere, torch where Numba is not installed.
-        validate: look at values for bad targets, sequence ids and rewards. None means on the CPU
-            only: on a GPU the host would wait, so there a bad row gets weight 0 and is counted.
+        validate: check the values of targets, sequence ids and rewards. None means on the CPU only,
+            since on a GPU this synchronises; unchecked, a bad row gets weight 0 and is counted.
 
     Returns:
         `LossOutput`: loss, logp, entropy, ratio, kl, metrics.
@@ -136,7 +136,7 @@ def fused_loss(
     if torch.compiler.is_compiling():
         if inplace:
             raise NotImplementedError("inplace: expected False inside torch.compile, got True")
-        return loss_in_graph(loss_from_logits, (logits,), inputs, ahead=False)
+        return loss_in_graph(loss_from_logits, (logits,), inputs, gradients_in_forward=False)
     return loss_from_logits(logits, inputs, inplace)
 
 

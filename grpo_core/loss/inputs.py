@@ -1,4 +1,4 @@
-"""The arguments of a loss beside its logits: one record, checked once, before any launch.
+"""The arguments of a loss beside its logits: one record, checked once, before any kernel runs.
 
 `LossInputs` holds the arguments as given. `LossInputs.tokens` checks them and returns `Tokens`.
 """
@@ -27,7 +27,7 @@ from grpo_core.objective.validation import (
     raise_first,
 )
 
-# below it a float32 of logit / temperature no longer tells neighbours apart
+# below it float32 cannot distinguish neighbouring logits / temperature
 LOWEST_TEMPERATURE = 1e-4
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -133,7 +133,7 @@ class LossInputs:
         return self.rewards.detach(), groups
 
     def _check_policies(self, logits: Tensor) -> None:
-        """Advantages or rewards; and exactly the policies that the objective compares."""
+        """Checks for advantages or rewards, and for the policies that the objective needs."""
         spec = self.objective
         if (self.advantage is None) == (self.rewards is None):
             both = "neither" if self.advantage is None else "both"

@@ -1,6 +1,6 @@
-"""The loss from log-probabilities, for training loops that compute their own.
+"""The loss from log-probabilities, for training loops that compute these themselves.
 
-It does what `fused_loss` does after the softmax, with the same objectives, masks, weights, metrics
+It is the part of `fused_loss` after the softmax, with the same objectives, masks, weights, metrics
 and treatment of tokens that are not finite. It does not reduce the memory of the logits; for that
 use `linear_logp`, whose outputs are valid inputs here, or `fused_linear_loss`, which does both.
 """
@@ -43,8 +43,8 @@ def logp_loss(
 ) -> LossOutput:
     """The loss of `fused_loss`, from log-probabilities of the targets instead of logits.
 
-    Differentiated with respect to `logp`, and to `entropy` where the objective has a bonus; once,
-    a gradient of the gradient is refused. Computed in float32.
+    Differentiated with respect to `logp`, and to `entropy` where the objective has a bonus. A
+    gradient of the gradient raises an error. Computed in float32.
 
     Args:
         logp: [B, T], or packed [N] with `sequence_id`; floating point, nats.
@@ -101,29 +101,31 @@ def logp_loss(
     values, entropies = (torch.where(tokens.valid, x, 0.0) for x in vectors)
     stats = RowStats(values, entropies, None, values.new_empty(0, len(values)))
     result, tokens = loss_of_statistics(stats, tokens, kernels)
-    slopes = tokens.slopes(result.dlogp, result.dropped, None)
-    loss = with_slopes(result.loss.sum(), logp, slopes.dlogp, entropy, slopes.dentropy)
+    row_gradients = tokens.row_gradients(result.dlogp, result.dropped, None)
+    loss = with_gradients(
+        result.loss.sum(), logp, row_gradients.dlogp, entropy, row_gradients.dentropy
+    )
     return LossOutput.of(loss, result, tokens, logp.shape)
 
 
-def with_slopes(
+def with_gradients(
     value: Tensor,
     logp: Tensor,
     dlogp: Tensor,
     entropy: Tensor | None = None,
     dentropy: Tensor | None = None,
 ) -> Tensor:
-    """`value` as a function of `logp`, and of `entropy`, with known derivatives.
+    """`value` as a function of `logp`, and of `entropy`, with given derivatives.
 
     Args:
-        value: 0-dim, or a value per token that depends on that token alone.
+        value: 0-dim, or one value per token that depends on that token only.
         logp, entropy: what it is differentiated with respect to.
         dlogp, dentropy: the derivatives, of as many elements; None means constant.
     """
-    return _WithSlopes.apply(value, logp, dlogp, entropy, dentropy)
+    return _WithGradients.apply(value, logp, dlogp, entropy, dentropy)
 
 
-class _WithSlopes(torch.autograd.Function):
+class _WithGradients(torch.autograd.Function):
     """A value whose derivatives are computed with it."""
 
     @staticmethod
@@ -147,12 +149,12 @@ class _WithSlopes(torch.autograd.Function):
         dlogp, dentropy = ctx.saved_tensors
         logp_like, entropy_like = ctx.like
 
-        def scale(slope: Tensor | None, like: tuple[torch.Size, torch.dtype] | None) -> Any:
-            if slope is None or like is None:
+        def scale(gradient: Tensor | None, like: tuple[torch.Size, torch.dtype] | None) -> Any:
+            if gradient is None or like is None:
                 return None
-            factor = grad_output if grad_output.ndim == 0 else grad_output.reshape(slope.shape)
+            factor = grad_output if grad_output.ndim == 0 else grad_output.reshape(gradient.shape)
             # not 0·∞: a token outside of the loss has gradient 0
-            return torch.where(slope == 0, 0.0, factor * slope).view(like[0]).to(like[1])
+            return torch.where(gradient == 0, 0.0, factor * gradient).view(like[0]).to(like[1])
 
         return None, scale(dlogp, logp_like), None, scale(dentropy, entropy_like), None
 

@@ -1,6 +1,6 @@
 """Metrics of a loss, from the vectors that it returns; 0-dim tensors.
 
-Nothing here enters the loss and nothing waits for the device. `METRICS` says how each metric is
+They do not change the loss and do not synchronise with the device. `METRICS` says how each is
 merged over micro-batches and ranks, and `merge_metrics` does so.
 """
 
@@ -39,13 +39,13 @@ METRICS: dict[str, Metric] = {
     "ratio_max": Metric("max", "tokens", "its largest"),
     "ratio_square": Metric("mean", "tokens", "its second moment"),
     "effective_sample_size": Metric("derived", "", "ratio_mean² / ratio_square: 1 on policy"),
-    "clip_fraction": Metric("mean", "moved_tokens", "no policy gradient although an advantage"),
+    "clip_fraction": Metric("mean", "moved_tokens", "clipped: advantage but no policy gradient"),
     "clip_fraction_low": Metric("mean", "moved_tokens", "of these, advantage below 0"),
     "clip_fraction_high": Metric("mean", "moved_tokens", "of these, advantage above 0"),
     "kl": Metric("mean", "tokens", "to the reference policy, nats, as the objective estimates it"),
     "entropy": Metric("mean", "tokens", "of the whole distribution, nats"),
     "approx_kl_old": Metric("mean", "tokens", "ratio − 1 − log ratio, nats: moved since rollout"),
-    "factor_mean": Metric("mean", "tokens", "what the surrogate is multiplied by"),
+    "factor_mean": Metric("mean", "tokens", "factor of the surrogate"),
     "sampler_kl": Metric("mean", "scored_tokens", "sampler to trainer, nats: w − 1 − log w"),
     "sampler_gap_mean": Metric("mean", "scored_tokens", "|log π_old − log π_sampler|, nats"),
     "sampler_gap_max": Metric("max", "scored_tokens", "its largest"),
@@ -54,7 +54,7 @@ METRICS: dict[str, Metric] = {
     "groups": Metric("sum", "", "prompts with a token in the loss's rewards"),
     "zero_variance_groups": Metric("mean", "groups", "share of groups whose rewards are all equal"),
     "nonfinite_rows": Metric("sum", "", "left out because a term is NaN or infinite"),
-    "skipped_rows": Metric("sum", "", "whose logits were never made, masked ones included"),
+    "skipped_rows": Metric("sum", "", "rows whose logits were not computed, masked ones included"),
     "bad_target_rows": Metric("sum", "", "left out because the target is outside [0, V)"),
 }
 

@@ -1,8 +1,7 @@
-"""The same loss, dense and plain: log_softmax, gather, autograd; any floating dtype.
+"""The same loss in plain PyTorch: log_softmax, gather, autograd; any floating dtype.
 
-What the kernels are measured against, and the file to read first. It shares with `fused_loss` the
-checks, the weights and the value of each scalar formula; the softmax, every derivative and every
-reduction are PyTorch's own.
+The kernels are compared with it. It shares with `fused_loss` the checks, the weights and the value
+of each scalar formula; the softmax, every derivative and every reduction are PyTorch's.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The tokens of a loss: a padded `[B, T]` batch or packed rows, both as vectors over N tokens.
 
-A masked token is marked once, by `valid`; every token has the weight that its objective gives it.
+`valid` is False for masked tokens; `weight` is what the aggregation of the objective gives.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ IGNORE = -100
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens(SequenceTokens):
-    """Everything that a loss and its metrics need beside the logits, as vectors over N tokens."""
+    """The inputs of a loss and its metrics beside the logits, as vectors over N tokens."""
 
     objective: Objective
     unmasked: Tensor  # [N] bool, valid before any rejection

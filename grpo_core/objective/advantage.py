@@ -15,8 +15,8 @@
 "batch" means all rewards of one call: under data parallelism, gather the rewards first. Advantages
 per token (PPO) are in `value`.
 
-Where the papers are silent: a group of one, a group of equal rewards and a masked completion get
-exactly 0, and a masked completion counts in no mean. Compared with the frameworks:
+Cases that the papers do not define: a group of one, a group of equal rewards and a masked
+completion get exactly 0, and a masked completion counts in no mean. Compared with the frameworks:
 
 - TRL 1.16: the same numbers by default (ddof 1, ε = 1e-4). A completion that no function could
   score is NaN there and `mask` here. RLOO with normalize_advantages is leave_one_out with centred.
@@ -178,7 +178,7 @@ def relative_advantages(
     mask: Tensor | None = None,
     validate: bool | None = None,
 ) -> Tensor:
-    """A_i = (R_i − baseline_i) / (std + ε); nothing waits for the device.
+    """A_i = (R_i − baseline_i) / (std + ε); without synchronising with the device.
 
     Args:
         rewards: [B] floating point, one per completion.

@@ -1,4 +1,4 @@
-"""Aggregation as a vector of weights: the loss is Σ_n weight_n · ℓ_n, for kernels the only sum.
+"""Aggregation as a vector of weights: the loss is Σ_n weight_n · ℓ_n, the only sum in the kernels.
 
 | aggregation     | weight of a token of sequence i | divisor when `normalizer` is None    |
 |-----------------|---------------------------------|--------------------------------------|
@@ -35,7 +35,7 @@ def token_weights(
     normalizer: Tensor | float | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Weight of every token; nothing waits for the device.
+    """Weight of every token; without synchronising with the device.
 
     Args:
         valid: [N] bool, False for masked tokens.

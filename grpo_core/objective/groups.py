@@ -1,7 +1,7 @@
 """Means and standard deviations of rewards over their groups, or over the batch.
 
 Computed in float64, where the order of atomic additions on a GPU changes no float32 result. Nothing
-waits for the device.
+synchronises with the device.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""An objective is a value: five independent axes, and checks that they make sense together.
+"""An objective: five independent choices, and the check that they fit together.
 
     L = Σ_n weight_n · (factor_n · surrogate(logp_n, log_ratio_n, A_n) + beta · kl_n)
         − entropy_coef · Σ_n entropy_weight_n · H_n
 
-| axis         | field                      | where it is computed                       |
+| choice       | field                      | where it is computed                       |
 |--------------|----------------------------|--------------------------------------------|
 | advantage    | `advantage`                | advantage.py                               |
 | ratio level  | `ratio_level, token_clip`  | backends/sequence_ratio.py                 |
@@ -60,7 +60,7 @@ class Surrogate:
             value and gradient, and the row need not be read.
 
     Attributes:
-        plain: the function over tensors; made here, since a graph cannot trace how.
+        plain: the function over tensors; made here, because torch.compile cannot trace that.
         name: of the function in a compiled graph; no other function has it.
     """
 
@@ -103,7 +103,7 @@ class Surrogate:
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss as a value: immutable, hashable; `replace` makes a variant.
+    """A loss as an immutable, hashable value; `replace` makes a variant.
 
     Args:
         surrogate: the policy term, for example `clip(0.2, 0.28)`.

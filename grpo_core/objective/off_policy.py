@@ -60,7 +60,7 @@ class Rule:
     ) -> tuple[Tensor, Tensor]:
         """(weight [N] float32, 0 for a token that does not count; the tokens that stay [N] bool).
 
-        Nothing waits for the device.
+        Does not synchronise with the device.
 
         Args:
             old_logp, sampler_logp: [N], the trainer's and the sampling engine's, nats.

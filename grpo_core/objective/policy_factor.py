@@ -1,4 +1,4 @@
-"""A detached factor of each token's surrogate, and of nothing else.
+"""A detached factor of each token's surrogate; KL and entropy are not multiplied.
 
     L = Σ_n weight_n · (factor_n · ℓ_n + beta · kl_n) − entropy_weight_n · H_n
 
@@ -29,7 +29,7 @@ from torch import Tensor
 from grpo_core.objective.off_policy import Rejection, SamplerCorrection
 from grpo_core.objective.validation import check_not_negative, check_type, is_number
 
-# e²⁰ is far above any ratio of use, and far below what overflows
+# e²⁰ is far above any useful ratio, and far below overflow
 LARGEST_LOG_RATIO = 20.0
 # a less likely sequence has no weight left
 SMALLEST_LOG_RATIO = math.log(1e-8)
@@ -119,7 +119,7 @@ class PolicyFactor:
 def top_share(values: Tensor, valid: Tensor, share: float) -> Tensor:
     """[N] bool: the valid tokens at or above the (1 − share)-quantile of the valid values.
 
-    The quantile is that of `torch.quantile`, to the bit; nothing waits for the device.
+    The quantile is that of `torch.quantile`, to the bit; without synchronising with the device.
     """
     if not values.numel():
         return valid

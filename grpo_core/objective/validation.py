@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 def must_validate(validate: bool | None, tensor: Tensor) -> bool:
     """Whether the values of `tensor` are checked; None means on the CPU only.
 
-    On a GPU the host would have to wait for them. Inside a transform of torch.func there are none.
+    On a GPU that would synchronise. Inside a transform of torch.func there are no values.
     """
     if validate is None:
         return tensor.device.type == "cpu" and not _is_transformed(tensor)
@@ -50,7 +50,7 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
 
 
 def check_not_negative(**numbers: object) -> None:
-    """Refuses what is no number, or negative, or not finite."""
+    """Refuses anything but a finite number >= 0."""
     for name, number in numbers.items():
         if not is_number(number) or not 0 <= number < math.inf:
             raise ValueError(f"{name}: expected a finite number >= 0, got {number!r}")

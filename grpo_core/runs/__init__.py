@@ -1,5 +1,5 @@
-"""What the commands run: the embedded task, reinforcement learning of any model, comparison, plots.
+"""What the commands run: the demo task, reinforcement learning of any model, comparison, plots.
 
-Read `config` (the options), then `run` (reinforcement of a model) or `demo` (the embedded task).
+Read `config` (the options), then `run` (reinforcement of a model) or `demo` (the demo task).
 `console` and `plots` show a run, `report` says how it ended; `directory` names the files it writes.
 """

@@ -1,6 +1,6 @@
 """The options of the commands that train, on the command line or in a YAML file; imports no torch.
 
-`RunConfig` is for `python -m grpo_core.reinforce`; those of the embedded task are in `demo.config`.
+`RunConfig` is for `python -m grpo_core.reinforce`; those of the demo task are in `demo.config`.
 Those of a training step are the trainer's, see `TrainingOptions`; here they get other defaults.
 """
 
@@ -42,7 +42,7 @@ class CommandOptions:
 
     output: str = option("", "Run directory; one with a run in it is refused.")
     overwrite: bool = option(False, "Delete the run that is in --output and start a new one.")
-    threads: int = option(0, "CPU threads; 0: torch's choice. Take 1 on a busy machine.")
+    threads: int = option(0, "CPU threads; 0: torch's choice. Use 1 on a busy machine.")
 
     def check_here(self) -> None:
         """Raises ValueError if the run directory cannot be used."""

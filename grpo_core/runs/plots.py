@@ -1,4 +1,4 @@
-"""Pictures: of any runs (`python -m grpo_core.plot`), of the embedded run, of the comparison."""
+"""Pictures: of any runs (`python -m grpo_core.plot`), of the demo run, of the comparison."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Histories = Mapping[str, Sequence[Record]]
 INK, QUIET, FAINT = "#22252a", "#6b7078", "#d9dce1"
 COLOURS = ("#d1495b", "#2e6f95", "#5b9279", "#b08d57", "#7a5195", "#4a4e69", "#c77d2e", "#3d8c95")
-# stages of the embedded run, and methods of the comparison
+# stages of the demo run, and methods of the comparison
 NAMED = {"base": "#8d99ae", "SFT": "#5b9279", "R1-Zero": "#d1495b", "R1": "#2e6f95"}
 NAMED |= {"DPO": "#b08d57", "PPO": "#7a5195", "GRPO": "#d1495b"}
 NAMED |= {"GRPO, KL in the reward": "#2e6f95"}
@@ -92,7 +92,7 @@ BARS = (
 @interruptible
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draws one run or several; returns the exit status."""
-    parser = Parser("grpo_core.plot", description="Draws the curves of one run or several.")
+    parser = Parser("grpo_core.plot", description="Plots the curves of one or several runs.")
     parser.add_argument("runs", nargs="+", type=run_with_metrics, help="run directories")
     parser.add_argument(
         "--output", type=new_file, help="picture to write; default: curves.png in the first run"
@@ -128,7 +128,7 @@ def draw_runs(runs: Sequence[Path], output: Path) -> None:
 
 
 def draw_demo(run: Path, output: Path) -> None:
-    """The six panels of the embedded run, with dashed lines for the models before learning."""
+    """The six panels of the demo run, with dashed lines for the models before learning."""
     histories, results = read_metrics(run)
     with _axes(output, len(DEMO), DEMO_TITLE) as axes:
         for ax, panel in zip(axes, DEMO, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 import warnings
@@ -87,7 +88,7 @@ def _parser() -> Parser:
         nargs="+",
         metavar="NAME",
         choices=OBJECTIVES,
-        help=f"any of {', '.join(map(repr, OBJECTIVES))} (default: all)".replace("'", ""),
+        help=f"any of {', '.join(map(shlex.quote, OBJECTIVES))} (default: all)",
     )
     add("--dtype", choices=DTYPES, help="dtype of the logits (default: all)")
     add(
@@ -95,10 +96,10 @@ def _parser() -> Parser:
         nargs="+",
         type=vocabulary,
         metavar="V",
-        help="the first with all recipes, the others with one recipe per plan",
+        help="vocabulary sizes: all recipes with the first, one recipe per plan with the others",
     )
     add("--json", type=new_file, metavar="FILE", help="write every comparison to FILE")
-    add("--quick", action="store_true", help="one recipe per plan, the first vocabulary")
+    add("--quick", action="store_true", help="only one recipe per plan and the first vocabulary")
     return parser
 
 

@@ -15,7 +15,7 @@ from grpo_core.backends.cpu.formulas import compile_kl, compile_surrogate, pad
 from grpo_core.backends.cpu.rows import kernels
 from grpo_core.backends.cpu.vectors import LOG2E
 from grpo_core.backends.pytorch import row_scale, sequence_loss, token_loss
-from grpo_core.kernels.records import RowLoss, Rows, RowStats, Slopes, Terms, TokenVectors
+from grpo_core.kernels.records import RowGradients, RowLoss, Rows, RowStats, Terms, TokenVectors
 
 __all__ = ["row_dlogits", "row_loss", "row_scale", "row_stats", "sequence_loss"]
 
@@ -112,8 +112,8 @@ def _loss_in_two_readings(
     dropped = token.dropped & read
     if dlogits is not None:
         exact_beta = None if ref_rows is None else terms.beta
-        slopes = tokens.slopes(dlogp, dropped, exact_beta)
-        row_dlogits(rows, target, temperature, slopes, stats, dlogits, ref_rows)
+        row_gradients = tokens.row_gradients(dlogp, dropped, exact_beta)
+        row_dlogits(rows, target, temperature, row_gradients, stats, dlogits, ref_rows)
     return RowLoss(stats.logp, stats.entropy, ratio, kl, loss, dlogp, dropped, stats.state)
 
 
@@ -121,13 +121,13 @@ def row_dlogits(
     rows: Rows,
     target: Tensor,
     temperature: float,
-    slopes: Slopes,
+    row_gradients: RowGradients,
     stats: RowStats | RowLoss,
     dlogits: Tensor,
     ref_rows: Rows | None = None,
 ) -> Tensor:
     """Writes dL/dlogits into `dlogits` from the statistics of each row; reads a row once."""
-    if slopes.dkl is None:
+    if row_gradients.dkl is None:
         ref_rows = None
     run(
         kernels().gradient,
@@ -139,9 +139,9 @@ def row_dlogits(
         rows.V,
         LOG2E / temperature,
         target.numpy(),
-        _vector(slopes.dlogp),
-        _vector(slopes.dentropy),
-        _vector(slopes.dkl),
+        _vector(row_gradients.dlogp),
+        _vector(row_gradients.dentropy),
+        _vector(row_gradients.dkl),
         _vector(stats.entropy),
         # read for an exact KL alone
         _vector(stats.entropy if stats.kl is None else stats.kl),

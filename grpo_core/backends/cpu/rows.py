@@ -214,17 +214,17 @@ def read_statistics(logits, start, ref_logits, ref_start, V, target, scale, bloc
 
 @compiled
 def write_gradient(
-    logits, start, ref_logits, ref_start, out, out_start, V, target, scale, found, slopes,
+    logits, start, ref_logits, ref_start, out, out_start, V, target, scale, found, row_gradients,
     block, ref_block,
 ):  # fmt: skip
     """dL/dlogits of a row, which may lie over the row.
 
-    `found` is what `read_statistics` returns, without logp; `slopes` = dL by (logp, entropy,
+    `found` is what `read_statistics` returns, without logp; `row_gradients` = dL by (logp, entropy,
     exact KL).
     """
     entropy32, kl32, anchor, total, ref_anchor, ref_total = found
     entropy, kl = np.float64(entropy32), np.float64(kl32)
-    dlogp, dentropy, dkl = slopes
+    dlogp, dentropy, dkl = row_gradients
     inverse, step = scale * LN2, np.float32(scale)
     log_total = math.log(np.float64(total))
     z = target_gap(logits, start, target, scale, anchor, log_total)
@@ -352,12 +352,12 @@ def loss_rows(
                 vectors[8, n], vectors[9, n] = found[5], -found[6]
                 dropped[n] = not usable
                 dkl = np.float32(beta) * weight[n] if ref_logits is not None else 0.0
-                slopes = (np.float64(np.float32(dlogp)), -bonus, dkl)
+                row_gradients = (np.float64(np.float32(dlogp)), -bonus, dkl)
                 moves = usable and (dlogp != 0 or bonus != 0 or dkl != 0)
                 if moves and len(dlogits) > 0:
                     write_gradient(
                         logits, start, ref_logits, ref_start, dlogits, out_start, V, y, scale,
-                        found[1:], slopes, block, ref_block,
+                        found[1:], row_gradients, block, ref_block,
                     )  # fmt: skip
             if len(dlogits) > 0 and not moves:
                 clear(dlogits, out_start, V)
@@ -397,18 +397,20 @@ def gradient_rows(
     while first < N:
         for n in range(first, min(first + grain, N)):
             start, out_start = row_start(n, place), row_start(n, out_place)
-            slopes = (
+            row_gradients = (
                 np.float64(dlogp[n]),
                 np.float64(dentropy[n]) if len(dentropy) > 0 else 0.0,
                 np.float64(dkl[n]) if len(dkl) > 0 else 0.0,
             )
-            if 0 <= target[n] < V and (slopes[0] != 0 or slopes[1] != 0 or slopes[2] != 0):
+            if 0 <= target[n] < V and (
+                row_gradients[0] != 0 or row_gradients[1] != 0 or row_gradients[2] != 0
+            ):
                 found = (
                     entropy[n], kl[n], state[0, n], -state[1, n], state[2, n], -state[3, n],
                 )  # fmt: skip
                 write_gradient(
                     logits, start, ref_logits, row_start(n, ref_place), dlogits, out_start,
-                    V, target[n], scale, found, slopes, block, ref_block,
+                    V, target[n], scale, found, row_gradients, block, ref_block,
                 )  # fmt: skip
             else:
                 clear(dlogits, out_start, V)

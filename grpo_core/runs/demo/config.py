@@ -1,4 +1,4 @@
-"""The options of the commands on the embedded task; imports no torch.
+"""The options of the commands on the demo task; imports no torch.
 
 `DemoConfig` is for `python -m grpo_core.train`, `CompareConfig` for `grpo_core.compare`.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TaskOptions(CommandOptions):
-    """Options of the commands on the embedded task."""
+    """Options of the commands on the demo task."""
 
     overwrite: bool = option(False, "Delete the run that is in --output, except its base model.")
     prompts: int = option(16, "Prompts per step, 8 completions each.")
@@ -30,7 +30,7 @@ class TaskOptions(CommandOptions):
 
 @dataclass(frozen=True)
 class DemoConfig(TaskOptions, LearningOptions):
-    """The embedded run; the defaults are those of the README's figures."""
+    """The demo run of a tiny model, in minutes; the defaults are those of the README's figures."""
 
     output: str = "runs/demo"
     stages: Literal["zero", "r1", "both"] = option("both", "Which models to train from the base.")
@@ -46,10 +46,10 @@ class DemoConfig(TaskOptions, LearningOptions):
         "Denominator of the ratio: the trainer's log-probabilities (one more forward pass) or the "
         "sampler's.",
     )
-    shuffle_rewards: bool = option(False, "The control: permute the rewards before each update.")
+    shuffle_rewards: bool = option(False, "Permute the rewards before each update, as a control.")
     sft_steps: int = option(10, "Steps on 32 long chains of thought each, before R1's learning.")
     gate: float = option(
-        0.9, "Stop if the base model's greedy accuracy on pairs that are no trap is lower."
+        0.9, "Stop if the base model's greedy accuracy on pairs that are not traps is lower."
     )
 
     def __post_init__(self) -> None:
@@ -60,7 +60,7 @@ class DemoConfig(TaskOptions, LearningOptions):
 
     def check_here(self) -> None:
         """Raises ValueError if the model is to be sharded or the run directory cannot be used."""
-        require(self.shard == "ddp", "shard", "ddp for the embedded run", self.shard)
+        require(self.shard == "ddp", "shard", "ddp for the demo run", self.shard)
         check_output(self, ("objective", self.objective.rpartition(":")[0]))
 
     def trainer(self, sampling: Sampling) -> TrainerConfig:

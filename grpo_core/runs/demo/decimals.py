@@ -1,4 +1,4 @@
-"""The embedded task: "3.11 and 3.8, which is larger?"
+"""The demo task: "3.11 and 3.8, which is larger?"
 
 A vocabulary of 32 tokens is enough for a famous mistake: compared as version numbers, 3.11 is
 larger than 3.8. Most texts of `CORPUS` make it: they compare the digits after the point as whole

@@ -1,4 +1,4 @@
-"""The embedded run: base, R1-Zero and R1 on "3.11 and 3.8, which is larger?", in minutes.
+"""The demo run: base, R1-Zero and R1 on "3.11 and 3.8, which is larger?", in minutes.
 
     base     a model of a corpus in which most writers fall for the trap
     R1-Zero  reinforcement learning on the base, without demonstrations

@@ -1,4 +1,4 @@
-"""The report of the embedded run: figures of the stages, and the same questions at each."""
+"""The report of the demo run: figures of the stages, and the same questions at each."""
 
 from __future__ import annotations
 
