@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 from pathlib import Path
@@ -57,7 +58,9 @@ def test_a_run_leaves_behind_what_it_promises(
         assert cells[5] == round(result["sampled"]["accuracy/trap"], 3)
         assert cells[7] == round(result["sampled"]["length"], 1)
     assert report.count("**3.11 and 3.8, which is larger?**") == 1
-    assert "R1-Zero" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "R1-Zero" in shown
+    assert re.search(r" s on (1 thread|(?!1 )\d+ threads); all results are in", shown)
 
 
 def test_fused_and_naive_runs_get_the_same_rewards(

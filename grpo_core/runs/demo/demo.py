@@ -65,7 +65,8 @@ def run(config: DemoConfig, parser: Parser) -> int:
         unless_missing(draw_demo, demo.directory, demo.directory / "curves.png")
     seconds = time.perf_counter() - start
     threads = torch.get_num_threads()
-    print(f"\n{seconds:.0f} s on {threads} threads; all results are in {demo.directory}/")
+    unit = "thread" if threads == 1 else "threads"
+    print(f"\n{seconds:.0f} s on {threads} {unit}; all results are in {demo.directory}/")
     return 0
 
 
