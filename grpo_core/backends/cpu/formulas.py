@@ -5,18 +5,19 @@ A kernel gets the address of one and calls it once a row, so it is never compile
 
 from __future__ import annotations
 
+import dis
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
-from types import FunctionType
 from typing import Any
 
 import numba
 from numba import types
-from numba.core.errors import NumbaError
+from numba.core.errors import NumbaError, UnsupportedBytecodeError
 
 from grpo_core.backends.cpu import language
 from grpo_core.backends.cpu.compiler import OPTIONS, compiled
+from grpo_core.backends.formula import with_globals
 
 # of any surrogate; more than any in use
 MOST_PARAMETERS = 8
@@ -63,17 +64,23 @@ def compile_kl(kl: Callable) -> Any:
 
 def _as_numba(formula: Callable) -> Any:
     """The same code with `tl` and `scalar_math` in the language of Numba."""
-    function = getattr(formula, "fn", formula)
-    namespace = {**function.__globals__, **SCALAR_MATH, "tl": language}
-    return compiled(FunctionType(function.__code__, namespace, function.__name__))
+    return compiled(with_globals(formula, {**SCALAR_MATH, "tl": language}))
 
 
 def _compile(function: Callable, signature: Any, formula: Callable) -> Any:
     try:
+        if formula is not None and _raises(formula):
+            raise NumbaError("a function value cannot raise an exception")
         return numba.cfunc(signature, **OPTIONS)(function)
-    except NumbaError as error:
+    except (NumbaError, UnsupportedBytecodeError) as error:
         name = getattr(formula, "__name__", repr(formula))
         warnings.warn(
             f"{name}: Numba cannot compile it, so every row is read twice: {error}", stacklevel=2
         )
         return None
+
+
+def _raises(formula: Callable) -> bool:
+    """Whether the function has a `raise` or an `assert`."""
+    steps = dis.get_instructions(getattr(formula, "fn", formula))
+    return any(step.opname == "RAISE_VARARGS" for step in steps)
