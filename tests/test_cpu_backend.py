@@ -570,6 +570,27 @@ def test_what_a_compiled_function_cannot_do() -> None:
         results(logits, target, **given(6, objective=spec))
 
 
+def with_nine(logp, log_ratio, advantage, a, b, c, d, e, f, g, h, strength=7.0):  # type: ignore[no-untyped-def]
+    """`plain`, whose ninth parameter is not lost though it has a default."""
+    return (
+        -advantage * (logp + strength * log_ratio),
+        -advantage + logp * 0,
+        -advantage * strength + logp * 0,
+    )
+
+
+def test_more_parameters_than_compiled_surrogates_take() -> None:
+    logits, target = torch.randn(6, 70), torch.arange(6)
+    spec = RECIPES["dapo"].replace(surrogate=Surrogate(plain, (0.5,)))
+    more = {"old_logp": torch.full((6,), -4.0)}
+    expected = results(logits, target, **given(6, objective=spec, **more))
+    spec = spec.replace(surrogate=Surrogate(with_nine, (1.0,) * 8 + (0.5,)))
+    with pytest.warns(UserWarning, match="more than 8 parameters"):
+        found = results(logits, target, **given(6, objective=spec, **more))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
 def test_an_interpreting_numba_is_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """NUMBA_DISABLE_JIT, which its users debug with."""
     monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)

@@ -35,6 +35,8 @@ def compile_surrogate(surrogate: Callable, count: int) -> Any:
 
     None, after one warning that says why, for a function that Numba cannot compile.
     """
+    if count > MOST_PARAMETERS:
+        return _refuse(surrogate, f"it has more than {MOST_PARAMETERS} parameters")
     formula = _as_numba(surrogate)
 
     def bound(logp, log_ratio, advantage, a, b, c, d, e, f, g, h, results):  # type: ignore[no-untyped-def]
@@ -68,16 +70,22 @@ def _as_numba(formula: Callable) -> Any:
 
 
 def _compile(function: Callable, signature: Any, formula: Callable) -> Any:
+    if _raises(formula):
+        return _refuse(
+            formula, "a function that is called by its address cannot raise an exception"
+        )
     try:
-        if formula is not None and _raises(formula):
-            raise NumbaError("a function value cannot raise an exception")
         return numba.cfunc(signature, **OPTIONS)(function)
     except (NumbaError, UnsupportedBytecodeError) as error:
-        name = getattr(formula, "__name__", repr(formula))
-        warnings.warn(
-            f"{name}: Numba cannot compile it, so every row is read twice: {error}", stacklevel=2
-        )
-        return None
+        return _refuse(formula, str(error))
+
+
+def _refuse(formula: Callable, reason: str) -> None:
+    """Warns."""
+    name = getattr(formula, "__name__", repr(formula))
+    warnings.warn(
+        f"{name}: Numba cannot compile it, so every row is read twice: {reason}", stacklevel=2
+    )
 
 
 def _raises(formula: Callable) -> bool:
