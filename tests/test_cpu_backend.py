@@ -170,6 +170,18 @@ def test_a_certain_target_whose_reference_forbids_other_words(backend: str) -> N
 
 
 @ON_CPU
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_the_entropy_of_a_broken_row_is_not_that_of_a_certain_one(
+    broken: float, backend: str
+) -> None:
+    """Nothing is known of it: NaN, as its log-probability, and as in the reference."""
+    logits = torch.zeros(2, 70)
+    logits[0, 5] = broken
+    found = token_logp(logits, torch.tensor([3, 3]), backend=backend)
+    assert found.logp.isnan().tolist() == found.entropy.isnan().tolist() == [True, False]
+
+
+@ON_CPU
 def test_a_masked_token_of_a_broken_sequence_has_ratio_0(backend: str) -> None:
     """The ratio of the sequence is NaN, and every token that counts is left out."""
     logits = torch.zeros(1, 3, 5)
@@ -388,6 +400,25 @@ assert same and os.waitpid(child, 0)[1] == 0
     run_python(code)
 
 
+def test_a_thread_that_outlives_the_main_one() -> None:
+    """No helper can be started there, so it computes alone."""
+    code = """
+import atexit, threading, torch
+from grpo_core import token_logp
+torch.set_num_threads(3)
+logits, target = torch.arange(40 * 20_000.0).remainder(97).view(40, -1) / 8, torch.arange(40)
+first = token_logp(logits, target, backend="cpu").logp
+def again():
+    print(torch.equal(first, token_logp(logits, target, backend="cpu").logp))
+def wait():
+    threading.main_thread().join()
+    again()
+threading.Thread(target=wait).start()
+atexit.register(again)
+"""
+    assert run_python(code) == "True\nTrue\n"
+
+
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 def test_modes_of_autograd(mode: type) -> None:
     """Tensors made in inference mode have no version, and are read all the same."""
@@ -476,6 +507,100 @@ def test_a_surrogate_of_a_user() -> None:
     for ours, compiled, once_more in zip(found, expected, again, strict=True):
         torch.testing.assert_close(ours, compiled, rtol=1e-6, atol=1e-7)
         assert torch.equal(ours, once_more)
+
+
+def closed_over(strength: float) -> Any:
+    """`plain` with its parameter in a closure."""
+
+    def surrogate(logp, log_ratio, advantage):  # type: ignore[no-untyped-def]
+        loss = -advantage * (logp + strength * log_ratio)
+        return loss, -advantage + loss * 0, -advantage * strength + loss * 0
+
+    return surrogate
+
+
+def with_default(logp, log_ratio, advantage, strength=0.5):  # type: ignore[no-untyped-def]
+    """`plain` with a default."""
+    loss = -advantage * (logp + strength * log_ratio)
+    return loss, -advantage + loss * 0, -advantage * strength + loss * 0
+
+
+def by_keyword(logp, log_ratio, advantage, *, strength=0.5):  # type: ignore[no-untyped-def]
+    """`plain` with a parameter that has a name alone."""
+    loss = -advantage * (logp + strength * log_ratio)
+    return loss, -advantage + loss * 0, -advantage * strength + loss * 0
+
+
+@ON_CPU
+@pytest.mark.filterwarnings("ignore:by_keyword. Numba cannot compile it")
+@pytest.mark.parametrize("function", [closed_over(0.5), with_default, by_keyword])
+def test_closures_and_defaults_of_a_surrogate(function: Any, backend: str) -> None:
+    logits, target = torch.randn(6, 70), torch.arange(6)
+    spec = RECIPES["dapo"].replace(surrogate=Surrogate(plain, (0.5,)))
+    more = {"old_logp": torch.full((6,), -4.0), "backend": backend}
+    expected = results(logits, target, **given(6, objective=spec, **more))
+    spec = spec.replace(surrogate=Surrogate(function))
+    found = results(logits, target, **given(6, objective=spec, **more))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def refusing(logp, log_ratio, advantage, strength):  # type: ignore[no-untyped-def]
+    """A surrogate that checks its parameter."""
+    if strength < 1:
+        raise ValueError("strength below 1")
+    return -advantage * logp, -advantage, advantage * 0
+
+
+def importing(logp, log_ratio, advantage):  # type: ignore[no-untyped-def]
+    """A surrogate with a statement that Numba cannot read."""
+    import math as _  # noqa: F401
+
+    return -advantage * logp, -advantage, advantage * 0
+
+
+def test_what_a_compiled_function_cannot_do() -> None:
+    """An exception reaches the caller, and a statement unknown to Numba is no error."""
+    logits, target = torch.randn(6, 70), torch.arange(6)
+    spec = RECIPES["dapo"].replace(surrogate=Surrogate(refusing, (0.5,)))
+    with pytest.warns(UserWarning, match="refusing"), pytest.raises(ValueError, match="below 1"):
+        results(logits, target, **given(6, objective=spec))
+    spec = spec.replace(surrogate=Surrogate(importing))
+    with pytest.warns(UserWarning, match="importing"):
+        results(logits, target, **given(6, objective=spec))
+
+
+def with_nine(logp, log_ratio, advantage, a, b, c, d, e, f, g, h, strength=7.0):  # type: ignore[no-untyped-def]
+    """`plain`, whose ninth parameter is not lost though it has a default."""
+    return (
+        -advantage * (logp + strength * log_ratio),
+        -advantage + logp * 0,
+        -advantage * strength + logp * 0,
+    )
+
+
+def test_more_parameters_than_compiled_surrogates_take() -> None:
+    logits, target = torch.randn(6, 70), torch.arange(6)
+    spec = RECIPES["dapo"].replace(surrogate=Surrogate(plain, (0.5,)))
+    more = {"old_logp": torch.full((6,), -4.0)}
+    expected = results(logits, target, **given(6, objective=spec, **more))
+    spec = spec.replace(surrogate=Surrogate(with_nine, (1.0,) * 8 + (0.5,)))
+    with pytest.warns(UserWarning, match="more than 8 parameters"):
+        found = results(logits, target, **given(6, objective=spec, **more))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_an_interpreting_numba_is_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NUMBA_DISABLE_JIT, which its users debug with."""
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    backends.default_backend.cache_clear()
+    try:
+        assert backends.default_backend("cpu") == "torch"
+        with pytest.raises(NotImplementedError, match="NUMBA_DISABLE_JIT"):
+            backends.choose_backend("cpu", torch.zeros(1))
+    finally:
+        backends.default_backend.cache_clear()
 
 
 def test_without_numba_plain_pytorch_computes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ def default_backend(device_type: str) -> Backend:
     """The backend for tensors on a kind of device where none is asked for."""
     if device_type == "cuda":
         return "triton"
-    return "cpu" if device_type == "cpu" and find_spec("numba") else "torch"
+    return "cpu" if device_type == "cpu" and find_spec("numba") and _compiles() else "torch"
 
 
 def _check_triton(tensor: Tensor) -> None:
@@ -63,11 +63,21 @@ def _check_triton(tensor: Tensor) -> None:
         )
 
 
+def _compiles() -> bool:
+    """Whether Numba compiles; with NUMBA_DISABLE_JIT its functions are interpreted."""
+    return not import_module("numba").config.DISABLE_JIT
+
+
 def _check_numba(tensor: Tensor) -> None:
     if not find_spec("numba"):
         raise NotImplementedError(
             'backend: "cpu" needs the package numba (pip install numba); backend="torch" computes '
             "the same"
+        )
+    if not _compiles():
+        raise NotImplementedError(
+            'backend: "cpu" needs the compiler of numba, which NUMBA_DISABLE_JIT switches off; '
+            'backend="torch" computes the same'
         )
     if tensor.device.type != "cpu":
         raise NotImplementedError(f'backend: "cpu" needs tensors on a CPU, got {tensor.device}')

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from functools import lru_cache
 from types import FunctionType, SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,18 @@ _SCALAR_MATH = {
 @lru_cache
 def as_torch(formula: Callable) -> Callable:
     """The same formula over tensors: value and derivative, elementwise, any floating dtype."""
+    return with_globals(formula, {**_SCALAR_MATH, "tl": _TL})
+
+
+def with_globals(formula: Callable, names: dict[str, Any]) -> Callable:
+    """The same function, plain or of Triton, in which some global names mean something else."""
     function = getattr(formula, "fn", formula)
-    return FunctionType(
-        function.__code__, {**function.__globals__, **_SCALAR_MATH, "tl": _TL}, function.__name__
+    copy = FunctionType(
+        function.__code__,
+        {**function.__globals__, **names},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
     )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy

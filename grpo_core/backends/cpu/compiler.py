@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -79,12 +80,23 @@ def run(kernel: Callable, N: int, V: int, *args: Any) -> None:
     helpers = max(min(torch.get_num_threads(), N, N * V // LEAST_WORK), 1) - 1
     counter = np.zeros(1, np.int64)
     calls = [(*args, np.empty((2, BLOCK), np.float32), counter, grain) for _ in range(helpers + 1)]
-    pool = _pool(torch.get_num_threads() - 1) if helpers > 0 else None
-    futures = [] if pool is None else [pool.submit(kernel, *call) for call in calls[1:]]
+    futures = _start(kernel, calls[1:]) if helpers > 0 else []
     kernel(*calls[0])
     for future in futures:
         if not future.cancel():
             future.result()
+
+
+def _start(kernel: Callable, calls: list[tuple]) -> list[Future]:
+    """Begins calls on helpers: those that there are threads for, none once the main one has ended.
+
+    Python starts no thread then, but other threads and functions of `atexit` still compute.
+    """
+    pool, futures = _pool(torch.get_num_threads() - 1), []
+    with suppress(RuntimeError):
+        for call in calls:
+            futures.append(pool.submit(kernel, *call))
+    return futures
 
 
 @lru_cache(maxsize=4)

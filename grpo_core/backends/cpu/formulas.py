@@ -5,18 +5,19 @@ A kernel gets the address of one and calls it once a row, so it is never compile
 
 from __future__ import annotations
 
+import dis
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
-from types import FunctionType
 from typing import Any
 
 import numba
 from numba import types
-from numba.core.errors import NumbaError
+from numba.core.errors import NumbaError, UnsupportedBytecodeError
 
 from grpo_core.backends.cpu import language
 from grpo_core.backends.cpu.compiler import OPTIONS, compiled
+from grpo_core.backends.formula import with_globals
 
 # of any surrogate; more than any in use
 MOST_PARAMETERS = 8
@@ -34,6 +35,8 @@ def compile_surrogate(surrogate: Callable, count: int) -> Any:
 
     None, after one warning that says why, for a function that Numba cannot compile.
     """
+    if count > MOST_PARAMETERS:
+        return _refuse(surrogate, f"it has more than {MOST_PARAMETERS} parameters")
     formula = _as_numba(surrogate)
 
     def bound(logp, log_ratio, advantage, a, b, c, d, e, f, g, h, results):  # type: ignore[no-untyped-def]
@@ -63,17 +66,29 @@ def compile_kl(kl: Callable) -> Any:
 
 def _as_numba(formula: Callable) -> Any:
     """The same code with `tl` and `scalar_math` in the language of Numba."""
-    function = getattr(formula, "fn", formula)
-    namespace = {**function.__globals__, **SCALAR_MATH, "tl": language}
-    return compiled(FunctionType(function.__code__, namespace, function.__name__))
+    return compiled(with_globals(formula, {**SCALAR_MATH, "tl": language}))
 
 
 def _compile(function: Callable, signature: Any, formula: Callable) -> Any:
+    if _raises(formula):
+        return _refuse(
+            formula, "a function that is called by its address cannot raise an exception"
+        )
     try:
         return numba.cfunc(signature, **OPTIONS)(function)
-    except NumbaError as error:
-        name = getattr(formula, "__name__", repr(formula))
-        warnings.warn(
-            f"{name}: Numba cannot compile it, so every row is read twice: {error}", stacklevel=2
-        )
-        return None
+    except (NumbaError, UnsupportedBytecodeError) as error:
+        return _refuse(formula, str(error))
+
+
+def _refuse(formula: Callable, reason: str) -> None:
+    """Warns."""
+    name = getattr(formula, "__name__", repr(formula))
+    warnings.warn(
+        f"{name}: Numba cannot compile it, so every row is read twice: {reason}", stacklevel=2
+    )
+
+
+def _raises(formula: Callable) -> bool:
+    """Whether the function has a `raise` or an `assert`."""
+    steps = dis.get_instructions(getattr(formula, "fn", formula))
+    return any(step.opname == "RAISE_VARARGS" for step in steps)

@@ -154,10 +154,11 @@ def read_below_sure(logits, start, V, target, scale, anchor, block):
 def entropy_of(of_token, total, log_total, moment):
     """Entropy of a row, nats: h(p_y) + (1 − p_y)·H_others, from `sides`."""
     logp, log_others, p_target, p_others = of_token
+    # not 0, or NaN
     entropy = 0.0
-    if p_others > 0:
+    if p_others != 0:
         entropy += p_others * (log_total - LN2 * moment / total - log_others)
-    if p_target > 0:
+    if p_target != 0:
         entropy -= p_target * logp
     return entropy
 
@@ -168,13 +169,13 @@ def exact_kl_of(of_token, ref_of_token, total, log_ratio, gap):
     logp, log_others, p_target, p_others = of_token
     ref_logp, ref_log_others, _, _ = ref_of_token
     kl = 0.0
-    if p_others > 0:
+    if p_others != 0:
         kl_others = LN2 * gap / total - log_ratio
         # where the reference knows no other token, inf − inf
         if ref_log_others == -np.inf:
             kl_others = np.inf
         kl += p_others * (log_others - max(ref_log_others, LEAST) + kl_others)
-    if p_target > 0:
+    if p_target != 0:
         kl += p_target * (logp - ref_logp)
     return kl
 
