@@ -625,7 +625,7 @@ def test_rows_that_are_not_finite_stay_alone(name: str, plan: str) -> None:
 
 
 @pytest.mark.parametrize("plan", ["fast", "lean"])
-@pytest.mark.parametrize("name", ["dapo", "sequence"])
+@pytest.mark.parametrize("name", ["dapo", "sequence", "entropy"])
 @pytest.mark.parametrize("logits_dtype", [None, torch.float16])
 def test_float16_gradients_survive_by_the_loss_scale(
     name: str, plan: str, logits_dtype: torch.dtype | None
