@@ -338,6 +338,23 @@ def test_nothing_is_compiled_after_the_first_call_of_a_dtype() -> None:
     assert len(kernel.signatures) == before
 
 
+@pytest.mark.parametrize("name", ["dapo", "gspo"])
+def test_every_row_is_computed_once(name: str) -> None:
+    """Of several shares no row is left out, and none read again as its own gradient."""
+    N, V = 200, 1000
+    logits, target = torch.randn(N, V), torch.randint(0, V, (N,))
+    vectors = {"objective": RECIPES[name].replace(entropy_coef=0.1), "inplace": True}
+    vectors["old_logp"] = torch.full((N,), -7.0)
+    found = []
+    for backend in ("cpu", "torch"):
+        leaf = logits.clone().requires_grad_()
+        out = fused_loss(leaf * 1.0, target, **given(N, backend=backend, **vectors))
+        out.loss.backward()
+        found.append((out.logp, out.entropy, leaf.grad))
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-9)
+
+
 def test_two_python_threads_at_once() -> None:
     """Both share the helpers, and both get what each gets alone."""
     logits, target = torch.randn(2, 64, 20_000), torch.randint(0, 20_000, (2, 64))

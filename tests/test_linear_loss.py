@@ -625,7 +625,7 @@ def test_rows_that_are_not_finite_stay_alone(name: str, plan: str) -> None:
 
 
 @pytest.mark.parametrize("plan", ["fast", "lean"])
-@pytest.mark.parametrize("name", ["dapo", "sequence"])
+@pytest.mark.parametrize("name", ["dapo", "sequence", "entropy"])
 @pytest.mark.parametrize("logits_dtype", [None, torch.float16])
 def test_float16_gradients_survive_by_the_loss_scale(
     name: str, plan: str, logits_dtype: torch.dtype | None
@@ -845,3 +845,19 @@ def test_a_target_at_the_edge_of_a_vocabulary_slice(monkeypatch: pytest.MonkeyPa
     assert len(slices) > 2
     for lean, fast in zip(*reversed(gradients), strict=True):
         torch.testing.assert_close(lean, fast)
+
+
+def test_lean_keeps_the_gradient_of_the_entropy_of_large_logits() -> None:
+    """A constant on all logits, all of them exact, changes nothing, though their lse is rounded."""
+    hidden, weight = torch.randint(-8, 9, (6, 4)) / 8, torch.randint(-8, 9, (97, 4)) / 8
+    given = {"advantage": torch.ones(6), "sequence_id": torch.arange(6), "plan": "lean"}
+    gradients = []
+    for constant in (0.0, 2e5):
+        leaf = hidden.clone().requires_grad_()
+        matrix = weight.clone().requires_grad_()
+        head = LinearHead(matrix, torch.full((97,), constant))
+        objective = OBJECTIVES["entropy kept low"]
+        fused_linear_loss(leaf, head, torch.arange(6), objective=objective, **given).loss.backward()
+        gradients.append((leaf.grad, matrix.grad))
+    for near, far in zip(*gradients, strict=True):
+        torch.testing.assert_close(far, near, rtol=1e-4, atol=1e-6)

@@ -467,6 +467,18 @@ def test_an_unlikely_target_has_its_gradient_of_the_entropy(
     assert dlogits[0, 3].item() == pytest.approx(p * (math.log(p) + math.log(69)), rel=1e-5)
 
 
+def test_likely_words_far_above_the_start_of_the_row(kernels: ModuleType, device: str) -> None:
+    """Forty at the end share the probability: their entropy keeps its digits at any offset."""
+    offset = torch.tensor([30.0, 1e3, 2e4, 3e5])
+    logits = torch.randn(len(offset), 5003)
+    logits[:, -40:] += offset[:, None]
+    target = torch.tensor([7, 4990, 4980, 3])
+    truth = oracles.logp_and_entropy(logits, target, 1.0)
+    logp, entropy, *_ = kernels.row_stats(Rows.of(logits.to(device)), target.to(device), 1.0)
+    for ours, exact in zip((logp, entropy), truth, strict=True):
+        assert ((ours.cpu().double() - exact) / exact).abs().max() < 64 * FLOOR
+
+
 @paired(dtype=DTYPES[:2], temperature=[1.0, 0.3], backend=BACKENDS)
 def test_rows_of_huge_logits(
     kernels: ModuleType, device: str, dtype: torch.dtype, temperature: float
