@@ -631,6 +631,18 @@ def test_without_numba_plain_pytorch_computes(monkeypatch: pytest.MonkeyPatch) -
         backends.default_backend.cache_clear()
 
 
+def test_a_numba_that_is_too_old_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its LLVM would end the process."""
+    monkeypatch.setattr(numba, "version_info", (0, 61, 2))
+    backends.default_backend.cache_clear()
+    try:
+        assert backends.default_backend("cpu") == "torch"
+        with pytest.raises(NotImplementedError, match=r"numba >= 0\.62, got "):
+            backends.choose_backend("cpu", torch.zeros(1))
+    finally:
+        backends.default_backend.cache_clear()
+
+
 def test_a_tensor_elsewhere_is_refused() -> None:
     with pytest.raises(NotImplementedError, match="needs tensors on a CPU, got meta"):
         backends.choose_backend("cpu", torch.empty(1, device="meta"))

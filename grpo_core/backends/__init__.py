@@ -36,6 +36,7 @@ def choose_backend(backend: Backend | None, tensor: Tensor) -> ModuleType:
     return import_module(f"grpo_core.backends.{MODULES[backend]}")
 
 
+LEAST_NUMBA = (0, 62)
 # a module named torch would hide the package from a reader
 MODULES = {"triton": "triton", "cpu": "cpu", "torch": "pytorch"}
 
@@ -45,7 +46,7 @@ def default_backend(device_type: str) -> Backend:
     """The backend for tensors on a kind of device where none is asked for."""
     if device_type == "cuda":
         return "triton"
-    return "cpu" if device_type == "cpu" and find_spec("numba") and _compiles() else "torch"
+    return "cpu" if device_type == "cpu" and not _numba_lacks() else "torch"
 
 
 def _check_triton(tensor: Tensor) -> None:
@@ -63,21 +64,23 @@ def _check_triton(tensor: Tensor) -> None:
         )
 
 
-def _compiles() -> bool:
-    """Whether Numba compiles; with NUMBA_DISABLE_JIT its functions are interpreted."""
-    return not import_module("numba").config.DISABLE_JIT
+def _numba_lacks() -> str:
+    """What the cpu backend needs of Numba and does not get; empty if it can compute."""
+    if not find_spec("numba"):
+        return "the package numba (pip install numba)"
+    numba = import_module("numba")
+    if numba.version_info[:2] < LEAST_NUMBA:
+        # the LLVM of older ones ends the process at an instruction that it cannot select
+        return f"numba >= {'.'.join(map(str, LEAST_NUMBA))}, got {numba.__version__}"
+    if numba.config.DISABLE_JIT:
+        return "the compiler of numba, which NUMBA_DISABLE_JIT switches off"
+    return ""
 
 
 def _check_numba(tensor: Tensor) -> None:
-    if not find_spec("numba"):
+    if lacks := _numba_lacks():
         raise NotImplementedError(
-            'backend: "cpu" needs the package numba (pip install numba); backend="torch" computes '
-            "the same"
-        )
-    if not _compiles():
-        raise NotImplementedError(
-            'backend: "cpu" needs the compiler of numba, which NUMBA_DISABLE_JIT switches off; '
-            'backend="torch" computes the same'
+            f'backend: "cpu" needs {lacks}; backend="torch" computes the same'
         )
     if tensor.device.type != "cpu":
         raise NotImplementedError(f'backend: "cpu" needs tensors on a CPU, got {tensor.device}')
