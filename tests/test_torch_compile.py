@@ -19,6 +19,7 @@ from grpo_core.loss import compile
 from grpo_core.loss.fused_loss import logp_from_logits, loss_from_logits
 from grpo_core.loss.inputs import LossInputs
 from grpo_core.objective.objective import Objective, Surrogate, function_of
+from tests.combinations import slow
 from tests.conftest import BACKENDS, CPU_BACKEND, is_interpreted
 from tests.test_fused_loss import OBJECTIVES, case, moved, needed
 
@@ -29,7 +30,6 @@ INDUCTOR = pytest.param(
         pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
     ],
 )
-COMPILERS = ["eager", "aot_eager", INDUCTOR]
 
 
 def is_common(backend: str, compiler: str, name: str = "") -> bool:
@@ -42,6 +42,15 @@ def is_common(backend: str, compiler: str, name: str = "") -> bool:
     return on_cpu and name == "dapo"
 
 
+# (backend, compiler, name) of `make quick`, each a second or two
+QUICK = (
+    (CPU_BACKEND, "eager", "sampler, mask, entropy, exact KL"),
+    (CPU_BACKEND, "aot_eager", "gspo"),
+    (CPU_BACKEND, "aot_eager"),
+    ("torch", "eager", "grpo"),
+)
+
+
 def over_compilers(*names: str) -> pytest.MarkDecorator:
     """Every backend, compiler and case; what is not common is rare."""
     cases = [
@@ -50,6 +59,7 @@ def over_compilers(*names: str) -> pytest.MarkDecorator:
             marks=[
                 *(INDUCTOR.marks if case[1] == "inductor" else ()),
                 *(() if is_common(*case) else (pytest.mark.rare,)),
+                *(() if case in QUICK else (pytest.mark.slow,)),
             ],
         )
         for case in product(
@@ -171,7 +181,7 @@ def test_new_sizes_and_numbers_compile_once_more(backend: str, device: str, comp
     assert counters["stats"]["unique_graphs"] == 2
 
 
-@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("compiler", ["aot_eager", *slow("eager"), INDUCTOR])
 def test_token_logp_compiles(backend: str, device: str, compiler: str) -> None:
     def both(logits: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         return tuple(token_logp(logits, target, temperature=temperature, backend=backend))

@@ -134,6 +134,7 @@ def test_a_wrong_kernel_fails(
     )
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_writes_every_comparison(tmp_path: Path) -> None:
     """Each recipe, quantity and claim has a line, none is wider than 100 columns."""
     file = tmp_path / "found.json"
@@ -160,6 +161,7 @@ def test_the_command_prints_a_table_and_writes_every_comparison(tmp_path: Path) 
     assert all(one["ok"] for one in checks)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(HAS_GPU or not HAS_TRITON, reason="asks for what needs a GPU")
 def test_without_a_gpu_it_says_how_to_interpret() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -175,6 +177,7 @@ def test_without_a_gpu_it_says_how_to_interpret() -> None:
     assert "TRITON_INTERPRET=1" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_one_line() -> None:
     """Like the other commands, also while it imports; `inspect` shares the way."""
     # interpreted kernels are not inspected
