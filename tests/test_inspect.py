@@ -250,10 +250,9 @@ class TestGate:
     ("arguments", "complaint"),
     [
         (["-m", "grpo_core.inspect", "h100"], "expected a name such as sm_90"),
-        pytest.param(
+        (
             ["-m", "grpo_core.inspect", "--dtype", "int8"],
             "--dtype: expected one of bfloat16, float16, float32",
-            marks=pytest.mark.slow,
         ),
     ],
 )

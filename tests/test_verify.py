@@ -23,13 +23,14 @@ from grpo_core.kernels.row_reading import read_row
 from grpo_core.verify.__main__ import main
 from grpo_core.verify.accuracy import QUANTITIES, compare_confident, exact_tokens
 from grpo_core.verify.inputs import LARGEST_MARGIN, OBJECTIVES, one_per_plan, set_margins
+from tests.combinations import slow
 from tests import oracles
 from tests.conftest import HAS_GPU, HAS_TRITON
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("vocabulary", ["2", "257"])
+@pytest.mark.parametrize("vocabulary", [*slow("2"), "257"])
 def test_what_is_right_passes(
     backend: str, vocabulary: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
