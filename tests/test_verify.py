@@ -23,8 +23,8 @@ from grpo_core.kernels.row_reading import read_row
 from grpo_core.verify.__main__ import main
 from grpo_core.verify.accuracy import QUANTITIES, compare_confident, exact_tokens
 from grpo_core.verify.inputs import LARGEST_MARGIN, OBJECTIVES, one_per_plan, set_margins
-from tests.combinations import slow
 from tests import oracles
+from tests.combinations import slow
 from tests.conftest import HAS_GPU, HAS_TRITON
 
 ROOT = Path(__file__).parent.parent
