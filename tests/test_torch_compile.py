@@ -47,7 +47,6 @@ def is_common(backend: str, compiler: str, name: str = "") -> bool:
 QUICK = (
     (CPU_BACKEND, "eager", "sampler, mask, entropy, exact KL"),
     (CPU_BACKEND, "aot_eager", "gspo"),
-    (CPU_BACKEND, "aot_eager"),
     ("torch", "eager", "grpo"),
 )
 
