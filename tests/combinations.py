@@ -48,6 +48,12 @@ def paired(**choices: Any) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(list(axes), cases, indirect=[n for n in axes if n == "backend"])
 
 
+def slow(*cases: Any) -> list[Any]:
+    """Cases of a parametrized test that `make quick` leaves out; a tuple has several arguments."""
+    rows = (case if isinstance(case, tuple) else (case,) for case in cases)
+    return [pytest.param(*row, marks=pytest.mark.slow) for row in rows]
+
+
 def over_backends(names: Iterable[str], interpreted: Collection[str]) -> pytest.MarkDecorator:
     """Every name with every backend; where kernels are interpreted, all but these are `rare`."""
     cases = [

@@ -44,22 +44,42 @@ def is_interpreted(backend: str) -> bool:
 
 # test files that run every kernel
 INTERPRETED_QUICKLY = ("test_row_kernels.py", "test_advantages.py", "test_weights.py")
+# how many cases of a test `make quick` has by a slow backend, spread over its parameters
+PLAIN_CASES, INTERPRETED_CASES = 1, 3
+
+
+def _quick_cases(backend: str, file: str) -> int | None:
+    """How many cases of a test by this backend `make quick` has; None is all of them."""
+    if is_interpreted(backend):
+        return INTERPRETED_CASES if file in INTERPRETED_QUICKLY else 0
+    return PLAIN_CASES if backend == "torch" else None
+
+
+def _mark_slow_cases(items: list[pytest.Item]) -> None:
+    """Marks `slow` what plain PyTorch and interpreted kernels need not repeat in `make quick`."""
+    cases: dict[tuple[object, str], list[pytest.Item]] = {}
+    for item in items:
+        backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+        if backend in BACKENDS and not {"rare", "slow"} & set(item.keywords):
+            cases.setdefault((item.function, backend), []).append(item)
+    for (_, backend), same in cases.items():
+        count = _quick_cases(backend, same[0].path.name)
+        if count is None or count >= len(same):
+            continue
+        kept = {len(same) * (2 * nth + 1) // (2 * count) for nth in range(count)}
+        for place, item in enumerate(same):
+            if place not in kept:
+                item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips `gpu` tests without a GPU; leaves out `rare` ones unless -m names them.
-
-    Interpreted kernels are slow: `make quick` has those of `INTERPRETED_QUICKLY` alone.
-    """
+    """Skips `gpu` tests without a GPU; leaves out `rare` ones unless -m names them."""
     if "rare" not in config.option.markexpr:
         rare = [item for item in items if "rare" in item.keywords]
         config.hook.pytest_deselected(items=rare)
         items[:] = [item for item in items if "rare" not in item.keywords]
+    _mark_slow_cases(items)
     for item in items:
-        params = item.callspec.params if hasattr(item, "callspec") else {}
-        interpreted = is_interpreted(params.get("backend"))
-        if interpreted and item.path.name not in INTERPRETED_QUICKLY:
-            item.add_marker(pytest.mark.slow)
         if "gpu" in item.keywords and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 

@@ -78,7 +78,11 @@ def test_ours_is_exact_to_float32_rounding(table: Table) -> None:
     [
         *OURS[:2],
         pytest.param(
-            OURS[2], marks=pytest.mark.skipif(HAS_GPU or not HAS_TRITON, reason="is interpreted")
+            OURS[2],
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(HAS_GPU or not HAS_TRITON, reason="is interpreted"),
+            ],
         ),
     ],
 )

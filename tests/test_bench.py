@@ -34,6 +34,7 @@ from grpo_core.kernels.launch import Layout
 from grpo_core.kernels.records import Rows
 from grpo_core.loss.reference import reference_loss
 from grpo_core.trainer.measure import LiveBytes
+from tests.combinations import slow
 from tests.conftest import CPU_BACKEND, HAS_GPU, HAS_TRITON
 
 ONE_PASS, TWO_PHASES, FORWARD = CASES
@@ -264,7 +265,7 @@ def counted(name: str, case: Case) -> dict[str, Any]:
     [
         pytest.param("liger", "liger_kernel", 6.0, 8.0, marks=pytest.mark.slow),
         pytest.param("trl", "trl", 6.0, 6.0, marks=pytest.mark.slow),
-        ("ours-triton", "", 4.0, 6.0),
+        pytest.param("ours-triton", "", 4.0, 6.0, marks=pytest.mark.slow),
     ],
 )
 def test_bytes_of_other_peoples_kernels(
@@ -279,6 +280,7 @@ def test_bytes_of_other_peoples_kernels(
         assert figures["peak"] == pytest.approx(2, abs=0.03)
 
 
+@pytest.mark.slow
 @interpreted
 def test_the_published_counts_of_ours_are_those_of_now():
     kept = json.loads((RESULTS / "counted.json").read_text())["figures"]
@@ -294,7 +296,7 @@ def test_the_published_counts_of_ours_are_those_of_now():
         assert now == then, "python -m bench.counted writes bench/results/counted.md anew"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, *slow(torch.bfloat16)])
 def test_every_contender_computes_the_same(dtype: torch.dtype):
     batch = Batch.draw(6, 3001, dtype, "cpu")
     truths = {recipe: find_truth(batch, recipe) for recipe in ("dapo", "gspo")}
@@ -587,6 +589,7 @@ def test_in_place_nothing_as_long_as_a_row_is_held(dtype: torch.dtype):
     assert live.peak < 64 * 8 * 100 < 151_936
 
 
+@pytest.mark.slow
 @interpreted
 def test_a_sweep_chooses_the_fastest_right_layout_and_writes_it_down(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -20,6 +20,7 @@ from grpo_core.objective.catalogue import (
     as_text,
     formula,
 )
+from tests.combinations import slow
 from tests.test_formulas import SURROGATES
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +39,7 @@ def test_the_documentation_shows_the_table() -> None:
     assert shown == as_markdown(), "run python -m grpo_core.recipes --markdown, paste it there"
 
 
-@pytest.mark.parametrize("option", [[], ["--frameworks"], ["--markdown"]])
+@pytest.mark.parametrize("option", [["--frameworks"], *slow([], ["--markdown"])])
 def test_the_terminal_shows_it_without_a_word_on_stderr(option: list[str]) -> None:
     command = [sys.executable, "-W", "error", "-m", "grpo_core.recipes", *option]
     printed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)

@@ -30,6 +30,7 @@ from grpo_core.trainer.rewards import Scores
 from grpo_core.trainer.rollout import Problem, Sampling
 from grpo_core.trainer.signals import Interrupted, heeding_interrupts, stop_request
 from grpo_core.trainer.trainer import Trainer, TrainerConfig
+from tests.combinations import slow
 from tests.compiled import ROOT
 from tests.micro import MAX_NEW_TOKENS, draw_problems, micro_model, share_of_sevens
 
@@ -109,7 +110,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, Path]:
     return run, directory
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, *slow(signal.SIGTERM)])
 def test_a_signal_ends_the_run_after_its_step(
     number: signal.Signals, straight: tuple[Trainer, Path], tmp_path: Path
 ) -> None:

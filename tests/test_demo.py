@@ -63,6 +63,7 @@ def test_a_run_leaves_behind_what_it_promises(
     assert re.search(r" s on (1 thread|(?!1 )\d+ threads); all results are in", shown)
 
 
+@pytest.mark.slow
 def test_fused_and_naive_runs_get_the_same_rewards(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +172,7 @@ def test_an_interrupted_run_says_what_is_left(
     assert not (tmp_path / "r1").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -29,6 +29,7 @@ from grpo_core import (
 )
 from grpo_core.linear.model import has_fused_head
 from grpo_core.linear.model_head import options_of_config
+from tests.combinations import slow
 from tests.conftest import CPU_BACKEND
 from tests.tiny_models import FAMILIES, V, batch, tiny
 
@@ -469,9 +470,7 @@ def test_checkpointing_of_the_whole_model(reentrant: bool) -> None:
     assert_close(again, plain)
 
 
-@pytest.mark.parametrize(
-    "what", [pytest.param("step", marks=pytest.mark.slow), "model", "in place"]
-)
+@pytest.mark.parametrize("what", ["model", *slow("step", "in place")])
 def test_a_compiled_model(what: str) -> None:
     """As one graph, given its head before or after, and with requests made in the graph."""
     torch._dynamo.reset()

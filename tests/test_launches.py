@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from grpo_core import fused_loss, token_logp
+from tests.combinations import slow
 from tests.conftest import HAS_GPU
 from tests.launches import launches
 from tests.test_fused_loss import OBJECTIVES
@@ -32,6 +33,7 @@ STEPS: dict[str, tuple[str, list[str], list[str]]] = {
     "gmpo": ("gmpo", [], SEQUENCES),
     "sequence": ("sequence", ["ref_logp"], SEQUENCES),
 }
+QUICK = ("dapo", "rewards", "gspo")
 
 
 def given(packed: bool, *names: str) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def given(packed: bool, *names: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", [*QUICK, *slow(*(name for name in STEPS if name not in QUICK))])
 def test_a_step_launches_no_more(name: str, packed: bool) -> None:
     """Forward and backward together; torch's own root gradient is given, not launched."""
     objective, others, expected = STEPS[name]

@@ -16,6 +16,7 @@ from grpo_core.linear.logp import logp_from_hidden
 from grpo_core.linear.loss import loss_from_hidden
 from grpo_core.loss import compile
 from grpo_core.loss.inputs import LossInputs
+from tests.combinations import slow
 from tests.conftest import CPU_BACKEND
 from tests.test_fused_loss import OBJECTIVES
 from tests.test_linear_loss import FEW, HEADS, case, make_head, needed
@@ -79,10 +80,11 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "sampler": ("sampler, mask, entropy, exact KL", "padded", {}),
     "narrow logits": ("entropy", "scale", {"logits_dtype": torch.bfloat16}),
 }
+QUICK = ("everything", "sequences", "sampler")
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*QUICK, *slow(*(name for name in CASES if name not in QUICK))])
 def test_the_same_bits_without_a_graph_break(compiler: str, name: str) -> None:
     """Both plans, every kind of head, groups of equal rewards left out."""
     if compiler != "eager" and name not in ("matrix", "everything", "sampler"):
@@ -103,7 +105,7 @@ def test_the_same_bits_without_a_graph_break(compiler: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("compiler", "dtype"), [("eager", torch.bfloat16), ("aot_eager", torch.float16)]
+    ("compiler", "dtype"), [("eager", torch.bfloat16), *slow(("aot_eager", torch.float16))]
 )
 def test_frozen_and_narrow_heads(compiler: str, dtype: torch.dtype) -> None:
     """Only what asks for a gradient gets one; a loss scale comes before float16 rounds."""

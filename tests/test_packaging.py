@@ -61,6 +61,7 @@ import grpo_core.kernels.kl
 """
 
 
+@pytest.mark.slow
 def test_transformers_works_without_hugging_faces_kernels() -> None:
     """From the repository root, where a folder of that name lies."""
     assert python("-c", TRANSFORMERS, cwd=ROOT).strip() == "absent"

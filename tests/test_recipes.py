@@ -427,6 +427,7 @@ def arrived(values: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
     return same and function_of(surrogate.name) is surrogate.function, values
 
 
+@pytest.mark.slow
 def test_values_are_the_same_in_another_process() -> None:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         same, back = pool.submit(arrived, VALUES).result()

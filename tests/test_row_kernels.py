@@ -158,6 +158,7 @@ for launch in launches:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 def test_nothing_is_contracted_but_what_kernels_name() -> None:
     """What the compiler chooses differs between one pass and second phase, and so would bits."""

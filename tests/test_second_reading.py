@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 from bench.experiments.second_reading import CANDIDATES, Candidate, second_reading
 from grpo_core.kernels import launch, surrogates
 from grpo_core.kernels.records import Rows, Terms, TokenVectors
+from tests.combinations import slow
 from tests.compiled import uninterpreted
 from tests.conftest import HAS_GPU
 
@@ -25,10 +26,11 @@ WAYS = {
     "more than there is": Candidate(4, held=99, kept=999),
     "everything": Candidate(4, tiles=2, backwards=True, kept=1, held=1),
 }
+ALL = "everything"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *slow(torch.float32)])
+@pytest.mark.parametrize("way", [*slow(*(way for way in WAYS if way != ALL)), ALL])
 def test_no_bit_depends_on_how_a_row_is_read_again(way: str, dtype: torch.dtype) -> None:
     """Targets in the first tile, in what is held, last; beside and in place; as `row_loss`."""
     from grpo_core.kernels.row_loss import row_loss

@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 from grpo_core.kernels.launch import SEQUENCE_BLOCK
 from grpo_core.kernels.records import RowStats, SequenceTokens, Terms
+from tests.combinations import slow
 from tests.conftest import HAS_GPU
 from tests.test_fused_loss import OBJECTIVES
 
@@ -17,8 +18,10 @@ pytestmark = pytest.mark.usefixtures("poison")
 DEVICE = "cuda" if HAS_GPU else "cpu"
 
 
-@pytest.mark.parametrize("name", ["dapo", "gspo", "gmpo", "vespo", "sequence", "sequence token"])
-@pytest.mark.parametrize("order", ["padded", "packed", "mixed"])
+@pytest.mark.parametrize(
+    "name", ["sequence", *slow("dapo", "gspo", "gmpo", "vespo", "sequence token")]
+)
+@pytest.mark.parametrize("order", ["padded", *slow("packed", "mixed")])
 def test_long_sequences(name: str, order: str) -> None:
     """Longer than a block, as one program finds them and as plain PyTorch does."""
     from grpo_core.backends import pytorch as torch_backend

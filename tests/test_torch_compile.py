@@ -19,9 +19,11 @@ from grpo_core.loss import compile
 from grpo_core.loss.fused_loss import logp_from_logits, loss_from_logits
 from grpo_core.loss.inputs import LossInputs
 from grpo_core.objective.objective import Objective, Surrogate, function_of
-from tests.conftest import BACKENDS, CPU_BACKEND, is_interpreted
+from tests.combinations import slow
+from tests.conftest import BACKENDS, CPU_BACKEND, HAS_GPU, is_interpreted
 from tests.test_fused_loss import OBJECTIVES, case, moved, needed
 
+DEVICE = "cuda" if HAS_GPU else "cpu"
 INDUCTOR = pytest.param(
     "inductor",
     marks=[
@@ -29,7 +31,6 @@ INDUCTOR = pytest.param(
         pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
     ],
 )
-COMPILERS = ["eager", "aot_eager", INDUCTOR]
 
 
 def is_common(backend: str, compiler: str, name: str = "") -> bool:
@@ -42,6 +43,19 @@ def is_common(backend: str, compiler: str, name: str = "") -> bool:
     return on_cpu and name == "dapo"
 
 
+# (backend, compiler, name) of `make quick`, each a second or two
+QUICK = (
+    (CPU_BACKEND, "eager", "sampler, mask, entropy, exact KL"),
+    (CPU_BACKEND, "aot_eager", "gspo"),
+    ("torch", "eager", "grpo"),
+)
+
+
+quick_on_cpu = pytest.mark.parametrize(
+    "backend", [CPU_BACKEND, *slow("torch", "triton")], indirect=True
+)
+
+
 def over_compilers(*names: str) -> pytest.MarkDecorator:
     """Every backend, compiler and case; what is not common is rare."""
     cases = [
@@ -50,6 +64,7 @@ def over_compilers(*names: str) -> pytest.MarkDecorator:
             marks=[
                 *(INDUCTOR.marks if case[1] == "inductor" else ()),
                 *(() if is_common(*case) else (pytest.mark.rare,)),
+                *(() if case in QUICK else (pytest.mark.slow,)),
             ],
         )
         for case in product(
@@ -171,7 +186,8 @@ def test_new_sizes_and_numbers_compile_once_more(backend: str, device: str, comp
     assert counters["stats"]["unique_graphs"] == 2
 
 
-@pytest.mark.parametrize("compiler", COMPILERS)
+@quick_on_cpu
+@pytest.mark.parametrize("compiler", ["aot_eager", *slow("eager"), INDUCTOR])
 def test_token_logp_compiles(backend: str, device: str, compiler: str) -> None:
     def both(logits: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         return tuple(token_logp(logits, target, temperature=temperature, backend=backend))
@@ -189,6 +205,7 @@ def test_token_logp_compiles(backend: str, device: str, compiler: str) -> None:
     assert counters["stats"]["unique_graphs"] == 2
 
 
+@quick_on_cpu
 def test_the_operators_keep_their_promises(backend: str, device: str) -> None:
     """Schema, fake results and autograd, by torch's own check."""
     empty = dict.fromkeys(field.name for field in fields(LossInputs))
@@ -210,6 +227,7 @@ def test_the_operators_keep_their_promises(backend: str, device: str) -> None:
     )
 
 
+@quick_on_cpu
 def test_a_second_backward_and_one_scaled(backend: str, device: str) -> None:
     """The logits are kept, so both are right; a gradient of a gradient is refused."""
     buffer, arguments = case("padded", torch.float32)
@@ -228,17 +246,17 @@ def test_a_second_backward_and_one_scaled(backend: str, device: str) -> None:
         gradient.sum().backward()
 
 
-def test_what_a_graph_cannot_do_is_said(device: str) -> None:
+def test_what_a_graph_cannot_do_is_said() -> None:
     """Values are still looked at; what must be known beforehand is refused by name."""
-    logits = torch.randn(2, 3, 20, device=device)
+    logits = torch.randn(2, 3, 20, device=DEVICE)
     arguments = {
-        "target": torch.randint(0, 20, (2, 3), device=device),
+        "target": torch.randint(0, 20, (2, 3), device=DEVICE),
         "objective": "dapo",
-        "advantage": torch.ones(2, device=device),
+        "advantage": torch.ones(2, device=DEVICE),
     }
     compiled = torch.compile(step, fullgraph=True, backend="eager")
     for bad, message in (
-        ({"advantage": torch.ones(5, device=device)}, "advantage: expected shape"),
+        ({"advantage": torch.ones(5, device=DEVICE)}, "advantage: expected shape"),
         ({"target": arguments["target"] + 20, "validate": True}, "target: expected -100"),
         ({"inplace": True}, "inplace: expected False inside torch.compile"),
         ({"normalizer": -1.0}, "normalizer: expected a finite number > 0"),
@@ -253,11 +271,11 @@ def test_what_a_graph_cannot_do_is_said(device: str) -> None:
         torch.compile(made_inside, fullgraph=True, backend="eager")(logits, arguments)
 
 
-def test_an_objective_may_be_made_inside(device: str) -> None:
-    logits = torch.randn(2, 3, 20, device=device)
+def test_an_objective_may_be_made_inside() -> None:
+    logits = torch.randn(2, 3, 20, device=DEVICE)
     arguments = {
-        "target": torch.randint(0, 20, (2, 3), device=device),
-        "advantage": torch.ones(2, device=device),
+        "target": torch.randint(0, 20, (2, 3), device=DEVICE),
+        "advantage": torch.ones(2, device=DEVICE),
     }
 
     def made_inside(logits: Tensor) -> Tensor:

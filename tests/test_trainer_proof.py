@@ -27,6 +27,7 @@ from grpo_core.trainer.measure import Clock
 from grpo_core.trainer.rewards import FunctionReward, Scores
 from grpo_core.trainer.rollout import Problem, Rollout, Sampling
 from grpo_core.trainer.trainer import Trainer
+from tests.combinations import slow
 from tests.micro import MAX_NEW_TOKENS, draw_problems, micro_model, share_of_sevens
 from tests.test_trainer import WITH_KL, config
 
@@ -67,7 +68,7 @@ def looks(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", [*slow("naive", "logits"), "fused"])
 def test_at_a_learning_rate_of_zero_nothing_moves(loss: Any) -> None:
     """The control: weights and answers keep every bit, ratio and KL stay where they start."""
     start = {name: value.clone() for name, value in micro_model().state_dict().items()}
@@ -90,6 +91,7 @@ def test_at_a_learning_rate_of_zero_nothing_moves(loss: Any) -> None:
         assert looks(moving.model)[name][0] != history[0]["held_out"][name][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.rare) for n in (1, 2))])
 def test_permuted_rewards_stay_far_below_true_ones(seed: int) -> None:
     """Everything the same but which completion gets which reward."""

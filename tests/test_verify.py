@@ -24,12 +24,13 @@ from grpo_core.verify.__main__ import main
 from grpo_core.verify.accuracy import QUANTITIES, compare_confident, exact_tokens
 from grpo_core.verify.inputs import LARGEST_MARGIN, OBJECTIVES, one_per_plan, set_margins
 from tests import oracles
+from tests.combinations import slow
 from tests.conftest import HAS_GPU, HAS_TRITON
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("vocabulary", ["2", "257"])
+@pytest.mark.parametrize("vocabulary", [*slow("2"), "257"])
 def test_what_is_right_passes(
     backend: str, vocabulary: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,6 +135,7 @@ def test_a_wrong_kernel_fails(
     )
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_writes_every_comparison(tmp_path: Path) -> None:
     """Each recipe, quantity and claim has a line, none is wider than 100 columns."""
     file = tmp_path / "found.json"
@@ -160,6 +162,7 @@ def test_the_command_prints_a_table_and_writes_every_comparison(tmp_path: Path) 
     assert all(one["ok"] for one in checks)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(HAS_GPU or not HAS_TRITON, reason="asks for what needs a GPU")
 def test_without_a_gpu_it_says_how_to_interpret() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -175,6 +178,7 @@ def test_without_a_gpu_it_says_how_to_interpret() -> None:
     assert "TRITON_INTERPRET=1" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_one_line() -> None:
     """Like the other commands, also while it imports; `inspect` shares the way."""
     # interpreted kernels are not inspected
