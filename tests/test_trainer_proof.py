@@ -266,7 +266,7 @@ def test_every_loss_draws_the_same_curve() -> None:
     }
     assert curves["logits"] == curves["fused"]
     assert curves["naive"][:4] == curves["fused"][:4]
-    assert curves["naive"] == pytest.approx(curves["fused"], abs=0.1)
+    assert curves["naive"] == pytest.approx(curves["fused"], abs=0.2)
     for curve in curves.values():
         assert curve[-1] > curve[0] + 0.4
 
