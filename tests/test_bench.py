@@ -750,7 +750,8 @@ def test_a_small_run_from_start_to_end(tmp_path: Path):
         info = one["extra_info"]
         assert one["options"]["timer"] == "clock"
         assert info["ratio_to_floor"] > 0
-        if not info["from_hidden"]:
+        # PyTorch does not see what kernels of Numba move
+        if not info["from_hidden"] and not info["contender"].startswith("ours-cpu"):
             assert info["bytes_per_logit_issued"] >= info["bytes_per_logit"] > 0
         # said while it runs, and in the table
         assert run.stdout.count(f"{one['group']}: {info['contender']}\n") == 1
