@@ -182,6 +182,31 @@ def test_the_entropy_of_a_broken_row_is_not_that_of_a_certain_one(
 
 
 @ON_CPU
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+def test_an_infinite_kl_that_is_only_measured_leaves_the_gradient_alone(
+    backend: str, entropy_coef: float
+) -> None:
+    """With beta 0; in the last row the forbidden token is nearly certain."""
+    logits, ref_logits = torch.randn(3, 70), torch.randn(3, 70)
+    logits[2, 7] = 30.0
+    ref_logits[0, 5:9] = ref_logits[2, 7] = -math.inf
+    given = {
+        "objective": RECIPES["grpo"].replace(beta=0.0, entropy_coef=entropy_coef, kl="exact"),
+        "advantage": torch.ones(3),
+        "sequence_id": torch.arange(3),
+        "backend": backend,
+    }
+    found = []
+    for reference in (ref_logits, None):
+        leaf = logits.clone().requires_grad_()
+        out = fused_loss(leaf, torch.tensor([1, 2, 3]), ref_logits=reference, **given)
+        out.loss.backward()
+        found.append(leaf.grad)
+        assert out.metrics["nonfinite_rows"] == 0
+    assert torch.equal(*found)
+
+
+@ON_CPU
 def test_a_masked_token_of_a_broken_sequence_has_ratio_0(backend: str) -> None:
     """The ratio of the sequence is NaN, and every token that counts is left out."""
     logits = torch.zeros(1, 3, 5)

@@ -95,8 +95,7 @@ def read_pair(logits, start, ref_logits, ref_start, V, target, scale, block, ref
             ref_total *= 2.0**shift
             ref_anchor = ref_top
         if not top <= anchor:
-            shift = (np.float64(anchor) - np.float64(top)) * scale
-            gap = 2.0**shift * (gap + shift * total) if total > 0 else 0.0
+            _, gap = rebase(anchor, top, scale, total, gap)
             total, moment = rebase(anchor, top, scale, total, moment)
             anchor = top
         powers, moments = sum_powers(block, count, anchor, np.float32(scale))
@@ -245,16 +244,16 @@ def write_gradient(
         if z > 0 and entropy < SURE:
             sure, below, moment = read_below_sure(logits, start, V, target, scale, anchor, block)
             at_sure = inverse * dentropy * LN2 * moment / (1 + below) ** 2
-    if ref_logits is not None:
+    # a KL that is only measured may be infinite
+    if ref_logits is not None and dkl != 0:
         ref_log_total = math.log(np.float64(ref_total))
         ref_z = target_gap(ref_logits, ref_start, target, scale, ref_anchor, ref_log_total)
-        if dkl != 0:
-            ref_logp, ref_log_share, _, _ = sides(ref_z)
-            if p_target > 0:
-                at_target += inverse * dkl * p_target * (logp - ref_logp - kl)
-            gap = log_share - ref_log_share - log_total + ref_log_total
-            factor += dkl * weight * (gap - kl)
-            gap_factor = dkl * weight * LN2
+        ref_logp, ref_log_share, _, _ = sides(ref_z)
+        if p_target > 0:
+            at_target += inverse * dkl * p_target * (logp - ref_logp - kl)
+        gap = log_share - ref_log_share - log_total + ref_log_total
+        factor += dkl * weight * (gap - kl)
+        gap_factor = dkl * weight * LN2
         if sure >= 0:
             ref_logit = np.float64(widen(ref_logits[ref_start + sure]))
             at_sure -= gap_factor * (ref_logit - np.float64(ref_anchor)) * scale

@@ -299,11 +299,16 @@ def weigh_powers(block, count, anchor, scale, factor, log_factor):
 
 @compiled(fastmath={"contract"})
 def weigh_gaps(block, ref_block, count, anchor, ref_anchor, scale, factor, log_factor, gap_factor):
-    """Replaces each logit by (factor + log_factor·c + gap_factor·(c − c_ref))·2^c."""
+    """Replaces each logit by (factor + log_factor·c + gap_factor·(c − c_ref))·2^c.
+
+    With a gap_factor of 0 a token that the reference forbids counts like any other.
+    """
     widest()
     for j in range(whole(count)):
         c = centre(block[j], anchor, scale)
         power = exp2(c)
         gap = c - distance(ref_block[j], ref_anchor, scale)
-        slope = factor + log_factor * c + gap_factor * gap
+        slope = factor + log_factor * c
+        if gap_factor != 0:
+            slope += gap_factor * gap
         block[j] = power * slope if power > 0 else np.float32(0.0)
