@@ -14,9 +14,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.batch import CASES, TRAINED, Batch, dtype_name
+from bench.batch import CASES, TRAINED, Batch, Case, dtype_name
 from bench.bench_loss import Products
-from bench.contenders import Contender, contenders
+from bench.contenders import contenders
 from bench.machine import clock, device_name
 from grpo_core import token_logp
 from grpo_core.cli.options import Parser
@@ -47,9 +47,9 @@ def ratio(ours: Call, other: Call, rounds: int, prepare: Call | None = None) -> 
     return statistics.median(found)
 
 
-def calls(batch: Batch, case: object) -> dict[str, Call]:
+def calls(batch: Batch, case: Case) -> dict[str, Call]:
     """The contenders of a case by their names."""
-    return {one.name: one.call(batch, case) for one in contenders("cpu", case)}  # type: ignore[arg-type]
+    return {one.name: one.call(batch, case) for one in contenders("cpu", case)}
 
 
 def forward(batch: Batch) -> Call:
@@ -93,9 +93,8 @@ def against_products(rounds: int) -> float:
     """From hidden states, over the bare products into memory that is already in use."""
     N, V, D = HIDDEN_SHAPE
     batch = Batch.draw(N, V, torch.float32, "cpu", D)
-    fast = next(one for one in contenders("cpu", TRAINED) if one.name == "ours-fast")
-    assert isinstance(fast, Contender)
-    return ratio(fast.call(batch, TRAINED), Products(batch, TRAINED), rounds)
+    fast = calls(batch, TRAINED)["ours-fast"]
+    return ratio(fast, Products(batch, TRAINED), rounds)
 
 
 def main() -> None:

@@ -39,6 +39,14 @@ class Rows:
             return cls(logits, N, V, max(N, 1), 0, row_stride)
         return cls(logits, N, V, max(T, 1), batch_stride, row_stride)
 
+    @property
+    def extent(self) -> int:
+        """Elements of memory from the first logit to the last."""
+        if not self.logits.numel():
+            return 0
+        sizes = zip(self.logits.shape, self.logits.stride(), strict=True)
+        return 1 + sum((n - 1) * stride for n, stride in sizes)
+
     def aligned_with(self, other: Rows) -> Rows:
         """These rows, or a copy, with the same offsets from multiples of 16 bytes as `other`."""
         size = self.logits.element_size()
@@ -51,8 +59,7 @@ class Rows:
         if all((a - b) % width == 0 for a, b in zip(place(self), place(other), strict=True)):
             return self
         shape, strides = other.logits.shape, other.logits.stride()
-        extent = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-        memory = self.logits.new_empty(extent + width)
+        memory = self.logits.new_empty(other.extent + width)
         start = (place(other)[0] - memory.data_ptr() // size) % width
         return Rows.of(memory.as_strided(shape, strides, start).copy_(self.logits))
 

@@ -270,5 +270,5 @@ def sequence_loss(stats: RowStats, tokens: SequenceTokens, terms: Terms) -> RowL
 
 
 def _readable(target: Tensor, V: int) -> Tensor:
-    """Where the target is a word."""
+    """Where the target is a column of the logits."""
     return (target >= 0) & (target < V)

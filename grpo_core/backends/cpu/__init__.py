@@ -6,6 +6,8 @@ mean. Read `rows.py` first, then `vectors.py`, the loops that a row's time goes 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -59,6 +61,8 @@ def row_loss(
     kl_estimator = compile_kl(terms.kl) if estimated else None
     if surrogate is None or (estimated and kl_estimator is None):
         return _loss_in_two_readings(rows, tokens, temperature, terms, dlogits, ref_rows)
+    if dlogits is None:
+        dlogits = rows.logits.new_empty(0, rows.V)
     vectors = tokens.weight.new_zeros(10, rows.N)
     dropped = vectors.new_zeros(rows.N, dtype=torch.bool)
     run(
@@ -67,9 +71,7 @@ def row_loss(
         rows.V,
         *_array(rows),
         *_array(ref_rows),
-        *_array(
-            _gradient_rows(rows, rows.logits.new_empty(0, rows.V) if dlogits is None else dlogits)
-        ),
+        *_array(_gradient_rows(rows, dlogits)),
         rows.V,
         LOG2E / temperature,
         tokens.target.numpy(),
@@ -153,9 +155,7 @@ def row_dlogits(
 def _gradient_rows(rows: Rows, dlogits: Tensor) -> Rows:
     """The gradient lies as the logits do, being them, or is contiguous."""
     if dlogits.stride() == rows.logits.stride():
-        return Rows(
-            dlogits, rows.N, rows.V, rows.rows_per_batch, rows.batch_stride, rows.row_stride
-        )
+        return replace(rows, logits=dlogits)
     return Rows.of(dlogits)
 
 
@@ -163,11 +163,7 @@ def _array(rows: Rows | None) -> tuple[np.ndarray | None, Place]:
     """The memory from the first logit to the last as one array, and the place of rows in it."""
     if rows is None:
         return None, (1, 0, 0)
-    logits, extent = rows.logits.detach(), 0
-    if logits.numel():
-        sizes = zip(logits.shape, logits.stride(), strict=True)
-        extent = 1 + sum((n - 1) * stride for n, stride in sizes)
-    flat = _words(logits.as_strided((extent,), (1,)))
+    flat = _words(rows.logits.detach().as_strided((rows.extent,), (1,)))
     return flat, (rows.rows_per_batch, rows.batch_stride, rows.row_stride)
 
 
