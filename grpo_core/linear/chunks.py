@@ -51,13 +51,14 @@ def loss_over_chunks(work: Workspace, tokens: Tokens) -> LossRows:
     depends on other rows (sequence-level ratios, top entropy), these rows are a segment: one chunk
     of whole sequences, or several chunks, whose logits are then computed twice.
     """
-    kernels, T, beta = work.call.kernels, work.call.temperature, work.call.exact_beta
+    T, beta = work.call.temperature, work.call.exact_beta
     results = []
     scale = work.choose_loss_scale(tokens.weight)
     scaled = tokens if scale is None else tokens.scale_weights(scale)
     for segment in _segments(work, tokens):
         start, stop = segment[0].start, segment[-1].stop
         place = slice(start, stop)
+        kernels = work.kernels_of(place)
         if not tokens.needs_statistics:
             # one pass over the logits computes both the loss and dlogits
             logits, ref_logits = work.make_logits(place)

@@ -34,7 +34,7 @@ def loss_over_slices(work: Workspace, tokens: Tokens) -> LossRows:
         target, (_, ref) = call.target[chunk], work.rows_of(chunk)
         vectors = [gather_target_logits(work.logits, target)]
         if ref is not None:
-            ref_logp = call.kernels.row_stats(ref, target, T).logp
+            ref_logp = work.kernels_of(chunk).row_stats(ref, target, T).logp
             vectors += [gather_target_logits(ref.logits, target), ref_logp]
         return vectors
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from grpo_core.backends import Backend, choose_backend
+from grpo_core.backends.wrapper import Kernels, kernels_at
 from grpo_core.kernels.records import RowGradients, Rows, RowStats
 from grpo_core.linear.head import HEAD_DTYPES, LinearHead
 from grpo_core.linear.matmuls import LEAST_ROWS, HeadProducts, Plan, choose_layout
@@ -30,7 +30,7 @@ class LinearCall:
     memory_budget: int | None
     logits_dtype: torch.dtype
     autocast: torch.dtype | None  # of products under torch.autocast; None outside of it
-    kernels: ModuleType
+    kernels: Kernels
     wanted: tuple[bool, ...] = (False,) * 5  # which `Gradients`
     reference: tuple[Tensor, LinearHead] | None = None  # states and head, for the exact KL
     exact_beta: float | None = None  # weight of the exact KL; None without one
@@ -63,7 +63,8 @@ class LinearCall:
         """The call over some of its rows, [k] int64."""
         tokens = None if self.tokens is None else self.tokens.select(some)
         rows = some if self.rows is None else self.rows[some]
-        return replace(self, target=self.target[some], rows=rows, tokens=tokens)
+        kernels = kernels_at(self.kernels, some)
+        return replace(self, target=self.target[some], rows=rows, tokens=tokens, kernels=kernels)
 
 
 class Workspace:
@@ -149,11 +150,15 @@ class Workspace:
         """Where the gradient of the chunk in the buffers goes; None if there is none."""
         return None if self.dlogits is None else self.dlogits[: chunk.stop - chunk.start]
 
+    def kernels_of(self, chunk: slice) -> Any:
+        """The row functions for a chunk."""
+        return kernels_at(self.call.kernels, chunk)
+
     def read_statistics(self, chunk: slice) -> RowStats:
         """Computes the logits of a chunk and reads their statistics."""
         logits, ref_logits = self.make_logits(chunk)
         target, T = self.call.target[chunk], self.call.temperature
-        return self.call.kernels.row_stats(logits, target, T, ref_logits)
+        return self.kernels_of(chunk).row_stats(logits, target, T, ref_logits)
 
     def differentiate(
         self, chunk: slice, target: Tensor, row_gradients: RowGradients, stats: RowStats
@@ -161,7 +166,9 @@ class Workspace:
         """Computes dlogits of the chunk in the buffers and adds its gradients."""
         (logits, ref_logits), T = self.rows_of(chunk), self.call.temperature
         dlogits = self.dlogits_of(chunk)
-        self.call.kernels.row_dlogits(logits, target, T, row_gradients, stats, dlogits, ref_logits)
+        self.kernels_of(chunk).row_dlogits(
+            logits, target, T, row_gradients, stats, dlogits, ref_logits
+        )
         self.add_gradients(chunk, row_gradients)
 
     def add_gradients(self, chunk: slice, row_gradients: RowGradients) -> None:

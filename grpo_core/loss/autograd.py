@@ -8,13 +8,13 @@ because without the loss scale, which is part of grad_output, it would underflow
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from grpo_core.backends.wrapper import Kernels
 from grpo_core.kernels.records import RowGradients, RowLoss, Rows, RowStats
 from grpo_core.loss.inputs import LOGIT_DTYPES
 from grpo_core.loss.tokens import Tokens
@@ -28,7 +28,7 @@ class Call:
     ref_logits: Tensor | None
     temperature: float
     inplace: bool
-    kernels: ModuleType
+    kernels: Kernels
 
     @property
     def ref_rows(self) -> Rows | None:
@@ -64,9 +64,7 @@ def evaluate(rows: Rows, call: Call, dlogits: Tensor | None) -> tuple[RowLoss, T
     return result, tokens
 
 
-def loss_of_statistics(
-    stats: RowStats, given: Tokens, kernels: ModuleType
-) -> tuple[RowLoss, Tokens]:
+def loss_of_statistics(stats: RowStats, given: Tokens, kernels: Kernels) -> tuple[RowLoss, Tokens]:
     """The loss on vectors, from the statistics of all rows that it needs."""
     logp, entropy = stats.logp, stats.entropy
     tokens = given.with_statistics(logp, entropy)

@@ -6,6 +6,7 @@ mean. Read `rows.py` first, then `vectors.py`, the loops that a row's time goes 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +17,8 @@ from grpo_core.backends.cpu.compiler import run
 from grpo_core.backends.cpu.formulas import compile_kl, compile_surrogate, pad
 from grpo_core.backends.cpu.rows import kernels
 from grpo_core.backends.cpu.vectors import LOG2E
-from grpo_core.backends.pytorch import row_scale, sequence_loss, token_loss
+from grpo_core.backends.pytorch import row_scale, sequence_loss
+from grpo_core.backends.wrapper import loss_in_two_readings
 from grpo_core.kernels.records import RowGradients, RowLoss, Rows, RowStats, Terms, TokenVectors
 
 __all__ = ["row_dlogits", "row_loss", "row_scale", "row_stats", "sequence_loss"]
@@ -60,7 +62,9 @@ def row_loss(
     estimated = tokens.ref_logp is not None and terms.kl is not None
     kl_estimator = compile_kl(terms.kl) if estimated else None
     if surrogate is None or (estimated and kl_estimator is None):
-        return _loss_in_two_readings(rows, tokens, temperature, terms, dlogits, ref_rows)
+        # PyTorch evaluates a formula that was not compiled
+        this = sys.modules[__name__]
+        return loss_in_two_readings(this, rows, tokens, temperature, terms, dlogits, ref_rows)
     if dlogits is None:
         dlogits = rows.logits.new_empty(0, rows.V)
     vectors = tokens.weight.new_zeros(10, rows.N)
@@ -91,32 +95,6 @@ def row_loss(
     )
     logp, entropy, ratio, kl, loss, dlogp = vectors[:6]
     return RowLoss(logp, entropy, ratio, kl, loss, dlogp, dropped, vectors[6:])
-
-
-def _loss_in_two_readings(
-    rows: Rows,
-    tokens: TokenVectors,
-    temperature: float,
-    terms: Terms,
-    dlogits: Tensor | None,
-    ref_rows: Rows | None,
-) -> RowLoss:
-    """`row_loss` of a formula that was not compiled: PyTorch evaluates it between two kernels."""
-    target = torch.where(tokens.weight != 0, tokens.target, -1)
-    stats = row_stats(rows, target, temperature, ref_rows)
-    log_ratio = stats.logp - (stats.logp if tokens.old_logp is None else tokens.old_logp)
-    token = token_loss(stats.logp, log_ratio, tokens, stats.entropy, stats.kl, terms)
-    read = (target >= 0) & (target < rows.V)
-    loss, dlogp, kl, ratio = (
-        torch.where(read, vector, 0.0)
-        for vector in (token.loss, token.dlogp + token.dlog_ratio, token.kl, log_ratio.exp())
-    )
-    dropped = token.dropped & read
-    if dlogits is not None:
-        exact_beta = None if ref_rows is None else terms.beta
-        row_gradients = tokens.row_gradients(dlogp, dropped, exact_beta)
-        row_dlogits(rows, target, temperature, row_gradients, stats, dlogits, ref_rows)
-    return RowLoss(stats.logp, stats.entropy, ratio, kl, loss, dlogp, dropped, stats.state)
 
 
 def row_dlogits(
