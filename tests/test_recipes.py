@@ -28,11 +28,11 @@ from grpo_core import (
     clip,
 )
 from grpo_core.loss.reference import reference_loss
-from grpo_core.objective.objective import KL, RatioLevel, Surrogate, function_of
+from grpo_core.objective.objective import RatioLevel, SampledKL, Surrogate, function_of
 from tests import oracles
 
 B, T, V = 6, 7, 23
-SAMPLED_KLS = [kl for kl in get_args(KL) if kl != "exact"]
+SAMPLED_KLS = get_args(SampledKL)
 REWARDS = [1.0, 0.0, 0.25, 1.0, 1.0, 1.0]
 LENGTHS = [7, 3, 1, 5, 0, 2]
 

@@ -29,7 +29,7 @@ from grpo_core.inspect.loops import Loop, loops
 from grpo_core.inspect.sass import sass
 from grpo_core.loss.fused_loss import fused_loss, token_logp
 from grpo_core.objective.advantage import group_advantages
-from grpo_core.objective.objective import KL, Objective
+from grpo_core.objective.objective import Objective, SampledKL
 from grpo_core.objective.policy_factor import PolicyFactor
 from grpo_core.objective.recipes import RECIPES, dppo_kl
 
@@ -172,10 +172,9 @@ def _formulas() -> Iterator[tuple[str, dict[str, Any]]]:
     used.append(dppo_kl(0.05, 0.05))
     surrogates = {surrogate.function: surrogate for surrogate in used}
     for function, surrogate in surrogates.items():
-        for kl in get_args(KL) if function.__name__ == "clip" else ("k3",):
-            if kl != "exact":
-                changes = {"surrogate": surrogate, "kl": kl, "kl_times_ratio": True}
-                yield f"{function.__name__} {kl}", changes
+        for kl in get_args(SampledKL) if function.__name__ == "clip" else ("k3",):
+            changes = {"surrogate": surrogate, "kl": kl, "kl_times_ratio": True}
+            yield f"{function.__name__} {kl}", changes
     yield "factor", {"factor": PolicyFactor(off_policy_delta=1.0)}
     yield "token clip", {"token_clip": (0.4, 0.4)}
     yield "sequence token", {"ratio_level": "sequence_token"}

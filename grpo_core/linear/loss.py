@@ -44,6 +44,7 @@ def fused_linear_loss(
     ref_logp: Tensor | None = None,
     ref_hidden: Tensor | None = None,
     ref_lm_head: Tensor | LinearHead | None = None,
+    ref_topk: tuple[Tensor, Tensor] | None = None,
     sampler_logp: Tensor | None = None,
     mask: Tensor | None = None,
     sequence_id: Tensor | None = None,
@@ -75,6 +76,7 @@ def fused_linear_loss(
         ref_hidden, ref_lm_head: instead of `ref_logp`, hidden states of the reference policy,
             shaped like target with any D, and its matrix (None: `lm_head`); one product more.
             kl="exact" needs them.
+        ref_topk: as in `fused_loss`, no product more; by the fast plan only.
         plan: "fast" takes 3 products with a trained head and holds a float32 sum of its gradient;
             "lean" takes 4 and does not. None means fast if its memory fits, else lean.
         memory_budget: bytes to hold beyond inputs and returned gradients, as far as that is
@@ -89,7 +91,8 @@ def fused_linear_loss(
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
-        NotImplementedError: a backend asked for by name that cannot run here.
+        NotImplementedError: a backend asked for by name that cannot run here; plan="lean" with
+            `ref_topk`.
 
     Source: see `fused_loss`; gradients in the forward of a fused head: Liger (arXiv 2410.10989).
     """
@@ -102,6 +105,7 @@ def fused_linear_loss(
         group_id=group_id,
         old_logp=old_logp,
         ref_logp=ref_logp,
+        ref_topk=ref_topk,
         sampler_logp=sampler_logp,
         mask=mask,
         sequence_id=sequence_id,
@@ -150,6 +154,8 @@ def loss_from_hidden(
         # computed below, when the rows are known
         inputs = replace(inputs, ref_logp=torch.zeros(target.shape, device=hidden.device))
     tokens = inputs.tokens(logits, logit_dtypes=HEAD_DTYPES)
+    if inputs.ref_topk is not None and plan == "lean":
+        raise NotImplementedError('plan: expected "fast" or None with ref_topk, got "lean"')
     without_gradient = tokens.has_no_gradient()
     options: dict[str, Any] = {
         "temperature": float(inputs.temperature),
@@ -171,11 +177,12 @@ def loss_from_hidden(
         target=tokens.target,
         tokens=tokens,
         reference=reference if exact else None,
-        exact_beta=float(inputs.objective.beta) if exact else None,
-        plan=plan,
+        exact_beta=float(inputs.objective.beta) if inputs.objective.has_row_kl else None,
+        plan="fast" if inputs.ref_topk is not None else plan,
         wanted=tuple(enabled and x is not None and x.requires_grad for x in tensors),
         **options,
     )
+    call = replace(call, kernels=inputs.with_topk(call.kernels))
     first = _call_of_rows(call, tokens, tokens.valid & ~without_gradient)
     results = LossRows(*FusedLinearLoss.apply(first, head, *tensors))
     parts = [(first, results)]
@@ -242,6 +249,8 @@ def _check_reference(
         return None
     if inputs.ref_logp is not None:
         raise ValueError("ref_hidden: expected None with ref_logp, got both")
+    if spec.reference == "ref_topk":
+        raise ValueError(f"ref_hidden: expected None for kl = {spec.kl!r}, which takes ref_topk")
     check_hidden("ref_hidden", ref_hidden, hidden)
     ref = check_head("ref_lm_head", head if ref_lm_head is None else ref_lm_head, ref_hidden)
     if spec.kl == "exact" and ref.V != head.V:

@@ -43,7 +43,7 @@ class Call:
 
     def row_gradients(self, result: RowLoss, tokens: Tokens) -> RowGradients:
         """The derivatives of the loss by each statistic of a row."""
-        exact_beta = None if self.ref_logits is None else float(tokens.objective.beta)
+        exact_beta = float(tokens.objective.beta) if tokens.objective.has_row_kl else None
         return tokens.row_gradients(result.dlogp, result.dropped, exact_beta)
 
 

@@ -47,6 +47,7 @@ def fused_loss(
     old_logp: Tensor | None = None,
     ref_logp: Tensor | None = None,
     ref_logits: Tensor | None = None,
+    ref_topk: tuple[Tensor, Tensor] | None = None,
     sampler_logp: Tensor | None = None,
     mask: Tensor | None = None,
     sequence_id: Tensor | None = None,
@@ -82,7 +83,11 @@ def fused_loss(
         ref_logp: shaped like target, nats; needed if the objective's beta is not 0, otherwise only
             reported as `kl`. For kl="exact" give instead:
         ref_logits: shaped like logits, any of their dtypes, at the same temperature; read once,
-            beside the logits.
+            beside the logits. For kl="topk" and kl="topk_tail":
+        ref_topk: (ids, logp), the K tokens that a teacher holds likely in each row, [B, T, K] or
+            [N, K] integers, and their log-probabilities, nats, of the whole vocabulary and at the
+            same temperature. A row with fewer tokens is filled up with id -1 or logp -inf. The rows
+            are read twice and written once.
         sampler_logp: shaped like target, nats, of the sampling engine; needed by `factor.sampler`
             and `factor.rejections`, otherwise only reported. They remove tokens for which it is NaN
             or infinite. Without `old_logp` they compare the policy itself, in two phases.
@@ -125,6 +130,7 @@ def fused_loss(
         old_logp=old_logp,
         ref_logp=ref_logp,
         ref_logits=ref_logits,
+        ref_topk=ref_topk,
         sampler_logp=sampler_logp,
         mask=mask,
         sequence_id=sequence_id,
@@ -154,7 +160,7 @@ def loss_from_logits(logits: Tensor, inputs: LossInputs, inplace: bool = False) 
         prepare_reference(inputs.ref_logits, logits, inplace),
         temperature=float(inputs.temperature),
         inplace=inplace,
-        kernels=choose_backend(inputs.backend, logits),
+        kernels=inputs.with_topk(choose_backend(inputs.backend, logits)),
     )
     wants_gradient = logits.requires_grad and torch.is_grad_enabled()
     logits = make_readable(logits)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from grpo_core.backends import Backend
+from grpo_core.backends.topk import TopK
+from grpo_core.backends.wrapper import Kernels
 from grpo_core.loss.tokens import IGNORE, Tokens
 from grpo_core.objective.advantage import estimate_advantages
 from grpo_core.objective.objective import Objective
@@ -22,6 +24,7 @@ from grpo_core.objective.validation import (
     check_integers,
     check_mask,
     check_tensor,
+    check_topk,
     is_number,
     must_validate,
     raise_first,
@@ -44,6 +47,7 @@ class LossInputs:
     old_logp: Tensor | None = None
     ref_logp: Tensor | None = None
     ref_logits: Tensor | None = None
+    ref_topk: tuple[Tensor, Tensor] | None = None
     sampler_logp: Tensor | None = None
     mask: Tensor | None = None
     sequence_id: Tensor | None = None
@@ -100,6 +104,8 @@ class LossInputs:
             assert given is not None
             advantage = given
         flat, valid = target.reshape(-1), find_unmasked(target, self.mask)
+        if self.ref_topk is not None:
+            check_topk(self.ref_topk, logits, valid, self.validate)
         bad_target = valid & ((flat < 0) | (flat >= logits.shape[-1]))
         tokens = Tokens(
             objective=self.objective,
@@ -132,6 +138,14 @@ class LossInputs:
             return None
         return self.rewards.detach(), groups
 
+    def with_topk(self, kernels: Kernels) -> Kernels:
+        """The row functions with the KL to the tokens of `ref_topk`, if that is given."""
+        if self.ref_topk is None:
+            return kernels
+        ids, logp = (x.detach().reshape(-1, x.shape[-1]) for x in self.ref_topk)
+        spec = self.objective
+        return TopK(kernels, ids.long(), logp.float(), spec.interpolation, spec.kl == "topk_tail")
+
     def _check_policies(self, logits: Tensor) -> None:
         """Checks for advantages or rewards, and for the policies that the objective needs."""
         spec = self.objective
@@ -144,16 +158,21 @@ class LossInputs:
             groups = getattr(self, name)
             if groups is not None and self.rewards is None:
                 raise ValueError(f"{name}: expected None without rewards, got {groups!r}")
-        exact = spec.kl == "exact"
-        name = "ref_logits" if exact else "ref_logp"
+        name = spec.reference
         if spec.beta and getattr(self, name) is None:
+            expected = "(ids, logp)" if name == "ref_topk" else "a tensor"
             raise ValueError(
-                f"{name}: expected a tensor for beta = {spec.beta}, got None (or replace beta by 0)"
+                f"{name}: expected {expected} for beta = {spec.beta}, got None (or replace beta by "
+                "0)"
             )
-        if exact and self.ref_logp is not None:
-            raise ValueError("ref_logp: expected None for kl = 'exact', which takes ref_logits")
+        if name != "ref_logp" and self.ref_logp is not None:
+            raise ValueError(f"ref_logp: expected None for kl = {spec.kl!r}, which takes {name}")
+        if name != "ref_topk" and self.ref_topk is not None:
+            raise ValueError(
+                f"ref_topk: expected None for kl = {spec.kl!r}; use kl='topk_tail' or kl='topk'"
+            )
         if self.ref_logits is not None:
-            if not exact:
+            if name != "ref_logits":
                 raise ValueError(
                     f"ref_logits: expected None for kl = {spec.kl!r}; use kl='exact', or give "
                     "ref_logp=token_logp(ref_logits, target, ...).logp"

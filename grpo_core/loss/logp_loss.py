@@ -48,8 +48,8 @@ def logp_loss(
 
     Args:
         logp: [B, T], or packed [N] with `sequence_id`; floating point, nats.
-        objective: an `Objective`, or the name of one in `RECIPES`; any but kl="exact", which needs
-            the logits.
+        objective: an `Objective`, or the name of one in `RECIPES`; any but with kl="exact",
+            "topk" or "topk_tail", which need the logits.
         entropy: shaped like logp, nats; needed by an entropy bonus and by `factor.top_entropy`.
         factor: shaped like logp, a constant that multiplies the surrogate of each unmasked token,
             in addition to `objective.factor`.
@@ -161,9 +161,9 @@ class _WithGradients(torch.autograd.Function):
 
 def _check_terms(spec: Objective, entropy: Tensor | None) -> None:
     """Raises ValueError if the objective needs more than log-probabilities."""
-    if spec.kl == "exact":
+    if spec.has_row_kl:
         raise ValueError(
-            "objective: expected any kl but 'exact', which needs logits: use fused_loss or "
+            f"objective: expected any kl but {spec.kl!r}, which needs logits: use fused_loss or "
             "fused_linear_loss"
         )
     for name, needs in (

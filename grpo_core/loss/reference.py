@@ -13,6 +13,7 @@ from torch import Tensor
 
 from grpo_core.backends import sequence_ratio
 from grpo_core.backends.formula import as_torch
+from grpo_core.backends.topk import LEAST_TAIL, add_tail, divergence
 from grpo_core.loss.inputs import LOGIT_DTYPES, LossInputs
 from grpo_core.loss.outputs import LossOutput
 from grpo_core.loss.tokens import Tokens
@@ -47,12 +48,13 @@ def reference_loss(
         for x in (logits, inputs.ref_logits)
     )
     assert rows is not None
-    loss, vectors, finite, tokens = _evaluate(rows, ref, tokens)
+    reference = ref if inputs.ref_topk is None else inputs.ref_topk
+    loss, vectors, finite, tokens = _evaluate(rows, reference, tokens)
     kept = tokens.valid & finite
     if not finite.all():
         # once more without the dropped rows, or 0·NaN would reach the gradient
         rows = rows.masked_fill(~kept[:, None], 0.0)
-        loss, *_ = _evaluate(rows, ref, tokens, kept)
+        loss, *_ = _evaluate(rows, reference, tokens, kept)
     shape, valid = target.shape, tokens.valid
     shown = (torch.where(valid, vector.detach(), 0.0).view(shape) for vector in vectors)
     logp, entropy, ratio, kl = shown
@@ -61,7 +63,10 @@ def reference_loss(
 
 
 def _evaluate(
-    rows: Tensor, ref: Tensor | None, tokens: Tokens, kept: Tensor | None = None
+    rows: Tensor,
+    ref: Tensor | tuple[Tensor, Tensor] | None,
+    tokens: Tokens,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor], Tensor, Tokens]:
     """(loss, (logp, entropy, ratio, kl), finite, tokens) with a graph back to `rows` [N, V].
 
@@ -74,7 +79,11 @@ def _evaluate(
     with torch.set_grad_enabled(torch.is_grad_enabled() and spec.entropy_coef != 0):
         # 0·log 0 = 0
         entropy = -(log_softmax.exp() * log_softmax.clamp(min=-1e30)).sum(1)
-    exact_kl = None if ref is None else _exact_kl(log_softmax, torch.log_softmax(ref, dim=-1))
+    exact_kl = None
+    if isinstance(ref, tuple):
+        exact_kl = _topk_kl(log_softmax, *ref, spec)
+    elif ref is not None:
+        exact_kl = _exact_kl(log_softmax, torch.log_softmax(ref, dim=-1))
     if kept is None and tokens.needs_statistics:
         tokens = tokens.with_statistics(logp.detach(), entropy.detach())
     log_ratio = logp - (logp.detach() if tokens.old_logp is None else tokens.old_logp)
@@ -115,3 +124,17 @@ def _exact_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     possible = log_p.exp() > 0
     gap = torch.where(possible, log_p - log_q, 0.0)
     return (torch.where(possible, log_p.exp(), 0.0) * gap).sum(1)
+
+
+def _topk_kl(log_p: Tensor, ids: Tensor, log_q: Tensor, spec: Objective) -> Tensor:
+    """The KL of each row to the K tokens of a teacher, and to all others as one with a tail."""
+    (N, V), K = log_p.shape, ids.shape[-1]
+    ids, log_q = ids.reshape(N, K).long(), log_q.reshape(N, K).to(log_p.dtype)
+    present = (ids >= 0) & (ids < V) & (log_q > -torch.inf)
+    places = torch.where(present, ids, V)
+    chosen = torch.zeros(N, V + 1, dtype=torch.bool, device=ids.device).scatter(1, places, True)
+    p_tail = log_p.exp().masked_fill(chosen[:, :V], 0.0).sum(1).clamp(min=LEAST_TAIL)
+    has_tail = (present.sum(1) < V) & (spec.kl == "topk_tail")
+    some = log_p.gather(1, torch.where(present, ids, 0))
+    outcomes = add_tail(some, log_q, present, p_tail, has_tail)
+    return divergence(*outcomes, spec.interpolation)[0].sum(1)

@@ -44,7 +44,9 @@ _FUNCTIONS: weakref.WeakValueDictionary[str, Callable] = weakref.WeakValueDictio
 # those that a compiled graph has called
 _IN_GRAPHS: dict[str, Callable] = {}
 
-KL = Literal["k1", "absolute", "k2", "k3", "k1_plus", "absolute_plus", "k3_plus", "exact"]
+SampledKL = Literal["k1", "absolute", "k2", "k3", "k1_plus", "absolute_plus", "k3_plus"]
+RowKL = Literal["exact", "topk", "topk_tail"]
+KL = Literal[SampledKL, RowKL]
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,13 @@ class Objective:
     Args:
         surrogate: the policy term, for example `clip(0.2, 0.28)`.
         kl: estimator of the KL to the reference policy from the token's log-probabilities, "exact"
-            for the KL over the whole vocabulary from logits, or None.
+            for the KL over the whole vocabulary from logits, "topk" or "topk_tail" for that to the
+            likeliest tokens of a teacher (see `backends/topk.py`), or None.
         beta: weight of the KL term; with 0 a given `ref_logp` only enters the metrics, by k3 if
             `kl` is None.
+        interpolation: of the exact or top-k KL, in [0, 1]: 1 for the reverse KL(π ‖ π_ref), 0 for
+            the forward KL(π_ref ‖ π), between them the generalised Jensen-Shannon divergence; TRL's
+            `beta` of distillation.
         ratio_level: the ratio that the surrogate sees: the token's, the sequence's (GSPO), or the
             sequence's with the gradient of the token's.
         advantage: how `rewards` become advantages when the loss is given rewards.
@@ -125,12 +131,13 @@ class Objective:
 
     Raises:
         ValueError: a wrong type, name or range; beta without a KL estimator; the exact KL times a
-            ratio (it has no sampled token).
+            ratio (it has no sampled token); `interpolation` of an estimator.
     """
 
     surrogate: Surrogate
     kl: KL | None = None
     beta: float = 0.0
+    interpolation: float = field(default=1.0, kw_only=True)
     ratio_level: RatioLevel = "token"
     advantage: Estimator = field(default_factory=Estimator)
     aggregation: Aggregation = "token_mean"
@@ -152,12 +159,20 @@ class Objective:
             "entropy_aggregation", self.entropy_aggregation, (*get_args(Aggregation), None)
         )
         check_not_negative(beta=self.beta)
+        if not is_number(self.interpolation) or not 0 <= self.interpolation <= 1:
+            raise ValueError(
+                f"interpolation: expected a number in [0, 1], got {self.interpolation!r}"
+            )
+        if self.interpolation != 1 and self.kl not in ("topk", "topk_tail"):
+            raise ValueError(
+                f"interpolation: expected 1 for kl = {self.kl!r}, got {self.interpolation!r}"
+            )
         if not is_number(self.entropy_coef) or not math.isfinite(self.entropy_coef):
             raise ValueError(f"entropy_coef: expected a finite number, got {self.entropy_coef!r}")
         if self.beta and self.kl is None:
             raise ValueError(f"kl: expected an estimator for beta = {self.beta}, got None")
-        if self.kl == "exact" and self.kl_times_ratio:
-            raise ValueError("kl_times_ratio: expected False for kl = 'exact', got True")
+        if self.has_row_kl and self.kl_times_ratio:
+            raise ValueError(f"kl_times_ratio: expected False for kl = {self.kl!r}, got True")
         if self.token_clip is not None:
             bounds = self.token_clip
             if not isinstance(bounds, (tuple, list)) or not (
@@ -186,9 +201,21 @@ class Objective:
         return self.ratio_level == "token" and self.token_clip is None
 
     @property
+    def has_row_kl(self) -> bool:
+        """Whether the KL is of whole rows, not an estimate from the sampled token."""
+        return self.kl in get_args(RowKL)
+
+    @property
+    def reference(self) -> str:
+        """The argument of a loss that the KL compares with."""
+        if not self.has_row_kl:
+            return "ref_logp"
+        return "ref_logits" if self.kl == "exact" else "ref_topk"
+
+    @property
     def kl_function(self) -> Callable:
         """The estimator of kernels/kl.py for a given `ref_logp`; k3 where `kl` is None."""
-        assert self.kl != "exact"
+        assert not self.has_row_kl
         return getattr(kl_estimators, self.kl or "k3")
 
     def replace(self, **changes: Any) -> Objective:

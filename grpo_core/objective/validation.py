@@ -15,6 +15,9 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
+# above 0 by the rounding of a server, in nats
+LARGEST_LOGP = 1e-3
+
 
 def must_validate(validate: bool | None, tensor: Tensor) -> bool:
     """Whether the values of `tensor` are checked; None means on the CPU only.
@@ -156,6 +159,36 @@ def check_ids(
     if must_validate(validate, given) and not inside.all():
         raise_first(name, f"integers in [0, {bound} = {count})", given, ~inside)
     return given.clamp(0, max(count - 1, 0)), inside
+
+
+def check_topk(pair: object, logits: Tensor, unmasked: Tensor, validate: bool | None) -> None:
+    """Refuses a `ref_topk` that is not (ids, logp) of distinct tokens for the rows of `logits`."""
+    if not isinstance(pair, tuple) or len(pair) != 2:
+        raise ValueError(f"ref_topk: expected a tuple (ids, logp), got {type(pair).__name__}")
+    check_concrete(ref_topk=pair[0])
+    check_concrete(ref_topk=pair[1])
+    rows, V = tuple(logits.shape[:-1]), logits.shape[-1]
+    ids = check_integers("ref_topk", pair[0], device=logits.device)
+    if ids.shape[:-1] != rows or ids.ndim <= len(rows) or not ids.shape[-1]:
+        raise ValueError(f"ref_topk: expected ids {[*rows, 'K']}, got {list(ids.shape)}")
+    logp = check_floats("ref_topk", pair[1], tuple(ids.shape), device=logits.device)
+    if not must_validate(validate, logits):
+        return
+    ids, logp = ids.reshape(len(unmasked), -1), logp.reshape(len(unmasked), -1)
+    order = ids.sort(1).values
+    repeated = torch.zeros_like(ids, dtype=torch.bool)
+    repeated[:, 1:] = (order[:, 1:] == order[:, :-1]) & (order[:, 1:] >= 0)
+    for expected, values, bad in (
+        (f"ids in [0, V = {V}), or -1", ids, (ids < -1) | (ids >= V)),
+        ("different ids in a row", order, repeated),
+        ("log-probabilities, or -inf", logp, ~(logp <= LARGEST_LOGP) & (ids >= 0)),
+    ):
+        bad = bad & unmasked[:, None]
+        if bad.any():
+            row, column = bad.nonzero()[0].tolist()
+            raise ValueError(
+                f"ref_topk: expected {expected}, got {values[row, column].item()} at row {row}"
+            )
 
 
 def check_finite(name: str, tensor: Tensor, present: Tensor, validate: bool | None) -> None:
