@@ -29,6 +29,7 @@ import torch
 from grpo_core.backends.formula import as_torch
 from grpo_core.backends.sequence_ratio import RatioLevel
 from grpo_core.kernels import kl as kl_estimators
+from grpo_core.kernels import surrogates
 from grpo_core.objective.advantage import Estimator
 from grpo_core.objective.aggregation import Aggregation
 from grpo_core.objective.policy_factor import PolicyFactor
@@ -163,7 +164,7 @@ class Objective:
             raise ValueError(
                 f"interpolation: expected a number in [0, 1], got {self.interpolation!r}"
             )
-        if self.interpolation != 1 and self.kl not in ("topk", "topk_tail"):
+        if self.interpolation != 1 and not self.has_row_kl:
             raise ValueError(
                 f"interpolation: expected 1 for kl = {self.kl!r}, got {self.interpolation!r}"
             )
@@ -194,6 +195,11 @@ class Objective:
     def numbers(self) -> tuple[float, ...]:
         """beta, entropy_coef and the parameters of the surrogate."""
         return (self.beta, self.entropy_coef, *self.surrogate.args)
+
+    @property
+    def has_policy_term(self) -> bool:
+        """Whether the loss has a surrogate, and so needs advantages."""
+        return self.surrogate.function is not surrogates.zero
 
     @property
     def is_token_level(self) -> bool:
