@@ -142,8 +142,8 @@ class LossInputs:
         if self.ref_topk is None:
             return kernels
         ids, logp = (x.detach().reshape(-1, x.shape[-1]) for x in self.ref_topk)
-        spec = self.objective
-        return TopK(kernels, ids.long(), logp.float(), spec.interpolation, spec.kl == "topk_tail")
+        tail, interpolation = self.objective.kl == "topk_tail", self.objective.interpolation
+        return TopK(kernels, ids.long(), logp.float(), tail, interpolation)
 
     def _check_policies(self, logits: Tensor) -> None:
         """Checks for advantages or rewards, and for the policies that the objective needs."""

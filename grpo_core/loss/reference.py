@@ -128,13 +128,13 @@ def _exact_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def _topk_kl(log_p: Tensor, ids: Tensor, log_q: Tensor, spec: Objective) -> Tensor:
     """The KL of each row to the K tokens of a teacher, and to all others as one with a tail."""
-    (N, V), K = log_p.shape, ids.shape[-1]
-    ids, log_q = ids.reshape(N, K).long(), log_q.reshape(N, K).to(log_p.dtype)
+    ids, log_q = (x.reshape(len(log_p), -1) for x in (ids.long(), log_q.to(log_p.dtype)))
+    V = log_p.shape[1]
     present = (ids >= 0) & (ids < V) & (log_q > -torch.inf)
+    log_p = torch.nn.functional.pad(log_p, (0, 1))
     places = torch.where(present, ids, V)
-    chosen = torch.zeros(N, V + 1, dtype=torch.bool, device=ids.device).scatter(1, places, True)
-    p_tail = log_p.exp().masked_fill(chosen[:, :V], 0.0).sum(1).clamp(min=LEAST_TAIL)
+    p_tail = log_p.exp().scatter(1, places, 0.0)[:, :V].sum(1, keepdim=True)
     has_tail = (present.sum(1) < V) & (spec.kl == "topk_tail")
-    some = log_p.gather(1, torch.where(present, ids, 0))
-    outcomes = add_tail(some, log_q, present, p_tail, has_tail)
+    p_tail = p_tail.clamp(min=LEAST_TAIL)
+    outcomes = add_tail(log_p.gather(1, places), log_q, present, p_tail, has_tail)
     return divergence(*outcomes, spec.interpolation)[0].sum(1)
