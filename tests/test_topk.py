@@ -127,7 +127,9 @@ def run(loss: Any, given: dict[str, Any], **options: Any) -> tuple[Any, Tensor]:
 
 def near(ours: Tensor, honest: Tensor, truth: Tensor, name: str) -> None:
     """No further from float64 than the honest PyTorch of the same dtype, and a few roundings."""
-    error, theirs = (float((x.cpu().double() - truth).abs().amax()) for x in (ours, honest))
+    truth = truth.detach()
+    errors = [(x.detach().cpu().double() - truth).abs() for x in (ours, honest)]
+    error, theirs = (float(x.amax()) for x in errors)
     size = max(1.0, float(truth.abs().amax()))
     assert error <= theirs + 2e-6 * size, (name, error, theirs)
 
@@ -477,3 +479,35 @@ def test_other_references(changes: Any, arguments: dict[str, Any], message: str)
     if changes["kl"] == "topk":
         with pytest.raises(ValueError, match="kl_times_ratio: expected False for kl = 'topk'"):
             RECIPES["dapo"].replace(kl="topk", kl_times_ratio=True)
+
+
+@pytest.mark.parametrize("name", ["dapo", "dual_clip", "rloo", "cispo"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_one_row_for_a_prefix_that_sequences_share(name: str, mixed: bool) -> None:
+    """The sum of weight times advantage stands for the rows, unless a clip depends on its sign."""
+    branches, shared, own = 3, 4, 2
+    logits = torch.randn(shared + branches * own, V)
+    target = torch.randint(V, (len(logits),))
+    old_logp = token_logp(logits, target).logp + 0.5 * torch.randn(len(logits))
+    A = torch.tensor([1.0, -0.4, 0.7] if mixed else [1.0, 0.4, 0.7])
+    rest = shared + torch.arange(branches * own).view(branches, own)
+    repeated = torch.cat([torch.arange(shared).expand(branches, shared), rest], 1).flatten()
+    advantage = A.repeat_interleave(shared + own)
+    summed = torch.zeros(len(logits)).index_add(0, repeated, advantage)
+    results = []
+    for rows, given in ((repeated, advantage), (torch.arange(len(logits)), summed)):
+        leaf = logits.clone().requires_grad_()
+        out = fused_loss(
+            leaf[rows],
+            target[rows],
+            objective=RECIPES[name].replace(aggregation="token_sum"),
+            advantage=given,
+            old_logp=old_logp[rows],
+            sequence_id=torch.zeros_like(rows),
+            normalizer=len(repeated),
+        )
+        out.loss.backward()
+        results.append((out.loss.detach(), leaf.grad))
+    linear_in_advantage = name in ("rloo", "cispo")
+    same = [torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(*results, strict=True)]
+    assert all(same) == (linear_in_advantage or not mixed)
