@@ -511,3 +511,23 @@ def test_one_row_for_a_prefix_that_sequences_share(name: str, mixed: bool) -> No
     linear_in_advantage = name in ("rloo", "cispo")
     same = [torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(*results, strict=True)]
     assert all(same) == (linear_in_advantage or not mixed)
+
+
+@pytest.mark.parametrize(("kl", "t"), FORMS)
+def test_rows_that_are_not_finite_and_certain_targets(
+    backend: str, device: str, kl: Any, t: float
+) -> None:
+    """NaN in masked and in counted rows is left out; a target of probability 1 leaves no NaN."""
+    given = moved(batch(torch.float32), device)
+    given["logits"][2] = given["logits"][0, 0] = math.nan
+    given["logits"][0, 2].zero_()[int(given["target"][0, 2])] = 500.0
+    spec = DAPO.replace(kl=kl, interpolation=t)
+    out, dlogits = run(fused_loss, given, objective=spec, backend=backend)
+    assert out.metrics["nonfinite_rows"] == 1 and out.loss.isfinite()
+    assert not dlogits[2].any() and not dlogits[0, 0].any() and dlogits.isfinite().all()
+    if t == FORWARD:
+        words, log_q = given["ref_topk"][0][0, 2], given["ref_topk"][1][0, 2]
+        asked = words != given["target"][0, 2]
+        share = spec.beta / float(given["mask"].sum()) / HEAT
+        expected = -share * log_q.exp()[asked]
+        torch.testing.assert_close(dlogits[0, 2, words[asked]], expected, rtol=1e-5, atol=1e-8)
