@@ -130,6 +130,13 @@ def place_of(rows: Rows | None, prefix: str = "") -> dict[str, int]:
     return {prefix + name: 1 if rows is None else getattr(rows, name) for name in names}
 
 
+def divergence_of(ref_rows: Rows | None) -> dict[str, Any]:
+    """Which divergence from the reference is the KL, as keywords of a launch."""
+    if ref_rows is None:
+        return {"interpolation": 1.0, "DIVERGENCE": "reverse"}
+    return {"interpolation": ref_rows.interpolation, "DIVERGENCE": ref_rows.divergence}
+
+
 def unspecialized(function: Any) -> Any:
     """`triton.jit` for a kernel that is compiled once for all sizes, strides and alignments.
 

@@ -141,8 +141,12 @@ class _Softmax:
             if ref_rows.divergence == "mixture":
                 to_mixture, _ = _log_to_mixture(log_p, log_q, interpolation)
                 of_policy = _weigh(log_p, to_mixture).scatter_(1, y, 0.0).sum(1)
-        state = (*state, of_policy)
-        return cls(y, temperature, log_p, log_q, log_others, state, ref_log_others, interpolation)
+        return cls(
+            *(y, temperature, log_p, log_q, log_others),
+            (*state, of_policy),
+            ref_log_others,
+            interpolation,
+        )
 
     @property
     def statistics(self) -> tuple[Tensor, Tensor, Tensor]:
