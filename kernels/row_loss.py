@@ -97,7 +97,7 @@ def _row_loss_kernel(
             row, ref_rows_per_batch, ref_batch_stride, ref_row_stride
         )
     logp, entropy, row_kl, state, ref_state = read_row(
-        *(row_ptr, ref_ptr, V, target_col, scale, interpolation), DIVERGENCE, THREADS, WIDTH, TILES
+        row_ptr, ref_ptr, V, target_col, scale, interpolation, DIVERGENCE, THREADS, WIDTH, TILES
     )
 
     # without an old policy the ratio is exactly 1, yet NaN where logp is not finite

@@ -55,7 +55,12 @@ def _row_stats_kernel(
             row, ref_rows_per_batch, ref_batch_stride, ref_row_stride
         )
     logp, entropy, kl, state, ref_state = read_row(
-        *(row_ptr, ref_ptr, V, target.to(tl.int32), scale, interpolation),
+        row_ptr,
+        ref_ptr,
+        V,
+        target.to(tl.int32),
+        scale,
+        interpolation,
         DIVERGENCE,
         THREADS,
         WIDTH,
