@@ -147,10 +147,10 @@ def add_pair(sums, logits, ref_logits, scale, anchors, DIVERGENCE: tl.constexpr)
     total, moment, ref_total, cross = sums
     total, moment, power, centred = add_powers(total, moment, logits, scale, anchors[0])
     ref_centred = tl.fma(ref_logits, scale, -anchors[1])
-    ref_power = tl.exp2(ref_centred)
     if DIVERGENCE == "reverse":
         cross += weighted_gap(power, centred, ref_centred)
-    elif DIVERGENCE == "forward":
+    ref_power = tl.exp2(ref_centred)
+    if DIVERGENCE == "forward":
         cross += weighted_gap(ref_power, ref_centred, centred)
     return total, moment, ref_total + ref_power, cross
 

@@ -132,9 +132,9 @@ def place_of(rows: Rows | None, prefix: str = "") -> dict[str, int]:
 
 def divergence_of(ref_rows: Rows | None) -> dict[str, Any]:
     """Which divergence from the reference is the KL, as keywords of a launch."""
-    if ref_rows is None:
-        return {"interpolation": 1.0, "DIVERGENCE": "reverse"}
-    return {"interpolation": ref_rows.interpolation, "DIVERGENCE": ref_rows.divergence}
+    kind = "reverse" if ref_rows is None else ref_rows.divergence
+    number = ref_rows.interpolation if ref_rows is not None and kind == "mixture" else None
+    return {"interpolation": number, "DIVERGENCE": kind}
 
 
 def unspecialized(function: Any) -> Any:
