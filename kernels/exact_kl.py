@@ -290,7 +290,7 @@ def log_to_mixture(power, ref_power, gap, beta):
 
 @triton.jit
 def log_p_to_mixture(gap, beta):
-    """log₂ p/m, finite, for a gradient that is 0 where p is; gap = log₂ q/p, NaN where both are 0."""
+    """log₂ p/m, finite, for a gradient that is 0 where p is; gap = log₂ q/p, NaN if both are 0."""
     # a p further below q is nearly 0
     gap = tl.where(gap < 126, gap, 126.0)
     return -tl.log2(tl.fma(tl.exp2(gap), beta, 1 - beta))
