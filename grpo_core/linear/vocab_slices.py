@@ -187,8 +187,10 @@ class SoftmaxRows:
                 elif beta == 0:
                     factor = factor + dkl[:, None]
                 else:
-                    term = log_to_mixture(log_p, log_q, beta).sub_(self.kl[chunk, None])
-                    factor = term.mul_((1 - beta) * dkl[:, None]).add_(factor)
+                    # log p/m; beyond e^80 of q/p there is next to no p
+                    term = log_q.sub_(log_p).clamp_(max=80).expm1_().mul_(beta).log1p_().neg_()
+                    term = term.sub_(self.kl[chunk, None]).mul_((1 - beta) * dkl[:, None])
+                    factor = term.add_(factor)
             p = log_p.exp_().mul_(correction[:, None])
             # 0·(−inf): an entry of probability 0 has no gradient
             dlogits = factor.mul_(p).masked_fill_(~(p > 0), 0.0)
