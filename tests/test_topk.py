@@ -177,15 +177,15 @@ def test_any_number_of_tokens(backend: str, device: str, kl: Any, t: float, K: i
     torch.testing.assert_close(dlogits.cpu().double(), exact.grad, rtol=1e-5, atol=3e-7)
 
 
-@pytest.mark.parametrize("kl", ["topk", "topk_tail"])
-def test_all_tokens_are_the_exact_kl(backend: str, device: str, kl: Any) -> None:
+@pytest.mark.parametrize(("kl", "t"), FORMS)
+def test_all_tokens_are_the_exact_kl(backend: str, device: str, kl: Any, t: float) -> None:
     """With K = V there is no tail, and nothing is cut off."""
     given = moved(batch(torch.float32), device)
     ref_logits = 2 * torch.randn(B, T, V, device=device)
     ids = torch.argsort(torch.rand(B, T, V), -1).to(device)
     log_q = torch.log_softmax(ref_logits / HEAT, -1).gather(-1, ids)
     del given["ref_topk"]
-    spec = DAPO.replace(kl=kl)
+    spec = DAPO.replace(kl=kl, interpolation=t)
     out, dlogits = run(
         fused_loss, given, objective=spec, backend=backend, ref_topk=(ids.int(), log_q)
     )

@@ -114,8 +114,10 @@ def test_what_is_wrong_fails(
 
 
 @triton.jit
-def wrong_reading(row_ptr, ref_ptr, V, target_col, scale, THREADS, WIDTH, TILES):
-    logp, entropy, *others = read_row(row_ptr, ref_ptr, V, target_col, scale, THREADS, WIDTH, TILES)
+def wrong_reading(row_ptr, ref_ptr, V, target_col, scale, beta, KIND, THREADS, WIDTH, TILES):
+    logp, entropy, *others = read_row(
+        row_ptr, ref_ptr, V, target_col, scale, beta, KIND, THREADS, WIDTH, TILES
+    )
     return logp, entropy + 0.00001 * tl.abs(entropy), *others
 
 
@@ -201,7 +203,7 @@ def test_ctrl_c_is_one_line() -> None:
 
 def test_every_plan_has_a_recipe() -> None:
     names = one_per_plan(list(OBJECTIVES))
-    assert names == ["ppo", "gspo", "exact KL", "entropy bonus", "exact KL, entropy", "sampler"]
+    assert names == ["ppo", "gspo", "opd", "entropy bonus", "exact KL, entropy", "sampler"]
     assert one_per_plan(["vespo", "dapo", "bnpo"]) == ["vespo", "dapo"]
 
 

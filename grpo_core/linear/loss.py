@@ -178,6 +178,7 @@ def loss_from_hidden(
         tokens=tokens,
         reference=reference if exact else None,
         exact_beta=float(inputs.objective.beta) if inputs.objective.has_row_kl else None,
+        interpolation=float(inputs.objective.interpolation),
         plan="fast" if inputs.ref_topk is not None else plan,
         wanted=tuple(enabled and x is not None and x.requires_grad for x in tensors),
         **options,
