@@ -131,3 +131,9 @@ def topr(logp, log_ratio, advantage):
     bounded = stop_grad(tl.minimum(tl.exp(log_ratio), 1.0))
     factor = advantage * tl.where(advantage > 0, bounded * 0 + 1, bounded)
     return -factor * logp, -factor, factor * 0
+
+
+@triton.jit
+def zero(logp, log_ratio, advantage):
+    """ℓ = 0: no policy term. What is minimised is the KL alone: distillation."""
+    return advantage * 0, advantage * 0, advantage * 0

@@ -95,9 +95,11 @@ OBJECTIVES: dict[str, Objective] = {
         factor=PolicyFactor(rejections=(Rejection("k2", "mean", high=0.02),), current=True)
     ),
     "two-sided": Objective(clip(0.2, 0.28, 3.0), aggregation="token_sum"),
-    "sequence": Objective(clip(0.02, 0.03), "k3", 0.04, "sequence", aggregation="sequence_mean"),
+    "sequence": Objective(
+        clip(0.02, 0.03), "k3", 0.04, ratio_level="sequence", aggregation="sequence_mean"
+    ),
     "sequence token": Objective(
-        clip(0.02, 0.03), "k3", 0.04, "sequence_token", kl_times_ratio=True
+        clip(0.02, 0.03), "k3", 0.04, ratio_level="sequence_token", kl_times_ratio=True
     ),
 }
 # name: (shape of the logits' buffer, what is taken of it)

@@ -52,6 +52,12 @@ def batch(temperature: float, spread: float = 0.4) -> dict[str, Tensor]:
     }
 
 
+def teacher(given: dict[str, Tensor], logits: Tensor) -> dict[str, Tensor]:
+    """The same with the logits of a reference policy instead of its log-probabilities."""
+    del given["ref_logp"]
+    return given | {"ref_logits": logits + torch.randn(B, T, V, dtype=torch.float64)}
+
+
 def relative_to_others(name: str) -> Tensor:
     """RLOO (2402.14740): less the mean of the others; REINFORCE++ (2501.03262): over the batch."""
     if name == "rloo":
@@ -77,6 +83,9 @@ def objective_of_paper(name: str, given: dict[str, Tensor], logits: Tensor, T_: 
     A = A[:, None].expand_as(logp)
     of_sequence = oracles.sequence_ratio(logp, old_logp, mask)
     none = torch.zeros_like(logp)
+    if name == "opd":
+        kl = oracles.exact_kl(logits, given["ref_logits"], T_)
+        return oracles.dapo(torch.zeros_like(logp), kl, 1.0, mask)
     kl = oracles.kl_estimate("k3", logp, given["ref_logp"])
     token_mean, sequences = oracles.dapo, oracles.grpo
     clip = oracles.ppo_clip
@@ -114,6 +123,7 @@ def test_recipe_is_the_papers(name: str, temperature: float, spread: float) -> N
     """Loss and gradient, near the old policy and far beyond every bound."""
     given = batch(temperature, spread)
     logits = given.pop("logits")
+    given = teacher(given, logits) if name == "opd" else given
     ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
     out = reference_loss(
         ours,
@@ -361,6 +371,10 @@ def test_objectives_are_values() -> None:
         ),
         ({"entropy_aggregation": "mean"}, "entropy_aggregation: expected one of .*got 'mean'"),
         ({"factor": 2.0}, "factor: expected an instance of PolicyFactor, got 2.0"),
+        ({"interpolation": 0.5}, "interpolation: expected 1 for kl = None, got 0.5"),
+        ({"kl": "exact", "interpolation": 1.5}, r"interpolation: .* in \[0, 1\], got 1.5"),
+        ({"kl": "exact", "interpolation": math.nan}, r"interpolation: .* in \[0, 1\], got nan"),
+        ({"kl": "exact", "interpolation": "jsd"}, r"interpolation: .* in \[0, 1\], got 'jsd'"),
         ({"beta": -1.0}, "beta: expected a finite number >= 0, got -1"),
         ({"kl": "k9"}, "kl: expected one of .*got 'k9'"),
         ({"ratio_level": "word"}, "ratio_level: expected one of .*got 'word'"),

@@ -24,6 +24,7 @@ RECIPE_NAMES = (
     *("ppo", "dual_clip", "grpo", "dr_grpo", "dapo", "bnpo", "intellect2", "gspo", "gmpo"),
     *("luspo", "cispo", "sapo", "vespo", "rloo"),
     *("reinforce_plus_plus", "reinforce_plus_plus_baseline", "gpg", "dro", "dppo", "topr"),
+    "opd",
 )
 # patterns in the messages of argparse, and what replaces them
 MESSAGES = (

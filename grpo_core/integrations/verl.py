@@ -6,7 +6,7 @@
 Importing this module registers, in this process:
 
 - `grpo_core_verl_<loss_mode>`: verl's modes with their options, aggregation, weights and metrics;
-- `grpo_core_<recipe>`: every method of `RECIPES` with the numbers of the recipe.
+- `grpo_core_<recipe>`: every method of `RECIPES` with a policy term, with its numbers.
 
 `register` adds another objective. verl still computes the KL and entropy terms (`use_kl_loss`,
 `entropy_coeff`) and the advantages (`adv_estimator`). `patch_log_probs` replaces verl's operators
@@ -73,6 +73,8 @@ def register(name: str, objective: str | Objective) -> PolicyLoss:
         ValueError: an objective that needs what verl does not pass to a policy loss.
     """
     spec = RECIPES[objective] if isinstance(objective, str) else objective
+    if not spec.has_policy_term:
+        raise ValueError("objective: expected a policy term, verl's losses have no teacher")
     if spec.factor.needs_sampler:
         raise ValueError(
             "objective: expected no factor.sampler and no factor.rejections, whose log-"
@@ -172,5 +174,6 @@ def _floats(metrics: dict[str, Tensor], out: LossOutput) -> dict[str, float]:
 
 for _mode in MODES:
     _register(f"grpo_core_verl_{_mode}", _mode)
-for _recipe in RECIPES:
-    register(f"grpo_core_{_recipe}", _recipe)
+for _recipe, _objective in RECIPES.items():
+    if _objective.has_policy_term:
+        register(f"grpo_core_{_recipe}", _recipe)

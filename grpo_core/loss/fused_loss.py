@@ -72,7 +72,7 @@ def fused_loss(
             overlap. In float16 the backward computes the gradient, after the loss scale.
         target: [B, T] or [N] integers, already shifted; -100 means masked.
         objective: an `Objective`, or the name of one in `RECIPES`.
-        advantage: [B], [B, T] or [N]. Or instead:
+        advantage: [B], [B, T] or [N]; not needed without a policy term ("opd"). Or instead:
         rewards: [B], one per sequence, finite; normalised within groups as `objective` says.
         group_size: completions per prompt, neighbours in `rewards`; a group of 1 has advantage 0.
             Or instead:

@@ -86,6 +86,7 @@ class LossInputs:
         old_logp, ref_logp = flatten("old_logp"), flatten("ref_logp")
         sampler_logp, normalizer = flatten("sampler_logp"), self._check_normalizer(logits)
         sequence_id = self._check_sequences(logits, target)
+        flat, valid = target.reshape(-1), find_unmasked(target, self.mask)
         if self.rewards is not None:
             advantage = estimate_advantages(
                 self.rewards,
@@ -97,9 +98,7 @@ class LossInputs:
             ).to(dtype)
         else:
             given = flatten("advantage", shape, *([] if packed else [shape[:1]]))
-            assert given is not None
-            advantage = given
-        flat, valid = target.reshape(-1), find_unmasked(target, self.mask)
+            advantage = flat.new_zeros(flat.shape, dtype=dtype) if given is None else given
         bad_target = valid & ((flat < 0) | (flat >= logits.shape[-1]))
         tokens = Tokens(
             objective=self.objective,
@@ -135,8 +134,10 @@ class LossInputs:
     def _check_policies(self, logits: Tensor) -> None:
         """Checks for advantages or rewards, and for the policies that the objective needs."""
         spec = self.objective
-        if (self.advantage is None) == (self.rewards is None):
-            both = "neither" if self.advantage is None else "both"
+        given = (self.advantage is not None) + (self.rewards is not None)
+        # without a policy term advantages have no effect
+        if given == 2 or (given == 0 and spec.has_policy_term):
+            both = "both" if given else "neither"
             raise ValueError(
                 f"advantage: expected exactly one of advantage and rewards, got {both}"
             )

@@ -21,6 +21,7 @@ FORMULAS = {
     "dppo_tv": "−sg(min(r, {2}))·A·logp where p−q ≤ {1} if A > 0, ≥ −{0} else",
     "dppo_kl": "−sg(min(r, {2}))·A·logp where KL(q, p) ≤ {1} if A > 0, {0} else",
     "topr": "−A·logp if A > 0, else −sg(min(r, 1))·A·logp",
+    "zero": "0",
 }
 LEVELS = {
     "token": "token",
@@ -87,6 +88,7 @@ ORIGINS = {
         verl="loss_mode=dppo_tv, clip_ratio_low=0.15, clip_ratio_high=0.15, clip_ratio_c=20.0",
     ),
     "topr": Origin("2503.14286"),
+    "opd": Origin("2306.13649"),
 }
 COLUMNS = ("recipe", "ℓ of a token", "KL", "ratio r of", "advantage", "aggregation", "arXiv")
 FRAMEWORKS = ("TRL 1.16", "verl 0.9.1")
@@ -117,6 +119,8 @@ def kl_term(objective: Objective) -> str:
 
 def advantage(objective: Objective) -> str:
     """How rewards become advantages."""
+    if not objective.has_policy_term:
+        return ""
     baseline, scale = objective.advantage.baseline, objective.advantage.scale
     if baseline == "group" and scale in ("group", None):
         return "group mean, std" if scale else "group mean"
@@ -126,7 +130,7 @@ def advantage(objective: Objective) -> str:
 def row(name: str, *, frameworks: bool) -> tuple[str, ...]:
     """The cells of a recipe."""
     objective, origin = RECIPES[name], ORIGINS[name]
-    has_ratio = objective.surrogate.function.__name__ != "reinforce"
+    has_ratio = objective.surrogate.function.__name__ not in ("reinforce", "zero")
     cells = (
         name,
         formula(objective),

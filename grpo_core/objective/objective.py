@@ -29,6 +29,7 @@ import torch
 from grpo_core.backends.formula import as_torch
 from grpo_core.backends.sequence_ratio import RatioLevel
 from grpo_core.kernels import kl as kl_estimators
+from grpo_core.kernels import surrogates
 from grpo_core.objective.advantage import Estimator
 from grpo_core.objective.aggregation import Aggregation
 from grpo_core.objective.policy_factor import PolicyFactor
@@ -111,6 +112,9 @@ class Objective:
             for the KL over the whole vocabulary from logits, or None.
         beta: weight of the KL term; with 0 a given `ref_logp` only enters the metrics, by k3 if
             `kl` is None.
+        interpolation: of the exact KL, in [0, 1]: 1 for the reverse KL(π ‖ π_ref), 0 for the
+            forward KL(π_ref ‖ π), between them the generalised Jensen-Shannon divergence; TRL's
+            `beta` of distillation, see `exact_kl`.
         ratio_level: the ratio that the surrogate sees: the token's, the sequence's (GSPO), or the
             sequence's with the gradient of the token's.
         advantage: how `rewards` become advantages when the loss is given rewards.
@@ -125,12 +129,13 @@ class Objective:
 
     Raises:
         ValueError: a wrong type, name or range; beta without a KL estimator; the exact KL times a
-            ratio (it has no sampled token).
+            ratio (it has no sampled token); `interpolation` of a KL that is not exact.
     """
 
     surrogate: Surrogate
     kl: KL | None = None
     beta: float = 0.0
+    interpolation: float = 1.0
     ratio_level: RatioLevel = "token"
     advantage: Estimator = field(default_factory=Estimator)
     aggregation: Aggregation = "token_mean"
@@ -152,6 +157,14 @@ class Objective:
             "entropy_aggregation", self.entropy_aggregation, (*get_args(Aggregation), None)
         )
         check_not_negative(beta=self.beta)
+        if not is_number(self.interpolation) or not 0 <= self.interpolation <= 1:
+            raise ValueError(
+                f"interpolation: expected a number in [0, 1], got {self.interpolation!r}"
+            )
+        if self.interpolation != 1 and self.kl != "exact":
+            raise ValueError(
+                f"interpolation: expected 1 for kl = {self.kl!r}, got {self.interpolation!r}"
+            )
         if not is_number(self.entropy_coef) or not math.isfinite(self.entropy_coef):
             raise ValueError(f"entropy_coef: expected a finite number, got {self.entropy_coef!r}")
         if self.beta and self.kl is None:
@@ -179,6 +192,11 @@ class Objective:
     def numbers(self) -> tuple[float, ...]:
         """beta, entropy_coef and the parameters of the surrogate."""
         return (self.beta, self.entropy_coef, *self.surrogate.args)
+
+    @property
+    def has_policy_term(self) -> bool:
+        """Whether the loss has a surrogate, and so needs advantages."""
+        return self.surrogate.function is not surrogates.zero
 
     @property
     def is_token_level(self) -> bool:

@@ -83,6 +83,11 @@ def topr() -> Surrogate:
     return Surrogate(surrogates.topr, homogeneous=True)
 
 
+def zero() -> Surrogate:
+    """No policy term: the KL alone, as in distillation; no advantages are needed."""
+    return Surrogate(surrogates.zero, homogeneous=True)
+
+
 MEAN_ONLY = Estimator(scale=None)
 
 RECIPES: dict[str, Objective] = {
@@ -130,6 +135,9 @@ RECIPES: dict[str, Objective] = {
     "dppo": Objective(dppo_tv(0.15, 0.15)),
     # arXiv 2503.14286
     "topr": Objective(topr(), advantage=MEAN_ONLY),
+    # on-policy distillation, arXiv 2306.13649 and 2606.30406: the KL to a teacher, which is given
+    # as the reference
+    "opd": Objective(zero(), kl="exact", beta=1.0),
 }
 
 
