@@ -94,7 +94,7 @@ def load_teacher(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTr
     if not config.teacher:
         return None
     theirs = from_hub(AutoTokenizer, config.teacher, "teacher").get_vocab()
-    for token, number in tokenizer.get_vocab().items():
+    for number, token in sorted((n, token) for token, n in tokenizer.get_vocab().items()):
         if theirs.get(token) != number:
             raise ValueError(
                 f"teacher: expected the tokens of {config.model}, where {token!r} is {number}, got "

@@ -14,6 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -182,7 +183,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(
-    tokenizer: PreTrainedTokenizerFast, seed: int, sizes: Mapping[str, int] = SIZES
+    tokenizer: PreTrainedTokenizerFast, seed: int, sizes: Mapping[str, Any] = SIZES
 ) -> LlamaForCausalLM:
     """A Llama with random weights; the global generator is left as it was."""
     config = LlamaConfig(
