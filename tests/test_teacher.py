@@ -322,9 +322,9 @@ def test_a_teacher_with_other_tokens_is_refused(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"objective": "opd"}, "teacher: expected a model for --objective opd"),
-        ({"teacher_coef": 0.1}, "teacher: expected a model for --objective opd and --teacher_coef"),
-        ({"teacher": "t"}, "teacher: expected nothing without --objective opd, --beta or"),
+        ({"objective": "opd"}, "teacher: expected a model for --objective opd, --beta or"),
+        ({"teacher_coef": 0.1}, "teacher: expected a model for --objective opd, --beta or"),
+        ({"teacher": "t"}, "teacher: expected none without --objective opd, --beta or"),
         ({"rewards": ["none"]}, "rewards: expected at least one, got none"),
         (
             {"objective": "opd", "teacher": "t", "dynamic_sampling": "filter"},

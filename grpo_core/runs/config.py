@@ -69,14 +69,13 @@ class LearningOptions(CommandOptions, TrainingOptions):
         "off: nothing.",
     )
 
-    def check_learning(self, prompts: int, least_group: int = 2) -> None:
+    def check_learning(self, prompts: int) -> None:
         """Raises ValueError if one of these options is out of its range.
 
         Args:
             prompts: per step.
-            least_group: the smallest group_size.
         """
-        self.check(prompts, least_group)
+        self.check(prompts)
         check_at_least(self, 0, "threads")
         is_right = self.beta is None or 0 <= self.beta < math.inf
         require(is_right, "beta", "a finite number >= 0", self.beta)
@@ -195,29 +194,26 @@ class RunConfig(LearningOptions):
         for k in self.eval_k:
             expected = f"1 to {self.eval_samples}, the eval_samples"
             require(1 <= k <= self.eval_samples, "eval_k", expected, k)
-        # groups are for rewards
-        least_group = 2 if self.rewards and self.objective != "opd" else 1
-        self.check_learning(self.prompts_per_step, least_group)
+        self.check_learning(self.prompts_per_step)
+
+    @property
+    def needs_rewards(self) -> bool:
+        return self.objective != "opd" and not self.teacher_coef
 
     def _check_teacher(self) -> None:
         """Whether something is learnt, from rewards or a teacher; resolves `rewards`."""
-        distils = self.objective == "opd"
-        if not self.rewards:
-            object.__setattr__(self, "rewards", ["none"] if distils else ["math", "format"])
-        if self.rewards == ["none"]:
-            object.__setattr__(self, "rewards", [])
+        default = ["none"] if self.objective == "opd" else ["math", "format"]
+        rewards = self.rewards or default
+        object.__setattr__(self, "rewards", [] if rewards == ["none"] else rewards)
         check_at_least(self, 0, "teacher_coef")
-        from_teacher = distils or self.teacher_coef > 0
-        require(from_teacher or bool(self.rewards), "rewards", "at least one", "none")
-        if not self.rewards:
-            got, expected = self.dynamic_sampling, "off without rewards"
-            require(got == "off", "dynamic_sampling", expected, got)
-        expected = "a model for --objective opd and --teacher_coef"
-        require(bool(self.teacher) or not from_teacher, "teacher", expected, "nothing")
+        require(bool(self.rewards) or not self.needs_rewards, "rewards", "at least one", "none")
+        is_right = bool(self.rewards) or self.dynamic_sampling == "off"
+        require(is_right, "dynamic_sampling", "off without rewards", self.dynamic_sampling)
+        uses = "--objective opd, --beta or --teacher_coef"
+        require(self.needs_rewards or bool(self.teacher), "teacher", f"a model for {uses}", "none")
         # the objective of a file may have a KL term
-        is_used = from_teacher or self.beta or self.objective not in RECIPE_NAMES
-        expected = "nothing without --objective opd, --beta or --teacher_coef"
-        require(not self.teacher or bool(is_used), "teacher", expected, self.teacher)
+        is_used = self.beta or self.objective not in RECIPE_NAMES or not self.needs_rewards
+        require(not self.teacher or bool(is_used), "teacher", f"none without {uses}", self.teacher)
 
     @property
     def prompts_per_step(self) -> int:

@@ -30,13 +30,7 @@ from grpo_core.trainer.data import Epochs, fingerprint, problems_of, read_record
 from grpo_core.trainer.distributed import barrier, is_main, process_group, rank, world
 from grpo_core.trainer.evaluate import Evaluation, evaluate
 from grpo_core.trainer.monitor import Logger, Metrics, write_whole, writing
-from grpo_core.trainer.rewards import (
-    FunctionReward,
-    Reward,
-    RewardError,
-    no_reward,
-    shown_name,
-)
+from grpo_core.trainer.rewards import FunctionReward, Reward, RewardError, no_reward, shown_name
 from grpo_core.trainer.rollout import Problem, Sampling
 from grpo_core.trainer.rules import COMPARING, RULES, TAGS, find_reward
 from grpo_core.trainer.samples import Samples, shortened

@@ -65,16 +65,20 @@ class TrainingOptions:
         "ddp", "Under torchrun: ddp replicates the model on every process, fsdp shards it."
     )
 
-    def check(self, prompts: int, least_group: int = 2) -> None:
+    @property
+    def needs_rewards(self) -> bool:
+        """Whether something is learnt only from groups whose rewards differ, not from a teacher."""
+        return True
+
+    def check(self, prompts: int) -> None:
         """Raises ValueError for an option outside its range.
 
         Args:
             prompts: per step.
-            least_group: the smallest group_size.
         """
         counts = ("steps", "minibatches", "epochs", "evaluate_every")
         check_at_least(self, 1, *counts, "checkpoint_every", "keep_checkpoints")
-        check_at_least(self, least_group, "group_size")
+        check_at_least(self, 2 if self.needs_rewards else 1, "group_size")
         zeros = ("tokens_per_microbatch", "max_resamples", "max_log_ratio", "learning_rate")
         check_at_least(self, 0, *zeros)
         check_choices(self, TrainingOptions)
@@ -127,7 +131,7 @@ class TrainerConfig(TrainingOptions):
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "prompts_per_step", "max_skipped_updates")
-        self.check(self.prompts_per_step, 2 if self.needs_rewards else 1)
+        self.check(self.prompts_per_step)
         check_at_least(self, 0, "teacher_coef")
         if self.teacher_coef and not self.objective.is_token_level:
             level = f"ratio_level {self.objective.ratio_level!r}"
@@ -149,7 +153,6 @@ class TrainerConfig(TrainingOptions):
 
     @property
     def needs_rewards(self) -> bool:
-        """Whether something is learnt only from groups whose rewards differ, not from a teacher."""
         return self.objective.has_policy_term and not self.teacher_coef
 
     def is_update_safe(self, metrics: Mapping[str, float]) -> bool:
