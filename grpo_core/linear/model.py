@@ -94,7 +94,9 @@ class HeadOutput(NamedTuple):
     @property
     def _of_loss(self) -> LossOutput:
         if not isinstance(self.sealed.content, LossOutput):
-            raise AttributeError("expected the answer to a LossRequest, got another request's")
+            raise AttributeError(
+                "expected the answer to a LossRequest, got a LogpRequest's or a ReferenceRequest's"
+            )
         return self.sealed.content
 
 
@@ -114,7 +116,7 @@ class Request:
 
     __slots__ = ("arguments", "rows", "target")
 
-    def __init__(self, target: Any, *, rows: Tensor | None = None, **arguments: Any) -> None:
+    def __init__(self, target: Tensor, *, rows: Tensor | None = None, **arguments: Any) -> None:
         if not torch.compiler.is_compiling():
             inspect.signature(self._function).bind(None, None, target, **arguments)
         self.target, self.rows, self.arguments = target, rows, arguments
@@ -150,7 +152,7 @@ class LogpRequest(Request):
     _function = staticmethod(linear_token_logp)
 
 
-def _reference(hidden: Tensor, lm_head: LinearHead, target: None) -> dict[str, Any]:
+def _reference(hidden: Tensor, lm_head: LinearHead, target: Tensor) -> dict[str, Any]:
     """The arguments of a loss that say what the reference policy is."""
     return {"ref_hidden": hidden.detach(), "ref_lm_head": lm_head}
 
@@ -166,7 +168,8 @@ class ReferenceRequest(Request):
     _function = staticmethod(_reference)
 
     def __init__(self, *, rows: Tensor | None = None) -> None:
-        super().__init__(None, rows=rows)
+        # nothing is looked up
+        super().__init__(torch.empty(0), rows=rows)
 
 
 class PendingRequest:
