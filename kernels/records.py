@@ -16,6 +16,8 @@ class Rows:
 
     Strides count elements; the last axis is contiguous. A padded `[B, T, V]` batch, a view of one
     such as `logits[:, :-1]`, and packed `[N, V]` rows (T = N) are all of this form.
+
+    Rows of a reference say by `interpolation` which divergence from them is the KL, see `exact_kl`.
     """
 
     logits: Tensor
@@ -24,20 +26,26 @@ class Rows:
     rows_per_batch: int
     batch_stride: int
     row_stride: int
+    interpolation: float = 1.0
 
     @classmethod
-    def of(cls, logits: Tensor) -> Rows:
+    def of(cls, logits: Tensor, interpolation: float = 1.0) -> Rows:
         """Reads the strides of `[N, V]` or `[B, T, V]`; evenly spaced rows count as packed."""
         T, V = logits.shape[-2:]
         N = logits.numel() // V
         if logits.ndim == 2:
-            return cls(logits, N, V, max(N, 1), 0, logits.stride(0))
+            return cls(logits, N, V, max(N, 1), 0, logits.stride(0), interpolation)
         batch_stride, row_stride = logits.stride()[:2]
         if T == 1:
-            return cls(logits, N, V, max(N, 1), 0, batch_stride)
+            return cls(logits, N, V, max(N, 1), 0, batch_stride, interpolation)
         if batch_stride == T * row_stride or logits.shape[0] == 1:
-            return cls(logits, N, V, max(N, 1), 0, row_stride)
-        return cls(logits, N, V, max(T, 1), batch_stride, row_stride)
+            return cls(logits, N, V, max(N, 1), 0, row_stride, interpolation)
+        return cls(logits, N, V, max(T, 1), batch_stride, row_stride, interpolation)
+
+    @property
+    def divergence(self) -> str:
+        """The divergence from these rows: "reverse" or "forward" KL, "mixture" between them."""
+        return {0.0: "forward", 1.0: "reverse"}.get(self.interpolation, "mixture")
 
     @property
     def extent(self) -> int:
@@ -61,7 +69,8 @@ class Rows:
         shape, strides = other.logits.shape, other.logits.stride()
         memory = self.logits.new_empty(other.extent + width)
         start = (place(other)[0] - memory.data_ptr() // size) % width
-        return Rows.of(memory.as_strided(shape, strides, start).copy_(self.logits))
+        copy = memory.as_strided(shape, strides, start).copy_(self.logits)
+        return Rows.of(copy, self.interpolation)
 
 
 @dataclass(frozen=True)
@@ -187,7 +196,9 @@ class RowStats(NamedTuple):
     logp: Tensor  # [N] nats
     entropy: Tensor  # [N] nats
     kl: Tensor | None  # [N] nats, the exact KL; None without `ref_logits`
-    state: Tensor  # [k, N], from which the backend recomputes the softmax
+    # [k, N], from which the backend recomputes the softmax; its last row is the policy's part of a
+    # mixture's divergence, see `exact_kl`
+    state: Tensor
 
     def at(self, place: slice) -> RowStats:
         """The vectors of some rows."""

@@ -180,6 +180,25 @@ def exact_kl(logits: Tensor, ref_logits: Tensor, temperature: float) -> Tensor:
     return (log_pi.exp() * torch.where(log_pi > -math.inf, log_pi - log_ref, 0.0)).sum(-1)
 
 
+def divergence(logits: Tensor, ref_logits: Tensor, temperature: float, beta: float) -> Tensor:
+    """GKD (arXiv 2306.13649), sec. 2: P the teacher (reference), Q the student, all tokens.
+
+    D_JSD(β)(P ‖ Q) = β·KL(P ‖ M) + (1 − β)·KL(Q ‖ M), M = β·P + (1 − β)·Q; forward KL(P ‖ Q) for
+    β = 0 and reverse KL(Q ‖ P) for β = 1, as in TRL.
+    """
+    Q, P = ((x.double() / temperature).log_softmax(-1).exp() for x in (logits, ref_logits))
+
+    def kl(A: Tensor, B: Tensor) -> Tensor:
+        possible = A > 0
+        log_ratio = torch.where(possible, A, 1.0).log() - torch.where(possible, B, 1.0).log()
+        return (A * log_ratio).sum(-1)
+
+    if beta in (0, 1):
+        return kl(P, Q) if beta == 0 else kl(Q, P)
+    M = beta * P + (1 - beta) * Q
+    return beta * kl(P, M) + (1 - beta) * kl(Q, M)
+
+
 def sampler_weight(
     old_logp: Tensor,
     sampler_logp: Tensor,

@@ -37,7 +37,7 @@ def row_stats(
     rows: Rows, target: Tensor, temperature: float, ref_rows: Rows | None = None
 ) -> RowStats:
     """Softmax statistics of every row at its target; the state as in `online_softmax`."""
-    vectors = torch.zeros(5, rows.N, dtype=torch.float32, device=target.device)
+    vectors = torch.zeros(6, rows.N, dtype=torch.float32, device=target.device)
     for at in _groups(rows, _readable(target, rows.V)):
         softmax = _Softmax.of(rows, target, temperature, ref_rows, at)
         vectors[:, at] = torch.stack([*softmax.statistics, *softmax.state]).float()
@@ -55,7 +55,7 @@ def row_loss(
 ) -> RowLoss:
     """Loss of every row, and the gradient of every logit into `dlogits`."""
     target = tokens.target
-    vectors = torch.zeros(8, rows.N, dtype=torch.float32, device=target.device)
+    vectors = torch.zeros(9, rows.N, dtype=torch.float32, device=target.device)
     dropped = torch.zeros_like(target, dtype=torch.bool)
     exact_beta = None if ref_rows is None else terms.beta
     wanted = (tokens.weight != 0) & _readable(target, rows.V)
@@ -111,7 +111,10 @@ class _Softmax:
             z = log Σ_{j≠y} exp(x_j/T) − x_y/T.
         log_q: the same of the reference, or None.
         log_others: [n, 1] nats, log(1 − p_y).
-        state: anchor and sum of `online_softmax`, the sum negative: the anchor is not scaled.
+        state: anchor and sum of `online_softmax`, the sum negative: the anchor is not scaled; and
+            the policy's part of a mixture's divergence, without the target.
+        ref_log_others: [n, 1] nats, log(1 − q_y); 0 without a reference.
+        interpolation: of the exact KL.
     """
 
     target: Tensor
@@ -119,7 +122,9 @@ class _Softmax:
     log_p: Tensor
     log_q: Tensor | None
     log_others: Tensor
-    state: tuple[Tensor, Tensor]
+    state: tuple[Tensor, Tensor, Tensor]
+    ref_log_others: Tensor
+    interpolation: float
 
     @classmethod
     def of(
@@ -128,37 +133,87 @@ class _Softmax:
         """The softmax of the rows `at` [n]."""
         y = target[at, None]
         log_p, log_others, state = _log_softmax(_take(rows.logits, at), y, temperature)
-        log_q = None
+        log_q, ref_log_others, interpolation = None, torch.zeros_like(log_others), 1.0
+        of_policy = torch.zeros_like(state[0])
         if ref_rows is not None:
-            log_q, _, _ = _log_softmax(_take(ref_rows.logits, at), y, temperature)
-        return cls(y, temperature, log_p, log_q, log_others, state)
+            log_q, ref_log_others, _ = _log_softmax(_take(ref_rows.logits, at), y, temperature)
+            interpolation = ref_rows.interpolation
+            if ref_rows.divergence == "mixture":
+                to_mixture, _ = _log_to_mixture(log_p, log_q, interpolation)
+                of_policy = _weigh(log_p, to_mixture).scatter_(1, y, 0.0).sum(1)
+        state = (*state, of_policy)
+        return cls(y, temperature, log_p, log_q, log_others, state, ref_log_others, interpolation)
 
     @property
     def statistics(self) -> tuple[Tensor, Tensor, Tensor]:
         """(logp, entropy, exact KL) of each row, nats `[n]`; the KL is 0 without a reference."""
         logp = self.log_p.gather(1, self.target).squeeze(1)
-        entropy = -self._weighted(self.log_p).sum(1)
+        entropy = -_weigh(self.log_p, self.log_p).sum(1)
         if self.log_q is None:
             return logp, entropy, torch.zeros_like(logp)
-        return logp, entropy, self._weighted(self.log_p - self.log_q).sum(1)
+        beta = self.interpolation
+        if beta == 1:
+            kl = _weigh(self.log_p, self.log_p - self.log_q)
+        elif beta == 0:
+            kl = _weigh(self.log_q, self.log_q - self.log_p)
+        else:
+            of_p, of_q = _log_to_mixture(self.log_p, self.log_q, beta)
+            kl = (1 - beta) * _weigh(self.log_p, of_p) + beta * _weigh(self.log_q, of_q)
+        return logp, entropy, kl.sum(1)
 
     def gradient(self, row_gradients: RowGradients, entropy: Tensor, kl: Tensor | None) -> Tensor:
         """dL/dlogits `[n, V]`; 0 in rows without a gradient and where the target is certain."""
         share, dlogp = self.log_others.exp(), row_gradients.dlogp.double()[:, None]
         dlogits = (-dlogp * self.log_p.exp()).scatter_(1, self.target, dlogp * share)
         if row_gradients.dentropy is not None:
-            surprise = self._weighted(self.log_p + entropy[:, None])
+            surprise = _weigh(self.log_p, self.log_p + entropy[:, None])
             dlogits -= row_gradients.dentropy.double()[:, None] * surprise
         if row_gradients.dkl is not None and self.log_q is not None and kl is not None:
-            gap = self._weighted(self.log_p - self.log_q - kl[:, None])
-            dlogits += row_gradients.dkl.double()[:, None] * gap
-        still = ~row_gradients.any[:, None] | (share == 0)
+            dlogits += row_gradients.dkl.double()[:, None] * self._dkl(self.log_q, kl)
+        still = ~row_gradients.any[:, None]
+        if self.interpolation != 0:
+            # a token that the policy all but forbids has a gradient of the forward KL
+            still = still | (share == 0)
         return dlogits.div_(self.temperature).masked_fill_(still, 0.0)
 
-    def _weighted(self, values: Tensor) -> Tensor:
-        """p·values; 0 where p is 0, whatever the value."""
-        p = self.log_p.exp()
-        return torch.where(p == 0, 0.0, p * values)
+    def _dkl(self, log_q: Tensor, kl: Tensor) -> Tensor:
+        """The gradient of the exact KL, times T."""
+        log_p, beta = self.log_p, self.interpolation
+        if beta == 1:
+            return _weigh(log_p, log_p - log_q - kl[:, None])
+        if beta == 0:
+            # of likely targets the small difference of what they leave to the others
+            p, q = log_p.exp(), log_q.exp()
+            p_y, q_y = p.gather(1, self.target), q.gather(1, self.target)
+            left = self.ref_log_others.exp() - self.log_others.exp()
+            at_target = torch.where(torch.minimum(p_y, q_y) > 0.5, left, p_y - q_y)
+            return (p - q).scatter_(1, self.target, at_target)
+        to_mixture, of_others = _log_to_mixture(log_p, log_q, beta)[0], self.state[2][:, None]
+        of_target = _weigh(log_p, to_mixture).gather(1, self.target)
+        at_target = (
+            of_target * self.log_others.exp() - log_p.gather(1, self.target).exp() * of_others
+        )
+        gradient = _weigh(log_p, to_mixture - of_target - of_others)
+        return (1 - beta) * gradient.scatter_(1, self.target, at_target)
+
+
+def _weigh(log_p: Tensor, values: Tensor) -> Tensor:
+    """p·values; 0 where p is 0, whatever the value."""
+    p = log_p.exp()
+    return torch.where(p == 0, 0.0, p * values)
+
+
+def _log_to_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """log p/m and log q/m for m = (1 − β)·p + β·q, exact for p near q and where one is 0."""
+    gap = (log_q - log_p).nan_to_num_(0.0, math.inf, -math.inf)
+    weight = torch.where(gap > 0, 1 - beta, beta)
+    rest = torch.where(gap > 0, beta, 1 - beta)
+    # of m, relative to the larger of p and q
+    missing = -weight * torch.expm1(-gap.abs())
+    log_m = torch.where(
+        missing < 0.5, torch.log1p(-missing), (rest + weight * (-gap.abs()).exp()).log()
+    )
+    return -log_m - gap.clamp(min=0), gap.clamp(max=0) - log_m
 
 
 def _log_softmax(

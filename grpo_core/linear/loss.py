@@ -172,6 +172,7 @@ def loss_from_hidden(
         tokens=tokens,
         reference=reference if exact else None,
         exact_beta=float(inputs.objective.beta) if exact else None,
+        interpolation=float(inputs.objective.interpolation),
         plan=plan,
         wanted=tuple(enabled and x is not None and x.requires_grad for x in tensors),
         **options,

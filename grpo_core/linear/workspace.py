@@ -34,6 +34,7 @@ class LinearCall:
     wanted: tuple[bool, ...] = (False,) * 5  # which `Gradients`
     reference: tuple[Tensor, LinearHead] | None = None  # states and head, for the exact KL
     exact_beta: float | None = None  # weight of the exact KL; None without one
+    interpolation: float = 1.0  # of the exact KL
     tokens: Tokens | None = None  # of the n rows, for a loss
     lengths: tuple[int, ...] | None = None  # of sequences in order; None if they do not matter
 
@@ -144,7 +145,8 @@ class Workspace:
     def rows_of(self, chunk: slice) -> tuple[Rows, Rows | None]:
         """The chunk in the buffers, as kernels take it."""
         n, ref = chunk.stop - chunk.start, self.ref_logits
-        return Rows.of(self.logits[:n]), None if ref is None else Rows.of(ref[:n])
+        ref_rows = None if ref is None else Rows.of(ref[:n], self.call.interpolation)
+        return Rows.of(self.logits[:n]), ref_rows
 
     def dlogits_of(self, chunk: slice) -> Tensor | None:
         """Where the gradient of the chunk in the buffers goes; None if there is none."""

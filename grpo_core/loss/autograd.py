@@ -33,7 +33,9 @@ class Call:
     @property
     def ref_rows(self) -> Rows | None:
         """The reference policy's logits, for the exact KL."""
-        return None if self.ref_logits is None else Rows.of(self.ref_logits)
+        if self.ref_logits is None:
+            return None
+        return Rows.of(self.ref_logits, float(self.tokens.objective.interpolation))
 
     def allocate_gradient(self, logits: Tensor) -> Tensor:
         """The logits themselves, or a contiguous buffer of their shape."""

@@ -75,7 +75,7 @@ def loss_metrics(out: LossOutput) -> dict[str, Tensor]:
     surrogate = tokens.objective.surrogate
     _, dlogp, dlog_ratio = surrogate.plain(logp, log_ratio, tokens.advantage, *surrogate.args)
     moved = counts & (tokens.advantage != 0)
-    clipped = moved & (dlogp == 0) & (dlog_ratio == 0)
+    clipped = moved & (dlogp == 0) & (dlog_ratio == 0) & tokens.objective.has_policy_term
     ratio_mean, ratio_square = _mean(ratio, counts), _mean(ratio * ratio, counts)
     metrics = {
         "loss": out.loss.detach(),

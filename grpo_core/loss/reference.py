@@ -6,6 +6,7 @@ of each scalar formula; the softmax, every derivative and every reduction are Py
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -74,7 +75,9 @@ def _evaluate(
     with torch.set_grad_enabled(torch.is_grad_enabled() and spec.entropy_coef != 0):
         # 0·log 0 = 0
         entropy = -(log_softmax.exp() * log_softmax.clamp(min=-1e30)).sum(1)
-    exact_kl = None if ref is None else _exact_kl(log_softmax, torch.log_softmax(ref, dim=-1))
+    exact_kl = None
+    if ref is not None:
+        exact_kl = _exact_kl(log_softmax, torch.log_softmax(ref, dim=-1), spec.interpolation)
     if kept is None and tokens.needs_statistics:
         tokens = tokens.with_statistics(logp.detach(), entropy.detach())
     log_ratio = logp - (logp.detach() if tokens.old_logp is None else tokens.old_logp)
@@ -110,8 +113,21 @@ def _token_loss(
     return (loss + spec.beta * kl if spec.beta else loss), kl
 
 
-def _exact_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Σ_j p_j·(log p_j − log q_j) of each row; an entry of probability 0 adds nothing."""
+def _exact_kl(log_p: Tensor, log_q: Tensor, interpolation: float = 1.0) -> Tensor:
+    """Σ_j p_j·(log p_j − log q_j) of each row; an entry of probability 0 adds nothing.
+
+    With another interpolation β than 1 β·KL(q ‖ m) + (1 − β)·KL(p ‖ m), m = (1 − β)·p + β·q.
+    """
+    if interpolation == 0:
+        return _exact_kl(log_q, log_p)
+    if interpolation != 1:
+        # finite, so that two forbidden entries have a gradient of 0
+        floored = (log.clamp(min=-1e30) for log in (log_p, log_q))
+        weights = (1 - interpolation, interpolation)
+        parts = (log + math.log(w) for log, w in zip(floored, weights, strict=True))
+        log_m = torch.logaddexp(*parts)
+        kls = (_exact_kl(log, log_m) for log in (log_p, log_q))
+        return sum(w * kl for w, kl in zip(weights, kls, strict=True))  # type: ignore[return-value]
     possible = log_p.exp() > 0
     gap = torch.where(possible, log_p - log_q, 0.0)
     return (torch.where(possible, log_p.exp(), 0.0) * gap).sum(1)

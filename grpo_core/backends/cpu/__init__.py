@@ -33,7 +33,7 @@ def row_stats(
     rows: Rows, target: Tensor, temperature: float, ref_rows: Rows | None = None
 ) -> RowStats:
     """Softmax statistics of every row at its target; the state as in `online_softmax`."""
-    vectors = target.new_zeros(7, rows.N, dtype=torch.float32)
+    vectors = target.new_zeros(8, rows.N, dtype=torch.float32)
     run(
         kernels().stats,
         rows.N,
@@ -44,6 +44,7 @@ def row_stats(
         LOG2E / temperature,
         target.numpy(),
         vectors.numpy(),
+        _interpolation(ref_rows),
     )
     logp, entropy, kl = vectors[:3]
     return RowStats(logp, entropy, None if ref_rows is None else kl, vectors[3:])
@@ -67,7 +68,7 @@ def row_loss(
         return loss_in_two_readings(this, rows, tokens, temperature, terms, dlogits, ref_rows)
     if dlogits is None:
         dlogits = rows.logits.new_empty(0, rows.V)
-    vectors = tokens.weight.new_zeros(10, rows.N)
+    vectors = tokens.weight.new_zeros(11, rows.N)
     dropped = vectors.new_zeros(rows.N, dtype=torch.bool)
     run(
         kernels().loss,
@@ -92,6 +93,7 @@ def row_loss(
         0 if kl_estimator is None else kl_estimator.address,
         bool(terms.kl_times_ratio),
         float(terms.beta),
+        _interpolation(ref_rows),
     )
     logp, entropy, ratio, kl, loss, dlogp = vectors[:6]
     return RowLoss(logp, entropy, ratio, kl, loss, dlogp, dropped, vectors[6:])
@@ -126,8 +128,14 @@ def row_dlogits(
         # read for an exact KL alone
         _vector(stats.entropy if stats.kl is None else stats.kl),
         stats.state.contiguous().numpy(),
+        _interpolation(ref_rows),
     )
     return dlogits
+
+
+def _interpolation(ref_rows: Rows | None) -> float:
+    """Which divergence from the reference is the KL."""
+    return 1.0 if ref_rows is None else float(ref_rows.interpolation)
 
 
 def _gradient_rows(rows: Rows, dlogits: Tensor) -> Rows:

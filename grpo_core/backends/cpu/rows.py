@@ -8,6 +8,8 @@ digits however confident the token. The gradient is written while the row is sti
 
     dL/dx_j = (dlogp·(δ_{j,y} − p_j) − dentropy·p_j·(log p_j + H) + dkl·p_j·(log p_j/q_j − KL)) / T
 
+or with another divergence than the reverse KL, see `kernels/exact_kl.py`.
+
 A row is computed by one thread in the order of its columns, so its bits depend neither on the
 batch nor on the number of threads nor on where the row lies.
 
@@ -34,8 +36,11 @@ from grpo_core.backends.cpu.vectors import (
     scale_powers,
     store,
     sum_gaps,
+    sum_mixtures,
     sum_powers,
+    weigh_differences,
     weigh_gaps,
+    weigh_mixtures,
     weigh_powers,
     widen,
 )
@@ -81,8 +86,13 @@ def read_row(logits, start, V, target, scale, block):
 
 
 @compiled
-def read_pair(logits, start, ref_logits, ref_start, V, target, scale, block, ref_block):
-    """What `read_row` returns, (anchor, Σ 2^c) of the reference, and Σ 2^c·(c − c_ref)."""
+def read_pair(
+    logits, start, ref_logits, ref_start, V, target, scale, interpolation, block, ref_block
+):
+    """What `read_row` returns, (anchor, Σ 2^c) of the reference, and Σ 2^c·(c − c_ref).
+
+    For the forward KL the last is Σ 2^c_ref·(c_ref − c), for a mixture 0.
+    """
     anchor, total, moment = LEAST, 0.0, 0.0
     ref_anchor, ref_total, gap = LEAST, 0.0, 0.0
     for first in range(0, V, BLOCK):
@@ -91,19 +101,81 @@ def read_pair(logits, start, ref_logits, ref_start, V, target, scale, block, ref
         ref_top = load_others(ref_logits, ref_start + first, count, target - first, ref_block)
         if not ref_top <= ref_anchor:
             shift = (np.float64(ref_anchor) - np.float64(ref_top)) * scale
-            gap -= shift * total if total > 0 else 0.0
+            if interpolation == 0:
+                _, gap = rebase(ref_anchor, ref_top, scale, ref_total, gap)
+            else:
+                gap -= shift * total if total > 0 else 0.0
             ref_total *= 2.0**shift
             ref_anchor = ref_top
         if not top <= anchor:
-            _, gap = rebase(anchor, top, scale, total, gap)
+            if interpolation == 0:
+                shift = (np.float64(anchor) - np.float64(top)) * scale
+                gap -= shift * ref_total if ref_total > 0 else 0.0
+            else:
+                _, gap = rebase(anchor, top, scale, total, gap)
             total, moment = rebase(anchor, top, scale, total, moment)
             anchor = top
         powers, moments = sum_powers(block, count, anchor, np.float32(scale))
-        gap += sum_gaps(block, ref_block, count, anchor, ref_anchor, np.float32(scale))
+        if interpolation == 1:
+            gap += sum_gaps(block, ref_block, count, anchor, ref_anchor, np.float32(scale))
+        elif interpolation == 0:
+            gap += sum_gaps(ref_block, block, count, ref_anchor, anchor, np.float32(scale))
+        else:
+            gap = 0.0
         total += powers
         moment += moments
         ref_total += sum_powers(ref_block, count, ref_anchor, np.float32(scale))[0]
     return anchor, total, moment, ref_anchor, ref_total, gap
+
+
+@compiled
+def mixture_numbers(of_token, ref_of_token, total, ref_total, interpolation):
+    """(p per 2^c, q per 2^c_ref, log₂ of the second over the first, β) of the other columns."""
+    # a total of 0 has no powers
+    share = of_token[3] / total if total > 0 else 0.0
+    ref_share = ref_of_token[3] / ref_total if ref_total > 0 else 0.0
+    shift = ref_of_token[1] - of_token[1] - (math.log(ref_total) - math.log(total))
+    return (
+        np.float32(share),
+        np.float32(ref_share),
+        np.float32(shift / LN2),
+        np.float32(interpolation),
+    )
+
+
+@compiled
+def target_to_mixture(logp, ref_logp, beta):
+    """(log p/m, log q/m), nats, m = (1 − β)·p + β·q: exact for likely and impossible targets."""
+    gap = ref_logp - logp
+    if logp == -np.inf:
+        gap = np.inf
+    if ref_logp == -np.inf:
+        gap = -np.inf
+    weight = 1 - beta if gap > 0 else beta
+    missing = -weight * math.expm1(-abs(gap))
+    if missing < 0.5:
+        log_m = math.log1p(-missing)
+    else:
+        log_m = math.log((1 - weight) + weight * math.exp(-abs(gap)))
+    return -log_m - max(gap, 0.0), min(gap, 0.0) - log_m
+
+
+@compiled
+def read_mixture(
+    logits, start, ref_logits, ref_start, V, target, scale, anchors, numbers, block, ref_block
+):
+    """The sums of `sum_mixtures` over the other columns."""
+    both, of_policy = 0.0, 0.0
+    for first in range(0, V, BLOCK):
+        count = min(BLOCK, V - first)
+        load_others(logits, start + first, count, target - first, block)
+        load_others(ref_logits, ref_start + first, count, target - first, ref_block)
+        sums = sum_mixtures(
+            block, ref_block, count, anchors[0], anchors[1], np.float32(scale), numbers
+        )
+        both += sums[0]
+        of_policy += sums[1]
+    return both, of_policy
 
 
 @compiled
@@ -180,12 +252,17 @@ def exact_kl_of(of_token, ref_of_token, total, log_ratio, gap):
 
 
 @compiled
-def read_statistics(logits, start, ref_logits, ref_start, V, target, scale, block, ref_block):
-    """(logp, entropy, KL, anchor, S, anchor and S of the reference) of a row, float32."""
-    kl, ref_anchor, ref_total = 0.0, LEAST, 0.0
+def read_statistics(
+    logits, start, ref_logits, ref_start, V, target, scale, interpolation, block, ref_block
+):
+    """(logp, entropy, KL, anchor, S, anchor and S of the reference, of_policy) of a row, float32.
+
+    `of_policy` is KL(π ‖ m) of a mixture without the target's part.
+    """
+    kl, ref_anchor, ref_total, of_policy = 0.0, LEAST, 0.0, 0.0
     if ref_logits is not None:
         anchor, total, moment, ref_anchor, ref_total, gap = read_pair(
-            logits, start, ref_logits, ref_start, V, target, scale, block, ref_block
+            logits, start, ref_logits, ref_start, V, target, scale, interpolation, block, ref_block
         )
     else:
         anchor, total, moment = read_row(logits, start, V, target, scale, block)
@@ -200,7 +277,24 @@ def read_statistics(logits, start, ref_logits, ref_start, V, target, scale, bloc
     if ref_logits is not None:
         ref_log_total = math.log(ref_total)
         ref_z = target_gap(ref_logits, ref_start, target, scale, ref_anchor, ref_log_total)
-        kl = exact_kl_of(of_token, sides(ref_z), total, log_total - ref_log_total, gap)
+        ref_of_token = sides(ref_z)
+        if interpolation == 1:
+            kl = exact_kl_of(of_token, ref_of_token, total, log_total - ref_log_total, gap)
+        elif interpolation == 0:
+            kl = exact_kl_of(ref_of_token, of_token, ref_total, ref_log_total - log_total, gap)
+        else:
+            kl, of_policy = read_mixture(
+                logits, start, ref_logits, ref_start, V, target, scale, (anchor, ref_anchor),
+                mixture_numbers(of_token, ref_of_token, total, ref_total, interpolation),
+                block, ref_block,
+            )  # fmt: skip
+            kl, of_policy = LN2 * kl, LN2 * of_policy
+            to_p, to_q = target_to_mixture(of_token[0], ref_of_token[0], interpolation)
+            # not 0, or NaN
+            if of_token[2] != 0:
+                kl += (1 - interpolation) * of_token[2] * to_p
+            if ref_of_token[2] != 0:
+                kl += interpolation * ref_of_token[2] * to_q
     return (
         np.float32(of_token[0]),
         np.float32(entropy),
@@ -209,33 +303,58 @@ def read_statistics(logits, start, ref_logits, ref_start, V, target, scale, bloc
         np.float32(total),
         ref_anchor,
         np.float32(ref_total),
+        np.float32(of_policy),
     )
 
 
 @compiled
+def weigh(block, ref_block, count, anchors, scale, factors, numbers):
+    """Replaces each logit by its gradient; `numbers` = `mixture_numbers`, of which β counts."""
+    anchor, ref_anchor = anchors
+    factor, log_factor, gap_factor = factors
+    _, _, shift, beta = numbers
+    if beta == 1:
+        weigh_gaps(
+            block, ref_block, count, anchor, ref_anchor, scale, factor, log_factor, gap_factor
+        )
+    elif beta == 0:
+        weigh_differences(
+            block, ref_block, count, anchor, ref_anchor, scale, factor, log_factor, gap_factor
+        )
+    else:
+        weigh_mixtures(
+            block, ref_block, count, anchor, ref_anchor, scale, factor, log_factor, gap_factor,
+            shift, beta,
+        )  # fmt: skip
+
+
+@compiled
 def write_gradient(
-    logits, start, ref_logits, ref_start, out, out_start, V, target, scale, found, row_gradients,
-    block, ref_block,
+    logits, start, ref_logits, ref_start, out, out_start, V, target, scale, interpolation,
+    found, row_gradients, block, ref_block,
 ):  # fmt: skip
     """dL/dlogits of a row, which may lie over the row.
 
     `found` is what `read_statistics` returns, without logp; `row_gradients` = dL by (logp, entropy,
     exact KL).
     """
-    entropy32, kl32, anchor, total, ref_anchor, ref_total = found
+    entropy32, kl32, anchor, total, ref_anchor, ref_total, of_policy = found
     entropy, kl = np.float64(entropy32), np.float64(kl32)
     dlogp, dentropy, dkl = row_gradients
     inverse, step = scale * LN2, np.float32(scale)
     log_total = math.log(np.float64(total))
     z = target_gap(logits, start, target, scale, anchor, log_total)
     logp, log_share, p_target, share = sides(z)
-    if share == 0 or total == 0:
+    forward = ref_logits is not None and interpolation == 0
+    if total == 0 or (share == 0 and not forward):
         # a certain target has no gradient, even where a forbidden token has an infinite KL
         clear(out, out_start, V)
         return
     weight = inverse * share / np.float64(total)
     at_target, factor, log_factor, gap_factor = inverse * dlogp * share, -dlogp * weight, 0.0, 0.0
     of_entropy, sure, at_sure = 0.0, -1, 0.0
+    one = np.float32(1.0)
+    numbers = (one, one, np.float32(0.0), np.float32(interpolation))
     if dentropy != 0:
         if p_target > 0:
             at_target -= inverse * dentropy * p_target * (logp + entropy)
@@ -248,15 +367,43 @@ def write_gradient(
     if ref_logits is not None and dkl != 0:
         ref_log_total = math.log(np.float64(ref_total))
         ref_z = target_gap(ref_logits, ref_start, target, scale, ref_anchor, ref_log_total)
-        ref_logp, ref_log_share, _, _ = sides(ref_z)
-        if p_target > 0:
-            at_target += inverse * dkl * p_target * (logp - ref_logp - kl)
-        gap = log_share - ref_log_share - log_total + ref_log_total
-        factor += dkl * weight * (gap - kl)
-        gap_factor = dkl * weight * LN2
-        if sure >= 0:
+        ref_logp, ref_log_share, ref_p_target, ref_share = sides(ref_z)
+        if interpolation == 0:
+            # of likely targets the small difference of what they leave to the others
+            likely = min(p_target, ref_p_target) > 0.5
+            at_target += inverse * dkl * (ref_share - share if likely else p_target - ref_p_target)
+            factor += dkl * weight
+            if ref_total > 0:
+                gap_factor = inverse * dkl * (ref_share / np.float64(ref_total))
+        elif interpolation != 1:
+            dkl *= 1 - interpolation
+            numbers = mixture_numbers(
+                (logp, log_share, p_target, share),
+                (ref_logp, ref_log_share, ref_p_target, ref_share),
+                np.float64(total), np.float64(ref_total), interpolation,
+            )  # fmt: skip
+            to_p, _ = target_to_mixture(logp, ref_logp, interpolation)
+            of_target = p_target * to_p if p_target > 0 else 0.0
+            at_target += inverse * dkl * (of_target * share - p_target * of_policy)
+            factor -= dkl * weight * (of_target + of_policy)
+            gap_factor = dkl * weight * LN2
+        else:
+            if p_target > 0:
+                at_target += inverse * dkl * p_target * (logp - ref_logp - kl)
+            gap = log_share - ref_log_share - log_total + ref_log_total
+            factor += dkl * weight * (gap - kl)
+            gap_factor = dkl * weight * LN2
+        if sure >= 0 and interpolation == 1:
             ref_logit = np.float64(widen(ref_logits[ref_start + sure]))
             at_sure -= gap_factor * (ref_logit - np.float64(ref_anchor)) * scale
+        elif sure >= 0:
+            load(logits, start + sure, 1, block)
+            load(ref_logits, ref_start + sure, 1, ref_block)
+            weigh(
+                block, ref_block, 1, (anchor, ref_anchor), step,
+                (np.float32(0.0), np.float32(0.0), np.float32(gap_factor)), numbers,
+            )  # fmt: skip
+            at_sure += block[0]
     at_sure += factor
     factor += of_entropy
     for first in range(0, V, BLOCK):
@@ -264,9 +411,9 @@ def write_gradient(
         load(logits, start + first, count, block)
         if ref_logits is not None:
             load(ref_logits, ref_start + first, count, ref_block)
-            weigh_gaps(
-                block, ref_block, count, anchor, ref_anchor, step,
-                np.float32(factor), np.float32(log_factor), np.float32(gap_factor),
+            weigh(
+                block, ref_block, count, (anchor, ref_anchor), step,
+                (np.float32(factor), np.float32(log_factor), np.float32(gap_factor)), numbers,
             )  # fmt: skip
         elif dentropy != 0:
             weigh_powers(block, count, anchor, step, np.float32(factor), np.float32(log_factor))
@@ -318,11 +465,12 @@ def token_loss(
 def loss_rows(
     logits, place, ref_logits, ref_place, dlogits, out_place, V, scale,
     target, weight, advantage, old_logp, ref_logp, factor, entropy_weight, vectors, dropped,
-    surrogate, parameters, kl_estimator, kl_times_ratio, beta, blocks, counter, grain,
+    surrogate, parameters, kl_estimator, kl_times_ratio, beta, interpolation,
+    blocks, counter, grain,
 ):  # fmt: skip
     """One pass: statistics, the loss of the token and, where asked for, the gradient of the row.
 
-    `vectors` [10, N] receives logp, entropy, ratio, KL, loss, dlogp and the state.
+    `vectors` [11, N] receives logp, entropy, ratio, KL, loss, dlogp and the state.
     """
     N = len(target)
     block, ref_block = blocks[0], blocks[1]
@@ -334,8 +482,9 @@ def loss_rows(
             moves = False
             if weight[n] != 0 and 0 <= y < V:
                 found = read_statistics(
-                    logits, start, ref_logits, ref_start, V, y, scale, block, ref_block
-                )
+                    logits, start, ref_logits, ref_start, V, y, scale, interpolation,
+                    block, ref_block,
+                )  # fmt: skip
                 logp, entropy, kl = np.float64(found[0]), np.float64(found[1]), np.float64(found[2])
                 log_ratio = logp - (np.float64(old_logp[n]) if len(old_logp) > 0 else logp)
                 bonus = np.float64(entropy_weight[n]) if len(entropy_weight) > 0 else 0.0
@@ -349,7 +498,7 @@ def loss_rows(
                 vectors[0, n], vectors[1, n], vectors[2, n] = logp, entropy, math.exp(log_ratio)
                 vectors[3, n], vectors[4, n], vectors[5, n] = kl, loss, dlogp
                 vectors[6, n], vectors[7, n] = found[3], -found[4]
-                vectors[8, n], vectors[9, n] = found[5], -found[6]
+                vectors[8, n], vectors[9, n], vectors[10, n] = found[5], -found[6], found[7]
                 dropped[n] = not usable
                 dkl = np.float32(beta) * weight[n] if ref_logits is not None else 0.0
                 row_gradients = (np.float64(np.float32(dlogp)), -bonus, dkl)
@@ -357,7 +506,7 @@ def loss_rows(
                 if moves and len(dlogits) > 0:
                     write_gradient(
                         logits, start, ref_logits, ref_start, dlogits, out_start, V, y, scale,
-                        found[1:], row_gradients, block, ref_block,
+                        interpolation, found[1:], row_gradients, block, ref_block,
                     )  # fmt: skip
             if len(dlogits) > 0 and not moves:
                 clear(dlogits, out_start, V)
@@ -366,9 +515,10 @@ def loss_rows(
 
 @compiled
 def stats_rows(
-    logits, place, ref_logits, ref_place, V, scale, target, vectors, blocks, counter, grain
-):
-    """Statistics of every row: `vectors` [7, N] receives logp, entropy, KL and the state."""
+    logits, place, ref_logits, ref_place, V, scale, target, vectors, interpolation,
+    blocks, counter, grain,
+):  # fmt: skip
+    """Statistics of every row: `vectors` [8, N] receives logp, entropy, KL and the state."""
     N = len(target)
     block, ref_block = blocks[0], blocks[1]
     first = claim(counter, grain)
@@ -377,18 +527,18 @@ def stats_rows(
             if 0 <= target[n] < V:
                 found = read_statistics(
                     logits, row_start(n, place), ref_logits, row_start(n, ref_place),
-                    V, target[n], scale, block, ref_block,
+                    V, target[n], scale, interpolation, block, ref_block,
                 )  # fmt: skip
                 vectors[0, n], vectors[1, n], vectors[2, n] = found[0], found[1], found[2]
                 vectors[3, n], vectors[4, n] = found[3], -found[4]
-                vectors[5, n], vectors[6, n] = found[5], -found[6]
+                vectors[5, n], vectors[6, n], vectors[7, n] = found[5], -found[6], found[7]
         first = claim(counter, grain)
 
 
 @compiled
 def gradient_rows(
     logits, place, ref_logits, ref_place, dlogits, out_place, V, scale,
-    target, dlogp, dentropy, dkl, entropy, kl, state, blocks, counter, grain,
+    target, dlogp, dentropy, dkl, entropy, kl, state, interpolation, blocks, counter, grain,
 ):  # fmt: skip
     """The gradient of every row from its statistics; rows without one become 0."""
     N = len(target)
@@ -407,10 +557,11 @@ def gradient_rows(
             ):
                 found = (
                     entropy[n], kl[n], state[0, n], -state[1, n], state[2, n], -state[3, n],
+                    state[4, n],
                 )  # fmt: skip
                 write_gradient(
                     logits, start, ref_logits, row_start(n, ref_place), dlogits, out_start,
-                    V, target[n], scale, found, row_gradients, block, ref_block,
+                    V, target[n], scale, interpolation, found, row_gradients, block, ref_block,
                 )  # fmt: skip
             else:
                 clear(dlogits, out_start, V)

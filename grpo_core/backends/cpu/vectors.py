@@ -280,6 +280,63 @@ def sum_gaps(block, ref_block, count, anchor, ref_anchor, scale):
     return gaps
 
 
+# 2/ln 2 over 1, 3, 5, 7, 9: of log₂ m = 2·artanh(s)/ln 2, |s| ≤ 0.172
+A1, A3, A5, A7, A9 = (np.float32(2 * LOG2E / n) for n in (1, 3, 5, 7, 9))
+ROOT_OF_HALF = np.float32(math.sqrt(0.5))
+
+
+@compiled(fastmath={"contract"})
+def log2(y):
+    """log₂ of a normal float32 above 0; exactly 0 for 1."""
+    exponent = (bits_of(y) - bits_of(ROOT_OF_HALF)) >> EXPONENT
+    mantissa = float_of(bits_of(y) - (exponent << EXPONENT))
+    s = (mantissa - np.float32(1.0)) / (mantissa + np.float32(1.0))
+    square = s * s
+    series = A9
+    series = series * square + A7
+    series = series * square + A5
+    series = series * square + A3
+    series = series * square + A1
+    return np.float32(exponent) + s * series
+
+
+@compiled
+def log_to_mixture(power, ref_power, gap, beta):
+    """(log₂ p/m, log₂ q/m), m = (1 − β)·p + β·q, gap = log₂ q/p; a power of 0 is a p or q of 0."""
+    gap = gap if power > 0 else np.float32(np.inf)
+    gap = gap if ref_power > 0 else np.float32(-np.inf)
+    above = gap if gap > 0 else np.float32(0.0)
+    below = gap if gap < 0 else np.float32(0.0)
+    # what is not finite stays out of exp2
+    distant = below - above
+    smaller = exp2(LOWEST if distant < LOWEST else distant)
+    weight = np.float32(1.0) - beta if gap > 0 else beta
+    rest = beta if gap > 0 else np.float32(1.0) - beta
+    log_m = log2(rest + weight * smaller)
+    return -log_m - above, below - log_m
+
+
+@compiled(fastmath={"reassoc", "contract"})
+def sum_mixtures(block, ref_block, count, anchor, ref_anchor, scale, numbers):
+    """(Σ (1 − β)·p·log₂ p/m + β·q·log₂ q/m, Σ p·log₂ p/m) of a block.
+
+    `numbers` = (p per 2^c, q per 2^c_ref, log₂ of the second over the first, β).
+    """
+    widest()
+    share, ref_share, shift, beta = numbers
+    both = of_policy = np.float32(0.0)
+    for j in range(whole(count)):
+        power = exp2(centre(block[j], anchor, scale))
+        ref_power = exp2(centre(ref_block[j], ref_anchor, scale))
+        gap = distance(ref_block[j], ref_anchor, scale) - distance(block[j], anchor, scale)
+        to_p, to_q = log_to_mixture(power, ref_power, gap + shift, beta)
+        of_p = power * share * to_p if power > 0 else np.float32(0.0)
+        of_q = ref_power * ref_share * to_q if ref_power > 0 else np.float32(0.0)
+        of_policy += of_p
+        both += (np.float32(1.0) - beta) * of_p + beta * of_q
+    return both, of_policy
+
+
 @compiled(fastmath={"contract"})
 def scale_powers(block, count, anchor, scale, factor):
     """Replaces each logit by factor·2^c."""
@@ -311,4 +368,34 @@ def weigh_gaps(block, ref_block, count, anchor, ref_anchor, scale, factor, log_f
         slope = factor + log_factor * c
         if gap_factor != 0:
             slope += gap_factor * gap
+        block[j] = power * slope if power > 0 else np.float32(0.0)
+
+
+@compiled
+def weigh_differences(
+    block, ref_block, count, anchor, ref_anchor, scale, factor, log_factor, ref_factor
+):
+    """Replaces each logit by (factor + log_factor·c)·2^c − ref_factor·2^c_ref.
+
+    Never contracted, so the difference of equal rows is exactly 0.
+    """
+    widest()
+    for j in range(whole(count)):
+        c = centre(block[j], anchor, scale)
+        ref_power = exp2(centre(ref_block[j], ref_anchor, scale))
+        block[j] = exp2(c) * (factor + log_factor * c) - ref_power * ref_factor
+
+
+@compiled(fastmath={"contract"})
+def weigh_mixtures(
+    block, ref_block, count, anchor, ref_anchor, scale, factor, log_factor, gap_factor, shift, beta
+):
+    """Replaces each logit by (factor + log_factor·c + gap_factor·log₂ p/m)·2^c."""
+    widest()
+    for j in range(whole(count)):
+        c = centre(block[j], anchor, scale)
+        power, ref_power = exp2(c), exp2(centre(ref_block[j], ref_anchor, scale))
+        gap = distance(ref_block[j], ref_anchor, scale) - distance(block[j], anchor, scale)
+        to_p, _ = log_to_mixture(power, ref_power, gap + shift, beta)
+        slope = factor + log_factor * c + gap_factor * to_p
         block[j] = power * slope if power > 0 else np.float32(0.0)
