@@ -18,6 +18,7 @@ from grpo_core import RECIPES, with_fused_head
 from grpo_core.reinforce import main
 from grpo_core.runs.config import RunConfig
 from grpo_core.runs.demo import decimals
+from grpo_core.runs.model import check_positions
 from grpo_core.trainer.batch import Batch
 from grpo_core.trainer.rewards import no_reward
 from grpo_core.trainer.rollout import Sampling
@@ -317,6 +318,21 @@ def test_a_teacher_with_other_tokens_is_refused(
         main(distil(files, tmp_path, files / "other", "--objective", "opd"))
     error = capsys.readouterr().err
     assert "--teacher: expected the tokens of" in error and "'0' is" in error
+
+
+def test_a_teacher_with_too_few_positions_is_refused(files: Path, tmp_path: Path) -> None:  # noqa: F811
+    """The student has 256, the teacher 64."""
+    micro_model(5).save_pretrained(tmp_path)
+    config = RunConfig(
+        model=str(files / "model"),
+        data="d",
+        objective="opd",
+        teacher=str(tmp_path),
+        max_new_tokens=60,
+    )
+    check_positions(config, 4)
+    with pytest.raises(ValueError, match="at most 59, since the teacher has 64 positions"):
+        check_positions(config, 5)
 
 
 @pytest.mark.parametrize(

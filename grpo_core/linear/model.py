@@ -152,11 +152,6 @@ class LogpRequest(Request):
     _function = staticmethod(linear_token_logp)
 
 
-def _reference(hidden: Tensor, lm_head: LinearHead, target: Tensor) -> dict[str, Any]:
-    """The arguments of a loss that say what the reference policy is."""
-    return {"ref_hidden": hidden.detach(), "ref_lm_head": lm_head}
-
-
 class ReferenceRequest(Request):
     """Asks a reference model, such as a teacher, for its part of a `LossRequest` over all words.
 
@@ -165,11 +160,13 @@ class ReferenceRequest(Request):
     """
 
     __slots__ = ()
-    _function = staticmethod(_reference)
 
     def __init__(self, *, rows: Tensor | None = None) -> None:
-        # nothing is looked up
         super().__init__(torch.empty(0), rows=rows)
+
+    @staticmethod
+    def _function(hidden: Tensor, lm_head: LinearHead, no_target: Tensor) -> dict[str, Any]:
+        return {"ref_hidden": hidden.detach(), "ref_lm_head": lm_head}
 
 
 class PendingRequest:
