@@ -18,7 +18,7 @@ from grpo_core import RECIPES, with_fused_head
 from grpo_core.reinforce import main
 from grpo_core.runs.config import RunConfig
 from grpo_core.runs.demo import decimals
-from grpo_core.runs.model import check_positions
+from grpo_core.runs.model import check_positions, load_teacher
 from grpo_core.trainer.batch import Batch
 from grpo_core.trainer.rewards import no_reward
 from grpo_core.trainer.rollout import Sampling
@@ -280,6 +280,8 @@ def test_the_command_distils_without_rewards_and_goes_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """One completion per prompt; the KL is shown; another teacher cannot go on with the run."""
+    config = RunConfig(model="m", data="d", objective="opd", teacher=str(teacher))
+    assert load_teacher(config, decimals.build_tokenizer()).dtype == torch.bfloat16
     opd = [
         "--objective",
         "opd",
