@@ -1,4 +1,4 @@
-"""The exact KL(π ‖ π_ref) of a row, over the whole vocabulary, from both rows of logits.
+"""The exact KL(π ‖ π_ref) of a row, or another divergence, over the whole vocabulary.
 
 Both rows are read once, side by side; the policy's is summed by the same steps as in
 `online_softmax`, so its log-probability keeps its bits. The two rows must lie alike between
@@ -10,11 +10,22 @@ multiples of 16 bytes (`Rows.aligned_with` copies). With the target y apart from
 where KL_others is that of the softmax over the other tokens: Σ 2^c·(c − c_ref) / S − log₂ S +
 log₂ S_ref in base 2. Exactly 0 where the two rows are equal, infinite where π_ref forbids a token
 that π allows.
+
+That is the *reverse* KL. The *forward* KL(π_ref ‖ π) has the two rows exchanged, and the gradient
+(p_j − q_j)/T. A *mixture* has an interpolation β between 0 and 1: with m = (1 − β)·p + β·q
+
+    D = β·KL(q ‖ m) + (1 − β)·KL(p ‖ m),  dD/dx_j = (1 − β)·p_j·(log p_j/m_j − KL(p ‖ m)) / T
+
+the generalised Jensen-Shannon divergence, always finite. Its mixture needs both normalisers, so the
+two rows are read once more, from the caches. Without the target's part KL(p ‖ m) is `of_policy`.
+
+Source: GKD (arXiv 2306.13649); the interpolation as in TRL, whose `beta` it is.
 """
 
 from .language import tl, triton
 from .online_softmax import (
     LN2,
+    LOG2E,
     add_powers,
     finite_base,
     from_largest,
@@ -36,6 +47,7 @@ from .row_tiles import (
     tile_places,
     wide_order,
 )
+from .scalar_math import expm1, log1p
 from .token_statistics import log_sides, sigmoid2
 
 
@@ -46,26 +58,34 @@ def row_softmax_pair(
     V,
     target_col,
     scale,
+    DIVERGENCE: tl.constexpr,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """(anchor, Σ 2^c, Σ 2^c·c) without the target, (anchor, Σ 2^c) of π_ref, Σ 2^c·(c − c_ref)."""
+    """(anchor, Σ 2^c, Σ 2^c·c) without the target, (anchor, Σ 2^c) of π_ref, Σ 2^c·(c − c_ref).
+
+    The last is Σ 2^c_ref·(c_ref − c) for the forward KL, and not used for a mixture.
+    """
     anchor, sum_others, moment_others, ref_anchor, ref_sum, cross = anchored_pair(
-        row_ptr, ref_ptr, V, target_col, scale, THREADS, WIDTH, TILES
+        row_ptr, ref_ptr, V, target_col, scale, DIVERGENCE, THREADS, WIDTH, TILES
     )
     near = is_near(anchor, sum_others)
     if not (near & is_near(ref_anchor, ref_sum)):
         largest, _ = largest_other(row_ptr, V, target_col, THREADS, WIDTH)
         ref_largest, _ = largest_other(ref_ptr, V, target_col, THREADS, WIDTH)
         below, moment_below, ref_sum, cross = pair_below(
-            row_ptr, ref_ptr, V, target_col, largest, ref_largest, scale, THREADS, WIDTH
+            row_ptr, ref_ptr, V, target_col, largest, ref_largest, scale, DIVERGENCE, THREADS, WIDTH
         )
+        ref_below = ref_sum
         ref_anchor, ref_sum, _, ref_shift = from_largest(ref_largest, ref_sum, 0.0, scale)
         peak, total, moment, shift = from_largest(largest, below, moment_below, scale)
         # where only π_ref has a bad anchor, π keeps what it has without one
         shift = tl.where(near, tl.fma(largest, scale, -anchor), shift)
-        cross = tl.exp2(shift) * (cross + (shift - ref_shift) * below)
+        if DIVERGENCE == "forward":
+            cross = tl.exp2(ref_shift) * (cross + (ref_shift - shift) * ref_below)
+        else:
+            cross = tl.exp2(shift) * (cross + (shift - ref_shift) * below)
         anchor = tl.where(near, anchor, peak)
         sum_others = tl.where(near, sum_others, total)
         moment_others = tl.where(near, moment_others, moment)
@@ -79,6 +99,7 @@ def anchored_pair(
     V,
     target_col,
     scale,
+    DIVERGENCE: tl.constexpr,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILES: tl.constexpr,
@@ -100,14 +121,14 @@ def anchored_pair(
     logits = tl.where(places == target_place, float("-inf"), logits)
     ref_logits = tl.where(places == target_place, float("-inf"), ref_logits)
     zeros = tl.zeros([THREADS, WIDTH], tl.float32)
-    sums = add_pair((zeros, zeros, zeros, zeros), logits, ref_logits, scale, anchors)
+    sums = add_pair((zeros, zeros, zeros, zeros), logits, ref_logits, scale, anchors, DIVERGENCE)
     for first in range(tile, end, step):
         others = (target_place < first) | (target_place >= first + step)
         if is_whole(first, step, lead, end) & others:
             for k in tl.static_range(TILES):
                 logits = load_whole(row_ptr + first + k * tile, THREADS, WIDTH)
                 ref_logits = load_whole(ref_ptr + first + k * tile, THREADS, WIDTH)
-                sums = add_pair(sums, logits, ref_logits, scale, anchors)
+                sums = add_pair(sums, logits, ref_logits, scale, anchors, DIVERGENCE)
         else:
             for start in range(first, tl.minimum(first + step, end), tile):
                 other = start + places != target_place
@@ -115,19 +136,23 @@ def anchored_pair(
                 ref_logits = load_tile(ref_ptr, start, lead, end, THREADS, WIDTH)
                 logits = tl.where(other, logits, float("-inf"))
                 ref_logits = tl.where(other, ref_logits, float("-inf"))
-                sums = add_pair(sums, logits, ref_logits, scale, anchors)
+                sums = add_pair(sums, logits, ref_logits, scale, anchors, DIVERGENCE)
     total, moment, ref_total, cross = pair_in_order(sums, wide_order(lead, THREADS, WIDTH))
     return anchors[0], total, moment, anchors[1], ref_total, cross
 
 
 @triton.jit
-def add_pair(sums, logits, ref_logits, scale, anchors):
+def add_pair(sums, logits, ref_logits, scale, anchors, DIVERGENCE: tl.constexpr):
     """Adds a tile of both rows to (Σ 2^c, Σ 2^c·c, Σ 2^c_ref, Σ 2^c·(c − c_ref))."""
     total, moment, ref_total, cross = sums
     total, moment, power, centred = add_powers(total, moment, logits, scale, anchors[0])
     ref_centred = tl.fma(ref_logits, scale, -anchors[1])
-    cross += weighted_gap(power, centred, ref_centred)
-    return total, moment, ref_total + tl.exp2(ref_centred), cross
+    if DIVERGENCE == "reverse":
+        cross += weighted_gap(power, centred, ref_centred)
+    ref_power = tl.exp2(ref_centred)
+    if DIVERGENCE == "forward":
+        cross += weighted_gap(ref_power, ref_centred, centred)
+    return total, moment, ref_total + ref_power, cross
 
 
 @triton.jit
@@ -156,6 +181,7 @@ def pair_below(
     largest,
     ref_largest,
     scale,
+    DIVERGENCE: tl.constexpr,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -167,7 +193,7 @@ def pair_below(
     for first in range(0, V, THREADS * WIDTH):
         logits = load_others(row_ptr, first + columns, V, target_col) - base
         ref_logits = load_others(ref_ptr, first + columns, V, target_col) - ref_base
-        sums = add_pair(sums, logits, ref_logits, scale, (0.0, 0.0))
+        sums = add_pair(sums, logits, ref_logits, scale, (0.0, 0.0), DIVERGENCE)
     return pair_in_order(sums, strided_order(THREADS, WIDTH))
 
 
@@ -182,3 +208,96 @@ def exact_kl(z, sum_others, ref_z, ref_sum, cross):
     kl_others = tl.where(cross == float("inf"), cross, kl_others)
     kl = tl.where(p_others > 0, p_others * (log_others - ref_log_others + kl_others), 0.0)
     return kl + tl.where(p_target > 0, p_target * (logp - ref_logp), 0.0)
+
+
+@triton.jit
+def mixture_kl(
+    row_ptr,
+    ref_ptr,
+    V,
+    target_col,
+    scale,
+    state,
+    ref_state,
+    beta,
+    THREADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """(D, of_policy) of a mixture, nats; a state is (anchor, sum_others, z) of its row."""
+    z, ref_z = state[2], ref_state[2]
+    share, ref_share, shift = mixture_shares(state[1], z, ref_state[1], ref_z)
+    base, anchor = split_anchor(state[0], state[1])
+    ref_base, ref_anchor = split_anchor(ref_state[0], ref_state[1])
+    places = tile_places(THREADS, WIDTH)
+    lead = row_lead(row_ptr, WIDTH)
+    end, target_place = V + lead, target_col + lead
+    row_ptr, ref_ptr = boundary(row_ptr, lead), boundary(ref_ptr, lead)
+    both = tl.zeros([THREADS, WIDTH], tl.float32)
+    of_policy = tl.zeros([THREADS, WIDTH], tl.float32)
+    for first in range(0, end, THREADS * WIDTH):
+        other = first + places != target_place
+        logits = load_tile(row_ptr, first, lead, end, THREADS, WIDTH) - base
+        ref_logits = load_tile(ref_ptr, first, lead, end, THREADS, WIDTH) - ref_base
+        centred = tl.fma(tl.where(other, logits, float("-inf")), scale, -anchor)
+        ref_centred = tl.fma(tl.where(other, ref_logits, float("-inf")), scale, -ref_anchor)
+        power, ref_power = tl.exp2(centred), tl.exp2(ref_centred)
+        to_p, to_q = log_to_mixture(power, ref_power, ref_centred - centred + shift, beta)
+        of_p = tl.where(power > 0, power * share * to_p, 0.0)
+        of_q = tl.where(ref_power > 0, ref_power * ref_share * to_q, 0.0)
+        of_policy += of_p
+        both += (1 - beta) * of_p + beta * of_q
+    order = wide_order(lead, THREADS, WIDTH)
+    kl, of_others = sum_in_order(both, order) * LN2, sum_in_order(of_policy, order) * LN2
+    p_target, ref_target = sigmoid2(-z), sigmoid2(-ref_z)
+    to_p, to_q = target_to_mixture(z, ref_z, beta)
+    kl += tl.where(p_target > 0, (1 - beta) * p_target * to_p, 0.0)
+    # not hidden where it is NaN
+    kl += tl.where(ref_target == 0, 0.0, beta * ref_target * to_q)
+    return kl, of_others
+
+
+@triton.jit
+def split_anchor(anchor, sum_others):
+    """(what is subtracted from logits before they are scaled, and after) of a row."""
+    far = sum_others < 0
+    return tl.where(far, anchor, 0.0), tl.where(far, 0.0, anchor)
+
+
+@triton.jit
+def mixture_shares(sum_others, z, ref_sum, ref_z):
+    """(p per 2^c, q per 2^c_ref, log₂ of the second over the first) of the other tokens."""
+    total, ref_total = tl.abs(sum_others), tl.abs(ref_sum)
+    _, log_others = log_sides(z)
+    _, ref_log_others = log_sides(ref_z)
+    # a sum of 0 has no powers
+    share = tl.where(total > 0, sigmoid2(z) / total, 0.0)
+    ref_share = tl.where(ref_total > 0, sigmoid2(ref_z) / ref_total, 0.0)
+    shift = (ref_log_others - log_others) * LOG2E - (tl.log2(ref_total) - tl.log2(total))
+    return share, ref_share, shift
+
+
+@triton.jit
+def log_to_mixture(power, ref_power, gap, beta):
+    """(log₂ p/m, log₂ q/m), m = (1 − β)·p + β·q, gap = log₂ q/p; a power of 0 is a p or q of 0."""
+    gap = tl.where(power > 0, gap, float("inf"))
+    gap = tl.where(ref_power > 0, gap, float("-inf"))
+    weight = tl.where(gap > 0, 1 - beta, beta)
+    rest = tl.where(gap > 0, beta, 1 - beta)
+    # of m, relative to the larger of p and q
+    log_m = tl.log2(tl.fma(weight, tl.exp2(-tl.abs(gap)), rest))
+    return -log_m - tl.maximum(gap, 0.0), tl.minimum(gap, 0.0) - log_m
+
+
+@triton.jit
+def target_to_mixture(z, ref_z, beta):
+    """(log p/m, log q/m) of the target, nats, exact for likely and impossible ones."""
+    logp, _ = log_sides(z)
+    ref_logp, _ = log_sides(ref_z)
+    gap = tl.where(logp == float("-inf"), float("inf"), ref_logp - logp)
+    gap = tl.where(ref_logp == float("-inf"), float("-inf"), gap)
+    weight = tl.where(gap > 0, 1 - beta, beta)
+    rest = tl.where(gap > 0, beta, 1 - beta)
+    missing = -weight * expm1(-tl.abs(gap))
+    log_m = tl.log(rest + weight * tl.exp(-tl.abs(gap)))
+    log_m = tl.where(missing < 0.5, -log1p(missing / (1 - missing)), log_m)
+    return -log_m - tl.maximum(gap, 0.0), tl.minimum(gap, 0.0) - log_m

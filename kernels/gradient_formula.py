@@ -8,19 +8,22 @@ whole row. So the gradient of every other logit than the target's is
     2^c·(factor + log_factor·c) + gap_factor·2^c·(c − c_ref)
 
 with three numbers of the row (`row_factors`): two multiply-adds to a logit at most, and none
-without an entropy term and an exact KL. The target's own gradient is computed apart.
+without an entropy term and an exact KL. The target's own gradient is computed apart. With another
+divergence the last term is −gap_factor·2^c_ref (forward KL) or gap_factor·2^c·log₂ p/m (mixture).
 """
 
-from .exact_kl import weighted_gap
+from .exact_kl import log_to_mixture, mixture_shares, target_to_mixture, weighted_gap
 from .language import tl, triton
 from .online_softmax import LN2, LOWEST
 from .token_statistics import log_sides, sigmoid2
 
 
 @triton.jit
-def gradient_of_others(logits, ref_logits, factors, ENTROPY: tl.constexpr):
+def gradient_of_others(
+    logits, ref_logits, factors, ENTROPY: tl.constexpr, DIVERGENCE: tl.constexpr
+):
     """The formula above for a tile; without an exact KL `ref_logits` are None."""
-    scale, anchor, factor, log_factor, ref_anchor, gap_factor = factors
+    scale, anchor, factor, log_factor, ref_anchor, gap_factor, shift, beta = factors
     centred = tl.fma(logits, scale, -anchor)
     power = tl.exp2(centred)
     if ENTROPY:
@@ -29,15 +32,26 @@ def gradient_of_others(logits, ref_logits, factors, ENTROPY: tl.constexpr):
         dlogits = power * factor
     else:
         ref_centred = tl.fma(ref_logits, scale, -ref_anchor)
-        dlogits = tl.fma(power, factor, weighted_gap(gap_factor * power, centred, ref_centred))
+        if DIVERGENCE == "reverse":
+            dlogits = tl.fma(power, factor, weighted_gap(gap_factor * power, centred, ref_centred))
+        elif DIVERGENCE == "forward":
+            # two products, so that the difference of equal rows is exactly 0
+            dlogits = power * factor - tl.exp2(ref_centred) * gap_factor
+        else:
+            ref_power = tl.exp2(ref_centred)
+            to_p, _ = log_to_mixture(power, ref_power, ref_centred - centred + shift, beta)
+            dlogits = tl.where(power > 0, power * tl.fma(gap_factor, to_p, factor), 0.0)
     return dlogits
 
 
 @triton.jit
-def row_factors(scale, derivatives, state, ref, ENTROPY: tl.constexpr):
-    """(the target's gradient, factor, the entropy's part of it, log_factor, gap_factor) of a row.
+def row_factors(
+    scale, derivatives, state, ref, beta, ENTROPY: tl.constexpr, DIVERGENCE: tl.constexpr
+):
+    """(the target's gradient, factor, the entropy's part of it, log_factor, gap_factor, shift).
 
-    The entropy's part has still to be taken off, and neither it nor `factor` is divided by T.
+    The entropy's part has still to be taken off, and neither it nor `factor` is divided by T. The
+    shift is that of `mixture_shares`.
     """
     dlogp, dentropy, dkl = derivatives
     _, sum_others, z, entropy = state
@@ -47,7 +61,7 @@ def row_factors(scale, derivatives, state, ref, ENTROPY: tl.constexpr):
     share = tl.where(total > 0, p_others / total, 0.0)
     at_target = dlogp * p_others
     factor = -dlogp * share
-    of_entropy, log_factor, gap_factor = 0.0, 0.0, 0.0
+    of_entropy, log_factor, gap_factor, shift = 0.0, 0.0, 0.0, 0.0
     if ENTROPY:
         spread = tl.where(p_others > 0, log_others - tl.log2(total) * LN2 + entropy, 0.0)
         at_target -= tl.where(p_target > 0, dentropy * p_target * (logp + entropy), 0.0)
@@ -55,12 +69,30 @@ def row_factors(scale, derivatives, state, ref, ENTROPY: tl.constexpr):
         log_factor = -dentropy * share * (LN2 * LN2) * scale
     if ref is not None:
         _, _, ref_sum, ref_z, kl = ref
-        ref_logp, ref_log_others = log_sides(ref_z)
-        spread = log_others - ref_log_others - (tl.log2(total) - tl.log2(tl.abs(ref_sum))) * LN2
-        spread -= kl
-        of_target = p_target * (logp - ref_logp - kl)
-        # a KL that is only measured may be infinite
-        at_target += tl.where((dkl != 0) & (p_target > 0), dkl * of_target, 0.0)
-        factor += tl.where((dkl != 0) & (p_others > 0), dkl * share * spread, 0.0)
-        gap_factor = dkl * share * (LN2 * LN2) * scale
-    return at_target * (scale * LN2), factor, of_entropy, log_factor, gap_factor
+        if DIVERGENCE == "reverse":
+            ref_logp, ref_log_others = log_sides(ref_z)
+            spread = log_others - ref_log_others - (tl.log2(total) - tl.log2(tl.abs(ref_sum))) * LN2
+            spread -= kl
+            of_target = p_target * (logp - ref_logp - kl)
+            # a KL that is only measured may be infinite
+            at_target += tl.where((dkl != 0) & (p_target > 0), dkl * of_target, 0.0)
+            factor += tl.where((dkl != 0) & (p_others > 0), dkl * share * spread, 0.0)
+            gap_factor = dkl * share * (LN2 * LN2) * scale
+        elif DIVERGENCE == "forward":
+            _, ref_share, _ = mixture_shares(sum_others, z, ref_sum, ref_z)
+            ref_others, ref_target = sigmoid2(ref_z), sigmoid2(-ref_z)
+            # of likely targets the small difference of what they leave to the others
+            likely = tl.minimum(p_target, ref_target) > 0.5
+            at_target += dkl * tl.where(likely, ref_others - p_others, p_target - ref_target)
+            factor += dkl * share
+            gap_factor = dkl * ref_share * (scale * LN2)
+        else:
+            # `kl` is of_policy, KL(p ‖ m) without the target's part
+            _, _, shift = mixture_shares(sum_others, z, ref_sum, ref_z)
+            to_p, _ = target_to_mixture(z, ref_z, beta)
+            of_target = tl.where(p_target > 0, p_target * to_p, 0.0)
+            dkl = dkl * (1 - beta)
+            at_target += dkl * (of_target * p_others - p_target * kl)
+            factor -= dkl * share * (of_target + kl)
+            gap_factor = dkl * share * (LN2 * LN2) * scale
+    return at_target * (scale * LN2), factor, of_entropy, log_factor, gap_factor, shift

@@ -130,6 +130,13 @@ def place_of(rows: Rows | None, prefix: str = "") -> dict[str, int]:
     return {prefix + name: 1 if rows is None else getattr(rows, name) for name in names}
 
 
+def divergence_of(ref_rows: Rows | None) -> dict[str, Any]:
+    """Which divergence from the reference is the KL, as keywords of a launch."""
+    kind = "reverse" if ref_rows is None else ref_rows.divergence
+    number = ref_rows.interpolation if ref_rows is not None and kind == "mixture" else None
+    return {"interpolation": number, "DIVERGENCE": kind}
+
+
 def unspecialized(function: Any) -> Any:
     """`triton.jit` for a kernel that is compiled once for all sizes, strides and alignments.
 

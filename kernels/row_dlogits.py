@@ -11,6 +11,7 @@ from .language import tl
 from .launch import (
     PAIR_REGISTERS,
     WRITING_REGISTERS,
+    divergence_of,
     launch,
     place_of,
     row_keywords,
@@ -47,6 +48,8 @@ def _row_dlogits_kernel(
     out_batch_stride: tl.int64,
     out_row_stride: tl.int64,
     scale,
+    interpolation,
+    DIVERGENCE: tl.constexpr,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILES: tl.constexpr,
@@ -76,7 +79,11 @@ def _row_dlogits_kernel(
             ref_anchor = tl.load(state_ptr + 2 * N + row)
             ref_sum = tl.load(state_ptr + 3 * N + row)
             ref_z, _ = target_gap(ref_ptr, target_col, scale, ref_anchor, ref_sum)
-            ref = (ref_ptr, ref_anchor, ref_sum, ref_z, tl.load(kl_ptr + row))
+            if DIVERGENCE == "mixture":
+                of_kl = tl.load(state_ptr + 4 * N + row)
+            else:
+                of_kl = tl.load(kl_ptr + row)
+            ref = (ref_ptr, ref_anchor, ref_sum, ref_z, of_kl)
         write_row_gradient(
             row_ptr,
             out_ptr,
@@ -86,7 +93,9 @@ def _row_dlogits_kernel(
             (dlogp, dentropy, dkl),
             (anchor, sum_others, z, entropy),
             ref,
+            interpolation,
             dentropy_ptr is not None,
+            DIVERGENCE,
             THREADS,
             WIDTH,
             TILES,
@@ -138,6 +147,7 @@ def row_dlogits(
         **place_of(ref, "ref_"),
         **place_of(Rows.of(dlogits), "out_"),
         scale=LOG2E.value / temperature,
+        **divergence_of(ref),
         **row_keywords(rows, registers),
     )
     return dlogits

@@ -30,7 +30,9 @@ def write_row_gradient(
     derivatives,
     state,
     ref,
+    beta,
     ENTROPY: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILES: tl.constexpr,
@@ -38,14 +40,15 @@ def write_row_gradient(
     """dL/dlogits of a whole row, which may lie over the row.
 
     `derivatives` = dL by (logp, entropy, exact KL), `state` = (anchor, sum_others, z, H), `ref` =
-    (reference row, its anchor, sum_others and z, KL), or None without an exact KL.
+    (reference row, its anchor, sum_others and z, KL), or None without an exact KL. A mixture's KL
+    is `of_policy`, and `beta` its interpolation.
 
     Where another token than the target is nearly certain, the entropy's gradient there has digits
     only from sums without it, see `sums_below_sure`.
     """
     anchor, sum_others, z, entropy = state
-    at_target, factor, of_entropy, log_factor, gap_factor = row_factors(
-        scale, derivatives, state, ref, ENTROPY
+    at_target, factor, of_entropy, log_factor, gap_factor, shift = row_factors(
+        scale, derivatives, state, ref, beta, ENTROPY, DIVERGENCE
     )
     # logits too large to be scaled have the anchor subtracted first
     far = sum_others < 0
@@ -68,21 +71,23 @@ def write_row_gradient(
             ref_logit = None
             if ref is not None:
                 ref_logit = tl.load(ref_ptr + sure_col).to(tl.float32) - ref_base
-            factors = scale, anchor, factor * (scale * LN2), log_factor, ref_anchor, gap_factor
-            at_sure = gradient_of_others(largest - base, ref_logit, factors, False)
+            scaled = factor * (scale * LN2)
+            factors = scale, anchor, scaled, log_factor, ref_anchor, gap_factor, shift, beta
+            at_sure = gradient_of_others(largest - base, ref_logit, factors, False, DIVERGENCE)
             dentropy = derivatives[1] * LN2 * moment / ((1 + below) * (1 + below))
             at_sure += dentropy * (scale * LN2)
     factor = (factor - of_entropy) * (scale * LN2)
-    factors = scale, anchor, factor, log_factor, ref_anchor, gap_factor
+    factors = scale, anchor, factor, log_factor, ref_anchor, gap_factor, shift, beta
     pointers = row_ptr, dlogits_ptr, ref_ptr
     # in place, no thread may overwrite the target's logit before all have read it
     tl.debug_barrier()
     if alike:
-        write_wide(pointers, V, lead, factors, ENTROPY, THREADS, WIDTH, TILES)
+        write_wide(pointers, V, lead, factors, ENTROPY, DIVERGENCE, THREADS, WIDTH, TILES)
     else:
         columns = strided_columns(THREADS, WIDTH)
         for first in range(0, V, THREADS * WIDTH):
-            write_part(pointers, first + columns, 0, V, factors, ENTROPY, base, ref_base)
+            at = first + columns
+            write_part(pointers, at, 0, V, factors, ENTROPY, DIVERGENCE, base, ref_base)
     # written last, over what the thread of its column has written
     tl.debug_barrier()
     tl.store(dlogits_ptr + target_col, at_target.to(dlogits_ptr.dtype.element_ty))
@@ -97,6 +102,7 @@ def write_wide(
     lead,
     factors,
     ENTROPY: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILES: tl.constexpr,
@@ -113,18 +119,24 @@ def write_wide(
     pointers = row_ptr, dlogits_ptr, ref_ptr
     for first in range(0, end, step):
         if is_whole(first, step, lead, end):
-            write_tiles(pointers, first + places, factors, ENTROPY, tile, TILES)
+            write_tiles(pointers, first + places, factors, ENTROPY, DIVERGENCE, tile, TILES)
         else:
             for start in range(first, tl.minimum(first + step, end), tile):
                 if is_whole(start, tile, lead, end):
-                    write_tiles(pointers, start + places, factors, ENTROPY, tile, 1)
+                    write_tiles(pointers, start + places, factors, ENTROPY, DIVERGENCE, tile, 1)
                 else:
-                    write_part(pointers, start + places, lead, end, factors, ENTROPY)
+                    write_part(pointers, start + places, lead, end, factors, ENTROPY, DIVERGENCE)
 
 
 @triton.jit
 def write_tiles(
-    pointers, at, factors, ENTROPY: tl.constexpr, tile: tl.constexpr, TILES: tl.constexpr
+    pointers,
+    at,
+    factors,
+    ENTROPY: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    tile: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     """The gradient of whole tiles, the first at `at`."""
     row_ptr, dlogits_ptr, ref_ptr = pointers
@@ -134,19 +146,30 @@ def write_tiles(
         ref_logits = None
         if ref_ptr is not None:
             ref_logits = tl.load(ref_ptr + k * tile + at).to(tl.float32)
-        dlogits = gradient_of_others(tiles[k].to(tl.float32), ref_logits, factors, ENTROPY)
+        logits = tiles[k].to(tl.float32)
+        dlogits = gradient_of_others(logits, ref_logits, factors, ENTROPY, DIVERGENCE)
         tl.store(dlogits_ptr + k * tile + at, dlogits.to(dlogits_ptr.dtype.element_ty))
 
 
 @triton.jit
-def write_part(pointers, at, lead, end, factors, ENTROPY: tl.constexpr, base=0.0, ref_base=0.0):
+def write_part(
+    pointers,
+    at,
+    lead,
+    end,
+    factors,
+    ENTROPY: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    base=0.0,
+    ref_base=0.0,
+):
     """The gradient of those logits at `at` that belong to the row, less a `base`."""
     row_ptr, dlogits_ptr, ref_ptr = pointers
     ref_logits = None
     if ref_ptr is not None:
         ref_logits = load_part(ref_ptr, at, lead, end) - ref_base
     logits = load_part(row_ptr, at, lead, end) - base
-    dlogits = gradient_of_others(logits, ref_logits, factors, ENTROPY)
+    dlogits = gradient_of_others(logits, ref_logits, factors, ENTROPY, DIVERGENCE)
     inside = (at >= lead) & (at < end)
     tl.store(dlogits_ptr + at, dlogits.to(dlogits_ptr.dtype.element_ty), mask=inside)
 

@@ -21,6 +21,7 @@ from .launch import (
     PAIR_REGISTERS,
     READING_REGISTERS,
     WRITING_REGISTERS,
+    divergence_of,
     launch,
     place_of,
     row_keywords,
@@ -62,10 +63,12 @@ def _row_loss_kernel(
     out_row_stride: tl.int64,
     scale,
     beta,
+    interpolation,
     surrogate_args,
     SURROGATE: tl.constexpr,
     KL: tl.constexpr,
     KL_TIMES_RATIO: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILES: tl.constexpr,
@@ -80,6 +83,8 @@ def _row_loss_kernel(
         store_vectors(vectors_ptr, N, row, (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0))
         if ref_logits_ptr is not None:
             store_vectors(vectors_ptr + 8 * N, N, row, (0.0, 1.0))
+            if DIVERGENCE == "mixture":
+                tl.store(vectors_ptr + 10 * N + row, 0.0)
         tl.store(dropped_ptr + row, False)
         if dlogits_ptr is not None:
             write_row_zeros(out_ptr, V, THREADS, WIDTH)
@@ -92,7 +97,7 @@ def _row_loss_kernel(
             row, ref_rows_per_batch, ref_batch_stride, ref_row_stride
         )
     logp, entropy, row_kl, state, ref_state = read_row(
-        row_ptr, ref_ptr, V, target_col, scale, THREADS, WIDTH, TILES
+        row_ptr, ref_ptr, V, target_col, scale, interpolation, DIVERGENCE, THREADS, WIDTH, TILES
     )
 
     # without an old policy the ratio is exactly 1, yet NaN where logp is not finite
@@ -119,7 +124,7 @@ def _row_loss_kernel(
     ref = None
     if ref_logits_ptr is not None:
         kl = row_kl
-        ref = (ref_ptr, ref_state[0], ref_state[1], ref_state[2], kl)
+        ref = (ref_ptr, ref_state[0], ref_state[1], ref_state[2], ref_state[3])
         if beta != 0:
             loss += beta * kl
             dkl = beta * weight
@@ -140,6 +145,8 @@ def _row_loss_kernel(
     store_vectors(vectors_ptr, N, row, vectors)
     if ref_logits_ptr is not None:
         store_vectors(vectors_ptr + 8 * N, N, row, (ref_state[0], ref_state[1]))
+        if DIVERGENCE == "mixture":
+            tl.store(vectors_ptr + 10 * N + row, ref_state[3])
     tl.store(dropped_ptr + row, usable == 0)
 
     if dlogits_ptr is not None:
@@ -153,7 +160,9 @@ def _row_loss_kernel(
                 (dlogp, dentropy, dkl),
                 (state[0], state[1], state[2], entropy),
                 ref,
+                interpolation,
                 entropy_weight_ptr is not None,
+                DIVERGENCE,
                 THREADS,
                 WIDTH,
                 TILES,
@@ -183,7 +192,8 @@ def row_loss(
         ref_rows: the reference policy's logits of the same tokens, for the exact KL, or None.
     """
     N, device = rows.N, rows.logits.device
-    vectors = torch.empty(8 if ref_rows is None else 10, N, dtype=torch.float32, device=device)
+    count = 8 if ref_rows is None else 11 if ref_rows.divergence == "mixture" else 10
+    vectors = torch.empty(count, N, dtype=torch.float32, device=device)
     dropped = torch.empty(N, dtype=torch.bool, device=device)
     registers = READING_REGISTERS
     if ref_rows is not None:
@@ -217,6 +227,7 @@ def row_loss(
         SURROGATE=terms.surrogate,
         KL=terms.kl,
         KL_TIMES_RATIO=terms.kl_times_ratio,
+        **divergence_of(ref_rows),
         **row_keywords(rows, registers),
     )
     logp, entropy, ratio, kl, loss, dlogp = vectors[:6]

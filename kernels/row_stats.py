@@ -10,7 +10,7 @@ rows; those are also read once. A row whose target lies outside [0, V) is not re
 import torch
 
 from .language import tl
-from .launch import PAIR_REGISTERS, launch, place_of, row_keywords, unspecialized
+from .launch import PAIR_REGISTERS, divergence_of, launch, place_of, row_keywords, unspecialized
 from .online_softmax import LOG2E
 from .records import Rows, RowStats
 from .row_reading import read_row
@@ -32,6 +32,8 @@ def _row_stats_kernel(
     ref_batch_stride: tl.int64,
     ref_row_stride: tl.int64,
     scale,
+    interpolation,
+    DIVERGENCE: tl.constexpr,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILES: tl.constexpr,
@@ -43,6 +45,8 @@ def _row_stats_kernel(
         store_vectors(vectors_ptr, N, row, (0.0, 0.0, 0.0, 1.0))
         if ref_logits_ptr is not None:
             store_vectors(vectors_ptr + 4 * N, N, row, (0.0, 1.0, 0.0))
+            if DIVERGENCE == "mixture":
+                tl.store(vectors_ptr + 7 * N + row, 0.0)
         return
 
     ref_ptr = None
@@ -51,11 +55,24 @@ def _row_stats_kernel(
             row, ref_rows_per_batch, ref_batch_stride, ref_row_stride
         )
     logp, entropy, kl, state, ref_state = read_row(
-        row_ptr, ref_ptr, V, target.to(tl.int32), scale, THREADS, WIDTH, TILES
+        row_ptr,
+        ref_ptr,
+        V,
+        target.to(tl.int32),
+        scale,
+        interpolation,
+        DIVERGENCE,
+        THREADS,
+        WIDTH,
+        TILES,
     )
     store_vectors(vectors_ptr, N, row, (logp, entropy, state[0], state[1]))
     if ref_logits_ptr is not None:
-        store_vectors(vectors_ptr + 4 * N, N, row, (ref_state[0], ref_state[1], kl))
+        if DIVERGENCE == "mixture":
+            values = (ref_state[0], ref_state[1], ref_state[3], kl)
+            store_vectors(vectors_ptr + 4 * N, N, row, values)
+        else:
+            store_vectors(vectors_ptr + 4 * N, N, row, (ref_state[0], ref_state[1], kl))
 
 
 def row_stats(
@@ -70,7 +87,7 @@ def row_stats(
         ref_rows: the reference policy's logits of the same tokens, for the exact KL, or None.
     """
     ref = None if ref_rows is None else ref_rows.aligned_with(rows)
-    count = 4 if ref is None else 7
+    count = 4 if ref is None else 8 if ref.divergence == "mixture" else 7
     vectors = torch.empty(count, rows.N, dtype=torch.float32, device=rows.logits.device)
     launch(
         _row_stats_kernel,
@@ -85,6 +102,9 @@ def row_stats(
         **place_of(rows),
         **place_of(ref, "ref_"),
         scale=LOG2E.value / temperature,
+        **divergence_of(ref),
         **row_keywords(rows, None if ref is None else PAIR_REGISTERS),
     )
-    return RowStats(vectors[0], vectors[1], None if ref is None else vectors[6], vectors[2:6])
+    if ref is None:
+        return RowStats(vectors[0], vectors[1], None, vectors[2:])
+    return RowStats(vectors[0], vectors[1], vectors[-1], vectors[2:-1])

@@ -113,7 +113,7 @@ def test_value_and_gradient(
     for kl, gradient in ((result.kl, dlogits), two_phases(kernels, *given)):
         error = (kl.cpu().double() - exact.detach()).abs().max()
         limit = (baseline[0].double() - exact.detach()).abs().max()
-            limit += UNIT * (16 + 4 * exact.max().detach())
+        limit += UNIT * (16 + 4 * exact.max().detach())
         assert error <= limit, (error, limit)
         # what the dtype of the gradient rounds
         rounding = torch.finfo(dtype).eps * student.grad.abs() + torch.finfo(dtype).tiny

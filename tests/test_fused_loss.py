@@ -44,6 +44,14 @@ OBJECTIVES: dict[str, Objective] = {
     "exact KL, entropy": RECIPES["dapo"].replace(kl="exact", beta=0.3, entropy_coef=0.2),
     "exact KL of sequences": RECIPES["gspo"].replace(kl="exact", beta=0.3, entropy_coef=-0.1),
     "exact KL, only measured": RECIPES["dapo"].replace(kl="exact"),
+    "forward KL": RECIPES["opd"].replace(interpolation=0.0),
+    "forward KL, entropy": RECIPES["dapo"].replace(
+        kl="exact", beta=0.3, interpolation=0.0, entropy_coef=0.2
+    ),
+    "Jensen-Shannon": RECIPES["opd"].replace(interpolation=0.3),
+    "Jensen-Shannon of sequences": RECIPES["gspo"].replace(
+        kl="exact", beta=0.3, interpolation=0.5, entropy_coef=-0.1
+    ),
     "entropy averaged apart": RECIPES["grpo"].replace(
         entropy_coef=0.3, entropy_aggregation="token_mean"
     ),

@@ -139,26 +139,31 @@ class _Softmax:
             log_q, ref_log_others, _ = _log_softmax(_take(ref_rows.logits, at), y, temperature)
             interpolation = ref_rows.interpolation
             if ref_rows.divergence == "mixture":
-                to_mixture, _ = _log_to_mixture(log_p, log_q, interpolation)
-                of_policy = _weigh(log_p, to_mixture).scatter_(1, y, 0.0).sum(1)
-        state = (*state, of_policy)
-        return cls(y, temperature, log_p, log_q, log_others, state, ref_log_others, interpolation)
+                to_mixture = log_to_mixture(log_p, log_q, interpolation)
+                of_policy = weigh(log_p, to_mixture).scatter_(1, y, 0.0).sum(1)
+        return cls(
+            *(y, temperature, log_p, log_q, log_others),
+            (*state, of_policy),
+            ref_log_others,
+            interpolation,
+        )
 
     @property
     def statistics(self) -> tuple[Tensor, Tensor, Tensor]:
         """(logp, entropy, exact KL) of each row, nats `[n]`; the KL is 0 without a reference."""
         logp = self.log_p.gather(1, self.target).squeeze(1)
-        entropy = -_weigh(self.log_p, self.log_p).sum(1)
+        entropy = -weigh(self.log_p, self.log_p).sum(1)
         if self.log_q is None:
             return logp, entropy, torch.zeros_like(logp)
         beta = self.interpolation
         if beta == 1:
-            kl = _weigh(self.log_p, self.log_p - self.log_q)
+            kl = weigh(self.log_p, self.log_p - self.log_q)
         elif beta == 0:
-            kl = _weigh(self.log_q, self.log_q - self.log_p)
+            kl = weigh(self.log_q, self.log_q - self.log_p)
         else:
-            of_p, of_q = _log_to_mixture(self.log_p, self.log_q, beta)
-            kl = (1 - beta) * _weigh(self.log_p, of_p) + beta * _weigh(self.log_q, of_q)
+            of_p = log_to_mixture(self.log_p, self.log_q, beta)
+            of_q = log_to_mixture(self.log_q, self.log_p, 1 - beta)
+            kl = (1 - beta) * weigh(self.log_p, of_p) + beta * weigh(self.log_q, of_q)
         return logp, entropy, kl.sum(1)
 
     def gradient(self, row_gradients: RowGradients, entropy: Tensor, kl: Tensor | None) -> Tensor:
@@ -166,7 +171,7 @@ class _Softmax:
         share, dlogp = self.log_others.exp(), row_gradients.dlogp.double()[:, None]
         dlogits = (-dlogp * self.log_p.exp()).scatter_(1, self.target, dlogp * share)
         if row_gradients.dentropy is not None:
-            surprise = _weigh(self.log_p, self.log_p + entropy[:, None])
+            surprise = weigh(self.log_p, self.log_p + entropy[:, None])
             dlogits -= row_gradients.dentropy.double()[:, None] * surprise
         if row_gradients.dkl is not None and self.log_q is not None and kl is not None:
             dlogits += row_gradients.dkl.double()[:, None] * self._dkl(self.log_q, kl)
@@ -180,7 +185,7 @@ class _Softmax:
         """The gradient of the exact KL, times T."""
         log_p, beta = self.log_p, self.interpolation
         if beta == 1:
-            return _weigh(log_p, log_p - log_q - kl[:, None])
+            return weigh(log_p, log_p - log_q - kl[:, None])
         if beta == 0:
             # of likely targets the small difference of what they leave to the others
             p, q = log_p.exp(), log_q.exp()
@@ -188,23 +193,23 @@ class _Softmax:
             left = self.ref_log_others.exp() - self.log_others.exp()
             at_target = torch.where(torch.minimum(p_y, q_y) > 0.5, left, p_y - q_y)
             return (p - q).scatter_(1, self.target, at_target)
-        to_mixture, of_others = _log_to_mixture(log_p, log_q, beta)[0], self.state[2][:, None]
-        of_target = _weigh(log_p, to_mixture).gather(1, self.target)
+        to_mixture, of_others = log_to_mixture(log_p, log_q, beta), self.state[2][:, None]
+        of_target = weigh(log_p, to_mixture).gather(1, self.target)
         at_target = (
             of_target * self.log_others.exp() - log_p.gather(1, self.target).exp() * of_others
         )
-        gradient = _weigh(log_p, to_mixture - of_target - of_others)
+        gradient = weigh(log_p, to_mixture - of_target - of_others)
         return (1 - beta) * gradient.scatter_(1, self.target, at_target)
 
 
-def _weigh(log_p: Tensor, values: Tensor) -> Tensor:
+def weigh(log_p: Tensor, values: Tensor) -> Tensor:
     """p·values; 0 where p is 0, whatever the value."""
     p = log_p.exp()
     return torch.where(p == 0, 0.0, p * values)
 
 
-def _log_to_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """log p/m and log q/m for m = (1 − β)·p + β·q, exact for p near q and where one is 0."""
+def log_to_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """log p/m for m = (1 − β)·p + β·q, exact for p near q and where one is 0."""
     gap = (log_q - log_p).nan_to_num_(0.0, math.inf, -math.inf)
     weight = torch.where(gap > 0, 1 - beta, beta)
     rest = torch.where(gap > 0, beta, 1 - beta)
@@ -213,7 +218,7 @@ def _log_to_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, 
     log_m = torch.where(
         missing < 0.5, torch.log1p(-missing), (rest + weight * (-gap.abs()).exp()).log()
     )
-    return -log_m - gap.clamp(min=0), gap.clamp(max=0) - log_m
+    return -log_m - gap.clamp(min=0)
 
 
 def _log_softmax(

@@ -156,6 +156,8 @@ def _calls(
         ("entropy", {"entropy_coef": 0.01}),
         ("exact KL", {"kl": "exact"}),
         ("exact KL, entropy", {"kl": "exact", "entropy_coef": 0.01}),
+        ("forward KL", {"kl": "exact", "interpolation": 0.0, "entropy_coef": 0.01}),
+        ("Jensen-Shannon", {"kl": "exact", "interpolation": 0.5, "entropy_coef": 0.01}),
     )
     for variant, changes in (*variants, *(_formulas() if every_formula else ())):
         for level in (token, sequence, waiting):

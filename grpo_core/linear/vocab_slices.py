@@ -8,6 +8,8 @@ coarsely:
 
     lse = M·log 2 + log(S + exp(x_y/T − M·log 2)),  p_j = exp(x_j/T − lse),  1 − p_y = −expm1(logp)
     dL/dx_j = (dlogp·(δ_{j,y} − p_j) − dentropy·p_j·(log p_j + H) + dkl·p_j·(log p_j/q_j − KL)) / T
+
+The last term is another with another divergence than the reverse KL, see `exact_kl`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import math
 import torch
 from torch import Tensor
 
+from grpo_core.backends.pytorch import log_to_mixture, weigh
 from grpo_core.kernels.records import RowGradients, RowStats
 from grpo_core.linear.chunks import LossRows, read_chunks
 from grpo_core.linear.matmuls import LEAST_ROWS, HeadProducts
@@ -44,7 +47,8 @@ def loss_over_slices(work: Workspace, tokens: Tokens) -> LossRows:
     row_gradients = work.scaled(
         complete.row_gradients(result.dlogp, result.dropped, call.exact_beta)
     )
-    softmax = SoftmaxRows(complete.target, T, row_gradients, stats, target_logit, *of_reference)
+    vectors, kind = (target_logit, *of_reference), call.interpolation
+    softmax = SoftmaxRows(complete.target, T, row_gradients, stats, *vectors, interpolation=kind)
     add_gradients_of_slices(work, softmax)
     return LossRows.of(result, complete)
 
@@ -114,6 +118,7 @@ class SoftmaxRows:
         row_gradients, stats: of the rows.
         target_logit, ref_target_logit: [n] float32, the logits at the targets.
         ref_logp: [n] float32, of the reference, for the exact KL.
+        interpolation: of the exact KL.
     """
 
     def __init__(
@@ -125,6 +130,8 @@ class SoftmaxRows:
         target_logit: Tensor,
         ref_target_logit: Tensor | None = None,
         ref_logp: Tensor | None = None,
+        *,
+        interpolation: float = 1.0,
     ) -> None:
         T = temperature
         self.target, self.temperature, self.row_gradients, self.kl = (
@@ -148,7 +155,12 @@ class SoftmaxRows:
         self.ref_lse = None
         if ref_logp is not None and ref_target_logit is not None:
             self.ref_lse = ref_target_logit / T - ref_logp
-        self.target_gradient = _gradient_at_target(row_gradients, stats, ref_logp)
+        self.interpolation = interpolation
+        if ref_logp is not None and 0 < interpolation < 1:
+            # KL(p ‖ m), of the target and of the others
+            to_mixture = log_to_mixture(stats.logp, ref_logp, interpolation)
+            self.kl = weigh(stats.logp, to_mixture) + stats.state[-1]
+        self.target_gradient = _gradient_at_target(row_gradients, stats, ref_logp, interpolation)
 
     def dlogits(
         self, chunk: slice, columns: slice, logits: Tensor, ref_logits: Tensor | None
@@ -168,12 +180,21 @@ class SoftmaxRows:
                 factor = term.add_(factor)
             if dkl is not None:
                 assert ref_logits is not None and self.ref_lse is not None and self.kl is not None
-                log_q = ref_logits.div_(T).sub_(self.ref_lse[chunk, None])
-                term = log_q.neg_().add_(log_p).sub_(self.kl[chunk, None])
-                factor = term.mul_(dkl[:, None]).add_(factor)
+                log_q, beta = ref_logits.div_(T).sub_(self.ref_lse[chunk, None]), self.interpolation
+                if beta == 1:
+                    term = log_q.neg_().add_(log_p).sub_(self.kl[chunk, None])
+                    factor = term.mul_(dkl[:, None]).add_(factor)
+                elif beta == 0:
+                    factor = factor + dkl[:, None]
+                else:
+                    term = log_to_mixture(log_p, log_q, beta).sub_(self.kl[chunk, None])
+                    factor = term.mul_((1 - beta) * dkl[:, None]).add_(factor)
             p = log_p.exp_().mul_(correction[:, None])
             # 0·(−inf): an entry of probability 0 has no gradient
             dlogits = factor.mul_(p).masked_fill_(~(p > 0), 0.0)
+            if dkl is not None and self.interpolation == 0:
+                # p − q
+                dlogits.sub_(log_q.exp_().mul_(dkl[:, None]))
         target = self.target[chunk]
         here = ((target >= columns.start) & (target < columns.stop)).nonzero().squeeze(1)
         dlogits[here, target[here] - columns.start] = self.target_gradient[chunk][here]
@@ -182,7 +203,7 @@ class SoftmaxRows:
 
 
 def _gradient_at_target(
-    row_gradients: RowGradients, stats: RowStats, ref_logp: Tensor | None
+    row_gradients: RowGradients, stats: RowStats, ref_logp: Tensor | None, beta: float
 ) -> Tensor:
     """dL/dx_y times T of every row, float32 `[n]`."""
     logp, p = stats.logp.double(), stats.logp.double().exp()
@@ -193,6 +214,13 @@ def _gradient_at_target(
         value = value - torch.where(possible, term, 0.0)
     if row_gradients.dkl is not None:
         assert ref_logp is not None and stats.kl is not None
-        term = row_gradients.dkl.double() * p * (logp - ref_logp - stats.kl)
-        value = value + torch.where(possible, term, 0.0)
+        if beta == 1:
+            term = p * (logp - ref_logp - stats.kl)
+        elif beta == 0:
+            # p − q
+            term = torch.expm1(logp) - torch.expm1(ref_logp.double())
+        else:
+            of_target = weigh(logp, log_to_mixture(logp, ref_logp.double(), beta))
+            term = (1 - beta) * (-of_target * torch.expm1(logp) - p * stats.state[-1])
+        value = value + torch.where(possible, row_gradients.dkl.double() * term, 0.0)
     return value.float()
