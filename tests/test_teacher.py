@@ -18,6 +18,7 @@ from grpo_core import RECIPES, with_fused_head
 from grpo_core.reinforce import main
 from grpo_core.runs.config import RunConfig
 from grpo_core.runs.demo import decimals
+from grpo_core.runs.demo.config import DemoConfig
 from grpo_core.runs.model import check_positions, load_teacher
 from grpo_core.trainer.batch import Batch
 from grpo_core.trainer.rewards import no_reward
@@ -354,6 +355,11 @@ def test_a_teacher_with_too_few_positions_is_refused(files: Path, tmp_path: Path
 def test_options_that_do_not_fit(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RunConfig(model="m", data="d", **given)
+
+
+def test_the_demo_has_no_teacher() -> None:
+    with pytest.raises(ValueError, match="objective: expected one that learns from rewards"):
+        DemoConfig(objective="opd")
 
 
 def test_options_resolve() -> None:

@@ -65,7 +65,7 @@ PANELS = (
     Panel("Reward", "training", {"reward": "-"}),
     Panel("Reward, held out", "", {"held_out/reward": "-"}),
     Panel("Length", "training, tokens", {"length": "-"}),
-    Panel("KL", "to the initial model, nats per token", {"kl": "-"}),
+    Panel("KL", "to the initial model or the teacher, nats per token", {"kl": "-"}),
     Panel("Entropy", "nats per token", {"entropy": "-"}),
     Panel("Clip fraction", "share of tokens that are clipped", {"clip_fraction": "-"}),
     Panel("Gradient norm", "before clipping", {"grad_norm": "-"}),
