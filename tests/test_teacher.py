@@ -170,6 +170,16 @@ def test_a_student_approaches_its_teacher(interpolation: float) -> None:
     assert not teacher.training and not any(w.requires_grad for w in teacher.parameters())
 
 
+def test_microbatches_and_padding_do_not_change_a_step() -> None:
+    """The teacher reads the same rows as the student, in whatever layout."""
+    kls = []
+    for changes in ({}, {"tokens_per_microbatch": 40}, {"padding_free": "always"}):
+        trainer = distiller(teacher=micro_model(5, **PADDED), **changes)
+        kls.append([trainer.step()["kl"] for _ in range(3)])
+    for other in kls[1:]:
+        assert other == pytest.approx(kls[0], rel=1e-4)
+
+
 class Products(TorchDispatchMode):
     """Counts matrix products with a vocabulary among their sizes."""
 
