@@ -273,7 +273,7 @@ def mixture_shares(sum_others, z, ref_sum, ref_z):
     share = tl.where(total > 0, sigmoid2(z) / total, 0.0)
     ref_share = tl.where(ref_total > 0, sigmoid2(ref_z) / ref_total, 0.0)
     shift = (ref_log_others - log_others) * LOG2E - (tl.log2(ref_total) - tl.log2(total))
-    return share, ref_share, shift
+    return share, ref_share, tl.where((total > 0) & (ref_total > 0), shift, 0.0)
 
 
 @triton.jit
@@ -286,6 +286,14 @@ def log_to_mixture(power, ref_power, gap, beta):
     # of m, relative to the larger of p and q
     log_m = tl.log2(tl.fma(weight, tl.exp2(-tl.abs(gap)), rest))
     return -log_m - tl.maximum(gap, 0.0), tl.minimum(gap, 0.0) - log_m
+
+
+@triton.jit
+def log_p_to_mixture(gap, beta):
+    """log₂ p/m, finite, for a gradient that is 0 where p is; gap = log₂ q/p, NaN if both are 0."""
+    # a p further below q is nearly 0
+    gap = tl.where(gap < 126, gap, 126.0)
+    return -tl.log2(tl.fma(tl.exp2(gap), beta, 1 - beta))
 
 
 @triton.jit

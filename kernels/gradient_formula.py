@@ -12,7 +12,7 @@ without an entropy term and an exact KL. The target's own gradient is computed a
 divergence the last term is −gap_factor·2^c_ref (forward KL) or gap_factor·2^c·log₂ p/m (mixture).
 """
 
-from .exact_kl import log_to_mixture, mixture_shares, target_to_mixture, weighted_gap
+from .exact_kl import log_p_to_mixture, mixture_shares, target_to_mixture, weighted_gap
 from .language import tl, triton
 from .online_softmax import LN2, LOWEST
 from .token_statistics import log_sides, sigmoid2
@@ -38,9 +38,8 @@ def gradient_of_others(
             # two products, so that the difference of equal rows is exactly 0
             dlogits = power * factor - tl.exp2(ref_centred) * gap_factor
         else:
-            ref_power = tl.exp2(ref_centred)
-            to_p, _ = log_to_mixture(power, ref_power, ref_centred - centred + shift, beta)
-            dlogits = tl.where(power > 0, power * tl.fma(gap_factor, to_p, factor), 0.0)
+            to_p = log_p_to_mixture(ref_centred - centred + shift, beta)
+            dlogits = power * tl.fma(gap_factor, to_p, factor)
     return dlogits
 
 

@@ -43,10 +43,15 @@ MOST_REGISTERS = 128
 LIMITS = {
     "forward": 7.0,
     "forward, exact KL": 8.5,
+    "forward, forward KL": 8.5,
+    "forward, Jensen-Shannon": 7.0,
     "gradient": 6.0,
     "gradient, entropy": 8.0,
     "gradient, exact KL": 7.0,
     "gradient, exact KL, entropy": 8.0,
+    "gradient, forward KL": 8.0,
+    # a logarithm of 12 multiply-adds to a pair of logits
+    "gradient, Jensen-Shannon": 24.0,
 }
 
 
@@ -153,7 +158,8 @@ def exceeded(kernels: Iterable[Compiled]) -> Iterator[str]:
 
 def limit(kernel: Compiled, loop: Loop) -> float:
     """Most instructions per two bytes of logits."""
-    parts = ("exact KL",) if loop.role == "forward" else ("exact KL", "entropy")
+    kinds = ("exact KL", "forward KL", "Jensen-Shannon")
+    parts = kinds if loop.role == "forward" else (*kinds, "entropy")
     name = ", ".join([loop.role, *(part for part in parts if part in kernel.variant)])
     return LIMITS[name]
 
