@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         HeadOutput,
         LogpRequest,
         LossRequest,
+        ReferenceRequest,
         with_fused_head,
         without_fused_head,
     )
@@ -37,6 +38,7 @@ __all__ = [
     "LossRequest",
     "Objective",
     "PolicyFactor",
+    "ReferenceRequest",
     "Rejection",
     "SamplerCorrection",
     "SequenceWeight",
@@ -64,7 +66,8 @@ __getattr__ = exports(
         "linear.head": "LinearHead",
         "linear.logp": "linear_logp linear_token_logp",
         "linear.loss": "fused_linear_loss",
-        "linear.model": "HeadOutput LogpRequest LossRequest with_fused_head without_fused_head",
+        "linear.model": "HeadOutput LogpRequest LossRequest ReferenceRequest with_fused_head "
+        "without_fused_head",
         "loss.fused_loss": "LossOutput TokenLogp fused_loss token_logp",
         "loss.logp_loss": "logp_loss",
         "loss.metrics": "merge_metrics",

@@ -10,7 +10,7 @@ import torch
 
 from grpo_core import RECIPES
 from grpo_core.compare import main
-from grpo_core.runs.compare import METHODS, KLInRewardTrainer
+from grpo_core.runs.compare import DISTILLED, METHODS, SMALL_BASE, KLInRewardTrainer
 from grpo_core.trainer.config import TrainerConfig
 from grpo_core.trainer.forward import packed_logp
 from grpo_core.trainer.measure import LiveBytes
@@ -27,17 +27,28 @@ pytestmark = [
 def test_a_comparison_leaves_behind_what_it_promises(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every method and seed, with what it held: PPO three models, GRPO two, one of them trained."""
+    """Every method and seed, with what it held: PPO three models, GRPO two, one of them trained.
+
+    A distilled model is a sixth of its teacher, which is held beside it for `opd` only.
+    """
     options = ["--output", str(tmp_path), "--seeds", "1", "--steps", "2", "--prompts", "4"]
     assert main([*options, "--base_steps", "60", "--held_out", "24"]) == 0
     outcomes = json.loads((tmp_path / "compare.json").read_text())
-    assert [outcome["method"] for outcome in outcomes] == ["base", *METHODS]
+    assert [outcome["method"] for outcome in outcomes] == [
+        *("base", *METHODS, SMALL_BASE),
+        *DISTILLED,
+    ]
     found = {outcome["method"]: outcome for outcome in outcomes}
     size = found["GRPO"]["trained"]
     held = {method: found[method]["held"] / size for method in METHODS}
-    assert held == {"SFT": 1, "DPO": 2, "PPO": 3, "GRPO": 2, "GRPO, KL in the reward": 2}
+    online = {"GRPO": 2, "GRPO, KL in the reward": 2, "R1": 2}
+    assert held == {"SFT": 1, "DPO": 2, "PPO": 3} | online
+    by_sft, by_opd = (found[method] for method in DISTILLED)
+    small = by_sft["held"]
+    assert small == by_sft["trained"] == by_opd["trained"] < size / 5
+    assert by_opd["held"] == pytest.approx(small + size)
     assert found["PPO"]["trained"] == 2 * size
-    assert {found[m]["samples"] for m in METHODS[1:]} == {2 * 4 * 8}
+    assert {found[m]["samples"] for m in (*METHODS[1:], *DISTILLED)} == {2 * 4 * 8}
     assert found["PPO"]["peak_mib"] > found["GRPO"]["peak_mib"] > 0
     assert (tmp_path / "compare.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     table = (tmp_path / "compare.md").read_text()

@@ -44,6 +44,15 @@ def test_the_minimal_loop(run) -> None:
     assert len((EXAMPLES / "grpo_minimal.py").read_text().splitlines()) <= 150
 
 
+def test_distillation(run) -> None:
+    """A student with fresh weights writes as its teacher does, without a reward."""
+    text = run("distill.py")
+    kl = [float(figure) for figure in re.findall(r"KL (\d\.\d+)", text)]
+    right = [float(figure) for figure in re.findall(r"digits (\d\.\d+)", text)]
+    assert kl[0] > 2 and kl[-1] < kl[0] / 50
+    assert right[0] < 0.2 and right[-1] > 0.9
+
+
 @pytest.mark.slow
 def test_the_hand_written_loop(run) -> None:
     """It learns, both ways in the same way, and shows what changes."""

@@ -81,6 +81,7 @@ CASES: dict[str, tuple[dict[str, Any], Sequence[int], dict[str, Any]]] = {
     "a rank without rows": ({"mask_truncated": True}, HALF_CUT, {}),
     "a rank without rows, tied": ({"mask_truncated": True} | PARTS, HALF_CUT, {"tied": True}),
     "clipped gradients, AdamW": ({"max_grad_norm": 0.05}, LENGTHS, {"rate": None}),
+    "a teacher": ({"objective": RECIPES["opd"]} | PARTS, UNEQUAL, {"teacher": True}),
     "an adapter": ({"objective": RECIPES["grpo"]} | PARTS, UNEQUAL, {"adapter": True}),
     "gradient checkpointing": (PARTS, UNEQUAL, {"checkpointed": True}),
     "a gradient that is not finite": ({}, LENGTHS, {"poisoned": True}),
@@ -216,7 +217,8 @@ def fixed_run(name: str, shard: str) -> dict[str, Any]:
     }
     config = TrainerConfig(**settings | changes)
     reward = partly_equal(options["equal"]) if "equal" in options else sum_of_ids
-    run = Fixed(model_of(options), draw_problems, reward, config)
+    teacher = micro_model(9, hidden_size=48, vocab_size=20) if options.get("teacher") else None
+    run = Fixed(model_of(options), draw_problems, reward, config, teacher=teacher)
     run.lengths, run.poisoned = lengths, options.get("poisoned", False)
     if options.get("rate", True):
         # AdamW would not show a gradient that is too large by a factor

@@ -22,10 +22,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from grpo_core.linear.head import LinearHead
 from grpo_core.linear.logp import linear_token_logp
 from grpo_core.linear.loss import fused_linear_loss
 from grpo_core.linear.model_head import HeadOptions, probe_options, read_head
-from grpo_core.loss.outputs import LossOutput, TokenLogp
+from grpo_core.loss.outputs import LossOutput
 from grpo_core.objective.validation import check_tensor
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -39,12 +40,12 @@ class Sealed:
 
     __slots__ = ("content",)
 
-    def __init__(self, content: LossOutput | TokenLogp) -> None:
+    def __init__(self, content: Any) -> None:
         self.content = content
 
 
 class HeadOutput(NamedTuple):
-    """The answer to a request: `LossOutput` or `TokenLogp`; wrappers see the loss alone.
+    """The answer to a request: `LossOutput`, `TokenLogp` or arguments; wrappers see the loss alone.
 
     Attributes:
         loss: 0-dim float32, differentiable; None for a `LogpRequest`.
@@ -86,9 +87,16 @@ class HeadOutput(NamedTuple):
         return self._of_loss.metrics
 
     @property
+    def reference(self) -> dict[str, Any]:
+        """Arguments of a `LossRequest`, the answer to a `ReferenceRequest`."""
+        return dict(self.sealed.content)
+
+    @property
     def _of_loss(self) -> LossOutput:
-        if isinstance(self.sealed.content, TokenLogp):
-            raise AttributeError("expected the answer to a LossRequest, got a LogpRequest's")
+        if not isinstance(self.sealed.content, LossOutput):
+            raise AttributeError(
+                "expected the answer to a LossRequest, got a LogpRequest's or a ReferenceRequest's"
+            )
         return self.sealed.content
 
 
@@ -144,6 +152,23 @@ class LogpRequest(Request):
     _function = staticmethod(linear_token_logp)
 
 
+class ReferenceRequest(Request):
+    """Asks a reference model, such as a teacher, for its part of a `LossRequest` over all words.
+
+    `output.reference` is {"ref_hidden": hidden states, "ref_lm_head": head}; no logits are made.
+    The head's tensors are the model's: those of a sharded one must stay gathered for the loss.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, *, rows: Tensor | None = None) -> None:
+        super().__init__(torch.empty(0), rows=rows)
+
+    @staticmethod
+    def _function(hidden: Tensor, lm_head: LinearHead, no_target: Tensor) -> dict[str, Any]:
+        return {"ref_hidden": hidden.detach(), "ref_lm_head": lm_head}
+
+
 class PendingRequest:
     """A request during a model's forward, to be answered by `module`, the output embedding."""
 
@@ -154,9 +179,9 @@ class PendingRequest:
     def answer(self, hidden: Tensor) -> Tensor:
         """Computes `output`; returns a small tensor in place of logits."""
         content = self.request.of(hidden, self.module, self.options)
-        if isinstance(content, TokenLogp):
+        if not isinstance(content, LossOutput):
             self.output = HeadOutput(None, Sealed(content))
-            return content.logp.new_zeros(1, 1, 1)
+            return hidden.new_zeros(1, 1, 1, dtype=torch.float32)
         # part of the graph, so that hooks on the output run in the backward
         seen = content.loss.reshape(1, 1, 1).clone()
         content = replace(content, loss=seen.sum())

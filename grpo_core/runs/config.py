@@ -97,12 +97,27 @@ class RunConfig(LearningOptions):
         "Prompts: a .jsonl, .json or .parquet file with the columns prompt and answer, a data set "
         f"of the datasets library, or {GYM}NAME.",
     )
+    teacher: str = option(
+        "",
+        "Folder or hub name of a model with the same tokens, the reference of the objective: for "
+        "opd, --beta or --teacher_coef.",
+    )
+    teacher_coef: float = option(
+        0.0, "c of each token's advantage A - c (logp - teacher's logp), for objectives of tokens."
+    )
+    interpolation: float | None = option(
+        None,
+        "Divergence of opd: 1 is the reverse KL, 0 the forward KL, between them Jensen-Shannon. "
+        "Default: the objective's own.",
+    )
     output: str = "runs/reinforce"
     held_out: int = option(
         0, "Number of problems, the first ones, that are for evaluation and never trained on."
     )
     rewards: list[str] = option(
-        ["math", "format"], f"Any of {', '.join(REWARDS)}, and path.py:function."
+        [],
+        f"Any of {', '.join(REWARDS)}, and path.py:function; none to learn from a teacher alone. "
+        "Default: math format; none with --objective opd.",
     )
     reward_weights: list[float] = option(
         [],
@@ -163,7 +178,7 @@ class RunConfig(LearningOptions):
     def __post_init__(self) -> None:
         for name in ("model", "data"):
             require(bool(getattr(self, name)), name, "a value", "nothing")
-        require(bool(self.rewards), "rewards", "at least one", "none")
+        self._check_teacher()
         count, weights = len(self.rewards), self.reward_weights
         expected = f"{count}, one for each of {self.rewards}"
         require(len(weights) in (0, count), "reward_weights", expected, len(weights))
@@ -180,6 +195,25 @@ class RunConfig(LearningOptions):
             expected = f"1 to {self.eval_samples}, the eval_samples"
             require(1 <= k <= self.eval_samples, "eval_k", expected, k)
         self.check_learning(self.prompts_per_step)
+
+    @property
+    def needs_rewards(self) -> bool:
+        return self.objective != "opd" and not self.teacher_coef
+
+    def _check_teacher(self) -> None:
+        """Whether something is learnt, from rewards or a teacher; resolves `rewards`."""
+        default = ["none"] if self.objective == "opd" else ["math", "format"]
+        rewards = self.rewards or default
+        object.__setattr__(self, "rewards", [] if rewards == ["none"] else rewards)
+        check_at_least(self, 0, "teacher_coef")
+        require(bool(self.rewards) or not self.needs_rewards, "rewards", "at least one", "none")
+        is_right = bool(self.rewards) or self.dynamic_sampling == "off"
+        require(is_right, "dynamic_sampling", "off without rewards", self.dynamic_sampling)
+        uses = "--objective opd, --beta or --teacher_coef"
+        require(self.needs_rewards or bool(self.teacher), "teacher", f"a model for {uses}", "none")
+        # the objective of a file may have a KL term
+        is_used = self.beta or self.objective not in RECIPE_NAMES or not self.needs_rewards
+        require(not self.teacher or bool(is_used), "teacher", f"none without {uses}", self.teacher)
 
     @property
     def prompts_per_step(self) -> int:
@@ -210,7 +244,8 @@ class RunConfig(LearningOptions):
             check_package("rollout", "vllm", "'vllm>=0.28'")
         code = [("rewards", name) for name in self.rewards] + [("objective", self.objective)]
         files = [(name, given.rpartition(":")[0]) for name, given in code]
-        check_output(self, ("model", self.model), ("data", self.data), *files)
+        read = [(name, getattr(self, name)) for name in ("model", "teacher", "data")]
+        check_output(self, *read, *files)
 
     def _check_processes(self) -> None:
         """Whether the options suit the number of processes."""
@@ -246,26 +281,36 @@ class RunConfig(LearningOptions):
                 check_file("data", self.data)
             if kind not in (".jsonl", ".json"):
                 check_package("data", "datasets")
-        # names on the hub are NAME or ORGANISATION/NAME
-        is_path = self.model.startswith((".", "/", "~")) or self.model.count("/") > 1
-        folder = Path(self.model)
-        if is_path and not folder.is_dir():
-            raise ValueError(f"model: expected a folder or a name of the hub, found no {folder}")
-        if folder.is_dir() and not (folder / "config.json").exists():
-            raise ValueError(f"model: expected a model, found no config.json in {folder}")
+        for role in ("model", "teacher"):
+            name = getattr(self, role)
+            # names on the hub are NAME or ORGANISATION/NAME
+            is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+            folder = Path(name)
+            if is_path and not folder.is_dir():
+                expected = "a folder or a name of the hub"
+                raise ValueError(f"{role}: expected {expected}, found no {folder}")
+            if name and folder.is_dir() and not (folder / "config.json").exists():
+                raise ValueError(f"{role}: expected a model, found no config.json in {folder}")
 
     def trainer(self, sampling: Sampling) -> TrainerConfig:
         """The trainer's configuration."""
         from grpo_core.objective.off_policy import SamplerCorrection
 
         objective = find_objective(self.objective, self.beta)
+        if self.interpolation is not None:
+            objective = objective.replace(interpolation=self.interpolation)
         if self.sampler_correction != "none":
             correction = SamplerCorrection(
                 self.sampler_level, self.sampler_correction, self.sampler_low, self.sampler_high
             )
             objective = objective.replace(factor=replace(objective.factor, sampler=correction))
         prompts = self.prompts_per_step
-        return self.trainer_config(objective=objective, prompts_per_step=prompts, sampling=sampling)
+        return self.trainer_config(
+            objective=objective,
+            prompts_per_step=prompts,
+            sampling=sampling,
+            teacher_coef=self.teacher_coef,
+        )
 
 
 def process_count() -> int:
@@ -289,7 +334,7 @@ def find_objective(name: str, beta: float | None, default: float = 0.0) -> Objec
     Args:
         name: of either.
         beta: weight of the KL term, which is k3 if the objective has none. None means `default`
-            for a recipe, and leaves an objective from a file as it is.
+            for a recipe, and leaves an objective from a file, or without a policy term, as it is.
         default: weight of the KL term of a recipe.
 
     Raises:
@@ -302,7 +347,7 @@ def find_objective(name: str, beta: float | None, default: float = 0.0) -> Objec
     objective = RECIPES[name] if name in RECIPES else load_from_file("objective", name)
     is_right, got = isinstance(objective, Objective), type(objective).__name__
     require(is_right, "objective", f"an Objective in {name}", got)
-    if beta is None and name not in RECIPES:
+    if beta is None and (name not in RECIPES or not objective.has_policy_term):
         return objective
     beta = default if beta is None else beta
     return objective.replace(beta=beta, kl=(objective.kl or "k3") if beta > 0 else None)

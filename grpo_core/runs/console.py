@@ -71,7 +71,7 @@ class Lines(Console):
         if self.rows == 0:
             if text := memory_text(record):
                 self._print(f"memory: {text}")
-            if text := figures.explanation(record):
+            if self.config.needs_rewards and (text := figures.explanation(record)):
                 self.note(text)
         self.rows += 1
 
@@ -107,7 +107,8 @@ class Live(Console):
         if record["step"]:
             self.done, self.parts = record["step"], parts
             self.records.append(record)
-            if len(self.records) == 1 and (text := figures.explanation(record)):
+            is_noted = len(self.records) == 1 and self.config.needs_rewards
+            if is_noted and (text := figures.explanation(record)):
                 self.note(text)
         if self.live:
             self.live.update(self.frame(), refresh=True)
@@ -176,7 +177,7 @@ class Live(Console):
             skipped = any("was skipped" in message for message in record.get("warnings", ()))
             problems = {
                 "cut": record["truncated"] > TRUNCATED_LIMIT,
-                "same": record["zero_std"] > ZERO_STD_LIMIT,
+                "same": record.get("zero_std", 0.0) > ZERO_STD_LIMIT,
                 "grad": not math.isfinite(record["grad_norm"]) or skipped,
             }
             usual = "bold" if record is self.records[-1] else "none"

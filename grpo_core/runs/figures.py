@@ -23,7 +23,7 @@ def choose_cells(
     Args:
         record: of the step.
         parts: names of rewards.
-        config: of the run; the KL is shown if it is in the objective.
+        config: of the run; the KL is shown if it is in the objective or the advantages.
         width: of the terminal, in characters.
     """
 
@@ -39,7 +39,7 @@ def choose_cells(
         "length": cell(2, "length", "{:.1f}"),
         "cut": cell(2, "truncated", "{:.0%}"),
         "same": cell(4, "zero_std", "{:.0%}"),
-        **({"KL": cell(1, "kl")} if config.objective.beta > 0 else {}),
+        **({"KL": cell(1, "kl")} if config.objective.beta or config.teacher_coef else {}),
         "entropy": cell(2, "entropy"),
         "clip": cell(2, "clip_fraction", "{:.1%}"),
         "ratio≤": cell(6, "ratio_max"),

@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from grpo_core.runs.config import RunConfig
 from grpo_core.trainer.distributed import in_group
@@ -15,7 +21,7 @@ from grpo_core.trainer.vllm.engine import VllmEngine
 from grpo_core.trainer.vllm.server import VllmServer
 
 
-def from_hub(kind: Any, name: str, **settings: Any) -> Any:
+def from_hub(kind: Any, name: str, option: str = "model", **settings: Any) -> Any:
     """`kind.from_pretrained`, with errors that name the option.
 
     Raises:
@@ -24,24 +30,26 @@ def from_hub(kind: Any, name: str, **settings: Any) -> Any:
     try:
         return kind.from_pretrained(name, **settings)
     except (ImportError, OSError, ValueError) as error:
-        raise ValueError(f"model: expected a causal language model in {name}: {error}") from error
+        expected = f"a causal language model in {name}"
+        raise ValueError(f"{option}: expected {expected}: {error}") from error
 
 
 def check_positions(config: RunConfig, longest: int) -> None:
-    """Raises ValueError if prompt and completion may be longer than the model can read.
+    """Raises ValueError if prompt and completion may be longer than a model can read.
 
     Args:
-        config: names the model, of which only the configuration is read.
+        config: names model and teacher, of which only the configuration is read.
         longest: tokens of the longest prompt.
     """
-    positions = positions_of(from_hub(AutoConfig, config.model))
-    if positions is None or longest + config.max_new_tokens <= positions:
-        return
-    raise ValueError(
-        f"max_new_tokens: expected at most {positions - longest}, since the model has {positions} "
-        f"positions and the longest prompt {longest} tokens, got {config.max_new_tokens}; "
-        "--longest_prompt leaves long prompts out"
-    )
+    for option in ("model", "teacher"):
+        name = getattr(config, option)
+        positions = positions_of(from_hub(AutoConfig, name, option)) if name else None
+        if positions is not None and longest + config.max_new_tokens > positions:
+            raise ValueError(
+                f"max_new_tokens: expected at most {positions - longest}, since the {option} has "
+                f"{positions} positions and the longest prompt {longest} tokens, got "
+                f"{config.max_new_tokens}; --longest_prompt leaves long prompts out"
+            )
 
 
 def load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -49,11 +57,7 @@ def load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrai
 
     It gets the tokenizer's end token if it has none.
     """
-    # FSDP moves a model to the GPU shard by shard; the whole of it may not fit there
-    on_gpu = torch.cuda.is_available() and not (in_group() and config.shard == "fsdp")
-    settings = {"dtype": torch.float32, "attn_implementation": config.attention or None}
-    model: Any = from_hub(AutoModelForCausalLM, config.model, **settings)
-    model.to("cuda" if on_gpu else "cpu")
+    model = _load(config, "model", torch.float32)
     generation = model.generation_config
     if generation.eos_token_id is None:
         generation.eos_token_id = tokenizer.eos_token_id
@@ -79,6 +83,34 @@ def load_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrai
         model = peft.get_peft_model(model, adapter)
     policy: PreTrainedModel = model
     return policy
+
+
+def load_teacher(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
+    """The teacher, in the dtype of its checkpoint; None if there is none.
+
+    Raises:
+        ValueError: it has other tokens than the policy.
+    """
+    if not config.teacher:
+        return None
+    theirs = from_hub(AutoTokenizer, config.teacher, "teacher").get_vocab()
+    for number, token in sorted((n, token) for token, n in tokenizer.get_vocab().items()):
+        if theirs.get(token) != number:
+            raise ValueError(
+                f"teacher: expected the tokens of {config.model}, where {token!r} is {number}, got "
+                f"{theirs.get(token)}"
+            )
+    teacher: PreTrainedModel = _load(config, "teacher", "auto")
+    return teacher
+
+
+def _load(config: RunConfig, option: str, dtype: torch.dtype | str) -> Any:
+    """The model that an option names, on its device."""
+    # FSDP moves a model to the GPU shard by shard; the whole of it may not fit there
+    on_gpu = torch.cuda.is_available() and not (in_group() and config.shard == "fsdp")
+    settings = {"dtype": dtype, "attn_implementation": config.attention or None}
+    model = from_hub(AutoModelForCausalLM, getattr(config, option), option, **settings)
+    return model.to("cuda" if on_gpu else "cpu")
 
 
 def make_engine(config: RunConfig, model: PreTrainedModel) -> Engine | None:

@@ -21,7 +21,8 @@ COLOURS = ("#d1495b", "#2e6f95", "#5b9279", "#b08d57", "#7a5195", "#4a4e69", "#c
 # stages of the demo run, and methods of the comparison
 NAMED = {"base": "#8d99ae", "SFT": "#5b9279", "R1-Zero": "#d1495b", "R1": "#2e6f95"}
 NAMED |= {"DPO": "#b08d57", "PPO": "#7a5195", "GRPO": "#d1495b"}
-NAMED |= {"GRPO, KL in the reward": "#2e6f95"}
+NAMED |= {"GRPO, KL in the reward": "#2e6f95", "small base": "#8d99ae"}
+NAMED |= {"R1 distilled by SFT": "#5b9279", "R1 distilled by opd": "#c77d2e"}
 # A line of more values than MANY is the mean of SMOOTHING, without the highest and the lowest of
 # them: now and then a single token multiplies the estimate of the KL by ten.
 MANY, SMOOTHING = 15, 7
@@ -64,7 +65,7 @@ PANELS = (
     Panel("Reward", "training", {"reward": "-"}),
     Panel("Reward, held out", "", {"held_out/reward": "-"}),
     Panel("Length", "training, tokens", {"length": "-"}),
-    Panel("KL", "to the initial model, nats per token", {"kl": "-"}),
+    Panel("KL", "to the initial model or the teacher, nats per token", {"kl": "-"}),
     Panel("Entropy", "nats per token", {"entropy": "-"}),
     Panel("Clip fraction", "share of tokens that are clipped", {"clip_fraction": "-"}),
     Panel("Gradient norm", "before clipping", {"grad_norm": "-"}),

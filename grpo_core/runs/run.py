@@ -24,13 +24,13 @@ from grpo_core.cli.options import Parser, check_package, check_unchanged
 from grpo_core.runs.config import GYM, RunConfig
 from grpo_core.runs.console import open_console
 from grpo_core.runs.directory import clear, read_resumed
-from grpo_core.runs.model import check_positions, from_hub, load_model, make_engine
+from grpo_core.runs.model import check_positions, from_hub, load_model, load_teacher, make_engine
 from grpo_core.runs.report import aligned, print_error, run_to_the_end, user_traceback
 from grpo_core.trainer.data import Epochs, fingerprint, problems_of, read_records
 from grpo_core.trainer.distributed import barrier, is_main, process_group, rank, world
 from grpo_core.trainer.evaluate import Evaluation, evaluate
 from grpo_core.trainer.monitor import Logger, Metrics, write_whole, writing
-from grpo_core.trainer.rewards import FunctionReward, RewardError, shown_name
+from grpo_core.trainer.rewards import FunctionReward, Reward, RewardError, no_reward, shown_name
 from grpo_core.trainer.rollout import Problem, Sampling
 from grpo_core.trainer.rules import COMPARING, RULES, TAGS, find_reward
 from grpo_core.trainer.samples import Samples, shortened
@@ -94,12 +94,13 @@ class Run:
             samples=Samples(self.tokenizer, self.directory / "samples.jsonl", count=config.samples),
             console=open_console(config.console),
             engine=make_engine(config, self.model),
+            teacher=load_teacher(config, self.tokenizer),
         )
         if world() > 1:
             # every process has its own dropout
             torch.manual_seed(config.seed + rank())
 
-    def task(self) -> tuple[list[Problem], FunctionReward]:
+    def task(self) -> tuple[list[Problem], Reward]:
         """Problems and their reward, from a file or from reasoning-gym."""
         config, tokenizer = self.config, self.tokenizer
         names = [shown_name(name) for name in config.rewards]
@@ -133,6 +134,8 @@ class Run:
             )
         if len(set(names)) < len(names):
             raise ValueError(f"rewards: expected names that differ, got {names}")
+        if not names:
+            return problems, no_reward
         weights = dict(zip(names, config.weights, strict=True))
         reward = FunctionReward(tokenizer, dict(zip(names, functions, strict=True)), weights)
         reward.check(problems)

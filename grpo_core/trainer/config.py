@@ -65,6 +65,11 @@ class TrainingOptions:
         "ddp", "Under torchrun: ddp replicates the model on every process, fsdp shards it."
     )
 
+    @property
+    def needs_rewards(self) -> bool:
+        """Whether something is learnt only from groups whose rewards differ, not from a teacher."""
+        return True
+
     def check(self, prompts: int) -> None:
         """Raises ValueError for an option outside its range.
 
@@ -73,7 +78,7 @@ class TrainingOptions:
         """
         counts = ("steps", "minibatches", "epochs", "evaluate_every")
         check_at_least(self, 1, *counts, "checkpoint_every", "keep_checkpoints")
-        check_at_least(self, 2, "group_size")
+        check_at_least(self, 2 if self.needs_rewards else 1, "group_size")
         zeros = ("tokens_per_microbatch", "max_resamples", "max_log_ratio", "learning_rate")
         check_at_least(self, 0, *zeros)
         check_choices(self, TrainingOptions)
@@ -109,6 +114,9 @@ class TrainerConfig(TrainingOptions):
         old_logp: denominator of the ratio: "trainer" computes it by one more forward pass,
             "sampler" takes the log-probabilities recorded while sampling.
         shuffle_rewards: a control experiment: completions get each other's rewards.
+        teacher_coef: c of a token's advantage A − c·(log π_old − log π_ref), where π_ref is the
+            teacher's: the reverse KL on sampled tokens ("On-Policy Distillation", Thinking Machines
+            2025; slime).
         max_skipped_updates: skipped updates in a row that are allowed; one more stops the run.
     """
 
@@ -118,11 +126,16 @@ class TrainerConfig(TrainingOptions):
     sampling: Sampling = field(default_factory=_default_sampling)
     old_logp: Literal["trainer", "sampler"] = "trainer"
     shuffle_rewards: bool = False
+    teacher_coef: float = 0.0
     max_skipped_updates: int = 8
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "prompts_per_step", "max_skipped_updates")
         self.check(self.prompts_per_step)
+        check_at_least(self, 0, "teacher_coef")
+        if self.teacher_coef and not self.objective.is_token_level:
+            level = f"ratio_level {self.objective.ratio_level!r}"
+            raise ValueError(f"teacher_coef: expected 0 unless ratios are of tokens, got {level}")
         if self.old_logp not in ("trainer", "sampler"):
             raise ValueError(f"old_logp: expected trainer or sampler, got {self.old_logp!r}")
         if self.sampling.temperature == 0:
@@ -132,6 +145,15 @@ class TrainerConfig(TrainingOptions):
     def on_policy(self) -> bool:
         """Whether each rollout has a single update, so that the ratio is 1."""
         return self.minibatches * self.epochs == 1
+
+    @property
+    def needs_old_logp(self) -> bool:
+        """Whether the objective compares with the policy that sampled."""
+        return bool(self.teacher_coef) or (self.objective.has_policy_term and not self.on_policy)
+
+    @property
+    def needs_rewards(self) -> bool:
+        return self.objective.has_policy_term and not self.teacher_coef
 
     def is_update_safe(self, metrics: Mapping[str, float]) -> bool:
         """Whether the optimizer may apply an update with these metrics.

@@ -82,9 +82,10 @@ def merge_rounds(rounds: Sequence[Round], config: TrainerConfig, pad: int) -> tu
         "reward": of_all.nanmean().item(),
         "length": all_gather_cat(rollout.completion_mask.sum(1)).float().mean().item(),
         "truncated": all_gather_cat(rollout.truncated).float().mean().item(),
-        # share of groups with equal rewards
-        "zero_std": (~in_varied_group(of_all, size)).float().mean().item(),
     }
+    if config.needs_rewards:
+        # share of groups with equal rewards
+        metrics["zero_std"] = (~in_varied_group(of_all, size)).float().mean().item()
     if unscored := int(of_all.isnan().sum()):
         metrics["unscored"] = unscored
     for name in first.scores.parts:

@@ -71,7 +71,7 @@ class Watch:
 
     def __call__(self, metrics: Metrics) -> None:
         """Checks the metrics of a step, and adds new warnings to them under "warnings"."""
-        is_equal = metrics["zero_std"] > ZERO_STD_LIMIT
+        is_equal = metrics.get("zero_std", 0.0) > ZERO_STD_LIMIT
         streak = self.state["zero_std_streak"] + 1 if is_equal else 0
         has_skipped = metrics["skipped_updates"] > self.state["skipped"]
         self.state |= {"zero_std_streak": streak, "skipped": metrics["skipped_updates"]}

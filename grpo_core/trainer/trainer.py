@@ -78,9 +78,12 @@ class Trainer:
         samples: keeps samples of the completions.
         console: shows the progress; None is a progress bar.
         engine: samples the completions, see `engine`; None for the model itself.
+        teacher: the reference policy of the objective, with the same tokens, frozen in place; None
+            for the model as it starts. Its logits are never made with the fused loss.
 
     Attributes:
         policy: the module to call for the loss: the model, wrapped by DDP or sharded by FSDP2.
+        reference: what the KL compares with: the teacher, or the model as it started; or None.
         drawn: problems, completions and scores of the last rollout on this rank.
 
     Raises:
@@ -101,6 +104,7 @@ class Trainer:
         samples: Samples | None = None,
         console: Console | None = None,
         engine: Engine | None = None,
+        teacher: PreTrainedModel | None = None,
     ) -> None:
         check_ranks(config)
         if problems := getattr(draw_problems, "problems", None):
@@ -120,8 +124,11 @@ class Trainer:
         self.loggers = loggers
         self.samples = samples
         self.console = console or Bar()
-        wants_reference = config.objective.beta > 0
-        self.reference = reference_of(model, config.shard) if wants_reference else None
+        wants_reference = teacher is not None or config.objective.beta > 0
+        exact = config.objective.kl == "exact"
+        self.reference = (
+            reference_of(model, config.shard, teacher, exact) if wants_reference else None
+        )
         self.policy = wrap_policy(model, config.shard)
         self.padding_free = is_padding_free(model, config.padding_free, config.autocast)
         self.optimizer = adamw(model.parameters(), config.learning_rate)
@@ -253,12 +260,17 @@ class Trainer:
         old_logp = ref_logp = None
         if config.old_logp == "sampler":
             old_logp = part.sampler_logp
-        elif not config.on_policy or self.sampler.engine is not None:
+        elif config.needs_old_logp or self.sampler.engine is not None:
             # for an engine also to measure the mismatch
             old_logp = packed_logp(self.model, rows, config)
-        if self.reference is not None:
+        exact, advantage = config.objective.kl == "exact", part.advantage
+        if self.reference is not None and (not exact or config.teacher_coef):
             ref_logp = reference_logp(self.reference, rows, config)
-        return replace(part, old_logp=old_logp, ref_logp=ref_logp)
+        if config.teacher_coef and ref_logp is not None and old_logp is not None:
+            advantage = advantage - config.teacher_coef * (old_logp - ref_logp)
+        # the exact KL compares all words of a microbatch, when its loss is computed
+        ref_logp = None if exact else ref_logp
+        return replace(part, advantage=advantage, old_logp=old_logp, ref_logp=ref_logp)
 
     def update(self, parts: Sequence[Batch], clock: Clock) -> Metrics:
         """Loss, backward and optimizer step of a minibatch.
@@ -298,4 +310,4 @@ class Trainer:
 
     def loss(self, part: Batch, divisor: float | None) -> HeadOutput | LossOutput:
         """The objective on packed rows."""
-        return packed_loss(self.policy, part, divisor, self.config)
+        return packed_loss(self.policy, part, divisor, self.config, self.reference)

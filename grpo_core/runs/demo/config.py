@@ -56,6 +56,7 @@ class DemoConfig(TaskOptions, LearningOptions):
         check_at_least(self, 1, "steps", "prompts", "base_steps", "sft_steps", "held_out")
         check_more_than_0(self, "learning_rate")
         check_at_least(self, 0, "gate")
+        require(self.objective != "opd", "objective", "one that learns from rewards", "opd")
         self.check_learning(self.prompts)
 
     def check_here(self) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -29,6 +30,9 @@ CHARACTERS = "0123456789.,?=<> "
 # styles of the corpus of the base model, and of the cold start; "long" and "wait" are right
 CORPUS = {"fallacy": 0.60, "long": 0.20, "wait": 0.05, "plain": 0.15}
 COLD_START = {"long": 2, "wait": 1}
+# 0.64 M parameters, and 0.11 M
+SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3}
+SMALL = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
 # only pairs with equal integer parts can be traps
 EQUAL_INTEGER_SHARE = 0.85
 # answered after every stage and never trained on: two traps, one pair where the fallacy is right,
@@ -178,19 +182,19 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A Llama of 0.64 M parameters with random weights; the global generator is left as it was."""
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, seed: int, sizes: Mapping[str, Any] = SIZES
+) -> LlamaForCausalLM:
+    """A Llama with random weights; the global generator is left as it was."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=3,
         num_attention_heads=4,
         max_position_embeddings=256,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **sizes,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

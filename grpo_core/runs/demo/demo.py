@@ -17,7 +17,7 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -137,9 +137,11 @@ class Demo:
         done = [stage.name for stage in self.stages]
         keep_records(self.metrics_path, lambda r: r["stage"] in done or "result" not in r)
 
-    def base_model(self) -> PreTrainedModel:
-        """A model of the corpus: trained once, then read from the run directory."""
-        config, folder = self.config, self.directory / "base"
+    def base_model(
+        self, name: str = "base", sizes: Mapping[str, int] = decimals.SIZES
+    ) -> PreTrainedModel:
+        """A model of the corpus: trained once, then read from its folder in the run directory."""
+        config, folder = self.config, self.directory / name
         training = SupervisedConfig(
             steps=config.base_steps,
             batch_size=32,
@@ -147,7 +149,8 @@ class Demo:
             warmup_steps=min(20, config.base_steps - 1),
             prompt_loss=True,
         )
-        recipe = f"{config.seed} {config.held_out} {training} {inspect.getsource(decimals)}"
+        source = inspect.getsource(decimals)
+        recipe = f"{config.seed} {config.held_out} {training} {sizes} {source}"
         fingerprint = hashlib.sha256(recipe.encode()).hexdigest()
         marker = folder / "fingerprint.txt"
         if marker.exists() and marker.read_text("utf-8") == fingerprint:
@@ -156,9 +159,9 @@ class Demo:
         rng = random.Random(f"{config.seed}/corpus")
         count = training.steps * training.batch_size
         texts = decimals.draw_texts(count, decimals.CORPUS, rng, self.excluded)
-        model = decimals.build_model(self.tokenizer, config.seed)
-        train_supervised(model, self.encode(texts), training, seed=config.seed, label="base")
-        self.save(model, "base")
+        model = decimals.build_model(self.tokenizer, config.seed, sizes)
+        train_supervised(model, self.encode(texts), training, seed=config.seed, label=name)
+        self.save(model, name)
         marker.write_text(fingerprint, "utf-8")
         return model
 
