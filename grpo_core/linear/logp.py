@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.backends import Backend
+from grpo_core.backends.kept import Kept
 from grpo_core.kernels.records import RowGradients, RowStats
 from grpo_core.linear.chunks import only_finite, read_chunks, scale_rows
 from grpo_core.linear.head import HEAD_DTYPES, LinearHead, check_rows
@@ -48,6 +49,7 @@ def linear_token_logp(
     *,
     temperature: float = 1.0,
     mask: Tensor | None = None,
+    kept: Kept | Tensor | None = None,
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,
     backend: Backend | None = None,
@@ -56,8 +58,8 @@ def linear_token_logp(
     """Log-probability and entropy of every target, one product: old, reference, evaluation passes.
 
     Args:
-        hidden, lm_head, target, temperature, mask, memory_budget, logits_dtype, backend, validate:
-            as in `fused_linear_loss`. Not differentiable.
+        hidden, lm_head, target, temperature, mask, kept, memory_budget, logits_dtype, backend,
+        validate: as in `fused_linear_loss`. Not differentiable.
 
     Returns:
         `TokenLogp`: logp and entropy, nats, shaped like target, float32, 0 where masked.
@@ -69,6 +71,7 @@ def linear_token_logp(
         "temperature": temperature,
         "plan": "fast",
         "mask": mask,
+        "kept": kept,
         "memory_budget": memory_budget,
         "logits_dtype": logits_dtype,
         "backend": backend,
@@ -87,6 +90,7 @@ def linear_logp(
     *,
     temperature: float = 1.0,
     mask: Tensor | None = None,
+    kept: Kept | Tensor | None = None,
     plan: Plan | None = None,
     memory_budget: int | None = None,
     backend: Backend | None = None,
@@ -106,6 +110,7 @@ def linear_logp(
         target: [B, T] or [N] integers, already shifted; -100 means masked.
         temperature: T > 0, the logits are divided by it.
         mask: shaped like target, 0 means masked.
+        kept: as in `fused_loss`; a target that was not kept has logp −inf.
         plan: of the backward: "fast" holds a float32 sum of a narrower head's gradient, "lean"
             does not. None means fast, unless it would not fit.
         memory_budget: bytes to hold beyond inputs and returned gradients, as far as that is
@@ -126,6 +131,7 @@ def linear_logp(
         target,
         temperature=temperature,
         mask=mask,
+        kept=kept,
         plan=plan,
         memory_budget=memory_budget,
         # rounding logits to 16 bits costs up to 0.05 nats
@@ -144,6 +150,7 @@ def logp_from_hidden(
     *,
     temperature: float,
     mask: Tensor | None,
+    kept: Kept | Tensor | None = None,
     plan: Plan | None,
     memory_budget: int | None,
     logits_dtype: torch.dtype | None,

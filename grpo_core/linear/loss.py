@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.backends import Backend
+from grpo_core.backends.kept import Kept
 from grpo_core.kernels.records import Rows
 from grpo_core.linear.chunks import LossRows, loss_over_chunks, loss_with_frozen_head
 from grpo_core.linear.head import HEAD_DTYPES, LinearHead, check_head, check_hidden, check_rows
@@ -46,6 +47,7 @@ def fused_linear_loss(
     ref_lm_head: Tensor | LinearHead | None = None,
     sampler_logp: Tensor | None = None,
     mask: Tensor | None = None,
+    kept: Kept | Tensor | None = None,
     sequence_id: Tensor | None = None,
     normalizer: Tensor | float | None = None,
     temperature: float = 1.0,
@@ -69,8 +71,8 @@ def fused_linear_loss(
             `hidden[:, :-1]`.
         lm_head: [V, D], or a `LinearHead` with bias, soft cap, scale, padding or an adapter.
         target, objective, advantage, rewards, group_size, group_id, old_logp, ref_logp,
-        sampler_logp, mask, sequence_id, normalizer, backend, validate: see `fused_loss`; with
-            [B, T, D] for [B, T, V].
+        sampler_logp, mask, kept, sequence_id, normalizer, backend, validate: see `fused_loss`;
+            with [B, T, D] for [B, T, V].
         temperature: T > 0, the logits are divided by it.
         ref_hidden, ref_lm_head: instead of `ref_logp`, hidden states of the reference policy,
             shaped like target with any D, and its matrix (None: `lm_head`); one product more.
@@ -104,6 +106,7 @@ def fused_linear_loss(
         ref_logp=ref_logp,
         sampler_logp=sampler_logp,
         mask=mask,
+        kept=kept,
         sequence_id=sequence_id,
         normalizer=normalizer,
         temperature=temperature,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.backends import Backend, choose_backend
+from grpo_core.backends.kept import Kept
 from grpo_core.kernels.records import Rows
 from grpo_core.loss.autograd import (
     Call,
@@ -49,6 +50,7 @@ def fused_loss(
     ref_logits: Tensor | None = None,
     sampler_logp: Tensor | None = None,
     mask: Tensor | None = None,
+    kept: Kept | Tensor | None = None,
     sequence_id: Tensor | None = None,
     normalizer: Tensor | float | None = None,
     temperature: float = 1.0,
@@ -88,6 +90,10 @@ def fused_loss(
             or infinite. Without `old_logp` they compare the policy itself, in two phases.
         mask: shaped like target, 0 means masked, anything else counts fully; together with
             target -100. Sequences without a token are in no mean.
+        kept: the vocabulary ids that the sampler kept for each token (top-p, top-k, min-p), a
+            `Kept` or a bool mask shaped like logits: both policies are renormalised over these ids
+            alone. A token whose target is not among its own ids is left out, and counted in
+            `metrics["unkept_rows"]`. Compute `old_logp` and `ref_logp` with the same `kept`.
         sequence_id: [N] integers in [0, N), for packed logits: the sequence of each row; it also
             indexes `rewards`.
         normalizer: what the sum is divided by, a number or 0-dim tensor; None means this call's
@@ -127,6 +133,7 @@ def fused_loss(
         ref_logits=ref_logits,
         sampler_logp=sampler_logp,
         mask=mask,
+        kept=kept,
         sequence_id=sequence_id,
         normalizer=normalizer,
         temperature=temperature,
@@ -173,6 +180,7 @@ def token_logp(
     *,
     temperature: float = 1.0,
     mask: Tensor | None = None,
+    kept: Kept | Tensor | None = None,
     backend: Backend | None = None,
     validate: bool | None = None,
 ) -> TokenLogp:
@@ -181,15 +189,16 @@ def token_logp(
     Bit for bit the `logp` of `fused_loss` for the same row. Not differentiable.
 
     Args:
-        logits, target, temperature, mask, backend, validate: as in `fused_loss`.
+        logits, target, temperature, mask, kept, backend, validate: as in `fused_loss`.
 
     Returns:
-        `TokenLogp`: logp and entropy, nats, shaped like target, float32, 0 where masked.
+        `TokenLogp`: logp and entropy, nats, shaped like target, float32, 0 where masked; logp is
+        −inf for a target that was not kept.
 
     Raises:
         ValueError, NotImplementedError: as `fused_loss`.
     """
-    arguments = (logits, target, temperature, mask, backend, validate)
+    arguments = (logits, target, temperature, mask, kept, backend, validate)
     if torch.compiler.is_compiling():
         logp, entropy = logp_in_graph(logp_from_logits, *arguments)
     else:
@@ -203,6 +212,7 @@ def logp_from_logits(
     target: Tensor,
     temperature: float,
     mask: Tensor | None,
+    kept: Kept | Tensor | None,
     backend: Backend | None,
     validate: bool | None,
 ) -> TokenLogp:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.backends import Backend
+from grpo_core.backends.kept import Kept
 from grpo_core.loss.tokens import IGNORE, Tokens
 from grpo_core.objective.advantage import estimate_advantages
 from grpo_core.objective.objective import Objective
@@ -46,6 +47,7 @@ class LossInputs:
     ref_logits: Tensor | None = None
     sampler_logp: Tensor | None = None
     mask: Tensor | None = None
+    kept: Kept | Tensor | None = None
     sequence_id: Tensor | None = None
     normalizer: Tensor | float | None = None
     target: Tensor
