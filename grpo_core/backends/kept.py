@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,7 @@ class Kept:
     def from_mask(cls, mask: Tensor) -> Kept:
         """From a bool mask [..., V], true for what was kept."""
         mask = mask.reshape(-1, mask.shape[-1])
-        return cls(mask.nonzero()[:, 1], _offsets(mask.sum(1)))
+        return cls(mask.nonzero()[:, 1].int(), _offsets(mask.sum(1)))
 
     @classmethod
     def from_sets(cls, sets: Iterable[Iterable[int]], device: torch.device | str = "cpu") -> Kept:
@@ -36,6 +36,19 @@ class Kept:
         rows = [sorted(row) for row in sets]
         ids = torch.tensor([i for row in rows for i in row], dtype=torch.int32, device=device)
         return cls(ids, _offsets(torch.tensor([len(row) for row in rows], device=device)))
+
+    @classmethod
+    def cat(cls, parts: Sequence[Kept]) -> Kept:
+        """The sets of all tokens of the parts, one after the other."""
+        sizes = torch.cat([part.offsets.diff() for part in parts])
+        return cls(torch.cat([part.ids for part in parts]), _offsets(sizes))
+
+    def select(self, rows: Tensor) -> Kept:
+        """The sets of some tokens: their numbers [R], in this order, or a bool mask [N]."""
+        first, sizes = self.offsets[:-1][rows], self.offsets.diff()[rows]
+        offsets = _offsets(sizes)
+        place = torch.arange(int(offsets[-1]), device=self.ids.device)
+        return Kept(self.ids[place + (first - offsets[:-1]).repeat_interleave(sizes)], offsets)
 
 
 def _offsets(sizes: Tensor) -> Tensor:
