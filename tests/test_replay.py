@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def sets_of(kept: Kept | None) -> list[list[int]]:
     """The ids of each token."""
     assert kept is not None and kept.ids.dtype == torch.int32
     ends = kept.offsets.tolist()
-    return [kept.ids[a:b].tolist() for a, b in zip(ends, ends[1:], strict=False)]
+    return [kept.ids[a:b].tolist() for a, b in pairwise(ends)]
 
 
 def filtered(logits: Tensor, sampling: Sampling) -> list[int]:

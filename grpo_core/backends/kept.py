@@ -1,12 +1,32 @@
-"""Rows restricted to the vocabulary entries that a sampler kept: top-p, top-k, min-p."""
+"""Rows restricted to the vocabulary entries that a sampler kept: top-p, top-k, min-p.
+
+The kept logits of a few rows are gathered into a narrow matrix, on which the backend inside works
+as on any logits. A row of K kept entries becomes one of W entries, padded with −inf: W is the power
+of two above K, at least 16 and at most V. So the bits of a row's results do not depend on the other
+rows. Rows of one W are worked on together, as many as fit in `GROUP_BYTES`.
+
+Of each row about 8·K bytes of places and K logits are read, in place of V logits; a gradient
+writes V zeros and K numbers. On a GPU a call waits for the device once, to learn the sizes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from grpo_core.backends.pytorch import put_rows
+from grpo_core.backends.wrapper import Kernels, WrappedBackend, kernels_at
+from grpo_core.kernels.records import RowGradients, RowLoss, Rows, RowStats, Terms, TokenVectors
+
+# of the gathered logits of a group; their places take 8 bytes each beside
+GROUP_BYTES = 2**24
+LEAST_WIDTH = 16
+# gathered rows begin at multiples of 16 bytes in any dtype, so that all are read alike
+ROW_STEP = 8
 
 
 @dataclass(frozen=True)
@@ -50,7 +70,199 @@ class Kept:
         place = torch.arange(int(offsets[-1]), device=self.ids.device)
         return Kept(self.ids[place + (first - offsets[:-1]).repeat_interleave(sizes)], offsets)
 
+    @property
+    def rows(self) -> Tensor:
+        """[M] int64: the token of each id."""
+        entries = torch.arange(len(self.ids), device=self.ids.device)
+        rows = torch.searchsorted(self.offsets, entries, right=True) - 1
+        return rows.clamp_(0, len(self.offsets) - 2)
+
+    def places(self, target: Tensor) -> Tensor:
+        """[N] int64: where each target is in its set; -1 where it was not kept."""
+        rows = self.rows
+        places = torch.arange(len(rows), device=rows.device) - self.offsets[rows]
+        places = places.masked_fill_(self.ids != target[rows], -1)
+        return torch.full_like(target, -1).scatter_reduce_(0, rows, places, "amax")
+
+    def mask(self, V: int) -> Tensor:
+        """[N, V] bool: what was kept."""
+        mask = torch.zeros(len(self.offsets) - 1, V, dtype=torch.bool, device=self.ids.device)
+        mask[self.rows, self.ids.long()] = True
+        return mask
+
 
 def _offsets(sizes: Tensor) -> Tensor:
     """[N + 1] int64: where each set begins, and the end."""
     return torch.nn.functional.pad(sizes.long().cumsum(0), (1, 0))
+
+
+def keep_rows(kernels: Kernels, kept: Kept | None, target: Tensor) -> Kernels:
+    """The row functions restricted to `kept`; `target` is [N] int64, negative where masked."""
+    if kept is None:
+        return kernels
+    # within the ids, whatever was given where values are not checked
+    offsets = kept.offsets.clamp(0, len(kept.ids))
+    sizes = torch.where(target >= 0, offsets.diff().clamp_(min=0), 0)
+    spans = torch.stack([offsets[:-1], sizes, kept.places(target)])
+    return KeptRows(kernels, kept.ids, spans, sizes.cpu())
+
+
+class KeptRows(WrappedBackend):
+    """The row functions over the kept entries of each row.
+
+    Args:
+        ids: [M], of all tokens.
+        spans: [3, n] int64: where the set of each row begins, its size, the target's place in it.
+        sizes: [n] int64 in host memory, the sizes again; 0 for rows that are not read.
+    """
+
+    def __init__(self, kernels: Kernels, ids: Tensor, spans: Tensor, sizes: Tensor) -> None:
+        super().__init__(kernels)
+        self.ids, self.spans, self.sizes = ids, spans, sizes
+
+    def at(self, place: slice | Tensor) -> KeptRows:
+        sizes = self.sizes[place.cpu() if isinstance(place, Tensor) else place]
+        return KeptRows(kernels_at(self.kernels, place), self.ids, self.spans[:, place], sizes)
+
+    def row_stats(
+        self, rows: Rows, target: Tensor, temperature: float, ref_rows: Rows | None = None
+    ) -> RowStats:
+        """As of the backend inside; logp is −inf where the target was not kept."""
+        out: Any = None
+        places = self._places(target, rows.V)
+        for group in self._groups(rows):
+            # the entropy is that of the set, whatever the target
+            some = places[group.at].clamp(min=0)
+            stats = group.kernels.row_stats(
+                group.gather(rows), some, temperature, group.gather(ref_rows)
+            )
+            out = group.fill(out, stats, rows.N)
+        unkept = (places < 0) & (target >= 0) & (target < rows.V)
+        return out._replace(logp=out.logp.masked_fill(unkept, -torch.inf))
+
+    def row_dlogits(
+        self,
+        rows: Rows,
+        target: Tensor,
+        temperature: float,
+        row_gradients: RowGradients,
+        stats: RowStats | RowLoss,
+        dlogits: Tensor,
+        ref_rows: Rows | None = None,
+    ) -> Tensor:
+        places = self._places(target, rows.V)
+        ref_rows = None if row_gradients.dkl is None else ref_rows
+        for group in self._groups(rows):
+            at, some, ref = group.at, group.gather(rows), group.gather(ref_rows)
+            kl = None if stats.kl is None else stats.kl[at]
+            known = RowStats(stats.logp[at], stats.entropy[at], kl, stats.state[:, at].contiguous())
+            gradient = group.allocate_gradient(some, dlogits)
+            group.kernels.row_dlogits(
+                some, places[at], temperature, row_gradients.at(at), known, gradient, ref
+            )
+            group.scatter(gradient, dlogits)
+        return self._zero_unread(dlogits)
+
+    def row_loss(
+        self,
+        rows: Rows,
+        tokens: TokenVectors,
+        temperature: float,
+        terms: Terms,
+        dlogits: Tensor | None,
+        ref_rows: Rows | None = None,
+    ) -> RowLoss:
+        out: Any = None
+        places = self._places(tokens.target, rows.V)
+        for group in self._groups(rows):
+            at, some, ref = group.at, group.gather(rows), group.gather(ref_rows)
+            vectors = replace(tokens.at(at), target=places[at])
+            gradient = None if dlogits is None else group.allocate_gradient(some, dlogits)
+            result = group.kernels.row_loss(some, vectors, temperature, terms, gradient, ref)
+            out = group.fill(out, result, rows.N)
+            if dlogits is not None:
+                group.scatter(gradient, dlogits)
+        if dlogits is not None:
+            self._zero_unread(dlogits)
+        return out
+
+    def _places(self, target: Tensor, V: int) -> Tensor:
+        """[n] int64: the place of each target in its set; -1 where there is none."""
+        return torch.where((target >= 0) & (target < V), self.spans[2], -1)
+
+    def _zero_unread(self, dlogits: Tensor) -> Tensor:
+        """Writes the gradient of the rows that no group has."""
+        unread = (self.sizes == 0).nonzero().squeeze(1)
+        put_rows(dlogits, unread.to(dlogits.device), 0.0)
+        return dlogits
+
+    def _groups(self, rows: Rows) -> Iterator[_Group]:
+        """Rows of one width, a few at a time; at least one group, which may be empty."""
+        # the number of binary digits
+        digits = torch.frexp((self.sizes - 1).clamp(min=LEAST_WIDTH - 1).double()).exponent
+        widths = (2 ** digits.long()).clamp(max=rows.V)
+        read = self.sizes.nonzero().squeeze(1)
+        order = read[widths[read].argsort(stable=True)]
+        found, counts = widths[order].unique_consecutive(return_counts=True)
+        parts = list(zip(found.tolist(), counts.tolist(), strict=True))
+        places, start = order.to(rows.logits.device), 0
+        for width, count in parts or [(1, 0)]:
+            most = max(1, GROUP_BYTES // (width * rows.logits.element_size()))
+            for piece in places[start : start + count].split(most):
+                yield self._group(piece, width)
+            start += count
+
+    def _group(self, at: Tensor, width: int) -> _Group:
+        start, size = self.spans[:2, at, None]
+        entries = torch.arange(-(-width // ROW_STEP) * ROW_STEP, device=at.device)
+        padding = entries >= size
+        entries = torch.minimum(entries, size - 1)
+        columns = self.ids[start + entries].long()
+        return _Group(kernels_at(self.kernels, at), at, width, entries, columns, padding)
+
+
+class _Group(NamedTuple):
+    """A few rows, and the places of their kept logits; W is the width rounded up to `ROW_STEP`."""
+
+    kernels: Any  # for these rows
+    at: Tensor  # [g] int64, the rows
+    width: int  # of the gathered rows
+    entries: Tensor  # [g, W] int64, places in the sets; padding repeats the last one
+    columns: Tensor  # [g, W] int64, their vocabulary ids
+    padding: Tensor  # [g, W] bool
+
+    def gather(self, rows: Any) -> Any:
+        """The kept logits as rows; None of None."""
+        if rows is None:
+            return None
+        flat, places = self._flat(rows)
+        logits = flat[places].masked_fill_(self.padding, -torch.inf)
+        return Rows.of(logits[:, : self.width])
+
+    def allocate_gradient(self, rows: Rows, dlogits: Tensor) -> Tensor:
+        """A buffer for the gradient of gathered rows: these themselves, unless dtypes differ."""
+        return rows.logits if rows.logits.dtype == dlogits.dtype else rows.logits.to(dlogits.dtype)
+
+    def scatter(self, gradient: Any, dlogits: Tensor) -> None:
+        """Writes the rows of the gradient: 0, and `gradient` at the kept entries."""
+        put_rows(dlogits, self.at, 0.0)
+        flat, places = self._flat(Rows.of(dlogits))
+        # padding writes the last entry's number again
+        flat[places] = gradient.gather(1, self.entries)
+
+    def _flat(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """The memory of all rows as a vector, and the places of the kept entries in it."""
+        T = rows.rows_per_batch
+        starts = self.at // T * rows.batch_stride + self.at % T * rows.row_stride
+        # ids are inside where their values were not checked, too
+        places = starts[:, None] + self.columns.clamp(0, rows.V - 1)
+        return rows.logits.as_strided((rows.extent,), (1,)), places
+
+    def fill(self, out: Any, part: Any, N: int) -> Any:
+        """Writes the vectors of these rows into those of all N rows, 0 elsewhere."""
+        if out is None:
+            out = part._make(None if x is None else x.new_zeros(*x.shape[:-1], N) for x in part)
+        for vector, some in zip(out, part, strict=True):
+            if some is not None:
+                vector[..., self.at] = some
+        return out

@@ -37,6 +37,7 @@ from grpo_core.linear.vocab_slices import SoftmaxRows, add_gradients_of_slices, 
 from grpo_core.linear.workspace import LinearCall, Workspace, scatter_rows
 from grpo_core.loss.compile import logp_in_graph, register_function
 from grpo_core.loss.inputs import check_logits, check_target, find_unmasked, flatten_target
+from grpo_core.loss.kept import check_kept
 from grpo_core.loss.outputs import TokenLogp
 from grpo_core.objective.validation import check_concrete
 
@@ -172,16 +173,17 @@ def logp_from_hidden(
     check_logits(logits, temperature, HEAD_DTYPES)
     check_target(logits, target, mask, validate)
     flat = flatten_target(target)
+    valid = find_unmasked(target, mask) & (flat >= 0) & (flat < head.V)
     call = LinearCall.of(
         hidden,
         target=flat,
+        kept=check_kept(kept, logits, valid, validate),
         temperature=float(temperature),
         plan=plan,
         memory_budget=memory_budget,
         logits_dtype=logits_dtype,
         backend=backend,
     )
-    valid = find_unmasked(target, mask) & (flat >= 0) & (flat < head.V)
     if not valid.all():
         call = call.at(valid.nonzero().squeeze(1))
     trained = any(tensor is not None and tensor.requires_grad for tensor in head.tensors)

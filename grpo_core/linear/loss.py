@@ -165,7 +165,13 @@ def loss_from_hidden(
         mask = made.view(target.shape)
         with torch.no_grad():
             ref_logp, _ = logp_from_hidden(
-                *reference, target, mask=mask, plan="fast", validate=False, **options
+                *reference,
+                target,
+                mask=mask,
+                kept=tokens.kept,
+                plan="fast",
+                validate=False,
+                **options,
             )
         tokens = replace(tokens, ref_logp=ref_logp.view(-1))
     tensors, enabled = (hidden, *head.tensors), torch.is_grad_enabled()
@@ -175,6 +181,7 @@ def loss_from_hidden(
         tokens=tokens,
         reference=reference if exact else None,
         exact_beta=float(inputs.objective.beta) if exact else None,
+        kept=tokens.kept,
         plan=plan,
         wanted=tuple(enabled and x is not None and x.requires_grad for x in tensors),
         **options,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.backends import Backend, choose_backend
+from grpo_core.backends.kept import Kept, keep_rows
 from grpo_core.backends.wrapper import Kernels, kernels_at
 from grpo_core.kernels.records import RowGradients, Rows, RowStats
 from grpo_core.linear.head import HEAD_DTYPES, LinearHead
@@ -44,6 +45,9 @@ class LinearCall:
         *,
         logits_dtype: torch.dtype | None,
         backend: Backend | None,
+        kept: Kept | None,
+        target: Tensor,
+        plan: Plan | None,
         **others: Any,
     ) -> LinearCall:
         """The call over all rows of `hidden`; `others` are fields.
@@ -54,10 +58,14 @@ class LinearCall:
         if logits_dtype is not None and logits_dtype not in HEAD_DTYPES:
             got = repr(logits_dtype)
             raise ValueError(f"logits_dtype: expected one of {HEAD_DTYPES} or None, got {got}")
+        if kept is not None and plan == "lean":
+            raise ValueError("plan: expected 'fast' or None with kept, got 'lean'")
         device = hidden.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        dtype, kernels = logits_dtype or torch.float32, choose_backend(backend, hidden)
-        return cls(logits_dtype=dtype, autocast=autocast, kernels=kernels, **others)
+        dtype, plan = logits_dtype or torch.float32, plan if kept is None else "fast"
+        kernels = keep_rows(choose_backend(backend, hidden), kept, target)
+        others |= {"logits_dtype": dtype, "autocast": autocast, "kernels": kernels}
+        return cls(target=target, plan=plan, **others)
 
     def at(self, some: Tensor) -> LinearCall:
         """The call over some of its rows, [k] int64."""

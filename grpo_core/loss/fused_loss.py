@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.backends import Backend, choose_backend
-from grpo_core.backends.kept import Kept
+from grpo_core.backends.kept import Kept, keep_rows
 from grpo_core.kernels.records import Rows
 from grpo_core.loss.autograd import (
     Call,
@@ -30,6 +30,7 @@ from grpo_core.loss.inputs import (
     check_target,
     flatten_target,
 )
+from grpo_core.loss.kept import check_kept
 from grpo_core.loss.outputs import LossOutput as LossOutput
 from grpo_core.loss.outputs import TokenLogp as TokenLogp
 from grpo_core.objective.objective import Objective
@@ -161,7 +162,7 @@ def loss_from_logits(logits: Tensor, inputs: LossInputs, inplace: bool = False) 
         prepare_reference(inputs.ref_logits, logits, inplace),
         temperature=float(inputs.temperature),
         inplace=inplace,
-        kernels=choose_backend(inputs.backend, logits),
+        kernels=keep_rows(choose_backend(inputs.backend, logits), tokens.kept, tokens.target),
     )
     wants_gradient = logits.requires_grad and torch.is_grad_enabled()
     logits = make_readable(logits)
@@ -223,5 +224,7 @@ def logp_from_logits(
         flat = torch.where(mask.reshape(-1) != 0, flat, IGNORE)
     # a row whose target is outside [0, V) is not read
     rows = Rows.of(make_readable(logits))
-    stats = choose_backend(backend, logits).row_stats(rows, flat, float(temperature))
+    kept = check_kept(kept, logits, (flat >= 0) & (flat < rows.V), validate)
+    kernels = keep_rows(choose_backend(backend, logits), kept, flat)
+    stats = kernels.row_stats(rows, flat, float(temperature))
     return TokenLogp(stats.logp.view(target.shape), stats.entropy.view(target.shape))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from grpo_core.backends import Backend
 from grpo_core.backends.kept import Kept
+from grpo_core.loss.kept import check_kept
 from grpo_core.loss.tokens import IGNORE, Tokens
 from grpo_core.objective.advantage import estimate_advantages
 from grpo_core.objective.objective import Objective
@@ -103,10 +104,13 @@ class LossInputs:
             advantage = given
         flat, valid = target.reshape(-1), find_unmasked(target, self.mask)
         bad_target = valid & ((flat < 0) | (flat >= logits.shape[-1]))
+        present = valid & ~bad_target
+        kept = check_kept(self.kept, logits, present, self.validate)
+        unkept = None if kept is None else present & (kept.places(flat) < 0)
         tokens = Tokens(
             objective=self.objective,
             target=flat,
-            valid=valid & ~bad_target,
+            valid=present if unkept is None else present & ~unkept,
             unmasked=valid,
             bad_target=bad_target,
             weight=valid.to(dtype),
@@ -119,6 +123,8 @@ class LossInputs:
             width=None if packed else shape[1],
             normalizer=normalizer,
             groups=self.groups,
+            unkept=unkept,
+            kept=kept,
         )
         per_sequence = self.rewards is not None or advantage.numel() != flat.numel()
         tokens = _assign_sequences(tokens, per_sequence).with_weights()

@@ -47,6 +47,10 @@ def reference_loss(
         for x in (logits, inputs.ref_logits)
     )
     assert rows is not None
+    if tokens.kept is not None:
+        outside = ~tokens.kept.mask(rows.shape[1])
+        rows = rows.masked_fill(outside, -torch.inf)
+        ref = None if ref is None else ref.masked_fill(outside, -torch.inf)
     loss, vectors, finite, tokens = _evaluate(rows, ref, tokens)
     kept = tokens.valid & finite
     if not finite.all():
