@@ -15,8 +15,10 @@ from torch import Tensor
 from grpo_core import RECIPES, Kept
 from grpo_core.runs.config import RunConfig
 from grpo_core.trainer.batch import Batch, pack
+from grpo_core.trainer.checkpoint import save_trainer
 from grpo_core.trainer.engine import EngineSync
 from grpo_core.trainer.rollout import Rollout, Sampling, concat_rollouts, make_rollout, rollout
+from grpo_core.trainer.trainer import Trainer
 from tests.engines import CopyEngine
 from tests.micro import EOS, MAX_NEW_TOKENS, PAD, micro_model
 from tests.test_rollout import PROMPTS, logits_after
@@ -197,45 +199,49 @@ def test_ratios_are_exactly_1_on_policy_and_the_kl_to_the_start_0() -> None:
 
 
 def test_every_loss_makes_the_same_update_in_parts_and_padded_or_not() -> None:
-    settings = {"sampling": ALL, "objective": RECIPES["grpo"].replace(beta=0.1, kl="k3")} | LARGER
-    expected = trainer(loss="naive", **settings)
-    metrics = expected.step()
+
+    def stepped(**changes: Any) -> tuple[Trainer, dict[str, Any]]:
+        """By SGD, which does not blow up the rounding of small gradients."""
+        settings = {"sampling": ALL, "objective": RECIPES["grpo"].replace(beta=0.1, kl="k3")}
+        run = trainer(**settings | {"max_grad_norm": 1e9} | LARGER | changes)
+        run.optimizer = torch.optim.SGD(run.model.parameters(), lr=0.05)
+        return run, run.step()
+
+    expected, metrics = stepped(loss="naive")
     assert metrics["ratio_max"] > 1.01
-    different = trainer(loss="naive", **settings | {"sampling": replace(ALL, top_p=0.7)})
-    different.step()
     for changes in (
         {},
         {"loss": "logits"},
         {"tokens_per_microbatch": 40},
         {"padding_free": "always", "tokens_per_microbatch": 60},
     ):
-        run = trainer(**settings | changes)
-        got = run.step()
+        run, got = stepped(**changes)
         for name in ("loss", "kl", "entropy", "ratio_max", "grad_norm"):
             assert got[name] == pytest.approx(metrics[name], rel=2e-4, abs=1e-6), name
         for mine, theirs in zip(run.model.parameters(), expected.model.parameters(), strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-4)
-    assert not same_weights(different.model, expected.model)
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-6)
+    assert not same_weights(expected.model, micro_model())
 
 
 def test_dynamic_sampling_takes_sets_along() -> None:
     """Among the groups of several rounds, those that vary."""
-    changes = {"dynamic_sampling": "resample", "max_resamples": 2, "prompts_per_step": 4}
-    run = trainer(sampling=replace(ALL, max_new_tokens=2), group_size=2, **changes)
+    changes: dict[str, Any] = {"dynamic_sampling": "resample", "max_resamples": 2}
+    run = trainer(sampling=ALL, **changes, **LARGER | {"group_size": 2})
     metrics = run.step()
-    assert metrics["resamples"] > 0
+    assert metrics["resamples"] > 0 and metrics["groups_kept"] > 0
     assert metrics["sampler_mismatch_max"] <= 1e-5
 
 
 def test_a_resumed_run_is_the_straight_one(tmp_path: Path) -> None:
     straight = trainer(sampling=ALL)
     expected = without_times(straight.train())
-    first = trainer(sampling=ALL, checkpoints=tmp_path)
-    first.config = replace(first.config, steps=2)
-    first.train()
+    first = trainer(sampling=ALL)
+    for _ in range(2):
+        first.step()
+    save_trainer(first, tmp_path)
     second = trainer(sampling=ALL, model=micro_model(), checkpoints=tmp_path)
     assert second.resume() == 2
-    assert without_times(second.train()) == expected[2:]
+    assert without_times(second.train()) == expected[3:]
     assert same_weights(second.model, straight.model)
     other = trainer(sampling=replace(ALL, top_k=5), checkpoints=tmp_path)
     with pytest.raises(ValueError, match=r"sampling: expected .*top_k=6.* got .*top_k=5"):

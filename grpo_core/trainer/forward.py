@@ -51,6 +51,7 @@ def packed_loss(
         "advantage": part.advantage,
         "old_logp": part.old_logp,
         "ref_logp": part.ref_logp,
+        "kept": rows.kept,
         "sequence_id": rows.sequence,
         "normalizer": divisor,
         "temperature": config.sampling.temperature,
