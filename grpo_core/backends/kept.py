@@ -186,6 +186,18 @@ class KeptRows(WrappedBackend):
             self._zero_unread(dlogits)
         return out
 
+    def zero_others(self, dlogits: Tensor, columns: slice) -> None:
+        """Zeroes a gradient [n, columns] of some vocabulary ids where they were not kept."""
+        start, sizes, _ = self.spans
+        rows = torch.arange(len(sizes), device=sizes.device)
+        rows = rows.repeat_interleave(sizes, output_size=int(self.sizes.sum()))
+        first = (sizes.cumsum(0) - sizes - start)[rows]
+        columns_of = self.ids[torch.arange(len(rows), device=rows.device) - first].long()
+        here = (columns_of >= columns.start) & (columns_of < columns.stop)
+        others = torch.ones_like(dlogits, dtype=torch.bool)
+        others[rows[here], columns_of[here] - columns.start] = False
+        dlogits.masked_fill_(others, 0.0)
+
     def _places(self, target: Tensor, V: int) -> Tensor:
         """[n] int64: the place of each target in its set; -1 where there is none."""
         return torch.where((target >= 0) & (target < V), self.spans[2], -1)

@@ -47,7 +47,6 @@ class LinearCall:
         backend: Backend | None,
         kept: Kept | None,
         target: Tensor,
-        plan: Plan | None,
         **others: Any,
     ) -> LinearCall:
         """The call over all rows of `hidden`; `others` are fields.
@@ -58,14 +57,11 @@ class LinearCall:
         if logits_dtype is not None and logits_dtype not in HEAD_DTYPES:
             got = repr(logits_dtype)
             raise ValueError(f"logits_dtype: expected one of {HEAD_DTYPES} or None, got {got}")
-        if kept is not None and plan == "lean":
-            raise ValueError("plan: expected 'fast' or None with kept, got 'lean'")
         device = hidden.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        dtype, plan = logits_dtype or torch.float32, plan if kept is None else "fast"
         kernels = keep_rows(choose_backend(backend, hidden), kept, target)
-        others |= {"logits_dtype": dtype, "autocast": autocast, "kernels": kernels}
-        return cls(target=target, plan=plan, **others)
+        others |= {"target": target, "autocast": autocast, "kernels": kernels}
+        return cls(logits_dtype=logits_dtype or torch.float32, **others)
 
     def at(self, some: Tensor) -> LinearCall:
         """The call over some of its rows, [k] int64."""

@@ -199,7 +199,7 @@ def token_logp(
     Raises:
         ValueError, NotImplementedError: as `fused_loss`.
     """
-    arguments = (logits, target, temperature, mask, kept, backend, validate)
+    arguments = (logits, target, temperature, mask, backend, validate, kept)
     if torch.compiler.is_compiling():
         logp, entropy = logp_in_graph(logp_from_logits, *arguments)
     else:
@@ -213,9 +213,9 @@ def logp_from_logits(
     target: Tensor,
     temperature: float,
     mask: Tensor | None,
-    kept: Kept | Tensor | None,
     backend: Backend | None,
     validate: bool | None,
+    kept: Kept | Tensor | None = None,
 ) -> TokenLogp:
     """`token_logp` outside of `torch.compile`."""
     check_logits(logits, temperature, LOGIT_DTYPES)
