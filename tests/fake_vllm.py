@@ -173,6 +173,7 @@ class Worker:
     keeps: bool = False
     # tells no masks all the same, as batch-sharded sampling does
     maskless: bool = False
+    asked: list[SamplingParams] = field(default_factory=list)
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         known = {
@@ -245,6 +246,7 @@ class Worker:
         """Draws at the temperature, by the seed; what is told of it depends on the mode."""
         assert params.seed is not None and params.logprobs == 0 and params.n == 1
         assert params.repetition_penalty == 1.0
+        self.asked.append(params)
         if self.keeps and (params.temperature <= 0 or params.top_k <= 0):
             raise ValueError("sampling distribution replay requires temperature > 0, top_k > 0")
         filters = {"top_p": params.top_p, "top_k": params.top_k, "min_p": params.min_p}

@@ -269,7 +269,8 @@ def test_bits_depend_on_the_row_alone(
     sets, order = sets_of(given.pop("kept")), torch.randperm(B * T)
     vectors = {k: v.flatten()[order] for k, v in given.items() if isinstance(v, Tensor)}
     vectors["sequence_id"] = (order // T).to(device)
-    monkeypatch.setattr(kept, "GROUP_BYTES", 2 * 64 * 2)
+    monkeypatch.setattr(kept, "CPU_LOGITS", 2 * 64)
+    monkeypatch.setattr(kept, "GPU_LOGITS", 2 * 64)
     packed, packed_gradient = run(
         fused_loss,
         logits.flatten(0, 1)[order],
@@ -324,7 +325,7 @@ class Counted:
         return function
 
 
-def test_small_sets_read_few_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_sets_read_few_logits() -> None:
     """One row of 50,000 ids does not widen the others; one reading, in place."""
     N, V = 200, 60_000
     sizes = torch.randint(1, 33, (N,))

@@ -355,6 +355,13 @@ def test_the_command_trains_on_filtered_completions(
             with pytest.warns(UserWarning, match="replay_sampling is off"):
                 more += ["--replay_sampling", "False"]
                 assert main(options(files, tmp_path / "run", *more)) == 0
+    greedy = {"temperature": 1.0, "top_k": 1} if replayed else {"temperature": 0.0, "top_k": 9}
+    for asked in worker.asked:
+        assert (asked.top_p, asked.min_p) == (0.8, 0.01)
+        assert {"temperature": asked.temperature, "top_k": asked.top_k} in (
+            {"temperature": 1.0, "top_k": 9},
+            greedy,
+        )
     for metrics in records(tmp_path / "run")[1:]:
         # weights are sent in bfloat16
         assert (metrics["sampler_mismatch"] < 0.02) == replayed

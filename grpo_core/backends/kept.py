@@ -1,12 +1,13 @@
 """Rows restricted to the vocabulary entries that a sampler kept: top-p, top-k, min-p.
 
 The kept logits of a few rows are gathered into a narrow matrix, on which the backend inside works
-as on any logits. A row of K kept entries becomes one of W entries, padded with −inf: W is the power
-of two above K, at least 16 and at most V. So the bits of a row's results do not depend on the other
-rows. Rows of one W are worked on together, as many as fit in `GROUP_BYTES`.
+as on any logits. A row of K kept entries becomes one of W, padded with −inf: W is the first power
+of two from K on, at least 16 and at most V. So the bits of a row's results do not depend on other
+rows, and one large set does not widen the others. Rows of one W are worked on a few at a time.
 
-Of each row about 8·K bytes of places and K logits are read, in place of V logits; a gradient
-writes V zeros and K numbers. On a GPU a call waits for the device once, to learn the sizes.
+Of a row K logits and K ids are read, not V logits; a gradient writes V zeros, then K numbers.
+A logit of a group takes 40 bytes in all (places of 8 bytes, a copy, its gradient). On a GPU a call
+waits for the device once, to learn the sizes.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from grpo_core.backends.pytorch import put_rows
 from grpo_core.backends.wrapper import Kernels, WrappedBackend, kernels_at
 from grpo_core.kernels.records import RowGradients, RowLoss, Rows, RowStats, Terms, TokenVectors
 
-# of the gathered logits of a group; their places take 8 bytes each beside
-GROUP_BYTES = 2**24
+# gathered logits in a group, of 40 bytes each
+CPU_LOGITS, GPU_LOGITS = 2**20, 2**23
 LEAST_WIDTH = 16
 # gathered rows begin at multiples of 16 bytes in any dtype, so that all are read alike
 ROW_STEP = 8
@@ -70,25 +71,22 @@ class Kept:
         place = torch.arange(int(offsets[-1]), device=self.ids.device)
         return Kept(self.ids[place + (first - offsets[:-1]).repeat_interleave(sizes)], offsets)
 
-    @property
-    def rows(self) -> Tensor:
-        """[M] int64: the token of each id."""
-        entries = torch.arange(len(self.ids), device=self.ids.device)
+    def rows(self, entries: Tensor) -> Tensor:
+        """The token of some places in `ids`, int64."""
         rows = torch.searchsorted(self.offsets, entries, right=True) - 1
         return rows.clamp_(0, len(self.offsets) - 2)
 
     def places(self, target: Tensor) -> Tensor:
         """[N] int64: where each target is in its set; -1 where it was not kept."""
-        rows = self.rows
-        places = torch.arange(len(rows), device=rows.device) - self.offsets[rows]
-        places = places.masked_fill_(self.ids != target[rows], -1)
-        return torch.full_like(target, -1).scatter_reduce_(0, rows, places, "amax")
-
-    def mask(self, V: int) -> Tensor:
-        """[N, V] bool: what was kept."""
-        mask = torch.zeros(len(self.offsets) - 1, V, dtype=torch.bool, device=self.ids.device)
-        mask[self.rows, self.ids.long()] = True
-        return mask
+        M, places = len(self.ids), torch.full_like(target, -1)
+        for start in range(0, M, CPU_LOGITS):
+            entries = torch.arange(start, min(start + CPU_LOGITS, M), device=target.device)
+            rows = self.rows(entries)
+            found = (entries - self.offsets[rows]).masked_fill_(
+                self.ids[entries] != target[rows], -1
+            )
+            places.scatter_reduce_(0, rows, found, "amax")
+        return places
 
 
 def _offsets(sizes: Tensor) -> Tensor:
@@ -156,7 +154,8 @@ class KeptRows(WrappedBackend):
             at, some, ref = group.at, group.gather(rows), group.gather(ref_rows)
             kl = None if stats.kl is None else stats.kl[at]
             known = RowStats(stats.logp[at], stats.entropy[at], kl, stats.state[:, at].contiguous())
-            gradient = group.allocate_gradient(some, dlogits)
+            # in place, unless dtypes differ
+            gradient = some.logits.to(dlogits.dtype)
             group.kernels.row_dlogits(
                 some, places[at], temperature, row_gradients.at(at), known, gradient, ref
             )
@@ -177,7 +176,7 @@ class KeptRows(WrappedBackend):
         for group in self._groups(rows):
             at, some, ref = group.at, group.gather(rows), group.gather(ref_rows)
             vectors = replace(tokens.at(at), target=places[at])
-            gradient = None if dlogits is None else group.allocate_gradient(some, dlogits)
+            gradient = None if dlogits is None else some.logits.to(dlogits.dtype)
             result = group.kernels.row_loss(some, vectors, temperature, terms, gradient, ref)
             out = group.fill(out, result, rows.N)
             if dlogits is not None:
@@ -217,10 +216,10 @@ class KeptRows(WrappedBackend):
         order = read[widths[read].argsort(stable=True)]
         found, counts = widths[order].unique_consecutive(return_counts=True)
         parts = list(zip(found.tolist(), counts.tolist(), strict=True))
+        most = GPU_LOGITS if rows.logits.is_cuda else CPU_LOGITS
         places, start = order.to(rows.logits.device), 0
         for width, count in parts or [(1, 0)]:
-            most = max(1, GROUP_BYTES // (width * rows.logits.element_size()))
-            for piece in places[start : start + count].split(most):
+            for piece in places[start : start + count].split(max(1, most // width)):
                 yield self._group(piece, width)
             start += count
 
@@ -250,10 +249,6 @@ class _Group(NamedTuple):
         flat, places = self._flat(rows)
         logits = flat[places].masked_fill_(self.padding, -torch.inf)
         return Rows.of(logits[:, : self.width])
-
-    def allocate_gradient(self, rows: Rows, dlogits: Tensor) -> Tensor:
-        """A buffer for the gradient of gathered rows: these themselves, unless dtypes differ."""
-        return rows.logits if rows.logits.dtype == dlogits.dtype else rows.logits.to(dlogits.dtype)
 
     def scatter(self, gradient: Any, dlogits: Tensor) -> None:
         """Writes the rows of the gradient: 0, and `gradient` at the kept entries."""

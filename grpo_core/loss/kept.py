@@ -63,7 +63,7 @@ def _check_values(kept: Kept, valid: Tensor, V: int) -> None:
     outside = (ids < 0) | (ids >= V)
     if outside.any():
         raise_first("kept.ids", f"ids in [0, V = {V})", ids, outside)
-    rows = kept.rows
+    rows = kept.rows(torch.arange(M, device=ids.device))
     repeats = (ids[1:] <= ids[:-1]) & (rows[1:] == rows[:-1])
     if repeats.any():
         at = int(repeats.nonzero()[0, 0])

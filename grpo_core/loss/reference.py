@@ -48,7 +48,9 @@ def reference_loss(
     )
     assert rows is not None
     if tokens.kept is not None:
-        outside = ~tokens.kept.mask(rows.shape[1])
+        ids = tokens.kept.ids.long()
+        outside = torch.ones_like(rows, dtype=torch.bool)
+        outside[tokens.kept.rows(torch.arange(len(ids), device=ids.device)), ids] = False
         rows = rows.masked_fill(outside, -torch.inf)
         ref = None if ref is None else ref.masked_fill(outside, -torch.inf)
     loss, vectors, finite, tokens = _evaluate(rows, ref, tokens)
