@@ -26,8 +26,6 @@ from grpo_core.kernels.records import RowGradients, RowLoss, Rows, RowStats, Ter
 # gathered logits in a group, of 40 bytes each
 CPU_LOGITS, GPU_LOGITS = 2**20, 2**23
 LEAST_WIDTH = 16
-# gathered rows begin at multiples of 16 bytes in any dtype, so that all are read alike
-ROW_STEP = 8
 
 
 @dataclass(frozen=True)
@@ -225,19 +223,18 @@ class KeptRows(WrappedBackend):
 
     def _group(self, at: Tensor, width: int) -> _Group:
         start, size = self.spans[:2, at, None]
-        entries = torch.arange(-(-width // ROW_STEP) * ROW_STEP, device=at.device)
+        entries = torch.arange(width, device=at.device)
         padding = entries >= size
         entries = torch.minimum(entries, size - 1)
         columns = self.ids[start + entries].long()
-        return _Group(kernels_at(self.kernels, at), at, width, entries, columns, padding)
+        return _Group(kernels_at(self.kernels, at), at, entries, columns, padding)
 
 
 class _Group(NamedTuple):
-    """A few rows, and the places of their kept logits; W is the width rounded up to `ROW_STEP`."""
+    """A few rows, and the places of their kept logits."""
 
     kernels: Any  # for these rows
     at: Tensor  # [g] int64, the rows
-    width: int  # of the gathered rows
     entries: Tensor  # [g, W] int64, places in the sets; padding repeats the last one
     columns: Tensor  # [g, W] int64, their vocabulary ids
     padding: Tensor  # [g, W] bool
@@ -247,8 +244,7 @@ class _Group(NamedTuple):
         if rows is None:
             return None
         flat, places = self._flat(rows)
-        logits = flat[places].masked_fill_(self.padding, -torch.inf)
-        return Rows.of(logits[:, : self.width])
+        return Rows.of(flat[places].masked_fill_(self.padding, -torch.inf))
 
     def scatter(self, gradient: Any, dlogits: Tensor) -> None:
         """Writes the rows of the gradient: 0, and `gradient` at the kept entries."""
