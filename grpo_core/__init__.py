@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from grpo_core.lazy import exports
 
 if TYPE_CHECKING:
+    from grpo_core.backends.kept import Kept
     from grpo_core.integrations.presets import preset
     from grpo_core.linear.head import LinearHead
     from grpo_core.linear.logp import linear_logp, linear_token_logp
@@ -32,6 +33,7 @@ __all__ = [
     "Estimator",
     "GroupNorm",
     "HeadOutput",
+    "Kept",
     "LinearHead",
     "LogpRequest",
     "LossOutput",
@@ -62,6 +64,7 @@ __all__ = [
 __getattr__ = exports(
     __name__,
     {
+        "backends.kept": "Kept",
         "integrations.presets": "preset",
         "linear.head": "LinearHead",
         "linear.logp": "linear_logp linear_token_logp",

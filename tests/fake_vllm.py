@@ -60,6 +60,11 @@ class Logprob:
 
 
 @dataclass
+class SamplingMask:
+    token_ids: list[list[int]]
+
+
+@dataclass
 class CompletionOutput:
     index: int
     text: str
@@ -67,6 +72,7 @@ class CompletionOutput:
     cumulative_logprob: float | None
     logprobs: list[dict[int, Logprob]] | None
     finish_reason: str | None = None
+    sampling_mask: SamplingMask | None = None
 
 
 @dataclass
@@ -163,6 +169,11 @@ class Worker:
     fails: Exception | None = None
     # connections that the server drops without an answer
     drops: int = 0
+    # started with return_sampling_mask
+    keeps: bool = False
+    # tells no masks all the same, as batch-sharded sampling does
+    maskless: bool = False
+    asked: list[SamplingParams] = field(default_factory=list)
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         known = {
@@ -234,12 +245,16 @@ class Worker:
     def complete(self, prompt: list[int], params: SamplingParams, mode: str) -> CompletionOutput:
         """Draws at the temperature, by the seed; what is told of it depends on the mode."""
         assert params.seed is not None and params.logprobs == 0 and params.n == 1
-        bends = (params.top_p, params.top_k, params.min_p, params.repetition_penalty)
-        assert bends == (1.0, 0, 0.0, 1.0)
+        assert params.repetition_penalty == 1.0
+        self.asked.append(params)
+        if self.keeps and (params.temperature <= 0 or params.top_k <= 0):
+            raise ValueError("sampling distribution replay requires temperature > 0, top_k > 0")
+        filters = {"top_p": params.top_p, "top_k": params.top_k, "min_p": params.min_p}
         with torch.random.fork_rng():
             torch.manual_seed(params.seed)
             limit = params.max_tokens or 16
-            drawn = rollout(self.model, [prompt], Sampling(limit, params.temperature))
+            sampling = Sampling(limit, params.temperature, **filters)  # type: ignore[arg-type]
+            drawn = rollout(self.model, [prompt], sampling)
         (ids,) = drawn.completions()
         logp = drawn.sampler_logp[0].tolist()
         if mode == "raw_logprobs":
@@ -249,7 +264,12 @@ class Worker:
         ended = ids[-1] in (params.stop_token_ids or [])
         scores = [{token: Logprob(value, 1)} for token, value in zip(ids, logp, strict=False)]
         reason = "stop" if ended else "length"
-        return CompletionOutput(0, "", ids, None, scores, reason)
+        mask = None
+        if self.keeps and not self.maskless:
+            assert drawn.kept is not None
+            sets = drawn.kept.ids.tensor_split(drawn.kept.offsets[1:-1])
+            mask = SamplingMask([each.tolist() for each in sets])
+        return CompletionOutput(0, "", ids, None, scores, reason, mask)
 
 
 class LLM:
@@ -268,10 +288,12 @@ class LLM:
         logprobs_mode: str = "raw_logprobs",
         generation_config: str = "auto",
         weight_transfer_config: WeightTransferConfig | None = None,
+        return_sampling_mask: bool = False,
     ) -> None:
         assert weight_transfer_config is not None and generation_config == "vllm"
         worker = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
-        self.worker = Worker(worker.eval(), weight_transfer_config.backend)
+        backend = weight_transfer_config.backend
+        self.worker = Worker(worker.eval(), backend, keeps=return_sampling_mask)
         self.mode, self.asleep, self.slept, self.resets = logprobs_mode, False, 0, 0
         LLM.made = self
 
@@ -345,7 +367,7 @@ def server(
 ) -> Iterator[str]:
     """`vllm serve`, at the address it yields."""
     config = {
-        "model_config": {"logprobs_mode": logprobs_mode},
+        "model_config": {"logprobs_mode": logprobs_mode, "return_sampling_mask": worker.keeps},
         "weight_transfer_config": backend and {"backend": backend},
     }
     gets = {
@@ -363,6 +385,7 @@ def server(
         "/finish_weight_update": lambda b: worker.finish_weight_update(b.get("weight_version")),
         "/reset_prefix_cache": lambda _: worker.calls.append("reset"),
         "/v1/completions": lambda b: completions(worker, b, logprobs_mode),
+        "/inference/v1/generate": lambda b: generate(worker, b, logprobs_mode),
     }
 
     class Handler(BaseHTTPRequestHandler):
@@ -426,5 +449,22 @@ def completions(worker: Worker, body: dict[str, Any], mode: str) -> dict[str, An
         "token_ids": out.token_ids,
         "logprobs": {"token_logprobs": told},
         "finish_reason": out.finish_reason,
+    }
+    return {"choices": [choice]}
+
+
+def generate(worker: Worker, body: dict[str, Any], mode: str) -> dict[str, Any]:
+    """`/inference/v1/generate` of one prompt of token ids, the route that tells sampling masks."""
+    assert set(body) == {"model", "token_ids", "sampling_params"} and body["model"] == "micro"
+    with TURN:
+        out = worker.complete(body["token_ids"], SamplingParams(**body["sampling_params"]), mode)
+    assert out.logprobs is not None
+    told = [next(iter(scores.values())).logprob for scores in out.logprobs]
+    choice = {
+        "index": 0,
+        "token_ids": out.token_ids,
+        "logprobs": {"content": [{"logprob": each} for each in told]},
+        "finish_reason": out.finish_reason,
+        "sampling_mask": out.sampling_mask and out.sampling_mask.token_ids,
     }
     return {"choices": [choice]}

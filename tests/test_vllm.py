@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from grpo_core.reinforce import main
 from grpo_core.trainer.engine import EngineSync
-from grpo_core.trainer.rollout import Sampling
+from grpo_core.trainer.rollout import Sampling, rollout
 from grpo_core.trainer.vllm import engine as vllm_engine
 from grpo_core.trainer.vllm import server as vllm_server
 from grpo_core.trainer.vllm.common import Completion, check_ends
@@ -23,10 +25,10 @@ from grpo_core.trainer.vllm.server import VllmServer
 from grpo_core.trainer.weights import ModelWeights
 from tests import fake_vllm
 from tests.fake_vllm import LLM, Worker, server
-from tests.micro import EOS, MAX_NEW_TOKENS, micro_model
+from tests.micro import EOS, MAX_NEW_TOKENS, VOCABULARY, micro_model
 from tests.test_checkpoint_format import adapted
 from tests.test_reinforce import files, options, records  # noqa: F401
-from tests.test_rollouts import trainer
+from tests.test_rollouts import LARGER, ONE_UPDATE, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*ran into max_new_tokens"),
@@ -171,6 +173,82 @@ def test_another_trainer_on_the_same_engine_is_noticed(engine: Any) -> None:
         rollouts.draw([[5]], Sampling(2), 0)
 
 
+FILTERED = Sampling(MAX_NEW_TOKENS, 0.7, top_p=0.9, top_k=6, min_p=0.05)
+
+
+@pytest.fixture(params=["colocated", "server"])
+def keeping(request: pytest.FixtureRequest, vllm: None, path: str) -> Iterator[Any]:
+    """Either one, started so that it returns what the filters kept."""
+    if request.param == "colocated":
+        found: Any = VllmEngine(path, micro_model(), dtype=torch.float32, keeps=True)
+        found.worker = LLM.made.worker
+        yield found
+        return
+    worker = Worker(micro_model(seed=9), "nccl", keeps=True)
+    with server(worker) as url:
+        found = VllmServer(url, micro_model(), dtype=torch.float32, keeps=True)
+        found.worker = worker
+        yield found
+
+
+@pytest.mark.parametrize("sampling", [FILTERED, Sampling(MAX_NEW_TOKENS, top_p=0.8)])
+def test_what_the_filters_kept_is_replayed(keeping: Any, sampling: Sampling) -> None:
+    run = trainer(keeping, sampling=sampling, **ONE_UPDATE, **LARGER)
+    for _ in range(2):
+        metrics = run.step()
+        assert metrics["sampler_mismatch_max"] <= 1e-5
+        assert metrics["ratio_min"] == metrics["ratio_max"] == 1
+    drawn = EngineSync(micro_model(), keeping).draw(PROMPTS, sampling, 2)
+    assert drawn.kept is not None
+    sizes = drawn.kept.offsets.diff()
+    assert len(sizes) == drawn.completion_mask.sum()
+    assert sizes.min() >= 1 and 1 < sizes.max() < VOCABULARY
+
+
+def test_evaluations_of_such_an_engine_are_greedy_or_filtered_and_carry_nothing(
+    keeping: Any,
+) -> None:
+    """It refuses temperature 0, which is a top-k of 1."""
+    rollouts = EngineSync(micro_model(), keeping)
+    greedy = rollouts.draw(PROMPTS, Sampling(4, 0.0, top_p=0.9), 0)
+    assert greedy.kept is None
+    assert greedy.completions() == rollout(micro_model(), PROMPTS, Sampling(4, 0.0)).completions()
+    assert rollouts.draw(PROMPTS, replace(FILTERED, replay=False), 0).kept is None
+
+
+def test_an_engine_that_lost_the_masks_is_noticed(keeping: Any) -> None:
+    keeping.worker.maskless = True
+    with pytest.raises(RuntimeError, match="the kept ids of every token, got no sampling_mask"):
+        EngineSync(micro_model(), keeping).draw([[5]], FILTERED, 0)
+
+
+def test_an_engine_that_was_not_started_for_it_is_refused(engine: Any) -> None:
+    with pytest.raises(RuntimeError, match="the kept ids of every token, got no sampling_mask"):
+        EngineSync(micro_model(), engine).draw([[5]], FILTERED, 0)
+    drawn = EngineSync(micro_model(), engine).draw([[5]] * 4, replace(FILTERED, replay=False), 0)
+    assert drawn.kept is None
+
+
+def test_a_server_that_was_started_otherwise_is_refused(vllm: None) -> None:
+    with (
+        server(Worker(micro_model(), "nccl")) as url,
+        pytest.raises(
+            ValueError, match=r"--return-sampling-mask, of vLLM 0\.28 or later.* without"
+        ),
+    ):
+        VllmServer(url, micro_model(), keeps=True)
+    with (
+        server(Worker(micro_model(), "nccl", keeps=True)) as url,
+        pytest.raises(ValueError, match=r"without --return-sampling-mask, since .*, got one with"),
+    ):
+        VllmServer(url, micro_model())
+    with (
+        server(Worker(micro_model(), "nccl")) as url,
+        pytest.raises(ConnectionError, match=r"VLLM_SERVER_DEV_MODE=1 and --enable-scale-out\?"),
+    ):
+        vllm_server.Server(url).post("inference/v2/generate", {})
+
+
 def test_large_weights_and_many_pieces(
     vllm: None, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,6 +334,39 @@ def test_the_command_trains_with_vllm(
     calls = LLM.made.worker.calls
     assert [call for call in calls if "finish" in call] == [f"finish {n}" for n in range(3)]
     assert LLM.made.worker.model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("replayed", [True, False])
+def test_the_command_trains_on_filtered_completions(
+    vllm: None,
+    files: Path,  # noqa: F811
+    tmp_path: Path,
+    replayed: bool,
+) -> None:
+    """Held-out ones are filtered alike, and greedy; the server is asked for sets only to replay."""
+    model = AutoModelForCausalLM.from_pretrained(files / "model").eval()
+    worker = Worker(model, "nccl", keeps=replayed)
+    with server(worker) as url:
+        more = ["--rollout", "vllm-server", "--rollout_url", url, "--held_out", "1"]
+        more += ["--top_p", "0.8", "--top_k", "9", "--min_p", "0.01", *SHORT]
+        if replayed:
+            assert main(options(files, tmp_path / "run", *more)) == 0
+        else:
+            with pytest.warns(UserWarning, match="replay_sampling is off"):
+                more += ["--replay_sampling", "False"]
+                assert main(options(files, tmp_path / "run", *more)) == 0
+    greedy = {"temperature": 1.0, "top_k": 1} if replayed else {"temperature": 0.0, "top_k": 9}
+    for asked in worker.asked:
+        assert (asked.top_p, asked.min_p) == (0.8, 0.01)
+        assert {"temperature": asked.temperature, "top_k": asked.top_k} in (
+            {"temperature": 1.0, "top_k": 9},
+            greedy,
+        )
+    for metrics in records(tmp_path / "run")[1:]:
+        # weights are sent in bfloat16
+        assert (metrics["sampler_mismatch"] < 0.02) == replayed
+    written = json.loads((tmp_path / "run/config.json").read_text("utf-8"))
+    assert [written[name] for name in ("top_p", "top_k", "min_p")] == [0.8, 9, 0.01]
 
 
 def test_the_command_trains_with_a_server_and_draws_again(

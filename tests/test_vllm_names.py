@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(FOUND is None, reason="there is no vLLM to compa
 # what `VllmEngine` gives to LLM, beside the model
 ENGINE = {
     *("dtype", "gpu_memory_utilization", "max_model_len", "enable_sleep_mode", "logprobs_mode"),
-    *("generation_config", "weight_transfer_config"),
+    *("generation_config", "weight_transfer_config", "return_sampling_mask"),
 }
 RL_CALLS = {
     "init_weight_transfer_engine": ["self", "request"],
@@ -79,6 +79,13 @@ def test_requests_and_outputs() -> None:
     assert named | {"model", "prompt", "seed", "return_token_ids"} <= request
     choice = fields(text("entrypoints/openai/completion/protocol.py"), "CompletionResponseChoice")
     assert {"token_ids", "logprobs", "finish_reason"} <= choice
+    generate = text("entrypoints/scale_out/token_in_token_out/protocol.py")
+    assert {"model", "token_ids", "sampling_params"} <= fields(generate, "GenerateRequest")
+    # in a base class from 0.31 or so on
+    base = "GenerateChoiceBase" if "GenerateChoiceBase" in generate else "GenerateResponseChoice"
+    assert {"token_ids", "sampling_mask", "finish_reason"} <= fields(generate, base)
+    assert fields(text("outputs.py"), "SamplingMask") == {"token_ids"}
+    assert "return_sampling_mask" in fields(text("config/model.py"), "ModelConfig")
     output = fields(text("outputs.py"), "CompletionOutput")
     assert set(fake_vllm.CompletionOutput.__dataclass_fields__) <= output
     assert {"logprob", "rank", "decoded_token"} <= fields(text("logprobs.py"), "Logprob")
@@ -115,6 +122,7 @@ def test_routes() -> None:
         text("entrypoints/serve/dev/server_info/api_router.py"),
         text("entrypoints/openai/completion/api_router.py"),
         text("entrypoints/openai/models/api_router.py"),
+        text("entrypoints/scale_out/token_in_token_out/api_router.py"),
     )
     known = re.findall(r'@router\.(get|post)\(\s*"([^"]+)"', "\n".join(routers))
     ours = Path(server.__file__).read_text("utf-8")

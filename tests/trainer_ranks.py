@@ -15,7 +15,7 @@ import torch.multiprocessing
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from grpo_core import RECIPES, Estimator, PolicyFactor
+from grpo_core import RECIPES, Estimator, Kept, PolicyFactor
 from grpo_core.trainer.batch import Batch
 from grpo_core.trainer.checkpoint import checkpoints, save_trainer
 from grpo_core.trainer.distributed import (
@@ -84,6 +84,7 @@ CASES: dict[str, tuple[dict[str, Any], Sequence[int], dict[str, Any]]] = {
     "a teacher": ({"objective": RECIPES["opd"]} | PARTS, UNEQUAL, {"teacher": True}),
     "an adapter": ({"objective": RECIPES["grpo"]} | PARTS, UNEQUAL, {"adapter": True}),
     "gradient checkpointing": (PARTS, UNEQUAL, {"checkpointed": True}),
+    "kept ids": (PARTS | {"objective": RECIPES["grpo"]}, UNEQUAL, {"kept": True}),
     "a gradient that is not finite": ({}, LENGTHS, {"poisoned": True}),
     "groups leave": (LEAVES, LENGTHS, {"equal": (1,)}),
     "groups leave, sequence mean, KL": (
@@ -109,6 +110,7 @@ UNWRAPPED = (
     "batch statistics",
     "leave one out",
     "entropy",
+    "kept ids",
     "unequal, constant length",
     "groups leave",
     "groups leave, sequence mean, KL",
@@ -142,7 +144,7 @@ def partly_equal(groups: Sequence[int]) -> Any:
     return reward
 
 
-def given(step: int, lengths: Sequence[int]) -> Rollout:
+def given(step: int, lengths: Sequence[int], is_filtered: bool = False) -> Rollout:
     """Completions of the given lengths; a negative one has no end token."""
     generator = torch.Generator().manual_seed(step)
     S = len(lengths)
@@ -150,14 +152,20 @@ def given(step: int, lengths: Sequence[int]) -> Rollout:
     completion = torch.randint(2, VOCABULARY, (S, MAX_NEW_TOKENS), generator=generator)
     length = torch.tensor(lengths)
     places = torch.arange(MAX_NEW_TOKENS)
+    mask = places < length.abs()[:, None]
     completion[(places == length[:, None] - 1)] = EOS
+    kept = None
+    if is_filtered:
+        is_kept = torch.rand(S, MAX_NEW_TOKENS, VOCABULARY, generator=generator) < 0.4
+        kept = Kept.from_mask(is_kept.scatter(2, completion[..., None], True)[mask])
     return Rollout(
         prompt=prompts.repeat_interleave(GROUP, 0),
         prompt_mask=torch.ones(S, 4, dtype=torch.bool),
         completion=completion,
-        completion_mask=places < length.abs()[:, None],
+        completion_mask=mask,
         sampler_logp=torch.zeros(S, MAX_NEW_TOKENS),
         truncated=length < 0,
+        kept=kept,
     )
 
 
@@ -165,10 +173,10 @@ class Fixed(Trainer):
     """Does not draw; a minibatch of one process is that of two together."""
 
     lengths: Sequence[int] = ()
-    poisoned = False
+    poisoned = is_filtered = False
 
     def step(self) -> dict[str, Any]:
-        everything = given(self.steps_done, self.lengths)
+        everything = given(self.steps_done, self.lengths, self.is_filtered)
         drawn = everything.select(rank_slice(len(self.lengths)))
         with mock.patch.object(self.sampler, "draw", lambda *_: drawn):
             return super().step()
@@ -220,6 +228,7 @@ def fixed_run(name: str, shard: str) -> dict[str, Any]:
     teacher = micro_model(9, hidden_size=48, vocab_size=20) if options.get("teacher") else None
     run = Fixed(model_of(options), draw_problems, reward, config, teacher=teacher)
     run.lengths, run.poisoned = lengths, options.get("poisoned", False)
+    run.is_filtered = options.get("kept", False)
     if options.get("rate", True):
         # AdamW would not show a gradient that is too large by a factor
         run.optimizer = torch.optim.SGD(run.model.parameters(), lr=config.learning_rate)

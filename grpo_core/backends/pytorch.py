@@ -60,7 +60,7 @@ def row_loss(
     exact_beta = None if ref_rows is None else terms.beta
     wanted = (tokens.weight != 0) & _readable(target, rows.V)
     if dlogits is not None:
-        _put(dlogits, (~wanted).nonzero().squeeze(1), 0.0)
+        put_rows(dlogits, (~wanted).nonzero().squeeze(1), 0.0)
     for at in _groups(rows, wanted):
         some = tokens.at(at)
         softmax = _Softmax.of(rows, target, temperature, ref_rows, at)
@@ -75,7 +75,7 @@ def row_loss(
         dropped[at] = token.dropped
         if dlogits is not None:
             row_gradients = some.row_gradients(dlogp, token.dropped, exact_beta)
-            _put(dlogits, at, softmax.gradient(row_gradients, entropy, kl))
+            put_rows(dlogits, at, softmax.gradient(row_gradients, entropy, kl))
     logp, entropy, ratio, kl, loss, dlogp = vectors[:6]
     return RowLoss(logp, entropy, ratio, kl, loss, dlogp, dropped, vectors[6:])
 
@@ -92,11 +92,11 @@ def row_dlogits(
     """Writes dL/dlogits into `dlogits`; the softmax is computed again from the logits."""
     wanted = row_gradients.any & _readable(target, rows.V)
     ref_rows = None if row_gradients.dkl is None else ref_rows
-    _put(dlogits, (~wanted).nonzero().squeeze(1), 0.0)
+    put_rows(dlogits, (~wanted).nonzero().squeeze(1), 0.0)
     for at in _groups(rows, wanted):
         softmax = _Softmax.of(rows, target, temperature, ref_rows, at)
         kl = None if stats.kl is None else stats.kl[at]
-        _put(dlogits, at, softmax.gradient(row_gradients.at(at), stats.entropy[at], kl))
+        put_rows(dlogits, at, softmax.gradient(row_gradients.at(at), stats.entropy[at], kl))
     return dlogits
 
 
@@ -262,7 +262,7 @@ def _take(logits: Tensor, at: Tensor) -> Tensor:
     return logits[at] if logits.ndim == 2 else logits[at // logits.shape[1], at % logits.shape[1]]
 
 
-def _put(logits: Tensor, at: Tensor, values: Tensor | float) -> None:
+def put_rows(logits: Tensor, at: Tensor, values: Tensor | float) -> None:
     """Writes the rows `at`."""
     values = values.to(logits.dtype) if isinstance(values, Tensor) else values
     if logits.ndim == 2:

@@ -195,6 +195,13 @@ def check_choices(config: Any, kind: type) -> None:
             require(value in get_args(hint), name, f"one of {get_args(hint)}", repr(value))
 
 
+def check_filters(config: Any) -> None:
+    """Raises ValueError if an option that filters the sampler's vocabulary is out of its range."""
+    require(0 < config.top_p <= 1, "top_p", "a number above 0, at most 1", config.top_p)
+    check_at_least(config, 0, "top_k")
+    require(0 <= config.min_p < 1, "min_p", "a number from 0, below 1", config.min_p)
+
+
 def check_warmup(config: Any) -> None:
     """Raises ValueError unless a given warm-up is shorter than the run."""
     given = config.warmup_steps

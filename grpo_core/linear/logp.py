@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.backends import Backend
+from grpo_core.backends.kept import Kept
 from grpo_core.kernels.records import RowGradients, RowStats
 from grpo_core.linear.chunks import only_finite, read_chunks, scale_rows
 from grpo_core.linear.head import HEAD_DTYPES, LinearHead, check_rows
@@ -36,6 +37,7 @@ from grpo_core.linear.vocab_slices import SoftmaxRows, add_gradients_of_slices, 
 from grpo_core.linear.workspace import LinearCall, Workspace, scatter_rows
 from grpo_core.loss.compile import logp_in_graph, register_function
 from grpo_core.loss.inputs import check_logits, check_target, find_unmasked, flatten_target
+from grpo_core.loss.kept import check_kept
 from grpo_core.loss.outputs import TokenLogp
 from grpo_core.objective.validation import check_concrete
 
@@ -48,6 +50,7 @@ def linear_token_logp(
     *,
     temperature: float = 1.0,
     mask: Tensor | None = None,
+    kept: Kept | Tensor | None = None,
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,
     backend: Backend | None = None,
@@ -56,8 +59,8 @@ def linear_token_logp(
     """Log-probability and entropy of every target, one product: old, reference, evaluation passes.
 
     Args:
-        hidden, lm_head, target, temperature, mask, memory_budget, logits_dtype, backend, validate:
-            as in `fused_linear_loss`. Not differentiable.
+        hidden, lm_head, target, temperature, mask, kept, memory_budget, logits_dtype, backend,
+        validate: as in `fused_linear_loss`. Not differentiable.
 
     Returns:
         `TokenLogp`: logp and entropy, nats, shaped like target, float32, 0 where masked.
@@ -69,6 +72,7 @@ def linear_token_logp(
         "temperature": temperature,
         "plan": "fast",
         "mask": mask,
+        "kept": kept,
         "memory_budget": memory_budget,
         "logits_dtype": logits_dtype,
         "backend": backend,
@@ -87,6 +91,7 @@ def linear_logp(
     *,
     temperature: float = 1.0,
     mask: Tensor | None = None,
+    kept: Kept | Tensor | None = None,
     plan: Plan | None = None,
     memory_budget: int | None = None,
     backend: Backend | None = None,
@@ -106,6 +111,7 @@ def linear_logp(
         target: [B, T] or [N] integers, already shifted; -100 means masked.
         temperature: T > 0, the logits are divided by it.
         mask: shaped like target, 0 means masked.
+        kept: as in `fused_loss`; a target that was not kept has logp −inf.
         plan: of the backward: "fast" holds a float32 sum of a narrower head's gradient, "lean"
             does not. None means fast, unless it would not fit.
         memory_budget: bytes to hold beyond inputs and returned gradients, as far as that is
@@ -126,6 +132,7 @@ def linear_logp(
         target,
         temperature=temperature,
         mask=mask,
+        kept=kept,
         plan=plan,
         memory_budget=memory_budget,
         # rounding logits to 16 bits costs up to 0.05 nats
@@ -144,6 +151,7 @@ def logp_from_hidden(
     *,
     temperature: float,
     mask: Tensor | None,
+    kept: Kept | Tensor | None = None,
     plan: Plan | None,
     memory_budget: int | None,
     logits_dtype: torch.dtype | None,
@@ -165,16 +173,17 @@ def logp_from_hidden(
     check_logits(logits, temperature, HEAD_DTYPES)
     check_target(logits, target, mask, validate)
     flat = flatten_target(target)
+    valid = find_unmasked(target, mask) & (flat >= 0) & (flat < head.V)
     call = LinearCall.of(
         hidden,
         target=flat,
+        kept=check_kept(kept, logits, valid, validate),
         temperature=float(temperature),
         plan=plan,
         memory_budget=memory_budget,
         logits_dtype=logits_dtype,
         backend=backend,
     )
-    valid = find_unmasked(target, mask) & (flat >= 0) & (flat < head.V)
     if not valid.all():
         call = call.at(valid.nonzero().squeeze(1))
     trained = any(tensor is not None and tensor.requires_grad for tensor in head.tensors)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.backends import Backend
+from grpo_core.backends.kept import Kept
 from grpo_core.kernels.records import Rows
 from grpo_core.linear.chunks import LossRows, loss_over_chunks, loss_with_frozen_head
 from grpo_core.linear.head import HEAD_DTYPES, LinearHead, check_head, check_hidden, check_rows
@@ -47,6 +48,7 @@ def fused_linear_loss(
     ref_topk: tuple[Tensor, Tensor] | None = None,
     sampler_logp: Tensor | None = None,
     mask: Tensor | None = None,
+    kept: Kept | Tensor | None = None,
     sequence_id: Tensor | None = None,
     normalizer: Tensor | float | None = None,
     temperature: float = 1.0,
@@ -70,8 +72,8 @@ def fused_linear_loss(
             `hidden[:, :-1]`.
         lm_head: [V, D], or a `LinearHead` with bias, soft cap, scale, padding or an adapter.
         target, objective, advantage, rewards, group_size, group_id, old_logp, ref_logp,
-        sampler_logp, mask, sequence_id, normalizer, backend, validate: see `fused_loss`; with
-            [B, T, D] for [B, T, V].
+        sampler_logp, mask, kept, sequence_id, normalizer, backend, validate: see `fused_loss`;
+            with [B, T, D] for [B, T, V].
         temperature: T > 0, the logits are divided by it.
         ref_hidden, ref_lm_head: instead of `ref_logp`, hidden states of the reference policy,
             shaped like target with any D, and its matrix (None: `lm_head`); one product more.
@@ -108,6 +110,7 @@ def fused_linear_loss(
         ref_topk=ref_topk,
         sampler_logp=sampler_logp,
         mask=mask,
+        kept=kept,
         sequence_id=sequence_id,
         normalizer=normalizer,
         temperature=temperature,
@@ -168,7 +171,13 @@ def loss_from_hidden(
         mask = made.view(target.shape)
         with torch.no_grad():
             ref_logp, _ = logp_from_hidden(
-                *reference, target, mask=mask, plan="fast", validate=False, **options
+                *reference,
+                target,
+                mask=mask,
+                kept=tokens.kept,
+                plan="fast",
+                validate=False,
+                **options,
             )
         tokens = replace(tokens, ref_logp=ref_logp.view(-1))
     tensors, enabled = (hidden, *head.tensors), torch.is_grad_enabled()
@@ -179,6 +188,7 @@ def loss_from_hidden(
         reference=reference if exact else None,
         exact_beta=float(inputs.objective.beta) if inputs.objective.has_row_kl else None,
         interpolation=float(inputs.objective.interpolation),
+        kept=tokens.kept,
         plan="fast" if inputs.ref_topk is not None else plan,
         wanted=tuple(enabled and x is not None and x.requires_grad for x in tensors),
         **options,

@@ -19,6 +19,7 @@ import math
 import torch
 from torch import Tensor
 
+from grpo_core.backends.kept import KeptRows
 from grpo_core.backends.pytorch import log_to_mixture, weigh
 from grpo_core.kernels.records import RowGradients, RowStats
 from grpo_core.linear.chunks import LossRows, read_chunks
@@ -91,6 +92,9 @@ def _add_slice(work: Workspace, softmax: SoftmaxRows, columns: slice) -> None:
             ref_logits = _logits(work, work.reference, chunk, columns)
         before = None if work.head.softcap is None else logits.clone()
         dlogits = softmax.dlogits(chunk, columns, logits, ref_logits)
+        kernels = work.kernels_of(chunk)
+        if isinstance(kernels, KeptRows):
+            kernels.zero_others(dlogits, columns)
         products.through_softcap(dlogits, before)
         dhidden = None if work.dhidden is None else work.dhidden[chunk]
         dlogits, zero = dlogits.to(products.compute), softmax.zero[chunk]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.backends import Backend, choose_backend
+from grpo_core.backends.kept import Kept, keep_rows
 from grpo_core.backends.wrapper import Kernels, kernels_at
 from grpo_core.kernels.records import RowGradients, Rows, RowStats
 from grpo_core.linear.head import HEAD_DTYPES, LinearHead
@@ -45,6 +46,8 @@ class LinearCall:
         *,
         logits_dtype: torch.dtype | None,
         backend: Backend | None,
+        kept: Kept | None,
+        target: Tensor,
         **others: Any,
     ) -> LinearCall:
         """The call over all rows of `hidden`; `others` are fields.
@@ -57,8 +60,9 @@ class LinearCall:
             raise ValueError(f"logits_dtype: expected one of {HEAD_DTYPES} or None, got {got}")
         device = hidden.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        dtype, kernels = logits_dtype or torch.float32, choose_backend(backend, hidden)
-        return cls(logits_dtype=dtype, autocast=autocast, kernels=kernels, **others)
+        kernels = keep_rows(choose_backend(backend, hidden), kept, target)
+        others |= {"target": target, "autocast": autocast, "kernels": kernels}
+        return cls(logits_dtype=logits_dtype or torch.float32, **others)
 
     def at(self, some: Tensor) -> LinearCall:
         """The call over some of its rows, [k] int64."""

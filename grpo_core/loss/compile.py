@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from grpo_core.backends.kept import Kept
 from grpo_core.loss.inputs import LossInputs
 from grpo_core.loss.outputs import LossOutput
 from grpo_core.loss.tokens import Tokens
@@ -51,6 +52,7 @@ VECTORS = {
     "old_logp": torch.float32,
     "sampler_logp": torch.float32,
     "sequence_id": torch.int64,
+    "unkept": torch.bool,
 }
 # all names that the expression of a call may use, and the fields of the records among them
 NAMES: dict[str, Any] = {
@@ -80,7 +82,7 @@ def register_record(record: Record) -> Record:
 
 
 RULES = (Estimator, PolicyFactor, SamplerCorrection, Rejection, SequenceWeight)
-for record in (LossInputs, Objective, *RULES):
+for record in (LossInputs, Objective, Kept, *RULES):
     register_record(record)
 
 
@@ -137,6 +139,8 @@ def _vectors_of(inputs: LossInputs) -> list[str]:
     absent = [n for n in ("old_logp", "sampler_logp", "sequence_id") if getattr(inputs, n) is None]
     if not inputs.objective.entropy_coef:
         absent.append("entropy_weight")
+    if inputs.kept is None:
+        absent.append("unkept")
     return [name for name in VECTORS if name not in absent]
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.backends import Backend, choose_backend
+from grpo_core.backends.kept import Kept, keep_rows
 from grpo_core.kernels.records import Rows
 from grpo_core.loss.autograd import (
     Call,
@@ -29,6 +30,7 @@ from grpo_core.loss.inputs import (
     check_target,
     flatten_target,
 )
+from grpo_core.loss.kept import check_kept
 from grpo_core.loss.outputs import LossOutput as LossOutput
 from grpo_core.loss.outputs import TokenLogp as TokenLogp
 from grpo_core.objective.objective import Objective
@@ -50,6 +52,7 @@ def fused_loss(
     ref_topk: tuple[Tensor, Tensor] | None = None,
     sampler_logp: Tensor | None = None,
     mask: Tensor | None = None,
+    kept: Kept | Tensor | None = None,
     sequence_id: Tensor | None = None,
     normalizer: Tensor | float | None = None,
     temperature: float = 1.0,
@@ -93,6 +96,10 @@ def fused_loss(
             or infinite. Without `old_logp` they compare the policy itself, in two phases.
         mask: shaped like target, 0 means masked, anything else counts fully; together with
             target -100. Sequences without a token are in no mean.
+        kept: the vocabulary ids that the sampler kept for each token (top-p, top-k, min-p), a
+            `Kept` or a bool mask shaped like logits: both policies are renormalised over these ids
+            alone. A token whose target is not among its own ids is left out, and counted in
+            `metrics["unkept_rows"]`. Compute `old_logp` and `ref_logp` with the same `kept`.
         sequence_id: [N] integers in [0, N), for packed logits: the sequence of each row; it also
             indexes `rewards`.
         normalizer: what the sum is divided by, a number or 0-dim tensor; None means this call's
@@ -133,6 +140,7 @@ def fused_loss(
         ref_topk=ref_topk,
         sampler_logp=sampler_logp,
         mask=mask,
+        kept=kept,
         sequence_id=sequence_id,
         normalizer=normalizer,
         temperature=temperature,
@@ -160,7 +168,9 @@ def loss_from_logits(logits: Tensor, inputs: LossInputs, inplace: bool = False) 
         prepare_reference(inputs.ref_logits, logits, inplace),
         temperature=float(inputs.temperature),
         inplace=inplace,
-        kernels=inputs.with_topk(choose_backend(inputs.backend, logits)),
+        kernels=inputs.with_topk(
+            keep_rows(choose_backend(inputs.backend, logits), tokens.kept, tokens.target)
+        ),
     )
     wants_gradient = logits.requires_grad and torch.is_grad_enabled()
     logits = make_readable(logits)
@@ -179,6 +189,7 @@ def token_logp(
     *,
     temperature: float = 1.0,
     mask: Tensor | None = None,
+    kept: Kept | Tensor | None = None,
     backend: Backend | None = None,
     validate: bool | None = None,
 ) -> TokenLogp:
@@ -187,15 +198,16 @@ def token_logp(
     Bit for bit the `logp` of `fused_loss` for the same row. Not differentiable.
 
     Args:
-        logits, target, temperature, mask, backend, validate: as in `fused_loss`.
+        logits, target, temperature, mask, kept, backend, validate: as in `fused_loss`.
 
     Returns:
-        `TokenLogp`: logp and entropy, nats, shaped like target, float32, 0 where masked.
+        `TokenLogp`: logp and entropy, nats, shaped like target, float32, 0 where masked; logp is
+        −inf for a target that was not kept.
 
     Raises:
         ValueError, NotImplementedError: as `fused_loss`.
     """
-    arguments = (logits, target, temperature, mask, backend, validate)
+    arguments = (logits, target, temperature, mask, backend, validate, kept)
     if torch.compiler.is_compiling():
         logp, entropy = logp_in_graph(logp_from_logits, *arguments)
     else:
@@ -211,6 +223,7 @@ def logp_from_logits(
     mask: Tensor | None,
     backend: Backend | None,
     validate: bool | None,
+    kept: Kept | Tensor | None = None,
 ) -> TokenLogp:
     """`token_logp` outside of `torch.compile`."""
     check_logits(logits, temperature, LOGIT_DTYPES)
@@ -219,5 +232,7 @@ def logp_from_logits(
         flat = torch.where(mask.reshape(-1) != 0, flat, IGNORE)
     # a row whose target is outside [0, V) is not read
     rows = Rows.of(make_readable(logits))
-    stats = choose_backend(backend, logits).row_stats(rows, flat, float(temperature))
+    kept = check_kept(kept, logits, (flat >= 0) & (flat < rows.V), validate)
+    kernels = keep_rows(choose_backend(backend, logits), kept, flat)
+    stats = kernels.row_stats(rows, flat, float(temperature))
     return TokenLogp(stats.logp.view(target.shape), stats.entropy.view(target.shape))

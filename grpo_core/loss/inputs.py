@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from grpo_core.backends import Backend
+from grpo_core.backends.kept import Kept
 from grpo_core.backends.topk import TopK
 from grpo_core.backends.wrapper import Kernels
+from grpo_core.loss.kept import check_kept
 from grpo_core.loss.tokens import IGNORE, Tokens
 from grpo_core.objective.advantage import estimate_advantages
 from grpo_core.objective.objective import Objective
@@ -50,6 +52,7 @@ class LossInputs:
     ref_topk: tuple[Tensor, Tensor] | None = None
     sampler_logp: Tensor | None = None
     mask: Tensor | None = None
+    kept: Kept | Tensor | None = None
     sequence_id: Tensor | None = None
     normalizer: Tensor | float | None = None
     target: Tensor
@@ -104,12 +107,17 @@ class LossInputs:
             given = flatten("advantage", shape, *([] if packed else [shape[:1]]))
             advantage = flat.new_zeros(flat.shape, dtype=dtype) if given is None else given
         if self.ref_topk is not None:
+            if self.kept is not None:
+                raise ValueError("kept: expected None with ref_topk, got both")
             check_topk(self.ref_topk, logits, valid, self.validate)
         bad_target = valid & ((flat < 0) | (flat >= logits.shape[-1]))
+        present = valid & ~bad_target
+        kept = check_kept(self.kept, logits, present, self.validate)
+        unkept = None if kept is None else present & (kept.places(flat) < 0)
         tokens = Tokens(
             objective=self.objective,
             target=flat,
-            valid=valid & ~bad_target,
+            valid=present if unkept is None else present & ~unkept,
             unmasked=valid,
             bad_target=bad_target,
             weight=valid.to(dtype),
@@ -122,6 +130,8 @@ class LossInputs:
             width=None if packed else shape[1],
             normalizer=normalizer,
             groups=self.groups,
+            unkept=unkept,
+            kept=kept,
         )
         per_sequence = self.rewards is not None or advantage.numel() != flat.numel()
         tokens = _assign_sequences(tokens, per_sequence).with_weights()

@@ -56,6 +56,7 @@ METRICS: dict[str, Metric] = {
     "nonfinite_rows": Metric("sum", "", "left out because a term is NaN or infinite"),
     "skipped_rows": Metric("sum", "", "rows whose logits were not computed, masked ones included"),
     "bad_target_rows": Metric("sum", "", "left out because the target is outside [0, V)"),
+    "unkept_rows": Metric("sum", "", "left out because the target is not among its kept ids"),
 }
 
 
@@ -63,7 +64,7 @@ def loss_metrics(out: LossOutput) -> dict[str, Tensor]:
     """The metrics of one call, see `METRICS`.
 
     Those of the sampler are there if `sampler_logp` was given, those of groups with `rewards`,
-    `skipped_rows` for a loss from hidden states.
+    `skipped_rows` for a loss from hidden states, `unkept_rows` with `kept`.
     """
     tokens, valid, dropped = out._tokens, out._valid, out._dropped
     vectors = (out.logp, out.entropy, out.ratio, out.kl, out.factor)
@@ -98,6 +99,8 @@ def loss_metrics(out: LossOutput) -> dict[str, Tensor]:
     }
     if out._skipped is not None:
         metrics["skipped_rows"] = torch.zeros_like(count) + out._skipped
+    if tokens.unkept is not None:
+        metrics["unkept_rows"] = tokens.unkept.sum()
     if tokens.sampler_logp is not None:
         metrics |= _sampler_metrics(tokens, logp, counts)
     if tokens.groups is not None:

@@ -49,6 +49,12 @@ def reference_loss(
         for x in (logits, inputs.ref_logits)
     )
     assert rows is not None
+    if tokens.kept is not None:
+        ids = tokens.kept.ids.long()
+        outside = torch.ones_like(rows, dtype=torch.bool)
+        outside[tokens.kept.rows(torch.arange(len(ids), device=ids.device)), ids] = False
+        rows = rows.masked_fill(outside, -torch.inf)
+        ref = None if ref is None else ref.masked_fill(outside, -torch.inf)
     reference = ref if inputs.ref_topk is None else inputs.ref_topk
     loss, vectors, finite, tokens = _evaluate(rows, reference, tokens)
     kept = tokens.valid & finite

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_core.backends.kept import Kept
 from grpo_core.kernels.records import SequenceTokens, Terms
 from grpo_core.objective.aggregation import Aggregation, token_weights
 from grpo_core.objective.objective import Objective
@@ -32,6 +33,8 @@ class Tokens(SequenceTokens):
     sampler_logp: Tensor | None  # [N], nats
     normalizer: Tensor | float | None
     groups: tuple[Tensor, int | Tensor] | None  # rewards [B]; their size, or an id for each
+    unkept: Tensor | None = None  # [N] bool, not among the kept ids; None without any
+    kept: Kept | None = None  # of all tokens of the call
 
     @property
     def waits_for_sampler(self) -> bool:

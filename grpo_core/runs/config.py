@@ -16,6 +16,7 @@ from grpo_core.cli.options import (
     RECIPE_NAMES,
     check_at_least,
     check_file,
+    check_filters,
     check_more_than_0,
     check_package,
     load_from_file,
@@ -136,6 +137,22 @@ class RunConfig(LearningOptions):
         512, "Longest completion, in tokens. Keep the truncated share below 20%."
     )
     temperature: float = option(1.0, "Temperature of rollouts and loss.")
+    top_p: float = option(
+        1.0,
+        "Sample from the most likely tokens that together have this probability, above 0 to 1, "
+        "such as 0.95; 1: from all.",
+    )
+    top_k: int = option(0, "Sample from the k most likely tokens, such as 512; 0: from all.")
+    min_p: float = option(
+        0.0,
+        "Sample from tokens with at least this share of the largest probability, 0 to below 1, "
+        "such as 0.05; 0: from all.",
+    )
+    replay_sampling: bool = option(
+        True,
+        "Compute log-probabilities over the tokens that top_p, top_k and min_p kept, as the "
+        "sampler did; False: over the vocabulary.",
+    )
     attention: str = option(
         "",
         "Attention of transformers: sdpa, eager, flex_attention, flash_attention_2. Default: the "
@@ -188,6 +205,7 @@ class RunConfig(LearningOptions):
         check_at_least(self, 1, "prompts_per_step", "max_new_tokens", "eval_samples")
         check_at_least(self, 0, "eval_temperature", "sampler_low")
         check_more_than_0(self, "temperature", "rollout_memory")
+        check_filters(self)
         low, high = self.sampler_low, self.sampler_high
         require(low <= high, "sampler_high", f"at least sampler_low = {low}", high)
         require(self.rollout_memory <= 1, "rollout_memory", "at most 1", self.rollout_memory)

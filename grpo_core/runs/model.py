@@ -113,8 +113,13 @@ def _load(config: RunConfig, option: str, dtype: torch.dtype | str) -> Any:
     return model.to("cuda" if on_gpu else "cpu")
 
 
-def make_engine(config: RunConfig, model: PreTrainedModel) -> Engine | None:
+def make_engine(config: RunConfig, model: PreTrainedModel, keeps: bool = False) -> Engine | None:
     """The sampling engine; None for the model itself.
+
+    Args:
+        config: of the run.
+        model: the policy.
+        keeps: whether completions come with the ids that the filters kept.
 
     Raises:
         ModuleNotFoundError: vLLM is not installed.
@@ -123,7 +128,7 @@ def make_engine(config: RunConfig, model: PreTrainedModel) -> Engine | None:
     if config.rollout == "transformers":
         return None
     if config.rollout == "vllm-server":
-        return VllmServer(config.rollout_url, model)
+        return VllmServer(config.rollout_url, model, keeps=keeps)
     longest = config.longest_prompt + config.max_new_tokens if config.longest_prompt else None
     return VllmEngine(
         config.model,
@@ -131,4 +136,5 @@ def make_engine(config: RunConfig, model: PreTrainedModel) -> Engine | None:
         memory=config.rollout_memory,
         longest=longest,
         sleep=config.rollout_sleep,
+        keeps=keeps,
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -80,7 +80,14 @@ class Run:
             )
         check_positions(config, max(len(problem.prompt) for problem in problems))
         self.model = load_model(config, self.tokenizer)
-        self.sampling = Sampling(config.max_new_tokens, config.temperature)
+        self.sampling = Sampling(
+            config.max_new_tokens,
+            config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            min_p=config.min_p,
+            replay=config.replay_sampling,
+        )
         names = config.log if is_main() else []
         loggers = [open_logger(name, self.directory, asdict(config)) for name in names]
         self.trainer = Trainer(
@@ -93,7 +100,7 @@ class Run:
             loggers=loggers,
             samples=Samples(self.tokenizer, self.directory / "samples.jsonl", count=config.samples),
             console=open_console(config.console),
-            engine=make_engine(config, self.model),
+            engine=make_engine(config, self.model, self.sampling.keeps),
             teacher=load_teacher(config, self.tokenizer),
         )
         if world() > 1:
@@ -189,7 +196,7 @@ class Run:
             self.model,
             self.held_out,
             self.reward,
-            Sampling(config.max_new_tokens, temperature),
+            replace(self.sampling, temperature=temperature, replay=False),
             samples=1 if greedy else config.eval_samples,
             k=() if greedy else config.eval_k,
             draw=self.trainer.draw,

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grpo_core.backends.kept import Kept
 from grpo_core.trainer.config import PaddingFree
 from grpo_core.trainer.generation import evaluation_mode
 from grpo_core.trainer.rollout import Rollout
@@ -35,6 +36,7 @@ class TokenRows:
     sequence: Tensor  # [N] int64, ascending
     column: Tensor  # [N] int64: the target's column minus one
     padding_free: bool = False  # the model gets one concatenated sequence
+    kept: Kept | None = None  # ids that each target was sampled from; None: the vocabulary
 
     @property
     def target(self) -> Tensor:
@@ -102,16 +104,17 @@ class Batch:
         rows = self.rows
         chosen = torch.zeros(len(rows.ids), dtype=torch.bool, device=rows.ids.device)
         chosen[sequences] = True
-        kept = chosen[rows.sequence]
+        taken = chosen[rows.sequence]
         number = chosen.long().cumsum(0) - 1
         named = vars(self).items()
-        vectors: dict[str, Any] = {name: v[kept] for name, v in named if isinstance(v, Tensor)}
+        vectors: dict[str, Any] = {name: v[taken] for name, v in named if isinstance(v, Tensor)}
         chosen_rows = replace(
             rows,
             ids=rows.ids[chosen],
             attention=rows.attention[chosen],
-            sequence=number[rows.sequence[kept]],
-            column=rows.column[kept],
+            sequence=number[rows.sequence[taken]],
+            column=rows.column[taken],
+            kept=rows.kept and rows.kept.select(taken),
         )
         return replace(self, rows=chosen_rows, **vectors)
 
@@ -164,6 +167,7 @@ class Batch:
             attention=self.rows.attention.new_ones(1, 2),
             sequence=self.rows.sequence[:0],
             column=self.rows.column[:0],
+            kept=self.rows.kept and self.rows.kept.select(self.rows.column[:0]),
         )
         none = self.advantage[:0]
         return Batch(rows=rows, advantage=none, sampler_logp=none, is_filler=True)
@@ -192,8 +196,9 @@ def pack(
         attention=torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1),
         is_target=torch.cat([no_prompt, is_target], dim=1),
     )
+    kept = rollout.kept and rollout.kept.select(is_target[rollout.completion_mask])
     return Batch(
-        rows=replace(rows, padding_free=padding_free),
+        rows=replace(rows, padding_free=padding_free, kept=kept),
         advantage=advantage[rows.sequence],
         # a boolean mask and `nonzero` have the same order
         sampler_logp=rollout.sampler_logp[is_target],

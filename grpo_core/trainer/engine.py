@@ -28,7 +28,8 @@ class Engine(Protocol):
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
         """One completion per prompt, with log-probabilities at the sampling temperature.
 
-        All random numbers derive from torch's global CPU generator.
+        With `sampling.keeps` also the ids that the filters kept, `Rollout.kept`. All random numbers
+        derive from torch's global CPU generator.
         """
         ...
 
@@ -70,7 +71,8 @@ class EngineSync:
         """Completions sampled with the model's current weights, whose version is given.
 
         Raises:
-            ValueError: a prompt is too long for the model.
+            ValueError: a prompt is too long for the model, or the engine does not return what the
+                filters kept.
             RuntimeError: the engine has other weights, or could not load these.
         """
         if self.engine is None:
@@ -83,6 +85,11 @@ class EngineSync:
             raise RuntimeError(
                 f"weight_version: expected completions by the weights of step {version}, got "
                 f"version {sampled.weight_version}; does another run update the same engine?"
+            )
+        if sampling.keeps and sampled.kept is None:
+            raise ValueError(
+                "top_p, top_k, min_p: expected an engine that returns the ids they kept, got "
+                f"{type(self.engine).__name__}; without replay any engine does"
             )
         return sampled
 

@@ -31,15 +31,17 @@ from grpo_core.trainer.sharding import shard_model, unwrap_peft
 
 @torch.no_grad()
 def packed_logp(model: PreTrainedModel, rows: TokenRows, config: TrainerConfig) -> Tensor:
-    """Log-probabilities of the targets, [N] float32, without gradient."""
+    """Log-probabilities of the targets over what they were sampled from, [N] float32."""
     temperature = config.sampling.temperature
     with autocast(rows, config):
         if has_fused_head(model):
-            request = LogpRequest(rows.target, rows=rows.hidden_mask, temperature=temperature)
+            request = LogpRequest(
+                rows.target, rows=rows.hidden_mask, temperature=temperature, kept=rows.kept
+            )
             logp: Tensor = model(**rows.inputs, request=request).logp
             return logp
         logits = rows.logits(model)
-    return token_logp(logits, rows.target, temperature=temperature).logp
+    return token_logp(logits, rows.target, temperature=temperature, kept=rows.kept).logp
 
 
 def packed_loss(
@@ -62,6 +64,7 @@ def packed_loss(
         "advantage": part.advantage,
         "old_logp": part.old_logp,
         "ref_logp": part.ref_logp,
+        "kept": rows.kept,
         "sequence_id": rows.sequence,
         "normalizer": divisor,
         "temperature": config.sampling.temperature,

@@ -69,17 +69,18 @@ def positions_of(config: PretrainedConfig) -> int | None:
 
 @contextmanager
 def plain_generation(
-    model: PreTrainedModel, max_new_tokens: int, temperature: float
+    model: PreTrainedModel, max_new_tokens: int, *, sample: bool
 ) -> Iterator[GenerationConfig]:
     """Context in which `generate` samples the policy itself; yields the config to call it with.
 
-    The model's own config must be replaced as well: `generate` takes from it what its argument
-    leaves out. A peft model and the model inside it may both have one.
+    Temperature and filters come as processors of logits, see `rollout`. The model's own config must
+    be replaced as well: `generate` takes from it what its argument leaves out. A peft model and the
+    model inside it may both have one.
     """
     pad, ends = special_tokens(model)
     how: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        how = {"do_sample": True, "temperature": temperature, **NEUTRAL}
+    if sample:
+        how = {"do_sample": True, "temperature": 1.0, **NEUTRAL}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=ends, **how
     )

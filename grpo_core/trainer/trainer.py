@@ -50,7 +50,15 @@ from grpo_core.trainer.groups import (
     split_minibatches,
 )
 from grpo_core.trainer.measure import Clock
-from grpo_core.trainer.monitor import Logger, Metrics, Watch, sampler_mismatch, update_metrics
+from grpo_core.trainer.monitor import (
+    NOT_REPLAYED,
+    Logger,
+    Metrics,
+    Watch,
+    sampler_mismatch,
+    update_metrics,
+    warn,
+)
 from grpo_core.trainer.optimizer import adamw, set_learning_rate
 from grpo_core.trainer.rewards import Reward, Scores, score
 from grpo_core.trainer.rollout import Problem, Rollout, Sampling
@@ -110,6 +118,8 @@ class Trainer:
         if problems := getattr(draw_problems, "problems", None):
             longest = max(len(problem.prompt) for problem in problems)
             check_context(model.config, longest, config.sampling.max_new_tokens)
+        if config.sampling.is_filtered and not config.sampling.replay:
+            warn(NOT_REPLAYED)
         if config.loss != "fused":
             check_output_matrix(model)
         elif not has_fused_head(model):

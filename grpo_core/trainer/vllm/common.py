@@ -28,6 +28,7 @@ class Completion(NamedTuple):
     ids: list[int]
     logp: list[float]  # nats
     finish_reason: str | None
+    kept: list[list[int]] | None = None  # of each token, what the filters kept
 
 
 class Vllm:
@@ -36,13 +37,16 @@ class Vllm:
     Args:
         model: the trainer's; gives padding and end tokens.
         dtype: of the weights that are sent.
+        keeps: completions come with the ids that the filters kept (`sampling_mask`). vLLM then
+            refuses temperature 0 and completions without top_k.
     """
 
     client: Any  # vLLM's `LLM`, or a `Server` with methods of the same names
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+    def __init__(self, model: PreTrainedModel, dtype: torch.dtype, keeps: bool = False) -> None:
         self.pad, self.ends = special_tokens(model)
-        self.device, self.dtype = model.device, dtype
+        self.device, self.dtype, self.keeps = model.device, dtype, keeps
+        self.vocabulary = model.config.get_text_config(decoder=True).vocab_size
         # equal on all ranks; part of the version of the weights
         self.session = all_gather_object(uuid4().hex)[0]
 
@@ -60,7 +64,10 @@ class Vllm:
         """One completion per prompt, each with a seed from torch's generator."""
         seeds = torch.randint(2**31 - 1, (len(prompts),)).tolist()
         before = self.client.get_weight_version()
-        completions = self.complete(prompts, request_options(sampling, self.ends), seeds)
+        options = request_options(sampling, self.ends)
+        if self.keeps:
+            options = always_filtered(options, self.vocabulary)
+        completions = self.complete(prompts, options, seeds)
         after = self.client.get_weight_version()
         check_ends(completions, self.ends)
         session, _, version = before.partition("/")
@@ -73,6 +80,7 @@ class Vllm:
             ends=self.ends,
             device=self.device,
             weight_version=int(version) if is_ours else None,
+            kept=kept_sets(completions) if sampling.keeps else None,
         )
 
     def update_weights(self, weights: ModelWeights, version: int) -> None:
@@ -109,8 +117,8 @@ def vllm_module(name: str = "") -> ModuleType:
 def request_options(sampling: Sampling, ends: Sequence[int]) -> dict[str, Any]:
     """Options of a completion, under the names that `SamplingParams` and the server share.
 
-    Everything that would change the policy's distribution is set to its neutral value, since a
-    server takes missing options from the checkpoint's generation_config.json.
+    Everything else that would change the policy's distribution is set to its neutral value, since
+    a server takes missing options from the checkpoint's generation_config.json.
     """
     return {
         "n": 1,
@@ -119,18 +127,36 @@ def request_options(sampling: Sampling, ends: Sequence[int]) -> dict[str, Any]:
         "stop_token_ids": list(ends),
         # only the sampled token
         "logprobs": 0,
-        "top_p": 1.0,
-        "top_k": 0,
-        "min_p": 0.0,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
         "repetition_penalty": 1.0,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
     }
 
 
+def always_filtered(options: dict[str, Any], vocabulary: int) -> dict[str, Any]:
+    """The same distribution by a temperature and a top_k above 0, which sampling masks require."""
+    if options["temperature"] == 0:
+        return {**options, "temperature": 1.0, "top_k": 1}
+    return {**options, "top_k": options["top_k"] or vocabulary}
+
+
+def kept_sets(completions: Sequence[Completion]) -> list[list[list[int]]]:
+    """What the filters kept, of each token of each completion.
+
+    Raises:
+        RuntimeError: vLLM did not return it.
+    """
+    if any(completion.kept is None for completion in completions):
+        raise RuntimeError("completion: expected the kept ids of every token, got no sampling_mask")
+    return [completion.kept or [] for completion in completions]
+
+
 def check_ends(completions: Sequence[Completion], ends: Sequence[int]) -> None:
     """Raises RuntimeError unless each completion ends with an end token or at the limit."""
-    for ids, _, reason in completions:
+    for ids, _, reason, _ in completions:
         ended = bool(ids) and ids[-1] in ends
         if not ids or reason not in ("stop", "length") or (reason == "stop" and not ended):
             last = ids[-1] if ids else None

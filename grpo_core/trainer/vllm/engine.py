@@ -36,6 +36,7 @@ class VllmEngine(Vllm):
         longest: tokens of prompt and completion; None for the model's limit.
         dtype: of vLLM's weights.
         sleep: between rollouts free the cache and move vLLM's weights to CPU memory.
+        keeps: completions come with the ids that top-p, top-k and min-p kept.
 
     Raises:
         ModuleNotFoundError: vLLM is not installed.
@@ -52,6 +53,7 @@ class VllmEngine(Vllm):
         longest: int | None = None,
         dtype: torch.dtype = torch.bfloat16,
         sleep: bool = False,
+        keeps: bool = False,
     ) -> None:
         if not 0 < memory < 1:
             raise ValueError(f"memory: expected a share between 0 and 1, got {memory}")
@@ -62,7 +64,7 @@ class VllmEngine(Vllm):
             )
         vllm = vllm_module()
         self.gpu = sending_gpu(model)
-        super().__init__(model, dtype)
+        super().__init__(model, dtype, keeps)
         self.sleep = sleep
         self.parameters = vllm.SamplingParams
         self.client = vllm.LLM(
@@ -73,6 +75,7 @@ class VllmEngine(Vllm):
             enable_sleep_mode=sleep,
             # log-probabilities at the sampling temperature
             logprobs_mode="processed_logprobs",
+            return_sampling_mask=keeps,
             # no defaults from the checkpoint
             generation_config="vllm",
             weight_transfer_config=vllm_module("config").WeightTransferConfig(backend="ipc"),
@@ -103,7 +106,8 @@ class VllmEngine(Vllm):
             (out,) = request.outputs
             ids = list(out.token_ids)
             logp = [scores[token].logprob for token, scores in zip(ids, out.logprobs, strict=True)]
-            completions.append(Completion(ids, logp, out.finish_reason))
+            kept = out.sampling_mask and out.sampling_mask.token_ids
+            completions.append(Completion(ids, logp, out.finish_reason, kept))
         return completions
 
     def send(self, weights: ModelWeights) -> None:

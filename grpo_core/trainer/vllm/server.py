@@ -86,7 +86,8 @@ class Server:
         except urllib.error.HTTPError as error:
             message = error.read().decode(errors="replace")
             if error.code == 404:
-                message += "; was the server started with VLLM_SERVER_DEV_MODE=1?"
+                message += "; was the server started with VLLM_SERVER_DEV_MODE=1"
+                message += " and --enable-scale-out?" if "inference/" in route else "?"
             raise ConnectionError(f"{url}: status {error.code}, {message}") from error
         except OSError as error:
             if retries:
@@ -103,6 +104,7 @@ class VllmServer(Vllm):
         url: such as http://localhost:8000.
         model: the trainer's; gives padding and end tokens.
         dtype: of the weights that are sent, ideally that of the server.
+        keeps: completions come with the ids that top-p, top-k and min-p kept.
 
     Raises:
         ModuleNotFoundError: vLLM, whose code sends weights, is not installed beside the trainer.
@@ -111,12 +113,17 @@ class VllmServer(Vllm):
     """
 
     def __init__(
-        self, url: str, model: PreTrainedModel, *, dtype: torch.dtype = torch.bfloat16
+        self,
+        url: str,
+        model: PreTrainedModel,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        keeps: bool = False,
     ) -> None:
         vllm_module()
         self.client = server = Server(url)
-        check_server(server)
-        super().__init__(model, dtype)
+        check_server(server, keeps)
+        super().__init__(model, dtype, keeps)
         self.name = server.get("v1/models")["data"][0]["id"]
         self.group = open_group(server) if is_main() else None
 
@@ -126,12 +133,24 @@ class VllmServer(Vllm):
         """Samples one completion per prompt, by a request each."""
 
         def ask(prompt: Sequence[int], seed: int) -> Completion:
+            if self.keeps:
+                return ask_for_kept(prompt, seed)
             body = {"model": self.name, "prompt": list(prompt), "seed": seed, **options}
             body["return_token_ids"] = True
             answer = self.client.post("v1/completions", body, retries=RETRIES)
             (choice,) = answer["choices"]
             logp = choice["logprobs"]["token_logprobs"]
             return Completion(choice["token_ids"], logp, choice["finish_reason"])
+
+        def ask_for_kept(prompt: Sequence[int], seed: int) -> Completion:
+            # the one route that returns sampling masks
+            params = {**options, "seed": seed, "detokenize": False}
+            body = {"model": self.name, "token_ids": list(prompt), "sampling_params": params}
+            answer = self.client.post("inference/v1/generate", body, retries=RETRIES)
+            (choice,) = answer["choices"]
+            logp = [each["logprob"] for each in choice["logprobs"]["content"]]
+            ids, kept = choice["token_ids"], choice["sampling_mask"]
+            return Completion(ids, logp, choice["finish_reason"], kept)
 
         with ThreadPoolExecutor(CONCURRENCY) as threads:
             return list(threads.map(ask, prompts, seeds))
@@ -156,7 +175,7 @@ class VllmServer(Vllm):
         )
 
 
-def check_server(server: Server) -> None:
+def check_server(server: Server, keeps: bool = False) -> None:
     """Raises ValueError unless the server has the options for weights and log-probabilities."""
     config = server.get("server_info?config_format=json")["vllm_config"]
     transfer = (config.get("weight_transfer_config") or {}).get("backend")
@@ -169,6 +188,15 @@ def check_server(server: Server) -> None:
             "rollout_url: expected a server with --logprobs-mode processed_logprobs (at the "
             f"sampling temperature), got {mode!r}"
         )
+    if keeps != bool(config["model_config"].get("return_sampling_mask")):
+        expected = (
+            "with --return-sampling-mask, of vLLM 0.28 or later, which returns what top_p, top_k "
+            "and min_p keep, or --replay_sampling False"
+            if keeps
+            else "without --return-sampling-mask, since nothing is replayed"
+        )
+        got = "one without" if keeps else "one with it"
+        raise ValueError(f"rollout_url: expected a server {expected}, got {got}")
 
 
 def open_group(server: Server) -> Any:

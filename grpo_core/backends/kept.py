@@ -1,0 +1,272 @@
+"""Rows restricted to the vocabulary entries that a sampler kept: top-p, top-k, min-p.
+
+The kept logits of a few rows are gathered into a narrow matrix, on which the backend inside works
+as on any logits. A row of K kept entries becomes one of W, padded with −inf: W is the first power
+of two from K on, at least 16 and at most V. So the bits of a row's results do not depend on other
+rows, and one large set does not widen the others. Rows of one W are worked on a few at a time.
+
+Of a row K logits and K ids are read, not V logits; a gradient writes V zeros, then K numbers.
+A logit of a group takes 40 bytes in all (places of 8 bytes, a copy, its gradient). On a GPU a call
+waits for the device once, to learn the sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo_core.backends.pytorch import put_rows
+from grpo_core.backends.wrapper import Kernels, WrappedBackend, kernels_at
+from grpo_core.kernels.records import RowGradients, RowLoss, Rows, RowStats, Terms, TokenVectors
+
+# gathered logits in a group, of 40 bytes each
+CPU_LOGITS, GPU_LOGITS = 2**20, 2**23
+LEAST_WIDTH = 16
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The vocabulary ids that the sampler kept for each of N tokens, as CSR.
+
+    Those of token n are `ids[offsets[n] : offsets[n + 1]]`, ascending, none twice. Tokens are in
+    the flattened order of target; the set of a masked token may be empty.
+
+    Args:
+        ids: [M] int32 or int64, in [0, V).
+        offsets: [N + 1] int64, from 0 to M.
+    """
+
+    ids: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> Kept:
+        """From a bool mask [..., V], true for what was kept."""
+        mask = mask.reshape(-1, mask.shape[-1])
+        return cls(mask.nonzero()[:, 1].int(), _offsets(mask.sum(1)))
+
+    @classmethod
+    def from_sets(cls, sets: Iterable[Iterable[int]], device: torch.device | str = "cpu") -> Kept:
+        """From the ids of each token in any order, as sampling engines return them."""
+        rows = [sorted(row) for row in sets]
+        ids = torch.tensor([i for row in rows for i in row], dtype=torch.int32, device=device)
+        return cls(ids, _offsets(torch.tensor([len(row) for row in rows], device=device)))
+
+    @classmethod
+    def cat(cls, parts: Sequence[Kept]) -> Kept:
+        """The sets of all tokens of the parts, one after the other."""
+        sizes = torch.cat([part.offsets.diff() for part in parts])
+        return cls(torch.cat([part.ids for part in parts]), _offsets(sizes))
+
+    def select(self, rows: Tensor) -> Kept:
+        """The sets of some tokens: their numbers [R], in this order, or a bool mask [N]."""
+        first, sizes = self.offsets[:-1][rows], self.offsets.diff()[rows]
+        offsets = _offsets(sizes)
+        place = torch.arange(int(offsets[-1]), device=self.ids.device)
+        return Kept(self.ids[place + (first - offsets[:-1]).repeat_interleave(sizes)], offsets)
+
+    def rows(self, entries: Tensor) -> Tensor:
+        """The token of some places in `ids`, int64."""
+        rows = torch.searchsorted(self.offsets, entries, right=True) - 1
+        return rows.clamp_(0, len(self.offsets) - 2)
+
+    def places(self, target: Tensor) -> Tensor:
+        """[N] int64: where each target is in its set; -1 where it was not kept."""
+        M, places = len(self.ids), torch.full_like(target, -1)
+        for start in range(0, M, CPU_LOGITS):
+            entries = torch.arange(start, min(start + CPU_LOGITS, M), device=target.device)
+            rows = self.rows(entries)
+            found = (entries - self.offsets[rows]).masked_fill_(
+                self.ids[entries] != target[rows], -1
+            )
+            places.scatter_reduce_(0, rows, found, "amax")
+        return places
+
+
+def _offsets(sizes: Tensor) -> Tensor:
+    """[N + 1] int64: where each set begins, and the end."""
+    return torch.nn.functional.pad(sizes.long().cumsum(0), (1, 0))
+
+
+def keep_rows(kernels: Kernels, kept: Kept | None, target: Tensor) -> Kernels:
+    """The row functions restricted to `kept`; `target` is [N] int64, negative where masked."""
+    if kept is None:
+        return kernels
+    # within the ids, whatever was given where values are not checked
+    offsets = kept.offsets.clamp(0, len(kept.ids))
+    sizes = torch.where(target >= 0, offsets.diff().clamp_(min=0), 0)
+    spans = torch.stack([offsets[:-1], sizes, kept.places(target)])
+    return KeptRows(kernels, kept.ids, spans, sizes.cpu())
+
+
+class KeptRows(WrappedBackend):
+    """The row functions over the kept entries of each row.
+
+    Args:
+        ids: [M], of all tokens.
+        spans: [3, n] int64: where the set of each row begins, its size, the target's place in it.
+        sizes: [n] int64 in host memory, the sizes again; 0 for rows that are not read.
+    """
+
+    def __init__(self, kernels: Kernels, ids: Tensor, spans: Tensor, sizes: Tensor) -> None:
+        super().__init__(kernels)
+        self.ids, self.spans, self.sizes = ids, spans, sizes
+
+    def at(self, place: slice | Tensor) -> KeptRows:
+        sizes = self.sizes[place.cpu() if isinstance(place, Tensor) else place]
+        return KeptRows(kernels_at(self.kernels, place), self.ids, self.spans[:, place], sizes)
+
+    def row_stats(
+        self, rows: Rows, target: Tensor, temperature: float, ref_rows: Rows | None = None
+    ) -> RowStats:
+        """As of the backend inside; logp is −inf where the target was not kept."""
+        out: Any = None
+        places = self._places(target, rows.V)
+        for group in self._groups(rows):
+            # the entropy is that of the set, whatever the target
+            some = places[group.at].clamp(min=0)
+            stats = group.kernels.row_stats(
+                group.gather(rows), some, temperature, group.gather(ref_rows)
+            )
+            out = group.fill(out, stats, rows.N)
+        unkept = (places < 0) & (target >= 0) & (target < rows.V)
+        return out._replace(logp=out.logp.masked_fill(unkept, -torch.inf))
+
+    def row_dlogits(
+        self,
+        rows: Rows,
+        target: Tensor,
+        temperature: float,
+        row_gradients: RowGradients,
+        stats: RowStats | RowLoss,
+        dlogits: Tensor,
+        ref_rows: Rows | None = None,
+    ) -> Tensor:
+        places = self._places(target, rows.V)
+        ref_rows = None if row_gradients.dkl is None else ref_rows
+        for group in self._groups(rows):
+            at, some, ref = group.at, group.gather(rows), group.gather(ref_rows)
+            kl = None if stats.kl is None else stats.kl[at]
+            known = RowStats(stats.logp[at], stats.entropy[at], kl, stats.state[:, at].contiguous())
+            # in place, unless dtypes differ
+            gradient = some.logits.to(dlogits.dtype)
+            group.kernels.row_dlogits(
+                some, places[at], temperature, row_gradients.at(at), known, gradient, ref
+            )
+            group.scatter(gradient, dlogits)
+        return self._zero_unread(dlogits)
+
+    def row_loss(
+        self,
+        rows: Rows,
+        tokens: TokenVectors,
+        temperature: float,
+        terms: Terms,
+        dlogits: Tensor | None,
+        ref_rows: Rows | None = None,
+    ) -> RowLoss:
+        out: Any = None
+        places = self._places(tokens.target, rows.V)
+        for group in self._groups(rows):
+            at, some, ref = group.at, group.gather(rows), group.gather(ref_rows)
+            vectors = replace(tokens.at(at), target=places[at])
+            gradient = None if dlogits is None else some.logits.to(dlogits.dtype)
+            result = group.kernels.row_loss(some, vectors, temperature, terms, gradient, ref)
+            out = group.fill(out, result, rows.N)
+            if dlogits is not None:
+                group.scatter(gradient, dlogits)
+        if dlogits is not None:
+            self._zero_unread(dlogits)
+        return out
+
+    def zero_others(self, dlogits: Tensor, columns: slice) -> None:
+        """Zeroes a gradient [n, columns] of some vocabulary ids where they were not kept."""
+        start, sizes, _ = self.spans
+        rows = torch.arange(len(sizes), device=sizes.device)
+        rows = rows.repeat_interleave(sizes, output_size=int(self.sizes.sum()))
+        first = (sizes.cumsum(0) - sizes - start)[rows]
+        columns_of = self.ids[torch.arange(len(rows), device=rows.device) - first].long()
+        here = (columns_of >= columns.start) & (columns_of < columns.stop)
+        others = torch.ones_like(dlogits, dtype=torch.bool)
+        others[rows[here], columns_of[here] - columns.start] = False
+        dlogits.masked_fill_(others, 0.0)
+
+    def _places(self, target: Tensor, V: int) -> Tensor:
+        """[n] int64: the place of each target in its set; -1 where there is none."""
+        return torch.where((target >= 0) & (target < V), self.spans[2], -1)
+
+    def _zero_unread(self, dlogits: Tensor) -> Tensor:
+        """Writes the gradient of the rows that no group has."""
+        unread = (self.sizes == 0).nonzero().squeeze(1)
+        put_rows(dlogits, unread.to(dlogits.device), 0.0)
+        return dlogits
+
+    def _groups(self, rows: Rows) -> Iterator[_Group]:
+        """Rows of one width, a few at a time; at least one group, which may be empty."""
+        # the number of binary digits
+        digits = torch.frexp((self.sizes - 1).clamp(min=LEAST_WIDTH - 1).double()).exponent
+        widths = (2 ** digits.long()).clamp(max=rows.V)
+        read = self.sizes.nonzero().squeeze(1)
+        order = read[widths[read].argsort(stable=True)]
+        found, counts = widths[order].unique_consecutive(return_counts=True)
+        parts = list(zip(found.tolist(), counts.tolist(), strict=True))
+        most = GPU_LOGITS if rows.logits.is_cuda else CPU_LOGITS
+        places, start = order.to(rows.logits.device), 0
+        for width, count in parts or [(1, 0)]:
+            for piece in places[start : start + count].split(max(1, most // width)):
+                yield self._group(piece, width)
+            start += count
+
+    def _group(self, at: Tensor, width: int) -> _Group:
+        start, size = self.spans[:2, at, None]
+        entries = torch.arange(width, device=at.device)
+        padding = entries >= size
+        entries = torch.minimum(entries, size - 1)
+        columns = self.ids[start + entries].long()
+        return _Group(kernels_at(self.kernels, at), at, entries, columns, padding)
+
+
+class _Group(NamedTuple):
+    """A few rows, and the places of their kept logits."""
+
+    kernels: Any  # for these rows
+    at: Tensor  # [g] int64, the rows
+    entries: Tensor  # [g, W] int64, places in the sets; padding repeats the last one
+    columns: Tensor  # [g, W] int64, their vocabulary ids
+    padding: Tensor  # [g, W] bool
+
+    def gather(self, rows: Any) -> Any:
+        """The kept logits as rows; None of None."""
+        if rows is None:
+            return None
+        flat, places = self._flat(rows)
+        logits = flat[places].masked_fill_(self.padding, -torch.inf)
+        return Rows.of(logits, rows.interpolation)
+
+    def scatter(self, gradient: Any, dlogits: Tensor) -> None:
+        """Writes the rows of the gradient: 0, and `gradient` at the kept entries."""
+        put_rows(dlogits, self.at, 0.0)
+        flat, places = self._flat(Rows.of(dlogits))
+        # padding writes the last entry's number again
+        flat[places] = gradient.gather(1, self.entries)
+
+    def _flat(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """The memory of all rows as a vector, and the places of the kept entries in it."""
+        T = rows.rows_per_batch
+        starts = self.at // T * rows.batch_stride + self.at % T * rows.row_stride
+        # ids are inside where their values were not checked, too
+        places = starts[:, None] + self.columns.clamp(0, rows.V - 1)
+        return rows.logits.as_strided((rows.extent,), (1,)), places
+
+    def fill(self, out: Any, part: Any, N: int) -> Any:
+        """Writes the vectors of these rows into those of all N rows, 0 elsewhere."""
+        if out is None:
+            out = part._make(None if x is None else x.new_zeros(*x.shape[:-1], N) for x in part)
+        for vector, some in zip(out, part, strict=True):
+            if some is not None:
+                vector[..., self.at] = some
+        return out
