@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.backends import Backend
+from grpo_core.backends.sharded import find_shards, sum_over_shards, whole_logits
 from grpo_core.kernels.records import RowGradients, RowStats
 from grpo_core.linear.chunks import only_finite, read_chunks, scale_rows
 from grpo_core.linear.head import HEAD_DTYPES, LinearHead, check_rows
@@ -47,6 +48,8 @@ def linear_token_logp(
     target: Tensor,
     *,
     temperature: float = 1.0,
+    group: Any = None,
+    vocabulary_start: int | None = None,
     mask: Tensor | None = None,
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,
@@ -56,8 +59,8 @@ def linear_token_logp(
     """Log-probability and entropy of every target, one product: old, reference, evaluation passes.
 
     Args:
-        hidden, lm_head, target, temperature, mask, memory_budget, logits_dtype, backend, validate:
-            as in `fused_linear_loss`. Not differentiable.
+        hidden, lm_head, target, temperature, group, vocabulary_start, mask, memory_budget,
+        logits_dtype, backend, validate: as in `fused_linear_loss`. Not differentiable.
 
     Returns:
         `TokenLogp`: logp and entropy, nats, shaped like target, float32, 0 where masked.
@@ -67,6 +70,8 @@ def linear_token_logp(
     """
     arguments: dict[str, Any] = {
         "temperature": temperature,
+        "group": group,
+        "vocabulary_start": vocabulary_start,
         "plan": "fast",
         "mask": mask,
         "memory_budget": memory_budget,
@@ -86,6 +91,9 @@ def linear_logp(
     target: Tensor,
     *,
     temperature: float = 1.0,
+    group: Any = None,
+    vocabulary_start: int | None = None,
+    reduce_dhidden: bool = True,
     mask: Tensor | None = None,
     plan: Plan | None = None,
     memory_budget: int | None = None,
@@ -105,6 +113,7 @@ def linear_logp(
         lm_head: [V, D], or a `LinearHead` with bias, soft cap, scale, padding or an adapter.
         target: [B, T] or [N] integers, already shifted; -100 means masked.
         temperature: T > 0, the logits are divided by it.
+        group, vocabulary_start, reduce_dhidden: as in `fused_linear_loss`.
         mask: shaped like target, 0 means masked.
         plan: of the backward: "fast" holds a float32 sum of a narrower head's gradient, "lean"
             does not. None means fast, unless it would not fit.
@@ -125,6 +134,9 @@ def linear_logp(
         lm_head,
         target,
         temperature=temperature,
+        group=group,
+        vocabulary_start=vocabulary_start,
+        reduce_dhidden=reduce_dhidden,
         mask=mask,
         plan=plan,
         memory_budget=memory_budget,
@@ -149,6 +161,9 @@ def logp_from_hidden(
     logits_dtype: torch.dtype | None,
     backend: Backend | None,
     validate: bool | None,
+    group: Any = None,
+    vocabulary_start: int | None = None,
+    reduce_dhidden: bool = True,
     gradients_in_forward: bool = False,
     extra_vectors: Callable[[Tensor, Tensor], list[Tensor]] = lambda logits, target: [],
     gathered: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -163,18 +178,23 @@ def logp_from_hidden(
     """
     head, target, logits = check_rows(hidden, lm_head, target)
     check_logits(logits, temperature, HEAD_DTYPES)
-    check_target(logits, target, mask, validate)
+    same = {"target": target, "temperature": temperature, "mask": mask, "D": hidden.shape[-1]}
+    shards = find_shards(group, vocabulary_start, logits, same)
+    whole = whole_logits(logits, shards)
+    check_target(whole, target, mask, validate)
     flat = flatten_target(target)
     call = LinearCall.of(
         hidden,
         target=flat,
         temperature=float(temperature),
+        shards=shards,
+        reduce_dhidden=reduce_dhidden,
         plan=plan,
         memory_budget=memory_budget,
         logits_dtype=logits_dtype,
         backend=backend,
     )
-    valid = find_unmasked(target, mask) & (flat >= 0) & (flat < head.V)
+    valid = find_unmasked(target, mask) & (flat >= 0) & (flat < whole.shape[-1])
     if not valid.all():
         call = call.at(valid.nonzero().squeeze(1))
     trained = any(tensor is not None and tensor.requires_grad for tensor in head.tensors)
@@ -247,8 +267,9 @@ class LinearLogp(torch.autograd.Function):
             row_gradients if call.rows is None else row_gradients.at(call.rows), stats
         )
         if dhidden_of_logp is not None and dentropy is None:
-            dhidden = scale_rows(dhidden_of_logp.clone(), row_gradients.dlogp).to(hidden.dtype)
-            dhidden = scatter_rows(dhidden, call.rows, hidden)
+            dhidden = scale_rows(dhidden_of_logp.clone(), row_gradients.dlogp)
+            sum_over_shards(call.kernels, dhidden, None)
+            dhidden = scatter_rows(dhidden.to(hidden.dtype), call.rows, hidden)
             return None, None, None, None, dhidden, *[None] * len(tensors)
         # the rows that have a gradient
         some = row_gradients.any.nonzero().squeeze(1)

@@ -49,6 +49,9 @@ def fused_linear_loss(
     sequence_id: Tensor | None = None,
     normalizer: Tensor | float | None = None,
     temperature: float = 1.0,
+    group: Any = None,
+    vocabulary_start: int | None = None,
+    reduce_dhidden: bool = True,
     plan: Plan | None = None,
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,
@@ -72,6 +75,11 @@ def fused_linear_loss(
         sampler_logp, mask, sequence_id, normalizer, backend, validate: see `fused_loss`; with
             [B, T, D] for [B, T, V].
         temperature: T > 0, the logits are divided by it.
+        group, vocabulary_start: as in `fused_loss`, for ranks that each hold some rows of `lm_head`
+            (and of its bias and lora_B; `vocabulary` is of these rows), and the same of all else.
+            A `DTensor` head with `Shard(0)` gives both by itself, of its one mesh axis.
+        reduce_dhidden: with a group, sum the gradient of `hidden` over the ranks. False leaves each
+            rank's part, for a reduction that follows (sequence parallelism).
         ref_hidden, ref_lm_head: instead of `ref_logp`, hidden states of the reference policy,
             shaped like target with any D, and its matrix (None: `lm_head`); one product more.
             kl="exact" needs them.
@@ -107,12 +115,15 @@ def fused_linear_loss(
         sequence_id=sequence_id,
         normalizer=normalizer,
         temperature=temperature,
+        group=group,
+        vocabulary_start=vocabulary_start,
         backend=backend,
         validate=validate,
     )
     options: dict[str, Any] = {
         "ref_hidden": ref_hidden,
         "ref_lm_head": ref_lm_head,
+        "reduce_dhidden": reduce_dhidden,
         "plan": plan,
         "memory_budget": memory_budget,
         "logits_dtype": logits_dtype,
@@ -134,6 +145,7 @@ def loss_from_hidden(
     *,
     ref_hidden: Tensor | None,
     ref_lm_head: Tensor | LinearHead | None,
+    reduce_dhidden: bool,
     plan: Plan | None,
     memory_budget: int | None,
     logits_dtype: torch.dtype | None,
@@ -149,7 +161,8 @@ def loss_from_hidden(
     elif reference is not None:
         # computed below, when the rows are known
         inputs = replace(inputs, ref_logp=torch.zeros(target.shape, device=hidden.device))
-    tokens = inputs.tokens(logits, logit_dtypes=HEAD_DTYPES)
+    shards = inputs.shards(logits, hidden_size=hidden.shape[-1])
+    tokens = inputs.tokens(logits, shards=shards, logit_dtypes=HEAD_DTYPES)
     without_gradient = tokens.has_no_gradient()
     options: dict[str, Any] = {
         "temperature": float(inputs.temperature),
@@ -162,7 +175,14 @@ def loss_from_hidden(
         mask = made.view(target.shape)
         with torch.no_grad():
             ref_logp, _ = logp_from_hidden(
-                *reference, target, mask=mask, plan="fast", validate=False, **options
+                *reference,
+                target,
+                group=inputs.group,
+                vocabulary_start=inputs.vocabulary_start,
+                mask=mask,
+                plan="fast",
+                validate=False,
+                **options,
             )
         tokens = replace(tokens, ref_logp=ref_logp.view(-1))
     tensors, enabled = (hidden, *head.tensors), torch.is_grad_enabled()
@@ -172,6 +192,8 @@ def loss_from_hidden(
         tokens=tokens,
         reference=reference if exact else None,
         exact_beta=float(inputs.objective.beta) if exact else None,
+        shards=shards,
+        reduce_dhidden=reduce_dhidden,
         plan=plan,
         wanted=tuple(enabled and x is not None and x.requires_grad for x in tensors),
         **options,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.backends import Backend, choose_backend
+from grpo_core.backends.sharded import ShardedBackend, Shards, over_shards, sum_over_shards
 from grpo_core.backends.wrapper import Kernels, kernels_at
 from grpo_core.kernels.records import RowGradients, Rows, RowStats
 from grpo_core.linear.head import HEAD_DTYPES, LinearHead
@@ -44,6 +45,9 @@ class LinearCall:
         *,
         logits_dtype: torch.dtype | None,
         backend: Backend | None,
+        plan: Plan | None,
+        shards: Shards | None,
+        reduce_dhidden: bool,
         **others: Any,
     ) -> LinearCall:
         """The call over all rows of `hidden`; `others` are fields.
@@ -56,8 +60,14 @@ class LinearCall:
             raise ValueError(f"logits_dtype: expected one of {HEAD_DTYPES} or None, got {got}")
         device = hidden.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        dtype, kernels = logits_dtype or torch.float32, choose_backend(backend, hidden)
-        return cls(logits_dtype=dtype, autocast=autocast, kernels=kernels, **others)
+        dtype = logits_dtype or torch.float32
+        kernels: Kernels = choose_backend(backend, hidden)
+        if shards is not None:
+            if plan == "lean":
+                raise NotImplementedError("plan: expected 'fast' or None with a group, got 'lean'")
+            plan = "fast"
+        kernels = over_shards(kernels, shards, reduce_dhidden)
+        return cls(plan=plan, logits_dtype=dtype, autocast=autocast, kernels=kernels, **others)
 
     def at(self, some: Tensor) -> LinearCall:
         """The call over some of its rows, [k] int64."""
@@ -97,6 +107,10 @@ class Workspace:
         self.layout = choose_layout(
             n, head, call.wanted, row_bytes, call.plan, call.memory_budget, hidden.device
         )
+        if isinstance(call.kernels, ShardedBackend):
+            # a chunk is a collective
+            rows = call.kernels.shards.smallest(self.layout.rows, hidden.device)
+            self.layout = replace(self.layout, rows=rows)
         self.lean = self.differentiates and self.layout.plan == "lean"
         self.dlogits_dtype = compute if self.lean else narrow
         step = self.layout.rows
@@ -196,6 +210,7 @@ class Workspace:
             # 0·NaN of a head that is not finite
             self.dhidden.masked_fill_(self.zero[:, None], 0.0)
         self.free_buffers()
+        sum_over_shards(self.call.kernels, self.dhidden, self.sums[2])
         sums, self.dhidden, self.sums = [self.dhidden, *self.sums], None, []
         gradients: Gradients = []
         for k, tensor in enumerate((hidden, *self.head.tensors)):

@@ -7,10 +7,13 @@ statistics, a small step over `[N]` vectors, `row_dlogits`. Both plans are in `a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from grpo_core.backends import Backend, choose_backend
+from grpo_core.backends.sharded import find_shards, over_shards, whole_logits
 from grpo_core.kernels.records import Rows
 from grpo_core.loss.autograd import (
     Call,
@@ -52,6 +55,8 @@ def fused_loss(
     sequence_id: Tensor | None = None,
     normalizer: Tensor | float | None = None,
     temperature: float = 1.0,
+    group: Any = None,
+    vocabulary_start: int | None = None,
     inplace: bool = False,
     backend: Backend | None = None,
     validate: bool | None = None,
@@ -96,6 +101,11 @@ def fused_loss(
             loss here, as n / c: `(c * loss).backward()` rounds a bfloat16 gradient
             twice unless c is a power of two (at most 2⁻⁷ of an element instead of 2⁻⁸).
         temperature: T > 0, the logits are divided by it.
+        group: a `ProcessGroup` whose ranks each hold some columns of the logits, and the same of
+            all else; V is then their sum. Every rank gets the same results, and the gradient of
+            its own columns.
+        vocabulary_start: the first column of this rank; None on all ranks means that their columns
+            lie in the order of the ranks.
         inplace: write the gradient, if one is wanted, over the logits. This needs the least
             memory; the logits are overwritten and backward can run once only. If the logits are a
             leaf, their `.grad` is the same memory. Not for logits whose producer keeps its
@@ -130,6 +140,8 @@ def fused_loss(
         sequence_id=sequence_id,
         normalizer=normalizer,
         temperature=temperature,
+        group=group,
+        vocabulary_start=vocabulary_start,
         backend=backend,
         validate=validate,
     )
@@ -143,7 +155,8 @@ def fused_loss(
 @register_function
 def loss_from_logits(logits: Tensor, inputs: LossInputs, inplace: bool = False) -> LossOutput:
     """`fused_loss` outside of `torch.compile`."""
-    tokens = inputs.tokens(logits)
+    shards = inputs.shards(logits)
+    tokens = inputs.tokens(logits, shards=shards)
     if inplace and not is_readable(logits):
         raise ValueError(
             "inplace: expected logits with a contiguous last axis and separate rows, "
@@ -154,7 +167,7 @@ def loss_from_logits(logits: Tensor, inputs: LossInputs, inplace: bool = False) 
         prepare_reference(inputs.ref_logits, logits, inplace),
         temperature=float(inputs.temperature),
         inplace=inplace,
-        kernels=choose_backend(inputs.backend, logits),
+        kernels=over_shards(choose_backend(inputs.backend, logits), shards),
     )
     wants_gradient = logits.requires_grad and torch.is_grad_enabled()
     logits = make_readable(logits)
@@ -172,6 +185,8 @@ def token_logp(
     target: Tensor,
     *,
     temperature: float = 1.0,
+    group: Any = None,
+    vocabulary_start: int | None = None,
     mask: Tensor | None = None,
     backend: Backend | None = None,
     validate: bool | None = None,
@@ -181,7 +196,8 @@ def token_logp(
     Bit for bit the `logp` of `fused_loss` for the same row. Not differentiable.
 
     Args:
-        logits, target, temperature, mask, backend, validate: as in `fused_loss`.
+        logits, target, temperature, group, vocabulary_start, mask, backend, validate: as in
+            `fused_loss`.
 
     Returns:
         `TokenLogp`: logp and entropy, nats, shaped like target, float32, 0 where masked.
@@ -189,7 +205,7 @@ def token_logp(
     Raises:
         ValueError, NotImplementedError: as `fused_loss`.
     """
-    arguments = (logits, target, temperature, mask, backend, validate)
+    arguments = (logits, target, temperature, group, vocabulary_start, mask, backend, validate)
     if torch.compiler.is_compiling():
         logp, entropy = logp_in_graph(logp_from_logits, *arguments)
     else:
@@ -202,16 +218,21 @@ def logp_from_logits(
     logits: Tensor,
     target: Tensor,
     temperature: float,
+    group: Any,
+    vocabulary_start: int | None,
     mask: Tensor | None,
     backend: Backend | None,
     validate: bool | None,
 ) -> TokenLogp:
     """`token_logp` outside of `torch.compile`."""
     check_logits(logits, temperature, LOGIT_DTYPES)
-    flat = flatten_target(check_target(logits, target, mask, validate))
+    same = {"target": target, "temperature": temperature, "mask": mask}
+    shards = find_shards(group, vocabulary_start, logits, same)
+    flat = flatten_target(check_target(whole_logits(logits, shards), target, mask, validate))
     if mask is not None:
         flat = torch.where(mask.reshape(-1) != 0, flat, IGNORE)
     # a row whose target is outside [0, V) is not read
     rows = Rows.of(make_readable(logits))
-    stats = choose_backend(backend, logits).row_stats(rows, flat, float(temperature))
+    kernels: Any = over_shards(choose_backend(backend, logits), shards)
+    stats = kernels.row_stats(rows, flat, float(temperature))
     return TokenLogp(stats.logp.view(target.shape), stats.entropy.view(target.shape))

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from grpo_core.backends import Backend
+from grpo_core.backends.sharded import Shards, find_shards, whole_logits
 from grpo_core.loss.tokens import IGNORE, Tokens
 from grpo_core.objective.advantage import estimate_advantages
 from grpo_core.objective.objective import Objective
@@ -50,13 +52,23 @@ class LossInputs:
     normalizer: Tensor | float | None = None
     target: Tensor
     temperature: float = 1.0
+    group: Any = None
+    vocabulary_start: int | None = None
     backend: Backend | None = None
     validate: bool | None = None
+
+    def shards(self, logits: Tensor, **same: object) -> Shards | None:
+        """The shards of the vocabulary, once all ranks agree on these arguments and on `same`."""
+        check_logits(logits, self.temperature, LOGIT_DTYPES)
+        own = {"objective", "ref_logits", "group", "vocabulary_start", "backend", "validate"}
+        same |= {name: value for name, value in vars(self).items() if name not in own}
+        return find_shards(self.group, self.vocabulary_start, logits, same)
 
     def tokens(
         self,
         logits: Tensor,
         *,
+        shards: Shards | None = None,
         dtype: torch.dtype = torch.float32,
         logit_dtypes: tuple[torch.dtype, ...] = LOGIT_DTYPES,
     ) -> Tokens:
@@ -65,6 +77,7 @@ class LossInputs:
         Args:
             logits: [B, T, V] or [N, V], of `logit_dtypes`; only its shape, dtype and device are
                 used.
+            shards: of which the logits have one, and the targets all.
 
         Raises:
             ValueError, NotImplementedError: naming the argument, what was expected and what came.
@@ -73,7 +86,8 @@ class LossInputs:
         check_logits(logits, self.temperature, logit_dtypes)
         self._check_policies(logits)
         shape, packed = logits.shape[:-1], logits.ndim == 2
-        target = check_target(logits, self.target, self.mask, self.validate)
+        whole = whole_logits(logits, shards)
+        target = check_target(whole, self.target, self.mask, self.validate)
 
         def flatten(name: str, *shapes: tuple[int, ...]) -> Tensor | None:
             """An optional floating-point argument as a contiguous vector of constants."""
@@ -100,7 +114,7 @@ class LossInputs:
             assert given is not None
             advantage = given
         flat, valid = target.reshape(-1), find_unmasked(target, self.mask)
-        bad_target = valid & ((flat < 0) | (flat >= logits.shape[-1]))
+        bad_target = valid & ((flat < 0) | (flat >= whole.shape[-1]))
         tokens = Tokens(
             objective=self.objective,
             target=flat,
