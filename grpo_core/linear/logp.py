@@ -31,7 +31,7 @@ from grpo_core.backends import Backend
 from grpo_core.backends.sharded import find_shards, sum_over_shards, whole_logits
 from grpo_core.kernels.records import RowGradients, RowStats
 from grpo_core.linear.chunks import only_finite, read_chunks, scale_rows
-from grpo_core.linear.head import HEAD_DTYPES, LinearHead, check_rows
+from grpo_core.linear.head import HEAD_DTYPES, LinearHead, check_rows, local_shard
 from grpo_core.linear.matmuls import Plan
 from grpo_core.linear.vocab_slices import SoftmaxRows, add_gradients_of_slices, gather_target_logits
 from grpo_core.linear.workspace import LinearCall, Workspace, scatter_rows
@@ -176,6 +176,7 @@ def logp_from_hidden(
         extra_vectors: returns further vectors [n] from a chunk's logits [n, V] and targets [n].
         gathered: a context that the backward enters to use the head.
     """
+    lm_head, group, vocabulary_start = local_shard(lm_head, group, vocabulary_start)
     head, target, logits = check_rows(hidden, lm_head, target)
     check_logits(logits, temperature, HEAD_DTYPES)
     same = {"target": target, "temperature": temperature, "mask": mask, "D": hidden.shape[-1]}

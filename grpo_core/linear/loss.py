@@ -17,7 +17,14 @@ from torch import Tensor
 from grpo_core.backends import Backend
 from grpo_core.kernels.records import Rows
 from grpo_core.linear.chunks import LossRows, loss_over_chunks, loss_with_frozen_head
-from grpo_core.linear.head import HEAD_DTYPES, LinearHead, check_head, check_hidden, check_rows
+from grpo_core.linear.head import (
+    HEAD_DTYPES,
+    LinearHead,
+    check_head,
+    check_hidden,
+    check_rows,
+    local_shard,
+)
 from grpo_core.linear.logp import logp_from_hidden
 from grpo_core.linear.matmuls import Plan
 from grpo_core.linear.vocab_slices import loss_over_slices
@@ -152,6 +159,10 @@ def loss_from_hidden(
     all_logp: bool,
 ) -> LossOutput:
     """`fused_linear_loss` outside of `torch.compile`."""
+    lm_head, group, start = local_shard(lm_head, inputs.group, inputs.vocabulary_start)
+    inputs = replace(inputs, group=group, vocabulary_start=start)
+    if ref_lm_head is not None:
+        ref_lm_head, *_ = local_shard(ref_lm_head, group, start)
     head, target, logits = check_rows(hidden, lm_head, inputs.target)
     reference = _check_reference(inputs, head, hidden, ref_hidden, ref_lm_head)
     exact = reference is not None and inputs.objective.kl == "exact"
@@ -177,8 +188,8 @@ def loss_from_hidden(
             ref_logp, _ = logp_from_hidden(
                 *reference,
                 target,
-                group=inputs.group,
-                vocabulary_start=inputs.vocabulary_start,
+                group=group,
+                vocabulary_start=start,
                 mask=mask,
                 plan="fast",
                 validate=False,

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from grpo_core.linear.head import is_distributed, local_hidden, replicate
 from grpo_core.linear.logp import linear_token_logp
 from grpo_core.linear.loss import fused_linear_loss
 from grpo_core.linear.model_head import HeadOptions, probe_options, read_head
@@ -119,6 +120,8 @@ class Request:
 
     def of(self, hidden: Tensor, module: nn.Module, options: HeadOptions) -> Any:
         """The function's result for hidden states [B, T, D] and the module's head."""
+        sharded = is_distributed(hidden)
+        hidden = local_hidden(hidden, self.arguments.get("reduce_dhidden", True))
         if self.rows is not None:
             check_tensor("rows", self.rows)
             if self.rows.dtype != torch.bool or self.rows.shape != hidden.shape[:-1]:
@@ -127,7 +130,8 @@ class Request:
                     f"{self.rows.dtype} of shape {list(self.rows.shape)}"
                 )
             hidden = hidden[self.rows]
-        return self._function(hidden, read_head(module, options), self.target, **self.arguments)
+        head = read_head(module, options, sharded=sharded)
+        return self._function(hidden, head, self.target, **self.arguments)
 
 
 class LossRequest(Request):
@@ -156,12 +160,12 @@ class PendingRequest:
         content = self.request.of(hidden, self.module, self.options)
         if isinstance(content, TokenLogp):
             self.output = HeadOutput(None, Sealed(content))
-            return content.logp.new_zeros(1, 1, 1)
+            return replicate(content.logp.new_zeros(1, 1, 1), hidden)
         # part of the graph, so that hooks on the output run in the backward
         seen = content.loss.reshape(1, 1, 1).clone()
         content = replace(content, loss=seen.sum())
         self.output = HeadOutput(content.loss, Sealed(content))
-        return seen
+        return replicate(seen, hidden)
 
 
 def with_fused_head(model: Model, *, vocabulary: int | None = None) -> Model:
