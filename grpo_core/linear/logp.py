@@ -179,7 +179,8 @@ def logp_from_hidden(
     lm_head, group, vocabulary_start = local_shard(lm_head, group, vocabulary_start)
     head, target, logits = check_rows(hidden, lm_head, target)
     check_logits(logits, temperature, HEAD_DTYPES)
-    same = {"target": target, "temperature": temperature, "mask": mask, "D": hidden.shape[-1]}
+    same = {"target": target, "temperature": temperature, "mask": mask}
+    same["hidden_size"] = hidden.shape[-1]
     shards = find_shards(group, vocabulary_start, logits, same)
     whole = whole_logits(logits, shards)
     check_target(whole, target, mask, validate)
