@@ -78,12 +78,6 @@ class Shards:
             dist.all_gather(list(found.unbind()), words, group=self.group)
         return found
 
-    def smallest(self, number: int, device: torch.device) -> int:
-        """The smallest number of all ranks."""
-        least = torch.tensor(number, device=device)
-        dist.all_reduce(least, dist.ReduceOp.MIN, group=self.group)
-        return int(least)
-
 
 def find_shards(
     group: Any, start: int | None, logits: Tensor, same: dict[str, Any]
@@ -113,17 +107,17 @@ def find_shards(
     mine = [-1 if start is None else start, V, *(*logits.shape[:-1], -1)[:2]]
     digests = [_digest(value, device) for value in same.values()]
     words = torch.stack([*torch.tensor(mine, device=device), *digests])
-    found = Shards(group, group.rank(), (0,) * R, (V,) * R).gather(words[:, None])[..., 0].tolist()
-    starts, sizes, *agreed = (list(column) for column in zip(*found, strict=True))
-    shapes = [list(each) for each in zip(*agreed[:2], strict=True)]
-    if any(each != shapes[0] for each in shapes):
-        # a second axis of −1 stands for packed rows
+    found = Shards(group, group.rank(), (0,) * R, (V,) * R).gather(words[:, None])[..., 0]
+    starts, sizes, *shape = found[:, :4].T.tolist()
+    if (found[:, 2:4] != found[0, 2:4]).any():
+        shapes = list(zip(*shape, strict=True))
+        # a second size of −1 stands for packed rows
         raise ValueError(f"group: expected as many rows on all ranks, got [B, T] = {shapes}")
-    for name, digest in zip(same, agreed[2:], strict=True):
-        if len(set(digest)) > 1:
+    for name, differs in zip(same, (found[:, 4:] != found[0, 4:]).any(0).tolist(), strict=True):
+        if differs:
             raise ValueError(f"{name}: expected the same on all ranks of the group")
-    if all(first == -1 for first in starts):
-        starts = [sum(sizes[:rank]) for rank in range(len(sizes))]
+    if set(starts) == {-1}:
+        starts = [sum(sizes[:rank]) for rank in range(R)]
     end = 0
     for first, size in sorted(zip(starts, sizes, strict=True)):
         if first != end:
@@ -183,7 +177,7 @@ class ShardedBackend(WrappedBackend):
         self, rows: Rows, target: Tensor, temperature: float, ref_rows: Rows | None = None
     ) -> RowStats:
         """As of the whole rows; `OWN_ROWS` of the state are what `row_dlogits` reads of them."""
-        column, rank, owner = self.shards.columns(target), self.shards.rank, None
+        column, rank = self.shards.columns(target), self.shards.rank
         local = self.kernels.row_stats(rows, column, temperature, ref_rows)
         words = [*_sums(rows, column, local), local.entropy]
         if ref_rows is not None:
@@ -257,16 +251,10 @@ def _combine(
     All logarithms are relative to the largest of a row, which may be too large to add them to.
     """
     # a positive sum is of Triton, relative to a logit times a float32 number, see `online_softmax`
-    scaled, scale = (
-        total > 0,
-        torch.tensor(1 / math.log(2) / temperature, dtype=torch.float32).item(),
-    )
-    unit = torch.where(
-        scaled.any(0, keepdim=True),
-        scale * math.log(2),
-        1 / temperature * torch.ones_like(total[:1]),
-    )
-    anchor = torch.where(scaled, anchor * math.log(2), anchor * unit)
+    scaled, log2 = total > 0, math.log(2)
+    scale = torch.tensor(1 / log2 / temperature, dtype=torch.float32).item()
+    unit = torch.full_like(total[0], 1 / temperature).masked_fill(scaled.any(0), scale * log2)
+    anchor = anchor * torch.where(scaled, log2, unit)
     # an infinite logit would pass for a certain one
     column = unit * column.masked_fill(column == math.inf, math.nan)
     known = anchor.masked_fill(total == 0, -math.inf)

@@ -109,8 +109,10 @@ class Workspace:
         )
         if isinstance(call.kernels, ShardedBackend):
             # a chunk is a collective
-            rows = call.kernels.shards.smallest(self.layout.rows, hidden.device)
-            self.layout = replace(self.layout, rows=rows)
+            each = call.kernels.shards.gather(
+                torch.tensor([[self.layout.rows]], device=hidden.device)
+            )
+            self.layout = replace(self.layout, rows=int(each.amin()))
         self.lean = self.differentiates and self.layout.plan == "lean"
         self.dlogits_dtype = compute if self.lean else narrow
         step = self.layout.rows
