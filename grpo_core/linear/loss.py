@@ -152,11 +152,11 @@ def loss_from_hidden(
     *,
     ref_hidden: Tensor | None,
     ref_lm_head: Tensor | LinearHead | None,
-    reduce_dhidden: bool,
     plan: Plan | None,
     memory_budget: int | None,
     logits_dtype: torch.dtype | None,
     all_logp: bool,
+    reduce_dhidden: bool = True,
 ) -> LossOutput:
     """`fused_linear_loss` outside of `torch.compile`."""
     lm_head, group, start = local_shard(lm_head, inputs.group, inputs.vocabulary_start)

@@ -205,7 +205,7 @@ def token_logp(
     Raises:
         ValueError, NotImplementedError: as `fused_loss`.
     """
-    arguments = (logits, target, temperature, group, vocabulary_start, mask, backend, validate)
+    arguments = (logits, target, temperature, mask, backend, validate, group, vocabulary_start)
     if torch.compiler.is_compiling():
         logp, entropy = logp_in_graph(logp_from_logits, *arguments)
     else:
@@ -218,11 +218,11 @@ def logp_from_logits(
     logits: Tensor,
     target: Tensor,
     temperature: float,
-    group: Any,
-    vocabulary_start: int | None,
     mask: Tensor | None,
     backend: Backend | None,
     validate: bool | None,
+    group: Any = None,
+    vocabulary_start: int | None = None,
 ) -> TokenLogp:
     """`token_logp` outside of `torch.compile`."""
     check_logits(logits, temperature, LOGIT_DTYPES)
