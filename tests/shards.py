@@ -286,6 +286,10 @@ def refused(group: Any) -> dict[str, str]:
     attempt("mask", linear_token_logp, hidden[:, :, :D], weight, target, mask=mask)
     width = D - rank
     attempt("width", linear_token_logp, hidden[..., :width], weight[:, :width], target)
+    moving = hidden.clone().requires_grad_(rank == 0)
+    attempt("gradient", linear_logp, moving, weight, target)
+    bonus = replace(DAPO, entropy_coef=0.1 * rank)
+    attempt("objective", fused_loss, logits, target, objective=bonus, advantage=A)
     attempt("lean", linear_logp, hidden, weight, target, plan="lean")
     return found
 

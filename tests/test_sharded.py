@@ -259,6 +259,8 @@ def test_what_ranks_disagree_about(ranks: list[dict[str, Any]]) -> None:
         "advantage": "ValueError: advantage: expected the same on all ranks",
         "mask": "ValueError: mask: expected the same on all ranks",
         "width": "ValueError: hidden_size: expected the same on all ranks",
+        "gradient": "ValueError: requires_grad: expected the same on all ranks",
+        "objective": "ValueError: objective: expected the same on all ranks",
         "lean": "NotImplementedError: plan: expected 'fast' or None with a group, got 'lean'",
     }.items():
         assert first[name].startswith(expected), (name, first[name])

@@ -149,17 +149,10 @@ def local_shard(
         raise ValueError(f"lm_head: expected columns for each of {R} ranks, got V = {head.V}")
     start = mesh.get_local_rank() * each
     given: Any = head.tensors
-    tensors = (x.to_local() if is_distributed(x) else x for x in given)
-    weight, bias, lora_A, lora_B = tensors
-    head = replace(
-        head,
-        weight=weight,
-        bias=bias,
-        lora_A=lora_A,
-        lora_B=lora_B,
-        vocabulary=min(head.V - start, len(weight)),
-    )
-    return head, mesh.get_group(), start
+    local = (x.to_local() if is_distributed(x) else x for x in given)
+    parts = dict(zip(("weight", "bias", "lora_A", "lora_B"), local, strict=True))
+    vocabulary = min(head.V - start, len(parts["weight"]))
+    return replace(head, **parts, vocabulary=vocabulary), mesh.get_group(), start
 
 
 def check_head(name: str, lm_head: Tensor | LinearHead, hidden: Tensor) -> LinearHead:

@@ -180,7 +180,7 @@ def logp_from_hidden(
     head, target, logits = check_rows(hidden, lm_head, target)
     check_logits(logits, temperature, HEAD_DTYPES)
     same = {"target": target, "temperature": temperature, "mask": mask}
-    same["hidden_size"] = hidden.shape[-1]
+    same |= {"hidden_size": hidden.shape[-1], "requires_grad": hidden.requires_grad}
     shards = find_shards(group, vocabulary_start, logits, same)
     whole = whole_logits(logits, shards)
     check_target(whole, target, mask, validate)

@@ -172,7 +172,8 @@ def loss_from_hidden(
     elif reference is not None:
         # computed below, when the rows are known
         inputs = replace(inputs, ref_logp=torch.zeros(target.shape, device=hidden.device))
-    shards = inputs.shards(logits, hidden_size=hidden.shape[-1])
+    same = {"hidden_size": hidden.shape[-1], "requires_grad": hidden.requires_grad}
+    shards = inputs.shards(logits, **same)
     tokens = inputs.tokens(logits, shards=shards, logit_dtypes=HEAD_DTYPES)
     without_gradient = tokens.has_no_gradient()
     options: dict[str, Any] = {

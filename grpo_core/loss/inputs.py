@@ -60,8 +60,11 @@ class LossInputs:
     def shards(self, logits: Tensor, **same: object) -> Shards | None:
         """The shards of the vocabulary, once all ranks agree on these arguments and on `same`."""
         check_logits(logits, self.temperature, LOGIT_DTYPES)
-        own = {"objective", "ref_logits", "group", "vocabulary_start", "backend", "validate"}
+        own, spec = {"group", "vocabulary_start", "backend", "validate"}, self.objective
         same |= {name: value for name, value in vars(self).items() if name not in own}
+        # numbers, which have the same hash in every process
+        same["objective"] = hash((spec.kl == "exact", spec.beta, spec.entropy_coef))
+        same["ref_logits"] = self.ref_logits is not None
         return find_shards(self.group, self.vocabulary_start, logits, same)
 
     def tokens(
