@@ -255,9 +255,8 @@ def _combine(
     scale = torch.tensor(1 / log2 / temperature, dtype=torch.float32).item()
     unit = torch.full_like(total[0], 1 / temperature).masked_fill(scaled.any(0), scale * log2)
     anchor = anchor * torch.where(scaled, log2, unit)
-    # an infinite logit would pass for a certain one
-    column = unit * column.masked_fill(column == math.inf, math.nan)
-    known = anchor.masked_fill(total == 0, -math.inf)
+    column, known = unit * column, anchor.masked_fill(total == 0, -math.inf)
+    # an infinite logit makes NaN of its row
     base = torch.maximum(known, column).amax(0).clamp(min=LEAST)
     others, column = total.abs().log() + (anchor - base), column - base
     shard = _log_sum(torch.stack([others, column]))
