@@ -220,9 +220,11 @@ def _from_hidden(
     if case.dtype == torch.float32:
         shared = shared | {"memory_budget": 4000 if not case.logp else 3000}
     known = linear_token_logp(leaves["hidden"], head, target, **shared)
-    on_policy = fused_linear_loss(
-        leaves["hidden"].detach(), head, target, **arguments, **ref, old_logp=known.logp, **shared
-    )
+    # in chunks of the same size: products of others may sum in another order
+    with torch.no_grad():
+        on_policy = fused_linear_loss(
+            leaves["hidden"], head, target, **arguments, **ref, old_logp=known.logp, **shared
+        )
     reduced, found = {"reduce_dhidden": case.reduced}, {}
     with counted_bytes(counts):
         if case.logp:
@@ -246,7 +248,6 @@ def _from_hidden(
         "vectors": found,
         "gradients": gradients,
         "padding": [bool((part == 0).all()) for part in padding],
-        # products of chunks of other sizes may sum in another order
         "bits": [torch.allclose(found["logp"], known.logp, rtol=0, atol=4e-6)],
         "ratio": on_policy.ratio[target != -100],
         "bytes": counts,
