@@ -95,7 +95,8 @@ def loss_in_two_readings(
     stats = kernels.row_stats(rows, target, temperature, ref_rows)
     log_ratio = stats.logp - (stats.logp if tokens.old_logp is None else tokens.old_logp)
     token = token_loss(stats.logp, log_ratio, tokens, stats.entropy, stats.kl, terms)
-    read = (target >= 0) & (target < rows.V)
+    # a shard has some columns of a larger vocabulary
+    read = (target >= 0) & (target < getattr(kernels, "V", rows.V))
     loss, dlogp, kl, ratio = (
         torch.where(read, vector, 0.0)
         for vector in (token.loss, token.dlogp + token.dlog_ratio, token.kl, log_ratio.exp())

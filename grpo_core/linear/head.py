@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -100,6 +101,58 @@ class LinearHead:
     def without_tensors(self) -> LinearHead:
         """A copy with numbers only: `save_for_backward` keeps the tensors."""
         return self.of(torch.empty(self.weight.shape, device="meta"), None, None, None)
+
+
+def is_distributed(tensor: object) -> TypeGuard[Any]:
+    """Whether it is a DTensor, which this module does not import."""
+    return isinstance(tensor, Tensor) and hasattr(tensor, "device_mesh")
+
+
+def local_hidden(hidden: Any, reduce_dhidden: bool = True) -> Tensor:
+    """The rows that a replicated DTensor holds, with a whole gradient or a partial one."""
+    if not is_distributed(hidden):
+        return hidden
+    from torch.distributed.tensor import Partial, Replicate
+
+    hidden = hidden.redistribute(placements=[Replicate()] * hidden.device_mesh.ndim)
+    placement = Replicate() if reduce_dhidden else Partial()
+    return hidden.to_local(grad_placements=[placement] * hidden.device_mesh.ndim)
+
+
+def replicate(tensor: Tensor, like: Any) -> Tensor:
+    """The tensor, as a DTensor if `like` is one."""
+    if not is_distributed(like):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh
+    return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def local_shard(
+    lm_head: Tensor | LinearHead, group: Any, start: int | None
+) -> tuple[Tensor | LinearHead, Any, int | None]:
+    """(this rank's rows of a DTensor head, their group, the first of them); else as given.
+
+    Raises:
+        ValueError: a head that is not `Shard(0)` over one axis, or whose last ranks hold nothing.
+    """
+    head = lm_head if isinstance(lm_head, LinearHead) else None
+    weight: Any = lm_head if head is None else head.weight
+    if not is_distributed(weight):
+        return lm_head, group, start
+    mesh, (rows, _) = weight.device_mesh, weight.shape
+    if mesh.ndim > 1 or not weight.placements[0].is_shard(0):
+        raise ValueError(f"lm_head: expected Shard(0) of one mesh axis, got {weight.placements}")
+    head, R, each = head or LinearHead(weight), mesh.size(), -(-rows // mesh.size())
+    if (R - 1) * each >= head.V:
+        raise ValueError(f"lm_head: expected columns for each of {R} ranks, got V = {head.V}")
+    start = mesh.get_local_rank() * each
+    given: Any = head.tensors
+    local = (x.to_local() if is_distributed(x) else x for x in given)
+    parts = dict(zip(("weight", "bias", "lora_A", "lora_B"), local, strict=True))
+    vocabulary = min(head.V - start, len(parts["weight"]))
+    return replace(head, **parts, vocabulary=vocabulary), mesh.get_group(), start
 
 
 def check_head(name: str, lm_head: Tensor | LinearHead, hidden: Tensor) -> LinearHead:

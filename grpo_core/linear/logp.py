@@ -29,9 +29,10 @@ from torch import Tensor
 
 from grpo_core.backends import Backend
 from grpo_core.backends.kept import Kept
+from grpo_core.backends.sharded import check_unsharded, find_shards, sum_over_shards, whole_logits
 from grpo_core.kernels.records import RowGradients, RowStats
 from grpo_core.linear.chunks import only_finite, read_chunks, scale_rows
-from grpo_core.linear.head import HEAD_DTYPES, LinearHead, check_rows
+from grpo_core.linear.head import HEAD_DTYPES, LinearHead, check_rows, local_shard
 from grpo_core.linear.matmuls import Plan
 from grpo_core.linear.vocab_slices import SoftmaxRows, add_gradients_of_slices, gather_target_logits
 from grpo_core.linear.workspace import LinearCall, Workspace, scatter_rows
@@ -49,6 +50,8 @@ def linear_token_logp(
     target: Tensor,
     *,
     temperature: float = 1.0,
+    group: Any = None,
+    vocabulary_start: int | None = None,
     mask: Tensor | None = None,
     kept: Kept | Tensor | None = None,
     memory_budget: int | None = None,
@@ -59,8 +62,8 @@ def linear_token_logp(
     """Log-probability and entropy of every target, one product: old, reference, evaluation passes.
 
     Args:
-        hidden, lm_head, target, temperature, mask, kept, memory_budget, logits_dtype, backend,
-        validate: as in `fused_linear_loss`. Not differentiable.
+        hidden, lm_head, target, temperature, group, vocabulary_start, mask, kept, memory_budget,
+        logits_dtype, backend, validate: as in `fused_linear_loss`. Not differentiable.
 
     Returns:
         `TokenLogp`: logp and entropy, nats, shaped like target, float32, 0 where masked.
@@ -70,6 +73,8 @@ def linear_token_logp(
     """
     arguments: dict[str, Any] = {
         "temperature": temperature,
+        "group": group,
+        "vocabulary_start": vocabulary_start,
         "plan": "fast",
         "mask": mask,
         "kept": kept,
@@ -90,6 +95,9 @@ def linear_logp(
     target: Tensor,
     *,
     temperature: float = 1.0,
+    group: Any = None,
+    vocabulary_start: int | None = None,
+    reduce_dhidden: bool = True,
     mask: Tensor | None = None,
     kept: Kept | Tensor | None = None,
     plan: Plan | None = None,
@@ -110,6 +118,7 @@ def linear_logp(
         lm_head: [V, D], or a `LinearHead` with bias, soft cap, scale, padding or an adapter.
         target: [B, T] or [N] integers, already shifted; -100 means masked.
         temperature: T > 0, the logits are divided by it.
+        group, vocabulary_start, reduce_dhidden: as in `fused_linear_loss`.
         mask: shaped like target, 0 means masked.
         kept: as in `fused_loss`; a target that was not kept has logp −inf.
         plan: of the backward: "fast" holds a float32 sum of a narrower head's gradient, "lean"
@@ -131,6 +140,9 @@ def linear_logp(
         lm_head,
         target,
         temperature=temperature,
+        group=group,
+        vocabulary_start=vocabulary_start,
+        reduce_dhidden=reduce_dhidden,
         mask=mask,
         kept=kept,
         plan=plan,
@@ -157,6 +169,9 @@ def logp_from_hidden(
     logits_dtype: torch.dtype | None,
     backend: Backend | None,
     validate: bool | None,
+    group: Any = None,
+    vocabulary_start: int | None = None,
+    reduce_dhidden: bool = True,
     gradients_in_forward: bool = False,
     extra_vectors: Callable[[Tensor, Tensor], list[Tensor]] = lambda logits, target: [],
     gathered: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -169,16 +184,24 @@ def logp_from_hidden(
         extra_vectors: returns further vectors [n] from a chunk's logits [n, V] and targets [n].
         gathered: a context that the backward enters to use the head.
     """
+    lm_head, group, vocabulary_start = local_shard(lm_head, group, vocabulary_start)
     head, target, logits = check_rows(hidden, lm_head, target)
     check_logits(logits, temperature, HEAD_DTYPES)
-    check_target(logits, target, mask, validate)
+    same = {"target": target, "temperature": temperature, "mask": mask}
+    same |= {"hidden_size": hidden.shape[-1], "requires_grad": hidden.requires_grad}
+    shards = find_shards(group, vocabulary_start, logits, same)
+    whole = whole_logits(logits, shards)
+    check_target(whole, target, mask, validate)
     flat = flatten_target(target)
-    valid = find_unmasked(target, mask) & (flat >= 0) & (flat < head.V)
+    valid = find_unmasked(target, mask) & (flat >= 0) & (flat < whole.shape[-1])
+    check_unsharded(shards, kept=kept)
     call = LinearCall.of(
         hidden,
         target=flat,
         kept=check_kept(kept, logits, valid, validate),
         temperature=float(temperature),
+        shards=shards,
+        reduce_dhidden=reduce_dhidden,
         plan=plan,
         memory_budget=memory_budget,
         logits_dtype=logits_dtype,
@@ -256,8 +279,9 @@ class LinearLogp(torch.autograd.Function):
             row_gradients if call.rows is None else row_gradients.at(call.rows), stats
         )
         if dhidden_of_logp is not None and dentropy is None:
-            dhidden = scale_rows(dhidden_of_logp.clone(), row_gradients.dlogp).to(hidden.dtype)
-            dhidden = scatter_rows(dhidden, call.rows, hidden)
+            dhidden = scale_rows(dhidden_of_logp.clone(), row_gradients.dlogp)
+            sum_over_shards(call.kernels, dhidden, None)
+            dhidden = scatter_rows(dhidden.to(hidden.dtype), call.rows, hidden)
             return None, None, None, None, dhidden, *[None] * len(tensors)
         # the rows that have a gradient
         some = row_gradients.any.nonzero().squeeze(1)

@@ -18,7 +18,14 @@ from grpo_core.backends import Backend
 from grpo_core.backends.kept import Kept
 from grpo_core.kernels.records import Rows
 from grpo_core.linear.chunks import LossRows, loss_over_chunks, loss_with_frozen_head
-from grpo_core.linear.head import HEAD_DTYPES, LinearHead, check_head, check_hidden, check_rows
+from grpo_core.linear.head import (
+    HEAD_DTYPES,
+    LinearHead,
+    check_head,
+    check_hidden,
+    check_rows,
+    local_shard,
+)
 from grpo_core.linear.logp import logp_from_hidden
 from grpo_core.linear.matmuls import Plan
 from grpo_core.linear.vocab_slices import loss_over_slices
@@ -52,6 +59,9 @@ def fused_linear_loss(
     sequence_id: Tensor | None = None,
     normalizer: Tensor | float | None = None,
     temperature: float = 1.0,
+    group: Any = None,
+    vocabulary_start: int | None = None,
+    reduce_dhidden: bool = True,
     plan: Plan | None = None,
     memory_budget: int | None = None,
     logits_dtype: torch.dtype | None = None,
@@ -75,6 +85,11 @@ def fused_linear_loss(
         sampler_logp, mask, kept, sequence_id, normalizer, backend, validate: see `fused_loss`;
             with [B, T, D] for [B, T, V].
         temperature: T > 0, the logits are divided by it.
+        group, vocabulary_start: as in `fused_loss`, for ranks that each hold some rows of `lm_head`
+            (and of its bias and lora_B; `vocabulary` is of these rows), and the same of all else.
+            A `DTensor` head with `Shard(0)` gives both by itself, of its one mesh axis.
+        reduce_dhidden: with a group, sum the gradient of `hidden` over the ranks. False leaves each
+            rank's part, for a reduction that follows (sequence parallelism).
         ref_hidden, ref_lm_head: instead of `ref_logp`, hidden states of the reference policy,
             shaped like target with any D, and its matrix (None: `lm_head`); one product more.
             kl="exact" needs them.
@@ -114,12 +129,15 @@ def fused_linear_loss(
         sequence_id=sequence_id,
         normalizer=normalizer,
         temperature=temperature,
+        group=group,
+        vocabulary_start=vocabulary_start,
         backend=backend,
         validate=validate,
     )
     options: dict[str, Any] = {
         "ref_hidden": ref_hidden,
         "ref_lm_head": ref_lm_head,
+        "reduce_dhidden": reduce_dhidden,
         "plan": plan,
         "memory_budget": memory_budget,
         "logits_dtype": logits_dtype,
@@ -145,8 +163,13 @@ def loss_from_hidden(
     memory_budget: int | None,
     logits_dtype: torch.dtype | None,
     all_logp: bool,
+    reduce_dhidden: bool = True,
 ) -> LossOutput:
     """`fused_linear_loss` outside of `torch.compile`."""
+    lm_head, group, start = local_shard(lm_head, inputs.group, inputs.vocabulary_start)
+    inputs = replace(inputs, group=group, vocabulary_start=start)
+    if ref_lm_head is not None:
+        ref_lm_head, *_ = local_shard(ref_lm_head, group, start)
     head, target, logits = check_rows(hidden, lm_head, inputs.target)
     reference = _check_reference(inputs, head, hidden, ref_hidden, ref_lm_head)
     exact = reference is not None and inputs.objective.kl == "exact"
@@ -156,7 +179,9 @@ def loss_from_hidden(
     elif reference is not None:
         # computed below, when the rows are known
         inputs = replace(inputs, ref_logp=torch.zeros(target.shape, device=hidden.device))
-    tokens = inputs.tokens(logits, logit_dtypes=HEAD_DTYPES)
+    same = {"hidden_size": hidden.shape[-1], "requires_grad": hidden.requires_grad}
+    shards = inputs.shards(logits, **same)
+    tokens = inputs.tokens(logits, shards=shards, logit_dtypes=HEAD_DTYPES)
     if inputs.ref_topk is not None and plan == "lean":
         raise NotImplementedError('plan: expected "fast" or None with ref_topk, got "lean"')
     without_gradient = tokens.has_no_gradient()
@@ -173,6 +198,8 @@ def loss_from_hidden(
             ref_logp, _ = logp_from_hidden(
                 *reference,
                 target,
+                group=group,
+                vocabulary_start=start,
                 mask=mask,
                 kept=tokens.kept,
                 plan="fast",
@@ -189,6 +216,8 @@ def loss_from_hidden(
         exact_beta=float(inputs.objective.beta) if inputs.objective.has_row_kl else None,
         interpolation=float(inputs.objective.interpolation),
         kept=tokens.kept,
+        shards=shards,
+        reduce_dhidden=reduce_dhidden,
         plan="fast" if inputs.ref_topk is not None else plan,
         wanted=tuple(enabled and x is not None and x.requires_grad for x in tensors),
         **options,

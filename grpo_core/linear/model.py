@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from grpo_core.linear.head import LinearHead
+from grpo_core.linear.head import LinearHead, is_distributed, local_hidden, replicate
 from grpo_core.linear.logp import linear_token_logp
 from grpo_core.linear.loss import fused_linear_loss
 from grpo_core.linear.model_head import HeadOptions, probe_options, read_head
@@ -127,6 +127,8 @@ class Request:
 
     def of(self, hidden: Tensor, module: nn.Module, options: HeadOptions) -> Any:
         """The function's result for hidden states [B, T, D] and the module's head."""
+        sharded = is_distributed(hidden)
+        hidden = local_hidden(hidden, self.arguments.get("reduce_dhidden", True))
         if self.rows is not None:
             check_tensor("rows", self.rows)
             if self.rows.dtype != torch.bool or self.rows.shape != hidden.shape[:-1]:
@@ -135,7 +137,8 @@ class Request:
                     f"{self.rows.dtype} of shape {list(self.rows.shape)}"
                 )
             hidden = hidden[self.rows]
-        return self._function(hidden, read_head(module, options), self.target, **self.arguments)
+        head = read_head(module, options, sharded=sharded)
+        return self._function(hidden, head, self.target, **self.arguments)
 
 
 class LossRequest(Request):
@@ -181,12 +184,12 @@ class PendingRequest:
         content = self.request.of(hidden, self.module, self.options)
         if not isinstance(content, LossOutput):
             self.output = HeadOutput(None, Sealed(content))
-            return hidden.new_zeros(1, 1, 1, dtype=torch.float32)
+            return replicate(hidden.new_zeros(1, 1, 1, dtype=torch.float32), hidden)
         # part of the graph, so that hooks on the output run in the backward
         seen = content.loss.reshape(1, 1, 1).clone()
         content = replace(content, loss=seen.sum())
         self.output = HeadOutput(content.loss, Sealed(content))
-        return seen
+        return replicate(seen, hidden)
 
 
 def with_fused_head(model: Model, *, vocabulary: int | None = None) -> Model:

@@ -16,7 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from grpo_core.linear.head import LinearHead
+from grpo_core.linear.head import (
+    LinearHead,
+    is_distributed,
+    local_hidden,
+    local_shard,
+    replicate,
+)
 
 # fields of a config: of a soft cap, and of scales that multiply or divide
 CAP = "final_logit_softcapping"
@@ -76,8 +82,17 @@ def _numbers(config: Any) -> tuple[float | None, dict[str, float]]:
     return cap or None, {name: scale for name, scale in scales.items() if scale}
 
 
-def read_head(module: Any, options: HeadOptions = NOTHING, *, adapters: bool = True) -> LinearHead:
+def read_head(
+    module: Any,
+    options: HeadOptions = NOTHING,
+    *,
+    adapters: bool = True,
+    sharded: bool = False,
+) -> LinearHead:
     """The head as it is now.
+
+    Args:
+        sharded: whether its matrix may be a DTensor, as in a module that gets hidden states as one.
 
     Raises:
         ValueError: a module without a matrix, a sharded matrix that is not gathered, or an
@@ -90,7 +105,7 @@ def read_head(module: Any, options: HeadOptions = NOTHING, *, adapters: bool = T
     if hasattr(module, "lora_A") and hasattr(module, "get_base_layer"):
         base, adapter = module.get_base_layer(), _read_adapter(module)
     weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
-    if hasattr(weight, "device_mesh"):
+    if is_distributed(weight) and not sharded:
         raise ValueError(
             "lm_head: expected a whole matrix, got a sharded one: call the module that fully_shard "
             "was applied to, and not a part of it"
@@ -135,13 +150,18 @@ def probe_options(model: Any, module: nn.Module) -> HeadOptions:
     cap, scales = _numbers(model.config)
     factors = [1.0, *(f for scale in scales.values() for f in (scale, 1 / scale))]
     candidates = [HeadOptions(c, f) for c in dict.fromkeys((None, cap)) for f in factors]
-    reach, ramps = REACH if cap is None else REACH_CAPS * cap, []
+    reach = REACH if cap is None else REACH_CAPS * cap
+    ramps: list[Tensor] = []
 
     def replace_logits(module: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> Tensor:
         _check_product(module, inputs[0], logits)
         ramp = torch.linspace(-reach, reach, logits.shape[-1], device=logits.device)
         ramps.append(ramp.to(logits.dtype))
-        return ramps[0].expand_as(logits).clone()
+        made: Any = replicate(ramps[0].expand(logits.shape).clone(), logits)
+        if is_distributed(logits):
+            made = made.redistribute(placements=logits.placements)
+            ramps.append(made.to_local()[0, 0])
+        return made
 
     device = next(model.parameters()).device
     ids = torch.arange(PROBE_TOKENS, device=device)[None]
@@ -156,7 +176,10 @@ def probe_options(model: Any, module: nn.Module) -> HeadOptions:
         hook.remove()
     if not ramps:
         raise ValueError("model: expected a forward that calls its get_output_embeddings()")
-    V, ramp = logits.shape[-1], ramps[0].float()
+    logits = logits.full_tensor() if is_distributed(logits) else logits
+    # the last is of this rank alone, which the model may return
+    V = logits.shape[-1]
+    ramp = ramps[-1 if len(ramps[-1]) == V else 0].float()
     errors = [_distance(logits[0, 0], options.apply(ramp[:V])) for options in candidates]
     best = min(range(len(errors)), key=errors.__getitem__)
     if not errors[best] <= ROUNDINGS:
@@ -167,9 +190,12 @@ def probe_options(model: Any, module: nn.Module) -> HeadOptions:
     return candidates[best]._replace(vocabulary=V if len(ramp) > V else None)
 
 
-def _check_product(module: nn.Module, hidden: Tensor, logits: Tensor) -> None:
+def _check_product(module: nn.Module, hidden: Tensor, logits: Any) -> None:
     """Raises ValueError if the module's logits are not those of `read_head`."""
-    head = read_head(module)
+    sharded = is_distributed(hidden)
+    head = local_shard(read_head(module, sharded=sharded), None, None)[0]
+    assert isinstance(head, LinearHead)
+    hidden, logits = local_hidden(hidden), logits.to_local() if sharded else logits
     dtype = torch.promote_types(hidden.dtype, head.weight.dtype)
     ours = linear(hidden.to(dtype), head.weight.to(dtype))
     ours = ours if head.bias is None else ours + head.bias

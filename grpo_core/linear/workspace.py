@@ -10,6 +10,7 @@ from torch import Tensor
 
 from grpo_core.backends import Backend, choose_backend
 from grpo_core.backends.kept import Kept, keep_rows
+from grpo_core.backends.sharded import ShardedBackend, Shards, over_shards, sum_over_shards
 from grpo_core.backends.wrapper import Kernels, kernels_at
 from grpo_core.kernels.records import RowGradients, Rows, RowStats
 from grpo_core.linear.head import HEAD_DTYPES, LinearHead
@@ -48,6 +49,9 @@ class LinearCall:
         backend: Backend | None,
         kept: Kept | None,
         target: Tensor,
+        plan: Plan | None,
+        shards: Shards | None,
+        reduce_dhidden: bool,
         **others: Any,
     ) -> LinearCall:
         """The call over all rows of `hidden`; `others` are fields.
@@ -61,7 +65,12 @@ class LinearCall:
         device = hidden.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         kernels = keep_rows(choose_backend(backend, hidden), kept, target)
-        others |= {"target": target, "autocast": autocast, "kernels": kernels}
+        if shards is not None:
+            if plan == "lean":
+                raise NotImplementedError("plan: expected 'fast' or None with a group, got 'lean'")
+            plan = "fast"
+        others |= {"target": target, "plan": plan, "autocast": autocast}
+        others["kernels"] = over_shards(kernels, shards, reduce_dhidden)
         return cls(logits_dtype=logits_dtype or torch.float32, **others)
 
     def at(self, some: Tensor) -> LinearCall:
@@ -102,6 +111,12 @@ class Workspace:
         self.layout = choose_layout(
             n, head, call.wanted, row_bytes, call.plan, call.memory_budget, hidden.device
         )
+        if isinstance(call.kernels, ShardedBackend):
+            # a chunk is a collective
+            each = call.kernels.shards.gather(
+                torch.tensor([[self.layout.rows]], device=hidden.device)
+            )
+            self.layout = replace(self.layout, rows=int(each.amin()))
         self.lean = self.differentiates and self.layout.plan == "lean"
         self.dlogits_dtype = compute if self.lean else narrow
         step = self.layout.rows
@@ -202,6 +217,7 @@ class Workspace:
             # 0·NaN of a head that is not finite
             self.dhidden.masked_fill_(self.zero[:, None], 0.0)
         self.free_buffers()
+        sum_over_shards(self.call.kernels, self.dhidden, self.sums[2])
         sums, self.dhidden, self.sums = [self.dhidden, *self.sums], None, []
         gradients: Gradients = []
         for k, tensor in enumerate((hidden, *self.head.tensors)):

@@ -24,6 +24,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from grpo_core.backends.kept import Kept
 from grpo_core.loss.inputs import LossInputs
@@ -60,6 +62,7 @@ NAMES: dict[str, Any] = {
     "torch": torch,
     "Surrogate": Surrogate,
     "function_of": function_of,
+    "group_named": _resolve_process_group,
 }
 FIELDS: dict[str, tuple[str, ...]] = {}
 
@@ -180,6 +183,8 @@ def _write(value: Any, tensors: list[Tensor], numbers: list[float]) -> str:
     if isinstance(value, Surrogate):
         args = _write(value.args, tensors, numbers)
         return f'Surrogate(function_of("{value.name}"), {args}, {value.homogeneous})'
+    if isinstance(value, ProcessGroup):
+        return f"group_named({value.group_name!r})"
     if isinstance(value, tuple):
         written = [_write(each, tensors, numbers) + ", " for each in value]
         return f"({''.join(written)})"

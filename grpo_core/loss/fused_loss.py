@@ -7,11 +7,14 @@ statistics, a small step over `[N]` vectors, `row_dlogits`. Both plans are in `a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from grpo_core.backends import Backend, choose_backend
 from grpo_core.backends.kept import Kept, keep_rows
+from grpo_core.backends.sharded import check_unsharded, find_shards, over_shards, whole_logits
 from grpo_core.kernels.records import Rows
 from grpo_core.loss.autograd import (
     Call,
@@ -56,6 +59,8 @@ def fused_loss(
     sequence_id: Tensor | None = None,
     normalizer: Tensor | float | None = None,
     temperature: float = 1.0,
+    group: Any = None,
+    vocabulary_start: int | None = None,
     inplace: bool = False,
     backend: Backend | None = None,
     validate: bool | None = None,
@@ -108,6 +113,11 @@ def fused_loss(
             loss here, as n / c: `(c * loss).backward()` rounds a bfloat16 gradient
             twice unless c is a power of two (at most 2⁻⁷ of an element instead of 2⁻⁸).
         temperature: T > 0, the logits are divided by it.
+        group: a `ProcessGroup` whose ranks each hold some columns of the logits, and the same of
+            all else; V is then their sum. Every rank gets the same results, and the gradient of
+            its own columns.
+        vocabulary_start: the first column of this rank; None on all ranks means that their columns
+            lie in the order of the ranks.
         inplace: write the gradient, if one is wanted, over the logits. This needs the least
             memory; the logits are overwritten and backward can run once only. If the logits are a
             leaf, their `.grad` is the same memory. Not for logits whose producer keeps its
@@ -144,6 +154,8 @@ def fused_loss(
         sequence_id=sequence_id,
         normalizer=normalizer,
         temperature=temperature,
+        group=group,
+        vocabulary_start=vocabulary_start,
         backend=backend,
         validate=validate,
     )
@@ -157,7 +169,8 @@ def fused_loss(
 @register_function
 def loss_from_logits(logits: Tensor, inputs: LossInputs, inplace: bool = False) -> LossOutput:
     """`fused_loss` outside of `torch.compile`."""
-    tokens = inputs.tokens(logits)
+    shards = inputs.shards(logits)
+    tokens = inputs.tokens(logits, shards=shards)
     if inplace and not is_readable(logits):
         raise ValueError(
             "inplace: expected logits with a contiguous last axis and separate rows, "
@@ -169,7 +182,10 @@ def loss_from_logits(logits: Tensor, inputs: LossInputs, inplace: bool = False) 
         temperature=float(inputs.temperature),
         inplace=inplace,
         kernels=inputs.with_topk(
-            keep_rows(choose_backend(inputs.backend, logits), tokens.kept, tokens.target)
+            over_shards(
+                keep_rows(choose_backend(inputs.backend, logits), tokens.kept, tokens.target),
+                shards,
+            )
         ),
     )
     wants_gradient = logits.requires_grad and torch.is_grad_enabled()
@@ -188,6 +204,8 @@ def token_logp(
     target: Tensor,
     *,
     temperature: float = 1.0,
+    group: Any = None,
+    vocabulary_start: int | None = None,
     mask: Tensor | None = None,
     kept: Kept | Tensor | None = None,
     backend: Backend | None = None,
@@ -198,7 +216,8 @@ def token_logp(
     Bit for bit the `logp` of `fused_loss` for the same row. Not differentiable.
 
     Args:
-        logits, target, temperature, mask, kept, backend, validate: as in `fused_loss`.
+        logits, target, temperature, group, vocabulary_start, mask, kept, backend, validate: as in
+            `fused_loss`.
 
     Returns:
         `TokenLogp`: logp and entropy, nats, shaped like target, float32, 0 where masked; logp is
@@ -207,7 +226,17 @@ def token_logp(
     Raises:
         ValueError, NotImplementedError: as `fused_loss`.
     """
-    arguments = (logits, target, temperature, mask, backend, validate, kept)
+    arguments = (
+        logits,
+        target,
+        temperature,
+        mask,
+        backend,
+        validate,
+        kept,
+        group,
+        vocabulary_start,
+    )
     if torch.compiler.is_compiling():
         logp, entropy = logp_in_graph(logp_from_logits, *arguments)
     else:
@@ -224,15 +253,20 @@ def logp_from_logits(
     backend: Backend | None,
     validate: bool | None,
     kept: Kept | Tensor | None = None,
+    group: Any = None,
+    vocabulary_start: int | None = None,
 ) -> TokenLogp:
     """`token_logp` outside of `torch.compile`."""
     check_logits(logits, temperature, LOGIT_DTYPES)
-    flat = flatten_target(check_target(logits, target, mask, validate))
+    same = {"target": target, "temperature": temperature, "mask": mask}
+    shards = find_shards(group, vocabulary_start, logits, same)
+    flat = flatten_target(check_target(whole_logits(logits, shards), target, mask, validate))
     if mask is not None:
         flat = torch.where(mask.reshape(-1) != 0, flat, IGNORE)
     # a row whose target is outside [0, V) is not read
     rows = Rows.of(make_readable(logits))
+    check_unsharded(shards, kept=kept)
     kept = check_kept(kept, logits, (flat >= 0) & (flat < rows.V), validate)
-    kernels = keep_rows(choose_backend(backend, logits), kept, flat)
+    kernels: Any = over_shards(keep_rows(choose_backend(backend, logits), kept, flat), shards)
     stats = kernels.row_stats(rows, flat, float(temperature))
     return TokenLogp(stats.logp.view(target.shape), stats.entropy.view(target.shape))

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from grpo_core.backends import Backend
 from grpo_core.backends.kept import Kept
+from grpo_core.backends.sharded import Shards, check_unsharded, find_shards, whole_logits
 from grpo_core.backends.topk import TopK
 from grpo_core.backends.wrapper import Kernels
 from grpo_core.loss.kept import check_kept
@@ -57,13 +59,27 @@ class LossInputs:
     normalizer: Tensor | float | None = None
     target: Tensor
     temperature: float = 1.0
+    group: Any = None
+    vocabulary_start: int | None = None
     backend: Backend | None = None
     validate: bool | None = None
+
+    def shards(self, logits: Tensor, **same: object) -> Shards | None:
+        """The shards of the vocabulary, once all ranks agree on these arguments and on `same`."""
+        check_logits(logits, self.temperature, LOGIT_DTYPES)
+        own, spec = {"group", "vocabulary_start", "backend", "validate"}, self.objective
+        same |= {name: value for name, value in vars(self).items() if name not in own}
+        # numbers, which have the same hash in every process
+        same["objective"] = hash((spec.kl == "exact", spec.beta, spec.entropy_coef))
+        for name in ("ref_logits", "ref_topk", "kept"):
+            same[name] = getattr(self, name) is not None
+        return find_shards(self.group, self.vocabulary_start, logits, same)
 
     def tokens(
         self,
         logits: Tensor,
         *,
+        shards: Shards | None = None,
         dtype: torch.dtype = torch.float32,
         logit_dtypes: tuple[torch.dtype, ...] = LOGIT_DTYPES,
     ) -> Tokens:
@@ -72,6 +88,7 @@ class LossInputs:
         Args:
             logits: [B, T, V] or [N, V], of `logit_dtypes`; only its shape, dtype and device are
                 used.
+            shards: of which the logits have one, and the targets all.
 
         Raises:
             ValueError, NotImplementedError: naming the argument, what was expected and what came.
@@ -80,7 +97,8 @@ class LossInputs:
         check_logits(logits, self.temperature, logit_dtypes)
         self._check_policies(logits)
         shape, packed = logits.shape[:-1], logits.ndim == 2
-        target = check_target(logits, self.target, self.mask, self.validate)
+        whole = whole_logits(logits, shards)
+        target = check_target(whole, self.target, self.mask, self.validate)
 
         def flatten(name: str, *shapes: tuple[int, ...]) -> Tensor | None:
             """An optional floating-point argument as a contiguous vector of constants."""
@@ -106,11 +124,13 @@ class LossInputs:
         else:
             given = flatten("advantage", shape, *([] if packed else [shape[:1]]))
             advantage = flat.new_zeros(flat.shape, dtype=dtype) if given is None else given
+        mixed = None if self.objective.interpolation == 1 else self.objective.interpolation
+        check_unsharded(shards, kept=self.kept, ref_topk=self.ref_topk, interpolation=mixed)
         if self.ref_topk is not None:
             if self.kept is not None:
                 raise ValueError("kept: expected None with ref_topk, got both")
             check_topk(self.ref_topk, logits, valid, self.validate)
-        bad_target = valid & ((flat < 0) | (flat >= logits.shape[-1]))
+        bad_target = valid & ((flat < 0) | (flat >= whole.shape[-1]))
         present = valid & ~bad_target
         kept = check_kept(self.kept, logits, present, self.validate)
         unkept = None if kept is None else present & (kept.places(flat) < 0)
