@@ -22,6 +22,7 @@ from grpo_core.objective.validation import (
     check_integers,
     check_mask,
     check_tensor,
+    is_int,
     is_number,
     must_validate,
     raise_first,
@@ -119,7 +120,7 @@ class LossInputs:
             groups=self.groups,
         )
         per_sequence = self.rewards is not None or advantage.numel() != flat.numel()
-        tokens = _assign_sequences(tokens, per_sequence).with_weights()
+        tokens = self._assign_groups(_assign_sequences(tokens, per_sequence)).with_weights()
         if old_logp is None or self.objective.factor.current:
             return tokens
         return tokens.with_sampler_factor(old_logp)
@@ -142,8 +143,12 @@ class LossInputs:
             )
         for name in ("group_size", "group_id"):
             groups = getattr(self, name)
-            if groups is not None and self.rewards is None:
-                raise ValueError(f"{name}: expected None without rewards, got {groups!r}")
+            if groups is not None and self.rewards is None and not spec.averages_prompts:
+                want = "None without rewards (but for prompt_mean)"
+                raise ValueError(f"{name}: expected {want}, got {groups!r}")
+        if spec.averages_prompts and (self.group_size is None) == (self.group_id is None):
+            got = "neither" if self.group_size is None else "both"
+            raise ValueError(f"group_size: expected it or group_id for prompt_mean, got {got}")
         exact = spec.kl == "exact"
         name = "ref_logits" if exact else "ref_logp"
         if spec.beta and getattr(self, name) is None:
@@ -191,6 +196,34 @@ class LossInputs:
         if unknown.any():
             raise_first("sequence_id", f"ids below the {rewards.numel()} rewards", ids, unknown)
         return ids
+
+    def _assign_groups(self, tokens: Tokens) -> Tokens:
+        """Gives every token the prompt of its sequence, where the aggregation needs that."""
+        if not self.objective.averages_prompts:
+            return tokens
+        sequence, size, ids = tokens.sequence, self.group_size, self.group_id
+        if ids is None:
+            B = tokens.sequences if self.rewards is None else self.rewards.numel()
+            uneven = is_int(size) and size >= 1 and B % size and tokens.width is not None
+            if not is_int(size) or size < 1 or uneven:
+                raise ValueError(f"group_size: expected an int that divides B = {B}, got {size!r}")
+            return replace(tokens, group=sequence // size, prompts=tokens.sequences)
+        # packed rows of given advantages do not say how many sequences there are
+        B = check_tensor("group_id", ids).numel()
+        if self.rewards is not None or tokens.width is not None:
+            B = tokens.sequences if self.rewards is None else self.rewards.numel()
+        given = check_integers("group_id", ids, (B,), device=sequence.device)
+        given, _ = check_ids("group_id", given, "B", B, given, self.validate)
+        known = sequence < B
+        unknown = tokens.valid & ~known
+        if must_validate(self.validate, given) and unknown.any():
+            raise_first("sequence_id", f"ids below the {B} of group_id", sequence, unknown)
+        group = given[sequence.clamp(max=max(B - 1, 0))] if B else torch.zeros_like(sequence)
+        target = torch.where(known, tokens.target, IGNORE)
+        valid = tokens.valid & known
+        return replace(
+            tokens, target=target, valid=valid, unmasked=valid, group=group, prompts=max(B, 1)
+        )
 
     def _check_normalizer(self, logits: Tensor) -> Tensor | float | None:
         """The divisor as a constant: None, a number > 0 or a real 0-dim tensor."""

@@ -16,7 +16,12 @@ from grpo_core.kernels.records import SequenceTokens, Terms
 from grpo_core.objective.aggregation import Aggregation, token_weights
 from grpo_core.objective.objective import Objective
 from grpo_core.objective.off_policy import combine, find_off_policy
-from grpo_core.objective.policy_factor import LARGEST_LOG_RATIO, SMALLEST_LOG_RATIO, top_share
+from grpo_core.objective.policy_factor import (
+    LARGEST_LOG_RATIO,
+    SMALLEST_LOG_RATIO,
+    top_share,
+    within_second_moment,
+)
 
 # the target of a masked token, as in torch.nn.functional.cross_entropy
 IGNORE = -100
@@ -32,6 +37,8 @@ class Tokens(SequenceTokens):
     sampler_logp: Tensor | None  # [N], nats
     normalizer: Tensor | float | None
     groups: tuple[Tensor, int | Tensor] | None  # rewards [B]; their size, or an id for each
+    group: Tensor | None = None  # [N] int64 in [0, prompts), of prompt_mean
+    prompts: int = 0  # upper bound on their number
 
     @property
     def waits_for_sampler(self) -> bool:
@@ -42,7 +49,9 @@ class Tokens(SequenceTokens):
     @property
     def couples_sequences(self) -> bool:
         """Whether the loss of a token needs tokens of other sequences."""
-        return self.objective.factor.top_entropy < 1 or self.waits_for_sampler
+        factor = self.objective.factor
+        by_moment = self.old_logp is not None and factor.second_moment < math.inf
+        return factor.top_entropy < 1 or by_moment or self.waits_for_sampler
 
     @property
     def needs_statistics(self) -> bool:
@@ -50,8 +59,9 @@ class Tokens(SequenceTokens):
         factor = self.objective.factor
         moves = self.old_logp is not None or self.sampler_logp is not None
         of_sequence = factor.off_policy_delta < math.inf or factor.sequence_weight is not None
+        ahead = factor.future_kl is not None and self.old_logp is not None
         token_level = self.objective.is_token_level
-        return not token_level or self.couples_sequences or (moves and of_sequence)
+        return not token_level or self.couples_sequences or (moves and of_sequence) or ahead
 
     @property
     def terms(self) -> Terms:
@@ -102,7 +112,9 @@ class Tokens(SequenceTokens):
             # a sequence weight contains it
             tokens = self if rules.sequence_weight is not None else self.scale_factor(factor)
         for rule in rules.rejections:
-            kept = kept & rule.apply(*vectors)[1]
+            inside, stays = rule.apply(*vectors)
+            kept = kept & stays
+            tokens = tokens.scale_factor(inside) if rule.action == "zero" else tokens
         return tokens.keep(kept)
 
     @torch.no_grad()
@@ -112,6 +124,12 @@ class Tokens(SequenceTokens):
         tokens = self.with_sampler_factor(logp) if self.waits_for_sampler else self
         if factor.sequence_weight is not None:
             tokens = tokens.scale_factor(tokens.weigh_sequences(logp))
+        if self.old_logp is not None and factor.future_kl is not None:
+            vectors = (logp - self.old_logp, tokens.valid, tokens.sequence, tokens.sequences)
+            tokens = tokens.scale_factor(factor.future_kl.weigh(*vectors))
+        if self.old_logp is not None and factor.second_moment < math.inf:
+            moved = (logp - self.old_logp, tokens.advantage, tokens.valid)
+            tokens = tokens.scale_factor(within_second_moment(*moved, factor.second_moment))
         before = tokens.old_logp if tokens.sampler_logp is None else tokens.sampler_logp
         if factor.off_policy_delta < math.inf and before is not None:
             vectors = (tokens.advantage, tokens.valid, tokens.sequence, tokens.sequences)
@@ -177,11 +195,14 @@ class Tokens(SequenceTokens):
     def _weights(
         self, valid: Tensor, aggregation: Aggregation, normalizer: Tensor | float | None
     ) -> Tensor:
+        by_prompt = aggregation == "prompt_mean"
+        group = self.group if by_prompt else self.sequence
+        assert group is not None
         return token_weights(
             valid,
-            self.sequence,
+            group,
             aggregation,
-            sequences=self.sequences,
+            sequences=self.prompts if by_prompt else self.sequences,
             width=self.width,
             normalizer=normalizer,
             dtype=self.advantage.dtype,

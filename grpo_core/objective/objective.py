@@ -44,7 +44,7 @@ _FUNCTIONS: weakref.WeakValueDictionary[str, Callable] = weakref.WeakValueDictio
 # those that a compiled graph has called
 _IN_GRAPHS: dict[str, Callable] = {}
 
-KL = Literal["k1", "absolute", "k2", "k3", "k1_plus", "absolute_plus", "k3_plus", "exact"]
+KL = Literal["k1", "absolute", "k2", "k3", "k1_plus", "absolute_plus", "k3_plus", "gated", "exact"]
 
 
 @dataclass(frozen=True)
@@ -184,6 +184,11 @@ class Objective:
     def is_token_level(self) -> bool:
         """Whether a token's ratio is independent of the other tokens of its sequence."""
         return self.ratio_level == "token" and self.token_clip is None
+
+    @property
+    def averages_prompts(self) -> bool:
+        """Whether a weight depends on the prompt of a sequence."""
+        return "prompt_mean" in (self.aggregation, self.entropy_aggregation)
 
     @property
     def kl_function(self) -> Callable:
