@@ -142,7 +142,7 @@ def future_kl(
     high: float,
     c: float,
 ) -> Tensor:
-    """FIPO (arXiv 2603.19835): f_t = clip(exp(Σ_{k≥t} γ^(k−t)·M_k·Δ_k), low, high), M_k = [r_k ≤ c].
+    """FIPO (arXiv 2603.19835): f_t = clip(exp(Σ_k≥t γ^(k−t)·M_k·Δ_k), low, high), M_k = [r_k ≤ c].
 
     γ = 2^(−1/half_life); t and k count the tokens of the completion.
     """

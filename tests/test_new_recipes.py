@@ -27,7 +27,7 @@ from grpo_core.objective.policy_factor import within_second_moment
 from grpo_core.objective.recipes import importance
 from grpo_core.objective.value import gae, rewards_with_kl
 from tests import oracles, oracles_estimators
-from tests.combinations import paired
+from tests.combinations import paired, slow
 from tests.conftest import BACKENDS
 
 B, T, V, D = 6, 7, 23, 11
@@ -59,7 +59,9 @@ def batch(spread: float = 0.3) -> dict[str, Any]:
     mask[0, 2:4] = mask[3, 1] = False
     target[5, 2] = -100
     logp, _ = oracles.logp_and_entropy(hidden @ head.T, target.clamp(min=0), 1.0)
-    vectors = {n: (logp + spread * torch.randn(B, T)).clamp(max=0) for n in ("old_logp", "ref_logp")}
+    vectors = {
+        n: (logp + spread * torch.randn(B, T)).clamp(max=0) for n in ("old_logp", "ref_logp")
+    }
     sampler_logp = (vectors["old_logp"] + 0.1 * torch.randn(B, T)).clamp(max=0)
     vectors = {k: v.float() for k, v in (vectors | {"sampler_logp": sampler_logp}).items()}
     given = {"hidden": hidden, "head": head, "target": target, "mask": mask}
@@ -81,7 +83,9 @@ def packed(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def close(found: Tensor, expected: Tensor, rtol: float = 2e-5) -> bool:
-    return torch.allclose(found.double(), expected.double(), rtol, 1e-6 * float(expected.abs().max()))
+    return torch.allclose(
+        found.double(), expected.double(), rtol, 1e-6 * float(expected.abs().max())
+    )
 
 
 @paired(
@@ -97,6 +101,7 @@ def test_every_way_is_the_reference(backend: str, device: str, name: str, form: 
         hidden @ given["head"].T, objective=objective, **needed(objective, given)
     )
     exact.loss.backward()
+    whole = {name: given[name] for name in ("mask", "target")}
     given = packed(given) if "packed" in form else given
     arguments = {
         k: v.to(device) if isinstance(v, Tensor) else v for k, v in needed(objective, given).items()
@@ -120,12 +125,238 @@ def test_every_way_is_the_reference(backend: str, device: str, name: str, form: 
     assert leaf.grad is not None and hidden.grad is not None
     expected, factor = hidden.grad, exact.factor
     if "packed" in form:
-        rows = packed({"g": expected, "f": factor, **{k: batch_part for k, batch_part in {}.items()}}) if False else None
-        kept = (exact._valid.view(B, T)).T.nonzero(as_tuple=True)[::-1]
-        expected, factor = expected[kept], factor[kept]
+        rows = packed(whole | {"g": expected, "f": factor})
+        expected, factor = rows["g"], rows["f"]
     assert close(out.loss.cpu(), exact.loss.detach())
     assert close(leaf.grad.cpu(), expected, rtol=2e-4)
     counts = out._valid.view(out.factor.shape).cpu() & (out.ratio.cpu() != 0)
     assert close(out.factor.cpu()[counts], factor[counts])
 
 
+@pytest.mark.parametrize("form", ["padded", "packed"])
+@pytest.mark.parametrize("ids", [False, True])
+def test_prompt_mean_takes_the_groups_of_given_advantages(form: str, ids: bool) -> None:
+    """As with rewards, by size or by id, groups of any size; all else is the papers'."""
+    given = batch()
+    group = [1, 4, 1, 4, 0, 1] if ids else [0, 0, 0, 1, 1, 1]
+    spec = RECIPES["scalerl"]
+    A = relative_advantages(REWARDS.double(), torch.tensor(group), spec.advantage)
+    logits = (given["hidden"] @ given["head"].T).requires_grad_()
+    mask = given["mask"] & (given["target"] >= 0)
+    logp, _ = oracles.logp_and_entropy(logits, given["target"].clamp(min=0), 1.0)
+    ratio = (logp - given["old_logp"]).exp()
+    policy = oracles.cispo(logp, ratio, A[:, None].expand(B, T), 5.0)
+    oracle = oracles.prompt_mean(policy, mask, group)
+    groups = {"group_id": torch.tensor(group)} if ids else {"group_size": 3}
+    arguments = {k: given[k] for k in ("target", "mask", "old_logp")} | {"advantage": A}
+    rewards = {k: v for k, v in arguments.items() if k != "advantage"} | {"rewards": REWARDS}
+    leaf = logits.detach()
+    if form == "packed":
+        rows = packed(arguments | {"logits": leaf, "rewards": REWARDS})
+        leaf, A = rows.pop("logits"), A[rows["sequence_id"]]
+        rewards = {k: v for k, v in rows.items() if k != "advantage"}
+        arguments = {k: v for k, v in rows.items() if k != "rewards"} | {"advantage": A}
+    for each in (arguments, rewards):
+        out = reference_loss(leaf.clone(), objective=spec, **each, **groups)
+        assert math.isclose(out.loss, oracle.detach(), rel_tol=1e-6)
+
+
+def test_groups_that_do_not_fit_are_named() -> None:
+    given = {k: batch()[k] for k in ("target", "mask", "old_logp")}
+    logits, A = torch.randn(B, T, V), torch.randn(B)
+    for objective, groups, message in (
+        ("scalerl", {}, "group_size: expected it or group_id for prompt_mean, got neither"),
+        ("dapo", {"group_size": 3}, "group_size: expected None without rewards"),
+        ("scalerl", {"group_size": 4}, "group_size: expected an int that divides B = 6, got 4"),
+        ("scalerl", {"group_size": True}, "group_size: expected an int that divides B"),
+        ("scalerl", {"group_id": torch.zeros(5).long()}, r"group_id: expected shape \[6\]"),
+        ("scalerl", {"group_id": torch.zeros(6)}, "group_id: expected an integer tensor"),
+        ("scalerl", {"group_id": torch.arange(6) + 1}, r"group_id: expected integers in \[0, B"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fused_loss(logits, objective=objective, advantage=A, **given, **groups)
+    rows = {k: v.flatten() for k, v in given.items()}
+    rows |= {"sequence_id": torch.arange(B).repeat_interleave(T)}
+    groups = {"group_id": torch.zeros(3).long()}
+    with pytest.raises(ValueError, match="sequence_id: expected ids below the 3 of group_id, got"):
+        fused_loss(
+            logits.flatten(0, 1),
+            objective="scalerl",
+            advantage=A.repeat_interleave(T),
+            **rows,
+            **groups,
+        )
+
+
+def test_parts_with_whole_groups_add_up() -> None:
+    """With the number of prompts as normalizer."""
+    given = batch()
+    logits = (given["hidden"] @ given["head"].T).float()
+    vectors = {k: given[k] for k in ("target", "mask", "old_logp")} | {"advantage": torch.randn(B)}
+    whole = fused_loss(logits, objective="scalerl", group_size=3, **vectors).loss
+    parts = [
+        fused_loss(
+            logits[part],
+            objective="scalerl",
+            group_size=3,
+            normalizer=2,
+            **{k: v[part] for k, v in vectors.items()},
+        ).loss
+        for part in (slice(0, 3), slice(3, 6))
+    ]
+    assert torch.allclose(whole, sum(parts))
+
+
+@pytest.mark.parametrize("measure", ["binary_kl", "tv"])
+@pytest.mark.parametrize("over", ["token", "mean"])
+@pytest.mark.parametrize("action", ["zero", "reject"])
+def test_gates_keep_the_denominators(measure: Any, over: Any, action: Any) -> None:
+    """OpenRLHF's: w·ℓ of the tokens inside, the mean over all; "reject" also out of the mask."""
+    given = batch()
+    given["old_logp"][0, 0], given["sampler_logp"][0, 0] = -1e-9, -20.0
+    A = torch.randn(B, T).double()
+    logits = (given["hidden"] @ given["head"].T).requires_grad_()
+    mask = given["mask"] & (given["target"] >= 0)
+    old_logp, sampler_logp = given["old_logp"].double(), given["sampler_logp"].double()
+    gate, bound = torch.zeros(B, T), 0.02
+    for i in range(B):
+        places = mask[i].nonzero().flatten().tolist()
+        x = [
+            oracles.bernoulli_distance(measure, float(sampler_logp[i, t]), float(old_logp[i, t]))
+            for t in places
+        ]
+        for t, each in zip(places, x, strict=True):
+            gate[i, t] = (each if over == "token" else math.fsum(x) / len(x)) <= bound
+    assert 0 < gate.sum() < mask.sum()
+    logp, _ = oracles.logp_and_entropy(logits, given["target"].clamp(min=0), 1.0)
+    policy = oracles.ppo_clip((logp - old_logp).exp(), A, 0.2, 0.28)
+    weight = (old_logp - sampler_logp).exp() * gate
+    counted = mask & (gate != 0) if action == "reject" else mask
+    oracle = oracles.dapo(weight * policy, policy * 0, 0.0, counted)
+    (expected,) = torch.autograd.grad(oracle, logits)
+    rule = Rejection(measure, over, high=bound, action=action)
+    sampler = SamplerCorrection("token", "truncate", 0.0, math.inf)
+    objective = RECIPES["dapo"].replace(factor=PolicyFactor(sampler, rejections=(rule,)))
+    leaf = logits.detach().clone().requires_grad_()
+    names = ("target", "mask", "old_logp", "sampler_logp")
+    arguments = {k: given[k] for k in names}
+    out = reference_loss(leaf, objective=objective, advantage=A, **arguments)
+    out.loss.backward()
+    assert math.isclose(out.loss, oracle.detach(), rel_tol=1e-6)
+    assert close(leaf.grad, expected) and out.metrics["tokens"] == counted.sum()
+
+
+@pytest.mark.parametrize("tau", [1e-12, 1e-3, 0.02, 0.1, 10.0])
+def test_the_second_moment_is_below_its_bound(tau: float) -> None:
+    """By removing one after the other; without candidates, or without any below, too."""
+    d = torch.randn(5, 40).double() * 0.4
+    A, mask = torch.randn(5, 40).double().round(), torch.rand(5, 40) < 0.8
+    d[0, 0], d[0, 1] = torch.nan, torch.inf
+    ours = within_second_moment(d.flatten(), A.flatten(), mask.flatten(), tau).view(5, 40)
+    zero = torch.zeros_like(d)
+    # the loss drops tokens that are not finite itself
+    theirs = oracles.m2po(d, zero, A, mask & d.isfinite(), tau) / (d.exp() * A)
+    counted = mask & d.isfinite() & (A != 0)
+    assert torch.equal(ours[counted], theirs[counted] > 0.5)
+    assert ours[~mask].all()
+    away = counted & ours & (A * d > 0)
+    assert not away.any() or d[away].square().mean() < tau
+
+
+@pytest.mark.parametrize("half_life", [0.5, 32.0])
+@pytest.mark.parametrize("max_ratio", [math.inf, 1.2])
+def test_future_kl_is_the_papers(half_life: float, max_ratio: float) -> None:
+    """Holes in the mask cost no discount, a token that is not finite adds nothing."""
+    d, mask = torch.randn(5, 12).double() * 0.4, torch.rand(5, 12) < 0.7
+    d[2, 5], d[1, 4] = torch.nan, -torch.inf
+    finite = torch.where(d.isfinite(), d, 0.0)
+    truth = oracles.future_kl(finite, finite * 0, mask, half_life, 0.6, 1.6, max_ratio)
+    sequence = torch.arange(5).repeat_interleave(12)
+    rule = FutureKL(half_life, 0.6, 1.6, max_ratio)
+    ours = rule.weigh(d.flatten(), mask.flatten(), sequence, 5).view(5, 12)
+    assert torch.allclose(ours[mask], truth[mask], rtol=1e-12)
+    assert ((ours > 0.6) & (ours < 1.6) & mask).sum() > 5
+    # another order of sequences, the same order of tokens within each
+    order = torch.arange(60).view(5, 12).T.flatten()
+    other = rule.weigh(d.flatten()[order], mask.flatten()[order], sequence[order], 5)
+    assert torch.equal(other[order.argsort()].view(5, 12)[mask], ours[mask])
+
+
+def test_future_kl_of_nothing() -> None:
+    nothing = torch.zeros(0)
+    assert FutureKL().weigh(nothing, nothing.bool(), nothing.long(), 0).shape == (0,)
+    assert within_second_moment(nothing, nothing, nothing.bool(), 0.1).shape == (0,)
+
+
+def test_the_mean_reward_as_a_scale() -> None:
+    """MaxRL: 0 where the mean is not positive; masked completions count in no mean."""
+    rewards = torch.tensor([1.0, 0, 0, 0, 0, 0, -1, 1, 3, 1e30, 1e30, 4e30]).double()
+    spec = Estimator("group", "mean", epsilon=0.0)
+    found = relative_advantages(rewards, 3, spec)
+    expected = torch.tensor([2.0, -1, -1, 0, 0, 0, -2, 0, 2, -0.5, -0.5, 1]).double()
+    assert torch.allclose(found, expected, rtol=1e-12)
+    mask = torch.tensor([1, 1, 0, 1])
+    found = relative_advantages(torch.tensor([1.0, 3, torch.nan, 2]), 4, spec, mask=mask)
+    assert torch.equal(found, torch.tensor([-0.5, 0.5, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden"),
+    [
+        ("all at once", False),
+        *slow(("all at once", True), *((name, False) for name in ("scalerl", "fipo", "m2po"))),
+        *slow(("sdar", False), ("gates", True), ("ipo", False), ("fipo", True)),
+    ],
+)
+def test_compiled(name: str, hidden: bool) -> None:
+    """The same bits as in eager mode, in one graph."""
+    given = batch()
+    arguments = needed(OBJECTIVES[name], given) | {"objective": OBJECTIVES[name]}
+    head = given["head"].float()
+
+    def loss(leaf: Tensor) -> Any:
+        if hidden:
+            return fused_linear_loss(leaf, head, **arguments)
+        return fused_loss(leaf @ head.T, **arguments)
+
+    results = []
+    torch._dynamo.reset()
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaf = given["hidden"].float().requires_grad_()
+        out = function(leaf)
+        out.loss.backward()
+        results.append((out.loss.detach(), leaf.grad, out.factor))
+    assert all(map(torch.equal, *results))
+
+
+def test_advantages_flow_over_tool_output() -> None:
+    """GAE with masked tokens in the middle and at the end: the reward is at the last valid one."""
+    mask = torch.tensor([[1, 1, 0, 0, 1, 1, 0], [1, 0, 1, 0, 0, 0, 0]])
+    r, values = torch.tensor([2.0, -1.0]).double(), torch.randn(2, 7).double()
+    logp = torch.where(mask != 0, 0.0, torch.nan).double()
+    rewards = rewards_with_kl(r, logp, logp, mask, beta=0.0)
+    assert torch.equal(rewards.sum(1), r)
+    advantage, _ = gae(rewards, values, mask, gamma=0.9, lam=0.8)
+    for i, places in enumerate(([0, 1, 4, 5], [0, 2])):
+        # the completion without the tool's tokens
+        cut = torch.zeros(1, len(places)).double()
+        cut[0, -1] = r[i]
+        ones = torch.ones_like(cut)
+        truth, _ = oracles_estimators.gae(
+            cut.numpy(), values[i : i + 1, places].numpy(), ones.numpy(), 0.9, 0.8, None
+        )
+        assert torch.allclose(advantage[i, places], torch.tensor(truth)[0], rtol=0, atol=1e-12)
+        assert advantage[i, places[0]] != 0 and not advantage[i][mask[i] == 0].any()
+
+
+def test_a_second_moment_and_clipping_are_apart() -> None:
+    """On policy nothing has moved: no second phase, the plain loss."""
+    given = batch()
+    logits = (given["hidden"] @ given["head"].T).float()
+    arguments = {k: given[k] for k in ("target", "mask", "rewards", "group_size")}
+    found = fused_loss(logits, objective="m2po", **arguments)
+    plain = fused_loss(logits, objective=Objective(importance()), **arguments)
+    assert torch.equal(found.loss, plain.loss) and (found.factor == 1).all()
+    with pytest.raises(ValueError, match="second_moment: expected a number > 0, got 0"):
+        PolicyFactor(second_moment=0)
+    assert clip(0.2) == RECIPES["gdpo"].surrogate
