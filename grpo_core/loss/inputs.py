@@ -144,7 +144,7 @@ class LossInputs:
         for name in ("group_size", "group_id"):
             groups = getattr(self, name)
             if groups is not None and self.rewards is None and not spec.averages_prompts:
-                want = "None without rewards (but for prompt_mean)"
+                want = "None without rewards"
                 raise ValueError(f"{name}: expected {want}, got {groups!r}")
         if spec.averages_prompts and (self.group_size is None) == (self.group_id is None):
             got = "neither" if self.group_size is None else "both"
