@@ -76,7 +76,8 @@ def fused_loss(
         rewards: [B], one per sequence, finite; normalised within groups as `objective` says.
         group_size: completions per prompt, neighbours in `rewards`; a group of 1 has advantage 0.
             Or instead:
-        group_id: [B] integers in [0, B), the prompt of each: groups of any size, in any order.
+        group_id: [B] integers in [0, B), the prompt of each: groups of any size, in any order. With
+            `advantage` both are for the aggregation prompt_mean only.
         old_logp: shaped like target, nats; None means on policy: the ratio is exactly 1 and the
             gradient is that of REINFORCE.
         ref_logp: shaped like target, nats; needed if the objective's beta is not 0, otherwise only
