@@ -360,3 +360,137 @@ def test_a_second_moment_and_clipping_are_apart() -> None:
     with pytest.raises(ValueError, match="second_moment: expected a number > 0, got 0"):
         PolicyFactor(second_moment=0)
     assert clip(0.2) == RECIPES["gdpo"].surrogate
+
+
+def with_observations(given: dict[str, Any]) -> dict[str, Any]:
+    """A tool's output in the gaps of the mask; what other policies say of it may be anything."""
+    observed = (~given["mask"]) & (given["target"] >= 0) & (torch.arange(T) < 6)
+    given["nll_weight"] = (0.05 * observed / observed.sum()).float()
+    given["nll_weight"][0, 0] = 0.1
+    for name in ("old_logp", "ref_logp", "sampler_logp"):
+        given[name] = torch.where(given["mask"], given[name], torch.nan)
+    given["mask"] = given["mask"] & (given["target"] >= 0)
+    return given
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo", "dapo"])
+def test_observations_have_a_cross_entropy(name: str) -> None:
+    """ECHO (2605.24517): L + λ·Σ_obs(−log π)/N_obs; with a divisor of its own."""
+    given = with_observations(batch())
+    logits = (given["hidden"] @ given["head"].T).requires_grad_()
+    arguments = needed(RECIPES[name], given)
+    weight = arguments.pop("nll_weight").double()
+    plain = reference_loss(logits, objective=name, **arguments).loss
+    logp, _ = oracles.logp_and_entropy(logits, given["target"].clamp(min=0), 1.0)
+    oracle = plain - (weight * logp).sum()
+    (expected,) = torch.autograd.grad(oracle, logits)
+    leaf = logits.detach().clone().requires_grad_()
+    out = reference_loss(leaf, objective=name, nll_weight=weight, **arguments)
+    out.loss.backward()
+    assert math.isclose(out.loss, oracle.detach(), rel_tol=1e-6)
+    assert close(leaf.grad, expected)
+    assert torch.allclose(out.logp[weight != 0], logp[weight != 0])
+    assert out.metrics["tokens"] == given["mask"].sum()
+    assert (weight != 0).sum() > (weight[given["mask"]] != 0).sum() == 1
+
+
+@paired(
+    name=["grpo", "gspo", "gates", "all at once", "gpg"],
+    form=["padded", "packed", "hidden", "hidden, lean", "hidden, frozen", "logp"],
+    dtype=[torch.float32, torch.bfloat16],
+    backend=BACKENDS,
+)
+def test_observations_every_way(
+    backend: str, device: str, name: str, form: str, dtype: torch.dtype
+) -> None:
+    """Loss and gradient against the reference in float64; advantages of 0 leave them there."""
+    objective = (OBJECTIVES | RECIPES)[name]
+    if objective.beta and name == "grpo":
+        objective = objective.replace(kl="k2")
+    given = with_observations(batch())
+    given["rewards"] = torch.tensor([1.0, 1, 1, 1, 0, 0.5])
+    given["hidden"] = given["hidden"].to(dtype).double()
+    given["head"] = given["head"].to(dtype).double()
+    if "hidden" not in form:
+        logits = (given["hidden"] @ given["head"].T).to(dtype)
+        given["hidden"], given["head"] = logits.double(), torch.eye(V).double()
+    hidden = given["hidden"].clone().requires_grad_()
+    head = given["head"].clone().requires_grad_()
+    exact = reference_loss(hidden @ head.T, objective=objective, **needed(objective, given))
+    exact.loss.backward()
+    assert hidden.grad is not None
+    expected = hidden.grad
+    if form == "packed":
+        kept = ((given["target"] >= 0) & (torch.rand(B, T) < 2)).T.nonzero(as_tuple=True)[::-1]
+        given = {
+            k: v[kept] if getattr(v, "shape", ())[:2] == (B, T) else v for k, v in given.items()
+        }
+        given, expected = given | {"sequence_id": kept[0]}, expected[kept]
+    arguments = {
+        k: v.to(device) if isinstance(v, Tensor) else v for k, v in needed(objective, given).items()
+    }
+    leaf = given["hidden"].to(dtype).to(device).requires_grad_()
+    matrix = given["head"].to(dtype).to(device).requires_grad_("frozen" not in form)
+    same = {"objective": objective, "backend": backend}
+    if "hidden" in form:
+        plan = "lean" if "lean" in form else "fast"
+        budget = 2**11 if "frozen" not in form else None
+        out = fused_linear_loss(leaf, matrix, plan=plan, memory_budget=budget, **same, **arguments)
+    elif form == "logp":
+        target = arguments.pop("target")
+        known = target >= 0
+        arguments["nll_weight"] = arguments["nll_weight"] * known
+        rows = leaf.float().log_softmax(-1)
+        logp = rows.gather(-1, target.clamp(min=0)[..., None])[..., 0]
+        out = logp_loss(logp, entropy=-(rows.exp() * rows).sum(-1), **same, **arguments)
+    else:
+        out = fused_loss(leaf, **same, **arguments)
+    out.loss.backward()
+    assert leaf.grad is not None
+    tolerance = 2e-4 if dtype == torch.float32 else 0.02
+    size = float(expected.abs().max())
+    assert math.isclose(out.loss, exact.loss, rel_tol=1e-4)
+    assert torch.allclose(leaf.grad.cpu().double(), expected, tolerance, tolerance * size)
+    if "hidden" in form and "frozen" not in form:
+        assert matrix.grad is not None and head.grad is not None
+        size = float(head.grad.abs().max())
+        assert torch.allclose(matrix.grad.cpu().double(), head.grad, tolerance, tolerance * size)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_observations_that_are_not_finite_are_left_out(backend: Any) -> None:
+    """And counted; a second backward and a compiled graph give the same gradient."""
+    given = with_observations(batch())
+    arguments = needed(RECIPES["dapo"], given)
+    logits = (given["hidden"] @ given["head"].T).float()
+    logits[0, 2] = torch.nan
+    logits[3, 1].scatter_(0, given["target"][3, 1], -torch.inf)
+    assert arguments["nll_weight"][0, 2] and arguments["nll_weight"][3, 1]
+    results = []
+    torch._dynamo.reset()
+    for loss in (fused_loss, torch.compile(fused_loss, fullgraph=True, backend="aot_eager")):
+        leaf = logits.clone().requires_grad_()
+        out = loss(leaf, objective="dapo", backend=backend, **arguments)
+        (gradient,) = torch.autograd.grad(out.loss, leaf, retain_graph=True)
+        (again,) = torch.autograd.grad(out.loss, leaf)
+        assert torch.equal(gradient, again) and gradient.isfinite().all()
+        assert not gradient[0, 2].any() and not gradient[3, 1].any()
+        assert out.metrics["nonfinite_rows"] == 2
+        results.append((out.loss.detach(), gradient))
+    assert all(map(torch.equal, *results))
+
+
+def test_wrong_weights_are_named() -> None:
+    given = {k: batch()[k] for k in ("target", "mask", "old_logp")} | {"advantage": torch.ones(B)}
+    logits, ones = torch.randn(B, T, V), torch.ones(B, T)
+    for weight, message in (
+        (-ones, "nll_weight: expected finite numbers >= 0, got -1.0 at row 0"),
+        (ones * torch.inf, "nll_weight: expected finite numbers >= 0, got inf"),
+        (ones[0], r"nll_weight: expected shape \[6, 7\], got \[7\]"),
+        (ones.bool(), "nll_weight: expected a floating-point tensor"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fused_loss(logits, objective="dapo", nll_weight=weight, **given)
+    outside = given | {"target": torch.where(given["mask"], given["target"], V)}
+    with pytest.raises(ValueError, match=r"target: expected an id in \[0, V = 23\), got 23"):
+        fused_loss(logits, objective="dapo", nll_weight=ones, **outside)

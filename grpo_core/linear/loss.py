@@ -46,6 +46,7 @@ def fused_linear_loss(
     ref_lm_head: Tensor | LinearHead | None = None,
     sampler_logp: Tensor | None = None,
     mask: Tensor | None = None,
+    nll_weight: Tensor | None = None,
     sequence_id: Tensor | None = None,
     normalizer: Tensor | float | None = None,
     temperature: float = 1.0,
@@ -69,8 +70,8 @@ def fused_linear_loss(
             `hidden[:, :-1]`.
         lm_head: [V, D], or a `LinearHead` with bias, soft cap, scale, padding or an adapter.
         target, objective, advantage, rewards, group_size, group_id, old_logp, ref_logp,
-        sampler_logp, mask, sequence_id, normalizer, backend, validate: see `fused_loss`; with
-            [B, T, D] for [B, T, V].
+        sampler_logp, mask, nll_weight, sequence_id, normalizer, backend, validate: see
+            `fused_loss`; with [B, T, D] for [B, T, V].
         temperature: T > 0, the logits are divided by it.
         ref_hidden, ref_lm_head: instead of `ref_logp`, hidden states of the reference policy,
             shaped like target with any D, and its matrix (None: `lm_head`); one product more.
@@ -104,6 +105,7 @@ def fused_linear_loss(
         ref_logp=ref_logp,
         sampler_logp=sampler_logp,
         mask=mask,
+        nll_weight=nll_weight,
         sequence_id=sequence_id,
         normalizer=normalizer,
         temperature=temperature,
@@ -158,7 +160,7 @@ def loss_from_hidden(
         "backend": inputs.backend,
     }
     if reference is not None and not exact:
-        made = tokens.valid if all_logp else tokens.valid & ~without_gradient
+        made = tokens.read if all_logp else tokens.read & ~without_gradient
         mask = made.view(target.shape)
         with torch.no_grad():
             ref_logp, _ = logp_from_hidden(
@@ -176,7 +178,7 @@ def loss_from_hidden(
         wanted=tuple(enabled and x is not None and x.requires_grad for x in tensors),
         **options,
     )
-    first = _call_of_rows(call, tokens, tokens.valid & ~without_gradient)
+    first = _call_of_rows(call, tokens, tokens.read & ~without_gradient)
     results = LossRows(*FusedLinearLoss.apply(first, head, *tensors))
     parts = [(first, results)]
     if all_logp and bool(without_gradient.any()):
@@ -188,7 +190,7 @@ def loss_from_hidden(
 def _call_of_rows(call: LinearCall, tokens: Tokens, made: Tensor) -> LinearCall:
     """The call over the rows marked in `made` [N] bool, ordered by sequence where needed."""
     rows, lengths = made.nonzero().squeeze(1), None
-    if tokens.needs_statistics and not tokens.couples_sequences:
+    if tokens.couples_rows and not tokens.couples_sequences:
         rows = rows[tokens.sequence[rows].argsort(stable=True)]
         counts = torch.unique_consecutive(tokens.sequence[rows], return_counts=True)[1]
         lengths = tuple(counts.tolist())

@@ -49,6 +49,7 @@ def fused_loss(
     ref_logits: Tensor | None = None,
     sampler_logp: Tensor | None = None,
     mask: Tensor | None = None,
+    nll_weight: Tensor | None = None,
     sequence_id: Tensor | None = None,
     normalizer: Tensor | float | None = None,
     temperature: float = 1.0,
@@ -89,6 +90,9 @@ def fused_loss(
             or infinite. Without `old_logp` they compare the policy itself, in two phases.
         mask: shaped like target, 0 means masked, anything else counts fully; together with
             target -100. Sequences without a token are in no mean.
+        nll_weight: shaped like target, finite, >= 0: adds Σ_n nll_weight_n·(−logp_n) to the loss,
+            without a divisor, also for tokens with mask 0. Cross-entropy on observations (ECHO):
+            0.05 / their number there, 0 elsewhere. The logits are then read twice.
         sequence_id: [N] integers in [0, N), for packed logits: the sequence of each row; it also
             indexes `rewards`.
         normalizer: what the sum is divided by, a number or 0-dim tensor; None means this call's
@@ -128,6 +132,7 @@ def fused_loss(
         ref_logits=ref_logits,
         sampler_logp=sampler_logp,
         mask=mask,
+        nll_weight=nll_weight,
         sequence_id=sequence_id,
         normalizer=normalizer,
         temperature=temperature,

@@ -47,6 +47,7 @@ class LossInputs:
     ref_logits: Tensor | None = None
     sampler_logp: Tensor | None = None
     mask: Tensor | None = None
+    nll_weight: Tensor | None = None
     sequence_id: Tensor | None = None
     normalizer: Tensor | float | None = None
     target: Tensor
@@ -118,6 +119,7 @@ class LossInputs:
             width=None if packed else shape[1],
             normalizer=normalizer,
             groups=self.groups,
+            nll_weight=self._check_nll(logits, target, flatten("nll_weight")),
         )
         per_sequence = self.rewards is not None or advantage.numel() != flat.numel()
         tokens = self._assign_groups(_assign_sequences(tokens, per_sequence)).with_weights()
@@ -219,11 +221,22 @@ class LossInputs:
         if must_validate(self.validate, given) and unknown.any():
             raise_first("sequence_id", f"ids below the {B} of group_id", sequence, unknown)
         group = given[sequence.clamp(max=max(B - 1, 0))] if B else torch.zeros_like(sequence)
-        target = torch.where(known, tokens.target, IGNORE)
         valid = tokens.valid & known
-        return replace(
-            tokens, target=target, valid=valid, unmasked=valid, group=group, prompts=max(B, 1)
-        )
+        return replace(tokens.with_valid(valid), unmasked=valid, group=group, prompts=max(B, 1))
+
+    def _check_nll(self, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor | None:
+        """The weights of −logp [N], 0 where the target is IGNORE or no id."""
+        if weight is None:
+            return None
+        flat, V = target.reshape(-1), logits.shape[-1]
+        given, inside = (flat != IGNORE) & (weight != 0), (flat >= 0) & (flat < V)
+        if must_validate(self.validate, logits):
+            low = given & ~((weight > 0) & weight.isfinite())
+            if low.any():
+                raise_first("nll_weight", "finite numbers >= 0", weight, low)
+            if (given & ~inside).any():
+                raise_first("target", f"an id in [0, V = {V})", flat, given & ~inside)
+        return torch.where(given & inside, weight, 0.0)
 
     def _check_normalizer(self, logits: Tensor) -> Tensor | float | None:
         """The divisor as a constant: None, a number > 0 or a real 0-dim tensor."""
@@ -264,8 +277,7 @@ def _assign_sequences(tokens: Tokens, per_sequence: bool) -> Tokens:
         valid = valid & (tokens.sequence_id == sequence) & (sequence < known)
     if per_sequence:
         advantage = advantage[sequence.clamp(max=max(advantage.numel() - 1, 0))]
-    target = torch.where(valid, tokens.target, IGNORE)
-    return replace(tokens, target=target, valid=valid, unmasked=valid, advantage=advantage)
+    return replace(tokens.with_valid(valid), unmasked=valid, advantage=advantage)
 
 
 def check_logits(logits: Tensor, temperature: float, dtypes: tuple[torch.dtype, ...]) -> None:

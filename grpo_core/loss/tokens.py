@@ -39,6 +39,7 @@ class Tokens(SequenceTokens):
     groups: tuple[Tensor, int | Tensor] | None  # rewards [B]; their size, or an id for each
     group: Tensor | None = None  # [N] int64 in [0, prompts), of prompt_mean
     prompts: int = 0  # upper bound on their number
+    nll_weight: Tensor | None = None  # [N], of −logp beside the objective, also of masked tokens
 
     @property
     def waits_for_sampler(self) -> bool:
@@ -54,7 +55,22 @@ class Tokens(SequenceTokens):
         return factor.top_entropy < 1 or by_moment or self.waits_for_sampler
 
     @property
+    def read(self) -> Tensor:
+        """[N] bool: tokens whose rows are read: valid ones, and those with an nll_weight."""
+        return self.valid if self.nll_weight is None else self.valid | (self.nll_weight != 0)
+
+    @property
+    def largest_weight(self) -> Tensor:
+        """[N] the larger of a token's two weights."""
+        return self.weight if self.nll_weight is None else self.weight.maximum(self.nll_weight)
+
+    @property
     def needs_statistics(self) -> bool:
+        """Whether the loss of a token is computed from the statistics of rows, in two phases."""
+        return self.couples_rows or self.nll_weight is not None
+
+    @property
+    def couples_rows(self) -> bool:
         """Whether the loss of a token needs the statistics of other rows or of its own row."""
         factor = self.objective.factor
         moves = self.old_logp is not None or self.sampler_logp is not None
@@ -84,10 +100,12 @@ class Tokens(SequenceTokens):
         if others or not spec.surrogate.homogeneous:
             return torch.zeros_like(self.valid)
         moves = self.valid & (self.advantage != 0)
-        if self.needs_statistics:
+        if self.couples_rows:
             moving = self.advantage.new_zeros(self.sequences)
             sequence = self.sequence
             moves = moving.scatter_add_(0, sequence, moves.to(moving.dtype))[sequence] > 0
+        if self.nll_weight is not None:
+            moves = moves | (self.nll_weight != 0)
         return self.valid & ~moves
 
     def select(self, rows: slice | Tensor) -> Tokens:
@@ -160,7 +178,8 @@ class Tokens(SequenceTokens):
         """Multiplies every weight by a 0-dim tensor."""
         bonus = self.entropy_weight
         bonus = None if bonus is None else bonus * number
-        return replace(self, weight=self.weight * number, entropy_weight=bonus)
+        nll = None if self.nll_weight is None else self.nll_weight * number
+        return replace(self, weight=self.weight * number, entropy_weight=bonus, nll_weight=nll)
 
     def scale_factor(self, by: Tensor) -> Tokens:
         """Multiplies the factor of the surrogate by a vector."""
@@ -169,9 +188,12 @@ class Tokens(SequenceTokens):
 
     def keep(self, kept: Tensor) -> Tokens:
         """Takes all tokens but some out of the loss and of every mean."""
-        valid = self.valid & kept
-        target = torch.where(valid, self.target, IGNORE)
-        return replace(self, valid=valid, target=target).with_weights()
+        return self.with_valid(self.valid & kept).with_weights()
+
+    def with_valid(self, valid: Tensor) -> Tokens:
+        """With other valid tokens; the rows that are not read have no target."""
+        tokens = replace(self, valid=valid)
+        return replace(tokens, target=torch.where(tokens.read, self.target, IGNORE))
 
     def keep_surrogate_on(self, kept: Tensor) -> Tokens:
         """Limits surrogate and entropy bonus to some tokens; all stay in every policy mean."""
