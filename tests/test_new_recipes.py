@@ -21,6 +21,7 @@ from grpo_core import (
     fused_loss,
     logp_loss,
 )
+from grpo_core.linear.workspace import Workspace
 from grpo_core.loss.reference import reference_loss
 from grpo_core.objective.advantage import Estimator, relative_advantages
 from grpo_core.objective.policy_factor import within_second_moment
@@ -290,10 +291,11 @@ def test_future_kl_of_nothing() -> None:
 
 def test_the_mean_reward_as_a_scale() -> None:
     """MaxRL: 0 where the mean is not positive; masked completions count in no mean."""
-    rewards = torch.tensor([1.0, 0, 0, 0, 0, 0, -1, 1, 3, 1e30, 1e30, 4e30]).double()
+    rewards = [1.0, 0, 0, 0, 0, 0, -1, 1, 3, 1e30, 1e30, 4e30, -3, 0, 1]
+    rewards = torch.tensor(rewards).double()
     spec = Estimator("group", "mean", epsilon=0.0)
     found = relative_advantages(rewards, 3, spec)
-    expected = torch.tensor([2.0, -1, -1, 0, 0, 0, -2, 0, 2, -0.5, -0.5, 1]).double()
+    expected = torch.tensor([2.0, -1, -1, 0, 0, 0, -2, 0, 2, -0.5, -0.5, 1, 0, 0, 0]).double()
     assert torch.allclose(found, expected, rtol=1e-12)
     mask = torch.tensor([1, 1, 0, 1])
     found = relative_advantages(torch.tensor([1.0, 3, torch.nan, 2]), 4, spec, mask=mask)
@@ -478,6 +480,39 @@ def test_observations_that_are_not_finite_are_left_out(backend: Any) -> None:
         assert out.metrics["nonfinite_rows"] == 2
         results.append((out.loss.detach(), gradient))
     assert all(map(torch.equal, *results))
+
+
+def test_observations_stay_when_tokens_are_rejected() -> None:
+    """After their rows have been read; a token that leaves the mask keeps its −logp."""
+    given = with_observations(batch())
+    rule = Rejection("log_ratio", high=0.0)
+    objective = RECIPES["dapo"].replace(factor=PolicyFactor(rejections=(rule,), current=True))
+    given["sampler_logp"][0, 0] = -9.0
+    logits = (given["hidden"] @ given["head"].T).float()
+    arguments = needed(objective, given)
+    out = fused_loss(logits, objective=objective, **arguments)
+    weight = arguments.pop("nll_weight")
+    logp = logits.log_softmax(-1).gather(-1, given["target"].clamp(min=0)[..., None])[..., 0]
+    assert torch.allclose(out.logp[weight != 0], logp[weight != 0])
+    assert 0 < out.metrics["tokens"] < given["mask"].sum() and weight[0, 0] != 0
+    plain = fused_loss(logits, objective=objective, **arguments).loss
+    assert torch.allclose(out.loss, plain - (weight * logp).sum())
+
+
+def test_observations_of_tokens_take_no_product_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk suffices for a row, however long its sequence is; the logits are made once."""
+    made = []
+    original = Workspace.make_logits
+    monkeypatch.setattr(
+        Workspace, "make_logits", lambda self, chunk: made.append(chunk) or original(self, chunk)
+    )
+    given = with_observations(batch())
+    leaf = given["hidden"].float().requires_grad_()
+    head = given["head"].float().requires_grad_()
+    arguments = needed(RECIPES["dapo"], given)
+    fused_linear_loss(leaf, head, objective="dapo", plan="fast", memory_budget=2**10, **arguments)
+    rows = [row for chunk in made for row in range(chunk.start, chunk.stop)]
+    assert len(made) > 1 and len(rows) == len(set(rows))
 
 
 def test_wrong_weights_are_named() -> None:
