@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     from grpo_core.objective.advantage import Estimator, GroupNorm, group_advantages
     from grpo_core.objective.objective import Objective, Surrogate
     from grpo_core.objective.off_policy import Rejection, SamplerCorrection
-    from grpo_core.objective.policy_factor import PolicyFactor, SequenceWeight
+    from grpo_core.objective.policy_factor import FutureKL, PolicyFactor, SequenceWeight
     from grpo_core.objective.recipes import RECIPES, clip
 
 __version__ = "0.1.0"
 __all__ = [
     "RECIPES",
     "Estimator",
+    "FutureKL",
     "GroupNorm",
     "HeadOutput",
     "Kept",
@@ -77,7 +78,7 @@ __getattr__ = exports(
         "objective.advantage": "Estimator GroupNorm group_advantages",
         "objective.objective": "Objective Surrogate",
         "objective.off_policy": "Rejection SamplerCorrection",
-        "objective.policy_factor": "PolicyFactor SequenceWeight",
+        "objective.policy_factor": "FutureKL PolicyFactor SequenceWeight",
         "objective.recipes": "RECIPES clip",
     },
 )

@@ -11,7 +11,7 @@ verl's `k1+`, `abs+` and `k3+`.
 """
 
 from .language import tl, triton
-from .scalar_math import exp_excess, expm1, stop_grad
+from .scalar_math import exp_excess, expm1, sigmoid, stop_grad
 
 
 @triton.jit
@@ -65,6 +65,19 @@ def k3_plus(logp, ref_logp):
     difference = logp - ref_logp
     half_square = 0.5 * difference * difference
     return stop_grad(exp_excess(-difference) - half_square) + half_square, difference
+
+
+@triton.jit
+def gated(logp, ref_logp):
+    """sg(σ(5·d))·d with d = ref_logp − logp: raises logp where a teacher is more confident.
+
+    No estimate of a KL: of either sign, and its gradient −σ(5·d) is −½ at d = 0.
+
+    Source: SDAR (arXiv 2605.15155), with its β = 5.
+    """
+    difference = ref_logp - logp
+    gate = stop_grad(sigmoid(5.0 * difference))
+    return gate * difference, -gate
 
 
 @triton.jit

@@ -103,6 +103,17 @@ def dppo_tv(logp, log_ratio, advantage, delta_low, delta_high, cap):
 
 
 @triton.jit
+def ipo(logp, log_ratio, advantage, delta):
+    """ℓ = −r·A where |p − q| ≤ δ, else 0; p = π, q = π_old, and the bound has no gradient.
+
+    Source: prime-rl's default loss (PrimeIntellect-ai/prime-rl, #3418).
+    """
+    moved = tl.abs(tl.exp(logp) - tl.exp(logp - log_ratio))
+    loss = tl.where(moved <= delta, -tl.exp(log_ratio) * advantage, 0.0)
+    return loss, loss * 0, loss
+
+
+@triton.jit
 def dppo_kl(logp, log_ratio, advantage, delta_low, delta_high, cap):
     """ℓ = −A·sg(min(r, cap))·logp inside a trust region of the binary KL, else no gradient.
 

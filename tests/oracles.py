@@ -65,7 +65,15 @@ def kl_estimate(name: str, logp: Tensor, ref_logp: Tensor) -> Tensor:
     if name.endswith("_plus"):
         value = kl_estimate(name.removesuffix("_plus"), logp, ref_logp)
         return value.detach() + k2 - k2.detach()
+    if name == "gated":
+        return gated_gap(logp, ref_logp)
     return {"k1": -r.log(), "absolute": r.log().abs(), "k2": k2, "k3": r - 1 - r.log()}[name]
+
+
+def gated_gap(logp: Tensor, teacher: Tensor) -> Tensor:
+    """SDAR (arXiv 2605.15155): sg(σ(β·Δ))·Δ with Δ = log π_T − log π, β = 5."""
+    gate = 1 / (1 + (-5 * (teacher - logp.detach())).exp())
+    return gate * (teacher - logp)
 
 
 def grpo(policy: Tensor, kl: Tensor, beta: float, mask: Tensor) -> Tensor:
@@ -89,6 +97,73 @@ def dr_grpo(policy: Tensor, kl: Tensor, beta: float, mask: Tensor, length: int) 
 def dapo(policy: Tensor, kl: Tensor, beta: float, mask: Tensor) -> Tensor:
     """DAPO (arXiv 2503.14476), eq. 8: one sum over all tokens over the number of tokens."""
     return -(policy - beta * kl)[mask].sum() / mask.sum()
+
+
+def prompt_mean(policy: Tensor, mask: Tensor, group: list[int]) -> Tensor:
+    """ScaleRL (arXiv 2510.13786): mean over prompts of the mean over all tokens of a prompt."""
+    prompts = []
+    for g in sorted(set(group)):
+        members = [i for i in range(len(mask)) if group[i] == g]
+        tokens = torch.cat([policy[i][mask[i]] for i in members])
+        if len(tokens):
+            prompts.append(tokens.sum() / len(tokens))
+    return -torch.stack(prompts).mean()
+
+
+def ipo(logp: Tensor, q_logp: Tensor, A: Tensor, delta: float) -> Tensor:
+    """prime-rl (#3418): r·A where |p − q| ≤ ε; q is the sampler's probability."""
+    inside = (logp.exp() - q_logp.exp()).detach().abs() <= delta
+    return torch.where(inside, (logp - q_logp).exp() * A, 0.0)
+
+
+def m2po(logp: Tensor, old_logp: Tensor, A: Tensor, mask: Tensor, tau: float) -> Tensor:
+    """M2PO (arXiv 2510.01161): r·A without the tokens of largest (log r)², among those with A > 0
+    and r > 1 or A < 0 and r < 1, until the mean of the others of these is below τ."""
+    d = (logp - old_logp).detach()
+    keep = torch.ones_like(d)
+    places = [
+        (float(d[i, t]) ** 2, i, t)
+        for i, t in mask.nonzero().tolist()
+        if (A[i, t] > 0 and d[i, t] > 0) or (A[i, t] < 0 and d[i, t] < 0)
+    ]
+    while places and math.fsum(p[0] for p in places) / len(places) >= tau:
+        worst = max(places)
+        places.remove(worst)
+        keep[worst[1], worst[2]] = 0
+    return keep * (logp - old_logp).exp() * A
+
+
+def future_kl(
+    logp: Tensor,
+    old_logp: Tensor,
+    mask: Tensor,
+    half_life: float,
+    low: float,
+    high: float,
+    c: float,
+) -> Tensor:
+    """FIPO (arXiv 2603.19835): f_t = clip(exp(Σ_k≥t γ^(k−t)·M_k·Δ_k), low, high), M_k = [r_k ≤ c].
+
+    γ = 2^(−1/half_life); t and k count the tokens of the completion.
+    """
+    factor = torch.ones_like(logp)
+    for i in range(len(mask)):
+        places = mask[i].nonzero().flatten().tolist()
+        d = [float((logp - old_logp)[i, t]) for t in places]
+        for j, t in enumerate(places):
+            total = math.fsum(
+                2 ** (-(k - j) / half_life) * d[k] for k in range(j, len(d)) if math.exp(d[k]) <= c
+            )
+            factor[i, t] = min(max(math.exp(total), low), high)
+    return factor
+
+
+def bernoulli_distance(name: str, sampler_logp: float, old_logp: float) -> float:
+    """OpenRLHF 0.11.2's gates: KL(Bern(p_s) ‖ Bern(p_old)), or |p_s − p_old|."""
+    p, q = (min(max(math.exp(x), 1e-6), 1 - 1e-6) for x in (sampler_logp, old_logp))
+    if name == "tv":
+        return abs(p - q)
+    return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
 
 
 def sequence_ratio(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:

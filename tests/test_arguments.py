@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from grpo_core import (
     RECIPES,
     Estimator,
+    FutureKL,
     GroupNorm,
     LinearHead,
     Objective,
@@ -567,7 +568,10 @@ FUNCTIONS: dict[Any, dict[str, Any]] = {
         "sequence_weight": SequenceWeight(),
         "rejections": RECIPES,
         "current": RECIPES,
+        "second_moment": 0.5,
+        "future_kl": FutureKL(),
     },
+    FutureKL: {"half_life": 0.5, "low": 0.5, "max_ratio": 0.5},
     GroupNorm: {"ddof": 1, "epsilon": 0.5, "scale": RECIPES},
     Estimator: {"baseline": "group", "scale": "group", "ddof": 1, "epsilon": 0.5},
     SamplerCorrection: {"level": "token", "action": "truncate", "low": 0.5},

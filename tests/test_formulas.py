@@ -32,11 +32,12 @@ SURROGATES: list[tuple[str, tuple[float, ...]]] = [
     ("sapo", (1.0, 1.05)),
     ("dro", (0.3,)),
     ("dppo_tv", (0.1, 0.15, 2.0)),
+    ("ipo", (0.1,)),
     ("dppo_kl", (0.05, 0.08, 2.0)),
     ("topr", ()),
     ("zero", ()),
 ]
-KLS = ["k1", "absolute", "k2", "k3", "k1_plus", "absolute_plus", "k3_plus"]
+KLS = ["k1", "absolute", "k2", "k3", "k1_plus", "absolute_plus", "k3_plus", "gated"]
 
 
 def grid() -> tuple[Tensor, Tensor, Tensor]:
@@ -155,7 +156,7 @@ def test_surrogates_are_homogeneous_in_the_advantage(
 
 @pytest.mark.parametrize("name", KLS)
 def test_kl_value_and_derivative(name: str) -> None:
-    """Values are Schulman's, derivatives those of autograd, and both 0 at logp = ref_logp."""
+    """Values are the papers', derivatives those of autograd; what they are at logp = ref_logp."""
     logp = torch.linspace(-12, -0.01, 101, dtype=torch.float64, requires_grad=True)
     ref_logp = logp.detach() + torch.linspace(-3, 3, 101, dtype=torch.float64).roll(17)
     oracle = oracles.kl_estimate(name, logp, ref_logp)
@@ -167,7 +168,9 @@ def test_kl_value_and_derivative(name: str) -> None:
     same = torch.tensor([-3.0, -1e-3])
     at_reference, slope = estimator(same, same)
     assert torch.equal(at_reference, torch.zeros(2))
-    assert torch.equal(slope, torch.ones(2) if name == "k1" else torch.zeros(2))
+    # at the reference the gate is half open
+    expected = {"k1": 1.0, "gated": -0.5}.get(name, 0.0)
+    assert torch.equal(slope, torch.full((2,), expected))
 
 
 def series(d: float) -> float:

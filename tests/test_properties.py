@@ -6,6 +6,7 @@ reference and in float32 by a backend of the CPU, and for a few by the interpret
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +21,15 @@ from tests.test_fused_loss import OBJECTIVES
 
 B, T, V = 6, 5, 37
 LENGTHS = [5, 2, 0, 4, 1, 3]
-# quantiles and means over the call that no part of it can know
-COUPLED = {name for name, spec in OBJECTIVES.items() if spec.factor.top_entropy < 1} | {
-    name for name, spec in OBJECTIVES.items() if spec.entropy_aggregation is not None
+GROUPS = [0, 0, 2, 2, 2, 5]
+# quantiles, moments and means over the call that no part of it can know
+COUPLED = {
+    name
+    for name, spec in OBJECTIVES.items()
+    if spec.factor.top_entropy < 1
+    or spec.factor.second_moment < math.inf
+    or spec.entropy_aggregation is not None
+    or spec.averages_prompts
 }
 # by interpreted kernels: of tokens, of sequences, and of all that reads two rows
 FEW = ["grpo", "gmpo", "sampler, mask, entropy, exact KL"]
@@ -72,6 +79,8 @@ def batch(objective: Objective, path: str) -> Batch:
         given["ref_logits"] = logits + 0.3 * torch.randn(B, T, V)
     else:
         given["ref_logp"] = logp + 0.2 * torch.randn(B, T)
+    if objective.averages_prompts:
+        given["group_id"] = torch.tensor(GROUPS)
     if objective.factor.needs_sampler:
         given["sampler_logp"] = given["old_logp"] + 0.2 * torch.randn(B, T)
     return given
@@ -84,6 +93,9 @@ def normalizer(objective: Objective, target: Tensor) -> float:
     return {
         "token_mean": float(valid.sum()),
         "sequence_mean": sequences,
+        "prompt_mean": float(
+            len({g for g, kept in zip(GROUPS, valid.any(1), strict=True) if kept})
+        ),
         "sequence_sum": sequences,
         "constant_length": sequences * T,
         "token_sum": 1.0,

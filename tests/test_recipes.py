@@ -59,14 +59,20 @@ def teacher(given: dict[str, Tensor], logits: Tensor) -> dict[str, Tensor]:
 
 
 def relative_to_others(name: str) -> Tensor:
-    """RLOO (2402.14740): less the mean of the others; REINFORCE++ (2501.03262): over the batch."""
+    """RLOO (2402.14740): less the mean of the others; REINFORCE++ (2501.03262): over the batch.
+
+    MaxRL (2602.02710): over the mean; ScaleRL (2510.13786): over the std of all advantages.
+    """
+    if name == "maxrl":
+        groups = [torch.tensor(g, dtype=torch.float64) for g in (REWARDS[:3], REWARDS[3:])]
+        return torch.cat([(g - g.mean()) / g.mean() for g in groups])
     if name == "rloo":
         groups = [REWARDS[:3], REWARDS[3:]]
         others = [[(sum(g) - r) / 2 for r in g] for g in groups]
         pairs = zip(REWARDS, others[0] + others[1], strict=True)
         return torch.tensor([r - o for r, o in pairs], dtype=torch.float64)
     rewards = torch.tensor(REWARDS, dtype=torch.float64)
-    if name == "reinforce_plus_plus_baseline":
+    if name in ("reinforce_plus_plus_baseline", "scalerl"):
         rewards = (rewards.view(2, 3) - rewards.view(2, 3).mean(1, keepdim=True)).flatten()
     return (rewards - rewards.mean()) / (rewards.std() + 1e-4)
 
@@ -76,9 +82,9 @@ def objective_of_paper(name: str, given: dict[str, Tensor], logits: Tensor, T_: 
     logp, _ = oracles.logp_and_entropy(logits, given["target"], T_)
     old_logp, mask = given["old_logp"], given["mask"]
     ratio = (logp - old_logp).exp()
-    scale = name not in ("dr_grpo", "gpg", "dro", "topr")
+    scale = name not in ("dr_grpo", "gpg", "dro", "topr", "ipo")
     A = oracles.group_advantage(REWARDS, 3, scale=scale, ddof=1, eps=1e-4)
-    if name in ("rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"):
+    if name in ("rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "maxrl", "scalerl"):
         A = relative_to_others(name)
     A = A[:, None].expand_as(logp)
     of_sequence = oracles.sequence_ratio(logp, old_logp, mask)
@@ -100,14 +106,36 @@ def objective_of_paper(name: str, given: dict[str, Tensor], logits: Tensor, T_: 
             oracles.dual_clip(ratio, A, 0.2, 0.2, 4.0), kl, 0.001, mask
         ),
         "gspo": lambda: sequences(clip(of_sequence, A, 3e-4, 4e-4), none, 0, mask),
+        "gspo_token": lambda: sequences(
+            clip(of_sequence.detach() * (logp - logp.detach()).exp(), A, 3e-4, 4e-4), none, 0, mask
+        ),
         "gmpo": lambda: sequences(oracles.gmpo(logp, old_logp, A, mask, 0.4), none, 0, mask),
         "luspo": lambda: oracles.sequence_sum_mean(clip(of_sequence, A, 3e-4, 4e-4), mask),
         "cispo": lambda: token_mean(oracles.cispo(logp, ratio, A, 5.0), none, 0, mask),
+        "scalerl": lambda: oracles.prompt_mean(
+            oracles.cispo(logp, ratio, A, 5.0), mask, [0, 0, 0, 1, 1, 1]
+        ),
         "sapo": lambda: sequences(oracles.sapo(ratio, A, 1.0, 1.05), none, 0, mask),
         "vespo": lambda: token_mean(oracles.vespo(logp, old_logp, A, mask), none, 0, mask),
         "gpg": lambda: token_mean(A * logp, none, 0, mask),
         "dro": lambda: sequences(oracles.dro(logp, old_logp, A, 0.1), none, 0, mask),
         "dppo": lambda: token_mean(oracles.dppo_tv(logp, old_logp, A, 0.15, 20.0), none, 0, mask),
+        "ipo": lambda: token_mean(
+            oracles.ipo(logp, old_logp, A, 0.1), (logp - given["ref_logp"]) ** 2, 1e-3, mask
+        ),
+        "m2po": lambda: token_mean(oracles.m2po(logp, old_logp, A, mask, 0.04), none, 0, mask),
+        "fipo": lambda: token_mean(
+            oracles.future_kl(logp.detach(), old_logp, mask, 32.0, 0.8, 1.2, 10.0)
+            * oracles.dual_clip(ratio, A, 0.2, 0.28, 10.0),
+            none,
+            0,
+            mask,
+        ),
+        "sdar": lambda: token_mean(
+            clip(ratio, A, 0.2, 0.2), oracles.gated_gap(logp, given["ref_logp"]), 0.01, mask
+        ),
+        "maxrl": lambda: oracles.sequence_sum_mean(A * logp, mask),
+        "gdpo": lambda: token_mean(clip(ratio, A, 0.2, 0.2), none, 0, mask),
         "rloo": lambda: oracles.sequence_sum_mean(A * logp, mask),
         "reinforce_plus_plus": lambda: token_mean(clip(ratio, A, 0.2, 0.2), none, 0, mask),
         "reinforce_plus_plus_baseline": lambda: token_mean(clip(ratio, A, 0.2, 0.2), none, 0, mask),

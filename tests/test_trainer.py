@@ -71,6 +71,7 @@ FEW = ("dapo", "gspo")
         *(
             pytest.param(recipe, id=name, marks=() if name in FEW else pytest.mark.slow)
             for name, recipe in RECIPES.items()
+            if not recipe.averages_prompts
         ),
     ],
 )
@@ -90,6 +91,11 @@ def test_every_loss_trains_the_same_model(objective: Any) -> None:
         for other in others:
             # 8 AdamW updates of up to 1e-3 each; float32 rounding moves them by a thirtieth of one
             torch.testing.assert_close(other, naive, rtol=0, atol=3e-5)
+
+
+def test_an_aggregation_over_groups_is_refused() -> None:
+    with pytest.raises(ValueError, match="objective: expected an aggregation of tokens or sequenc"):
+        Trainer(micro_model(), draw_problems, share_of_sevens, config(objective=RECIPES["scalerl"]))
 
 
 def test_a_model_that_caps_its_logits_trains_from_hidden_states_only() -> None:

@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 
 from grpo_core.objective.aggregation import token_weights
 
-AGGREGATIONS = ["sequence_mean", "token_mean", "constant_length", "sequence_sum", "token_sum"]
+AGGREGATIONS = [
+    *("sequence_mean", "prompt_mean", "token_mean"),
+    *("constant_length", "sequence_sum", "token_sum"),
+]
 VALID = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
 
 
@@ -48,7 +51,8 @@ def test_weight_of_every_aggregation(aggregation: str, rows: list[float]) -> Non
 @pytest.mark.parametrize("normalizer", [7, 7.0, torch.tensor(7.0), torch.tensor(7)])
 def test_normalizer_replaces_the_divisor(aggregation: str, normalizer: object) -> None:
     lengths = VALID.sum(1, keepdim=True).clamp(min=1)
-    share = VALID / lengths if aggregation == "sequence_mean" else VALID.float()
+    of_means = aggregation in ("sequence_mean", "prompt_mean")
+    share = VALID / lengths if of_means else VALID.float()
     assert torch.allclose(weights(VALID, aggregation, normalizer=normalizer), share / 7)
 
 

@@ -21,9 +21,10 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 WARMUP = 5  # steps of warm-up, unless the run is shorter or the option is given
 # the keys of `objective.recipes.RECIPES`, which imports torch
 RECIPE_NAMES = (
-    *("ppo", "dual_clip", "grpo", "dr_grpo", "dapo", "bnpo", "intellect2", "gspo", "gmpo"),
-    *("luspo", "cispo", "sapo", "vespo", "rloo"),
-    *("reinforce_plus_plus", "reinforce_plus_plus_baseline", "gpg", "dro", "dppo", "topr"),
+    *("ppo", "dual_clip", "grpo", "dr_grpo", "dapo", "bnpo", "intellect2", "gspo"),
+    *("gspo_token", "gmpo", "luspo", "cispo", "scalerl", "sapo", "vespo", "rloo"),
+    *("reinforce_plus_plus", "reinforce_plus_plus_baseline", "gpg", "maxrl", "gdpo", "dro"),
+    *("dppo", "ipo", "m2po", "fipo", "sdar", "topr"),
     "opd",
 )
 # patterns in the messages of argparse, and what replaces them

@@ -82,6 +82,8 @@ def register(name: str, objective: str | Objective) -> PolicyLoss:
         )
     if spec.factor.top_entropy < 1:
         raise ValueError("objective: expected factor.top_entropy = 1, verl passes no entropy")
+    if spec.aggregation not in AGGREGATIONS.values():
+        raise ValueError(f"objective: expected an aggregation of verl, got {spec.aggregation!r}")
     spec = spec.replace(kl=None, beta=0.0, kl_times_ratio=False, entropy_coef=0.0)
     return _register(name, "vanilla", spec)
 
@@ -174,6 +176,6 @@ def _floats(metrics: dict[str, Tensor], out: LossOutput) -> dict[str, float]:
 
 for _mode in MODES:
     _register(f"grpo_core_verl_{_mode}", _mode)
-for _recipe, _objective in RECIPES.items():
-    if _objective.has_policy_term:
+for _recipe, _spec in RECIPES.items():
+    if _spec.has_policy_term and _spec.aggregation in AGGREGATIONS.values():
         register(f"grpo_core_{_recipe}", _recipe)

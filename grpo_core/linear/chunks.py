@@ -53,7 +53,7 @@ def loss_over_chunks(work: Workspace, tokens: Tokens) -> LossRows:
     """
     T, beta = work.call.temperature, work.call.exact_beta
     results = []
-    scale = work.choose_loss_scale(tokens.weight)
+    scale = work.choose_loss_scale(tokens.largest_weight)
     scaled = tokens if scale is None else tokens.scale_weights(scale)
     for segment in _segments(work, tokens):
         start, stop = segment[0].start, segment[-1].stop
@@ -87,7 +87,7 @@ def loss_over_chunks(work: Workspace, tokens: Tokens) -> LossRows:
 def _segments(work: Workspace, tokens: Tokens) -> Iterator[list[slice]]:
     """Chunks whose statistics are needed together before any of them has a loss."""
     lengths = work.call.lengths
-    if not tokens.needs_statistics:
+    if not tokens.couples_rows:
         yield from ([chunk] for chunk in work.chunks)
         return
     if len(work.chunks) == 1 or lengths is None or not work.differentiates:

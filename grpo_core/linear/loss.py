@@ -56,6 +56,7 @@ def fused_linear_loss(
     sampler_logp: Tensor | None = None,
     mask: Tensor | None = None,
     kept: Kept | Tensor | None = None,
+    nll_weight: Tensor | None = None,
     sequence_id: Tensor | None = None,
     normalizer: Tensor | float | None = None,
     temperature: float = 1.0,
@@ -82,8 +83,8 @@ def fused_linear_loss(
             `hidden[:, :-1]`.
         lm_head: [V, D], or a `LinearHead` with bias, soft cap, scale, padding or an adapter.
         target, objective, advantage, rewards, group_size, group_id, old_logp, ref_logp,
-        sampler_logp, mask, kept, sequence_id, normalizer, backend, validate: see `fused_loss`;
-            with [B, T, D] for [B, T, V].
+        sampler_logp, mask, kept, nll_weight, sequence_id, normalizer, backend, validate: see
+            `fused_loss`; with [B, T, D] for [B, T, V].
         temperature: T > 0, the logits are divided by it.
         group, vocabulary_start: as in `fused_loss`, for ranks that each hold some rows of `lm_head`
             (and of its bias and lora_B; `vocabulary` is of these rows), and the same of all else.
@@ -126,6 +127,7 @@ def fused_linear_loss(
         sampler_logp=sampler_logp,
         mask=mask,
         kept=kept,
+        nll_weight=nll_weight,
         sequence_id=sequence_id,
         normalizer=normalizer,
         temperature=temperature,
@@ -192,7 +194,7 @@ def loss_from_hidden(
         "backend": inputs.backend,
     }
     if reference is not None and not exact:
-        made = tokens.valid if all_logp else tokens.valid & ~without_gradient
+        made = tokens.read if all_logp else tokens.read & ~without_gradient
         mask = made.view(target.shape)
         with torch.no_grad():
             ref_logp, _ = logp_from_hidden(
@@ -223,7 +225,7 @@ def loss_from_hidden(
         **options,
     )
     call = replace(call, kernels=inputs.with_topk(call.kernels))
-    first = _call_of_rows(call, tokens, tokens.valid & ~without_gradient)
+    first = _call_of_rows(call, tokens, tokens.read & ~without_gradient)
     results = LossRows(*FusedLinearLoss.apply(first, head, *tensors))
     parts = [(first, results)]
     if all_logp and bool(without_gradient.any()):
@@ -235,7 +237,7 @@ def loss_from_hidden(
 def _call_of_rows(call: LinearCall, tokens: Tokens, made: Tensor) -> LinearCall:
     """The call over the rows marked in `made` [N] bool, ordered by sequence where needed."""
     rows, lengths = made.nonzero().squeeze(1), None
-    if tokens.needs_statistics and not tokens.couples_sequences:
+    if tokens.couples_rows and not tokens.couples_sequences:
         rows = rows[tokens.sequence[rows].argsort(stable=True)]
         counts = torch.unique_consecutive(tokens.sequence[rows], return_counts=True)[1]
         lengths = tuple(counts.tolist())

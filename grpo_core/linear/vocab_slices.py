@@ -44,7 +44,7 @@ def loss_over_slices(work: Workspace, tokens: Tokens) -> LossRows:
 
     stats, (target_logit, *of_reference) = read_chunks(work, extra_vectors=at_targets)
     result, complete = loss_of_statistics(stats, tokens, call.kernels)
-    work.choose_loss_scale(complete.weight)
+    work.choose_loss_scale(complete.largest_weight)
     row_gradients = work.scaled(
         complete.row_gradients(result.dlogp, result.dropped, call.exact_beta)
     )

@@ -71,9 +71,16 @@ def loss_of_statistics(stats: RowStats, given: Tokens, kernels: Kernels) -> tupl
     logp, entropy = stats.logp, stats.entropy
     tokens = given.with_statistics(logp, entropy)
     result = kernels.sequence_loss(stats, tokens, given.terms)
+    if tokens.nll_weight is not None:
+        # a row that the objective drops is left out as a whole
+        finite = logp.isfinite() & ~result.dropped
+        weight = torch.where(finite, tokens.nll_weight, 0.0)
+        loss = result.loss - weight * torch.where(finite, logp, 0.0)
+        dropped = result.dropped | ((tokens.nll_weight != 0) & ~finite)
+        result = result._replace(loss=loss, dlogp=result.dlogp - weight, dropped=dropped)
     if tokens.valid is not given.valid:
         # some tokens were rejected after their rows had been read
-        logp, entropy = (torch.where(tokens.valid, v, 0.0) for v in (logp, entropy))
+        logp, entropy = (torch.where(tokens.read, v, 0.0) for v in (logp, entropy))
         result = result._replace(logp=logp, entropy=entropy)
     return result, tokens
 

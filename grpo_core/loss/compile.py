@@ -34,7 +34,7 @@ from grpo_core.loss.tokens import Tokens
 from grpo_core.objective.advantage import Estimator
 from grpo_core.objective.objective import Objective, Surrogate, function_of
 from grpo_core.objective.off_policy import Rejection, SamplerCorrection
-from grpo_core.objective.policy_factor import PolicyFactor, SequenceWeight
+from grpo_core.objective.policy_factor import FutureKL, PolicyFactor, SequenceWeight
 
 # an operator reads numbers from host memory, which a replayed CUDA graph would not do again
 TAGS = (torch.Tag.cudagraph_unsafe,)
@@ -84,7 +84,7 @@ def register_record(record: Record) -> Record:
     return record
 
 
-RULES = (Estimator, PolicyFactor, SamplerCorrection, Rejection, SequenceWeight)
+RULES = (Estimator, PolicyFactor, SamplerCorrection, Rejection, SequenceWeight, FutureKL)
 for record in (LossInputs, Objective, Kept, *RULES):
     register_record(record)
 

@@ -56,6 +56,7 @@ def fused_loss(
     sampler_logp: Tensor | None = None,
     mask: Tensor | None = None,
     kept: Kept | Tensor | None = None,
+    nll_weight: Tensor | None = None,
     sequence_id: Tensor | None = None,
     normalizer: Tensor | float | None = None,
     temperature: float = 1.0,
@@ -85,7 +86,8 @@ def fused_loss(
         rewards: [B], one per sequence, finite; normalised within groups as `objective` says.
         group_size: completions per prompt, neighbours in `rewards`; a group of 1 has advantage 0.
             Or instead:
-        group_id: [B] integers in [0, B), the prompt of each: groups of any size, in any order.
+        group_id: [B] integers in [0, B), the prompt of each: groups of any size, in any order. With
+            `advantage` both are for the aggregation prompt_mean only.
         old_logp: shaped like target, nats; None means on policy: the ratio is exactly 1 and the
             gradient is that of REINFORCE.
         ref_logp: shaped like target, nats; needed if the objective's beta is not 0, otherwise only
@@ -105,6 +107,9 @@ def fused_loss(
             `Kept` or a bool mask shaped like logits: both policies are renormalised over these ids
             alone. A token whose target is not among its own ids is left out, and counted in
             `metrics["unkept_rows"]`. Compute `old_logp` and `ref_logp` with the same `kept`.
+        nll_weight: shaped like target, finite, >= 0: adds Σ_n nll_weight_n·(−logp_n) to the loss,
+            without a divisor, also for tokens with mask 0. Cross-entropy on observations (ECHO):
+            0.05 / their number there, 0 elsewhere. The logits are then read twice.
         sequence_id: [N] integers in [0, N), for packed logits: the sequence of each row; it also
             indexes `rewards`.
         normalizer: what the sum is divided by, a number or 0-dim tensor; None means this call's
@@ -151,6 +156,7 @@ def fused_loss(
         sampler_logp=sampler_logp,
         mask=mask,
         kept=kept,
+        nll_weight=nll_weight,
         sequence_id=sequence_id,
         normalizer=normalizer,
         temperature=temperature,

@@ -29,6 +29,7 @@ from grpo_core.objective.validation import (
     check_mask,
     check_tensor,
     check_topk,
+    is_int,
     is_number,
     must_validate,
     raise_first,
@@ -55,6 +56,7 @@ class LossInputs:
     sampler_logp: Tensor | None = None
     mask: Tensor | None = None
     kept: Kept | Tensor | None = None
+    nll_weight: Tensor | None = None
     sequence_id: Tensor | None = None
     normalizer: Tensor | float | None = None
     target: Tensor
@@ -126,9 +128,10 @@ class LossInputs:
             advantage = flat.new_zeros(flat.shape, dtype=dtype) if given is None else given
         mixed = None if self.objective.interpolation == 1 else self.objective.interpolation
         check_unsharded(shards, kept=self.kept, ref_topk=self.ref_topk, interpolation=mixed)
+        for name in ("ref_topk", "nll_weight"):
+            if self.kept is not None and getattr(self, name) is not None:
+                raise ValueError(f"kept: expected None with {name}, got both")
         if self.ref_topk is not None:
-            if self.kept is not None:
-                raise ValueError("kept: expected None with ref_topk, got both")
             check_topk(self.ref_topk, logits, valid, self.validate)
         bad_target = valid & ((flat < 0) | (flat >= whole.shape[-1]))
         present = valid & ~bad_target
@@ -152,9 +155,10 @@ class LossInputs:
             groups=self.groups,
             unkept=unkept,
             kept=kept,
+            nll_weight=self._check_nll(whole, target, flatten("nll_weight")),
         )
         per_sequence = self.rewards is not None or advantage.numel() != flat.numel()
-        tokens = _assign_sequences(tokens, per_sequence).with_weights()
+        tokens = self._assign_groups(_assign_sequences(tokens, per_sequence)).with_weights()
         if old_logp is None or self.objective.factor.current:
             return tokens
         return tokens.with_sampler_factor(old_logp)
@@ -187,8 +191,12 @@ class LossInputs:
             )
         for name in ("group_size", "group_id"):
             groups = getattr(self, name)
-            if groups is not None and self.rewards is None:
-                raise ValueError(f"{name}: expected None without rewards, got {groups!r}")
+            if groups is not None and self.rewards is None and not spec.averages_prompts:
+                want = "None without rewards"
+                raise ValueError(f"{name}: expected {want}, got {groups!r}")
+        if spec.averages_prompts and (self.group_size is None) == (self.group_id is None):
+            got = "neither" if self.group_size is None else "both"
+            raise ValueError(f"group_size: expected it or group_id for prompt_mean, got {got}")
         name = spec.reference
         if spec.beta and getattr(self, name) is None:
             expected = "(ids, logp)" if name == "ref_topk" else "a tensor"
@@ -242,6 +250,45 @@ class LossInputs:
             raise_first("sequence_id", f"ids below the {rewards.numel()} rewards", ids, unknown)
         return ids
 
+    def _assign_groups(self, tokens: Tokens) -> Tokens:
+        """Gives every token the prompt of its sequence, where the aggregation needs that."""
+        if not self.objective.averages_prompts:
+            return tokens
+        sequence, size, ids = tokens.sequence, self.group_size, self.group_id
+        if ids is None:
+            B = tokens.sequences if self.rewards is None else self.rewards.numel()
+            uneven = is_int(size) and size >= 1 and B % size and tokens.width is not None
+            if not is_int(size) or size < 1 or uneven:
+                raise ValueError(f"group_size: expected an int that divides B = {B}, got {size!r}")
+            return replace(tokens, group=sequence // size, prompts=tokens.sequences)
+        # packed rows of given advantages do not say how many sequences there are
+        B = check_tensor("group_id", ids).numel()
+        if self.rewards is not None or tokens.width is not None:
+            B = tokens.sequences if self.rewards is None else self.rewards.numel()
+        given = check_integers("group_id", ids, (B,), device=sequence.device)
+        given, _ = check_ids("group_id", given, "B", B, given, self.validate)
+        known = sequence < B
+        unknown = tokens.valid & ~known
+        if must_validate(self.validate, given) and unknown.any():
+            raise_first("sequence_id", f"ids below the {B} of group_id", sequence, unknown)
+        group = given[sequence.clamp(max=max(B - 1, 0))] if B else torch.zeros_like(sequence)
+        valid = tokens.valid & known
+        return replace(tokens.with_valid(valid), unmasked=valid, group=group, prompts=max(B, 1))
+
+    def _check_nll(self, logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor | None:
+        """The weights of −logp [N], 0 where the target is IGNORE or no id."""
+        if weight is None:
+            return None
+        flat, V = target.reshape(-1), logits.shape[-1]
+        given, inside = (flat != IGNORE) & (weight != 0), (flat >= 0) & (flat < V)
+        if must_validate(self.validate, logits):
+            low = given & ~((weight > 0) & weight.isfinite())
+            if low.any():
+                raise_first("nll_weight", "finite numbers >= 0", weight, low)
+            if (given & ~inside).any():
+                raise_first("target", f"an id in [0, V = {V})", flat, given & ~inside)
+        return torch.where(given & inside, weight, 0.0)
+
     def _check_normalizer(self, logits: Tensor) -> Tensor | float | None:
         """The divisor as a constant: None, a number > 0 or a real 0-dim tensor."""
         spec, normalizer, packed = self.objective, self.normalizer, logits.ndim == 2
@@ -281,8 +328,7 @@ def _assign_sequences(tokens: Tokens, per_sequence: bool) -> Tokens:
         valid = valid & (tokens.sequence_id == sequence) & (sequence < known)
     if per_sequence:
         advantage = advantage[sequence.clamp(max=max(advantage.numel() - 1, 0))]
-    target = torch.where(valid, tokens.target, IGNORE)
-    return replace(tokens, target=target, valid=valid, unmasked=valid, advantage=advantage)
+    return replace(tokens.with_valid(valid), unmasked=valid, advantage=advantage)
 
 
 def check_logits(logits: Tensor, temperature: float, dtypes: tuple[torch.dtype, ...]) -> None:

@@ -36,6 +36,7 @@ def logp_loss(
     entropy: Tensor | None = None,
     factor: Tensor | None = None,
     mask: Tensor | None = None,
+    nll_weight: Tensor | None = None,
     sequence_id: Tensor | None = None,
     normalizer: Tensor | float | None = None,
     backend: Backend | None = None,
@@ -54,7 +55,7 @@ def logp_loss(
         factor: shaped like logp, a constant that multiplies the surrogate of each unmasked token,
             in addition to `objective.factor`.
         advantage, rewards, group_size, group_id, old_logp, ref_logp, sampler_logp, mask,
-        sequence_id, normalizer, backend, validate: as in `fused_loss`.
+        nll_weight, sequence_id, normalizer, backend, validate: as in `fused_loss`.
 
     Returns:
         `LossOutput`; its `entropy` is NaN where none was given.
@@ -84,6 +85,7 @@ def logp_loss(
         ref_logp=ref_logp,
         sampler_logp=sampler_logp,
         mask=mask,
+        nll_weight=nll_weight,
         sequence_id=sequence_id,
         normalizer=normalizer,
         backend=backend,
@@ -98,7 +100,7 @@ def logp_loss(
     # the statistics that a read of the logits would give: 0 where masked
     known = torch.full_like(logp, torch.nan) if entropy is None else entropy
     vectors = (x.detach().reshape(-1).float() for x in (logp, known))
-    values, entropies = (torch.where(tokens.valid, x, 0.0) for x in vectors)
+    values, entropies = (torch.where(tokens.read, x, 0.0) for x in vectors)
     stats = RowStats(values, entropies, None, values.new_empty(0, len(values)))
     result, tokens = loss_of_statistics(stats, tokens, kernels)
     row_gradients = tokens.row_gradients(result.dlogp, result.dropped, None)

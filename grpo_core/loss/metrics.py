@@ -94,7 +94,7 @@ def loss_metrics(out: LossOutput) -> dict[str, Tensor]:
         "entropy": _mean(entropy, counts),
         "approx_kl_old": _mean(ratio - 1 - log_ratio, counts),
         "factor_mean": _mean(factor, counts),
-        "nonfinite_rows": (valid & dropped).sum(),
+        "nonfinite_rows": dropped.sum(),
         "bad_target_rows": tokens.bad_target.sum(),
     }
     if out._skipped is not None:

@@ -7,6 +7,7 @@ of each scalar formula; the softmax, every derivative and every reduction are Py
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,6 +45,13 @@ def reference_loss(
     check_tensor("logits", logits)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     tokens = inputs.tokens(logits, dtype=dtype, logit_dtypes=(*LOGIT_DTYPES, torch.float64))
+    if tokens.nll_weight is not None:
+        # the gradient of a masked token may be read; its other vectors may hold anything
+        names = [n for n in ("old_logp", "ref_logp", "advantage") if getattr(tokens, n) is not None]
+        known: dict[str, Any] = {
+            name: torch.where(tokens.valid, getattr(tokens, name), 0.0) for name in names
+        }
+        tokens = replace(tokens, **known)
     rows, ref = (
         None if x is None else x.reshape(-1, x.shape[-1]).to(dtype) / inputs.temperature
         for x in (logits, inputs.ref_logits)
@@ -57,16 +65,20 @@ def reference_loss(
         ref = None if ref is None else ref.masked_fill(outside, -torch.inf)
     reference = ref if inputs.ref_topk is None else inputs.ref_topk
     loss, vectors, finite, tokens = _evaluate(rows, reference, tokens)
-    kept = tokens.valid & finite
+    kept = tokens.read & finite
     if not finite.all():
         # once more without the dropped rows, or 0·NaN would reach the gradient
         rows = rows.masked_fill(~kept[:, None], 0.0)
         loss, *_ = _evaluate(rows, reference, tokens, kept)
     shape, valid = target.shape, tokens.valid
-    shown = (torch.where(valid, vector.detach(), 0.0).view(shape) for vector in vectors)
+    seen = (tokens.read, tokens.read, valid, valid)
+    shown = (
+        torch.where(there, vector.detach(), 0.0).view(shape)
+        for there, vector in zip(seen, vectors, strict=True)
+    )
     logp, entropy, ratio, kl = shown
     factor = None if tokens.factor is None else tokens.factor.view(shape)
-    return LossOutput(loss, logp, entropy, ratio, kl, factor, tokens, valid, valid & ~kept)
+    return LossOutput(loss, logp, entropy, ratio, kl, factor, tokens, valid, tokens.read & ~kept)
 
 
 def _evaluate(
@@ -101,10 +113,17 @@ def _evaluate(
     loss = tokens.weight[at] * loss
     if tokens.entropy_weight is not None:
         loss = loss - tokens.entropy_weight[at] * entropy[at]
-    finite = logp[at].isfinite() & ratio[at].float().isfinite() & loss.isfinite()
+    finite = logp[at].isfinite() & ratio[at].float().isfinite()
+    if tokens.nll_weight is not None:
+        # a masked token has −logp alone, and its ratio is nobody's
+        finite = logp[at].isfinite() & (finite | ~tokens.valid[at])
+        loss = torch.where(tokens.valid[at], loss, 0.0)
+        loss = loss - tokens.nll_weight[at] * torch.where(tokens.read[at], logp[at], 0.0)
+    finite = finite & loss.isfinite()
     if kept is None:
-        finite = finite & ~sequence_ratio.spread(tokens.valid & ~finite, tokens, tokens.terms)
-    total = torch.where(tokens.valid[at] & finite, loss, 0.0).sum()
+        broken = sequence_ratio.spread(tokens.valid & ~finite, tokens, tokens.terms)
+        finite = finite & ~(broken & tokens.valid)
+    total = torch.where(tokens.read[at] & finite, loss, 0.0).sum()
     return total, (logp, entropy, ratio, kl), finite, tokens
 
 

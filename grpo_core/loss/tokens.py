@@ -17,7 +17,12 @@ from grpo_core.kernels.records import SequenceTokens, Terms
 from grpo_core.objective.aggregation import Aggregation, token_weights
 from grpo_core.objective.objective import Objective
 from grpo_core.objective.off_policy import combine, find_off_policy
-from grpo_core.objective.policy_factor import LARGEST_LOG_RATIO, SMALLEST_LOG_RATIO, top_share
+from grpo_core.objective.policy_factor import (
+    LARGEST_LOG_RATIO,
+    SMALLEST_LOG_RATIO,
+    top_share,
+    within_second_moment,
+)
 
 # the target of a masked token, as in torch.nn.functional.cross_entropy
 IGNORE = -100
@@ -35,6 +40,9 @@ class Tokens(SequenceTokens):
     groups: tuple[Tensor, int | Tensor] | None  # rewards [B]; their size, or an id for each
     unkept: Tensor | None = None  # [N] bool, not among the kept ids; None without any
     kept: Kept | None = None  # of all tokens of the call
+    group: Tensor | None = None  # [N] int64 in [0, prompts), of prompt_mean
+    prompts: int = 0  # upper bound on their number
+    nll_weight: Tensor | None = None  # [N], of −logp beside the objective, also of masked tokens
 
     @property
     def waits_for_sampler(self) -> bool:
@@ -45,16 +53,34 @@ class Tokens(SequenceTokens):
     @property
     def couples_sequences(self) -> bool:
         """Whether the loss of a token needs tokens of other sequences."""
-        return self.objective.factor.top_entropy < 1 or self.waits_for_sampler
+        factor = self.objective.factor
+        by_moment = self.old_logp is not None and factor.second_moment < math.inf
+        return factor.top_entropy < 1 or by_moment or self.waits_for_sampler
+
+    @property
+    def read(self) -> Tensor:
+        """[N] bool: tokens whose rows are read: valid ones, and those with an nll_weight."""
+        return self.valid if self.nll_weight is None else self.valid | (self.nll_weight != 0)
+
+    @property
+    def largest_weight(self) -> Tensor:
+        """[N] the larger of a token's two weights."""
+        return self.weight if self.nll_weight is None else self.weight.maximum(self.nll_weight)
 
     @property
     def needs_statistics(self) -> bool:
+        """Whether the loss of a token is computed from the statistics of rows, in two phases."""
+        return self.couples_rows or self.nll_weight is not None
+
+    @property
+    def couples_rows(self) -> bool:
         """Whether the loss of a token needs the statistics of other rows or of its own row."""
         factor = self.objective.factor
         moves = self.old_logp is not None or self.sampler_logp is not None
         of_sequence = factor.off_policy_delta < math.inf or factor.sequence_weight is not None
+        ahead = factor.future_kl is not None and self.old_logp is not None
         token_level = self.objective.is_token_level
-        return not token_level or self.couples_sequences or (moves and of_sequence)
+        return not token_level or self.couples_sequences or (moves and of_sequence) or ahead
 
     @property
     def terms(self) -> Terms:
@@ -77,10 +103,12 @@ class Tokens(SequenceTokens):
         if others or not spec.surrogate.homogeneous:
             return torch.zeros_like(self.valid)
         moves = self.valid & (self.advantage != 0)
-        if self.needs_statistics:
+        if self.couples_rows:
             moving = self.advantage.new_zeros(self.sequences)
             sequence = self.sequence
             moves = moving.scatter_add_(0, sequence, moves.to(moving.dtype))[sequence] > 0
+        if self.nll_weight is not None:
+            moves = moves | (self.nll_weight != 0)
         return self.valid & ~moves
 
     def select(self, rows: slice | Tensor) -> Tokens:
@@ -105,7 +133,9 @@ class Tokens(SequenceTokens):
             # a sequence weight contains it
             tokens = self if rules.sequence_weight is not None else self.scale_factor(factor)
         for rule in rules.rejections:
-            kept = kept & rule.apply(*vectors)[1]
+            inside, stays = rule.apply(*vectors)
+            kept = kept & stays
+            tokens = tokens.scale_factor(inside) if rule.action == "zero" else tokens
         return tokens.keep(kept)
 
     @torch.no_grad()
@@ -115,6 +145,12 @@ class Tokens(SequenceTokens):
         tokens = self.with_sampler_factor(logp) if self.waits_for_sampler else self
         if factor.sequence_weight is not None:
             tokens = tokens.scale_factor(tokens.weigh_sequences(logp))
+        if self.old_logp is not None and factor.future_kl is not None:
+            vectors = (logp - self.old_logp, tokens.valid, tokens.sequence, tokens.sequences)
+            tokens = tokens.scale_factor(factor.future_kl.weigh(*vectors))
+        if self.old_logp is not None and factor.second_moment < math.inf:
+            moved = (logp - self.old_logp, tokens.advantage, tokens.valid)
+            tokens = tokens.scale_factor(within_second_moment(*moved, factor.second_moment))
         before = tokens.old_logp if tokens.sampler_logp is None else tokens.sampler_logp
         if factor.off_policy_delta < math.inf and before is not None:
             vectors = (tokens.advantage, tokens.valid, tokens.sequence, tokens.sequences)
@@ -145,7 +181,8 @@ class Tokens(SequenceTokens):
         """Multiplies every weight by a 0-dim tensor."""
         bonus = self.entropy_weight
         bonus = None if bonus is None else bonus * number
-        return replace(self, weight=self.weight * number, entropy_weight=bonus)
+        nll = None if self.nll_weight is None else self.nll_weight * number
+        return replace(self, weight=self.weight * number, entropy_weight=bonus, nll_weight=nll)
 
     def scale_factor(self, by: Tensor) -> Tokens:
         """Multiplies the factor of the surrogate by a vector."""
@@ -154,9 +191,12 @@ class Tokens(SequenceTokens):
 
     def keep(self, kept: Tensor) -> Tokens:
         """Takes all tokens but some out of the loss and of every mean."""
-        valid = self.valid & kept
-        target = torch.where(valid, self.target, IGNORE)
-        return replace(self, valid=valid, target=target).with_weights()
+        return self.with_valid(self.valid & kept).with_weights()
+
+    def with_valid(self, valid: Tensor) -> Tokens:
+        """With other valid tokens; the rows that are not read have no target."""
+        tokens = replace(self, valid=valid)
+        return replace(tokens, target=torch.where(tokens.read, self.target, IGNORE))
 
     def keep_surrogate_on(self, kept: Tensor) -> Tokens:
         """Limits surrogate and entropy bonus to some tokens; all stay in every policy mean."""
@@ -180,11 +220,14 @@ class Tokens(SequenceTokens):
     def _weights(
         self, valid: Tensor, aggregation: Aggregation, normalizer: Tensor | float | None
     ) -> Tensor:
+        by_prompt = aggregation == "prompt_mean"
+        group = self.group if by_prompt else self.sequence
+        assert group is not None
         return token_weights(
             valid,
-            self.sequence,
+            group,
             aggregation,
-            sequences=self.sequences,
+            sequences=self.prompts if by_prompt else self.sequences,
             width=self.width,
             normalizer=normalizer,
             dtype=self.advantage.dtype,

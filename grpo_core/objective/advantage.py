@@ -10,10 +10,12 @@
 | "Tricks or Traps", 2508.08221     | group         | batch   | all rewards                   |
 | REINFORCE++ baseline, 2501.03262  | group         | centred | all R_i − baseline_i          |
 | REINFORCE++, 2501.03262           | batch         | batch   | all rewards                   |
+| MaxRL, 2602.02710                 | group         | mean    | none: the divisor is the mean R   |
+| ScaleRL, 2510.13786               | group         | centred | all R_i − baseline_i              |
 | GDPO, 2601.05242                  | `decoupled_advantages`: GRPO per reward function, summed  |
 
 "batch" means all rewards of one call: under data parallelism, gather the rewards first. Advantages
-per token (PPO) are in `value`.
+per token (PPO) are in `value`. Scale "mean" is for rewards >= 0; a mean <= 0 gives 0.
 
 Cases that the papers do not define: a group of one, a group of equal rewards and a masked
 completion get exactly 0, and a masked completion counts in no mean. Compared with the frameworks:
@@ -52,7 +54,7 @@ from grpo_core.objective.validation import (
 )
 
 Baseline = Literal["group", "leave_one_out", "batch"]
-Scale = Literal["group", "batch", "centred"]
+Scale = Literal["group", "batch", "centred", "mean"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Estimator:
 
     Args:
         baseline: the mean of the group, of the others in the group, or of the batch.
-        scale: the standard deviation to divide by, or None.
+        scale: the standard deviation to divide by, "mean" for the mean reward, or None.
         ddof: degrees of freedom subtracted in it, 0 or 1.
         epsilon: added to it, in units of reward.
     """
@@ -260,6 +262,9 @@ def _advantages(
         return group.scale(centred, group.centre(values), estimator.ddof, estimator.epsilon)
     if estimator.scale == "batch":
         return batch.scale(centred, batch.centre(values), estimator.ddof, estimator.epsilon)
+    if estimator.scale == "mean":
+        mean = (batch if estimator.baseline == "batch" else group).mean(values)
+        return torch.where(mean > 0, centred / (mean + estimator.epsilon), 0.0)
     if estimator.scale == "centred":
         return _scale_by_batch(centred, group, tokens, estimator)
     return centred

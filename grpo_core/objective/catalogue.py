@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from grpo_core.objective.objective import Objective
@@ -19,10 +20,13 @@ FORMULAS = {
     "sapo": "−(4/τ)·σ(τ·(r−1))·A, τ = {0} if A > 0 else {1}",
     "dro": "−A·logp + {0}/2·d²",
     "dppo_tv": "−sg(min(r, {2}))·A·logp where p−q ≤ {1} if A > 0, ≥ −{0} else",
+    "ipo": "−r·A where |p−q| ≤ {0}, else 0",
     "dppo_kl": "−sg(min(r, {2}))·A·logp where KL(q, p) ≤ {1} if A > 0, {0} else",
     "topr": "−A·logp if A > 0, else −sg(min(r, 1))·A·logp",
     "zero": "0",
 }
+# recipes whose advantages are given, and by what
+GIVEN = {"ppo": "given (GAE)", "dual_clip": "given (GAE)", "gdpo": "given (decoupled)"}
 LEVELS = {
     "token": "token",
     "sequence": "sequence mean",
@@ -53,6 +57,11 @@ ORIGINS = {
         trl="loss_type=grpo, epsilon=0.0003, epsilon_high=0.0004, "
         "importance_sampling_level=sequence",
     ),
+    "gspo_token": Origin(
+        "2507.18071",
+        verl="loss_mode=gspo, loss_agg_mode=seq-mean-token-mean, clip_ratio_low=0.0003, "
+        "clip_ratio_high=0.0004, adv_estimator=grpo",
+    ),
     "luspo": Origin(
         "2602.05261",
         trl="loss_type=luspo, epsilon=0.0003, epsilon_high=0.0004, "
@@ -78,6 +87,15 @@ ORIGINS = {
     "gpg": Origin(
         "2504.02546", verl="loss_mode=gpg, adv_estimator=grpo, norm_adv_by_std_in_grpo=False"
     ),
+    "scalerl": Origin("2510.13786"),
+    "maxrl": Origin("2602.02710"),
+    "gdpo": Origin(
+        "2601.05242", trl="loss_type=bnpo, multi_objective_aggregation=normalize_then_sum"
+    ),
+    "ipo": Origin(""),
+    "m2po": Origin("2510.01161"),
+    "fipo": Origin("2603.19835"),
+    "sdar": Origin("2605.15155"),
     "dro": Origin(
         "2501.12599",
         verl="loss_mode=dro, dro_beta=0.1, adv_estimator=grpo, norm_adv_by_std_in_grpo=False, "
@@ -104,6 +122,12 @@ def formula(objective: Objective) -> str:
         text = "sg(W^k·exp(λ(1−W)))·(" + text + "), (k, λ) = "
         text += f"({weight.k_pos:g}, {weight.lambda_pos:g}) if A ≥ 0 "
         text += f"else ({weight.k_neg:g}, {weight.lambda_neg:g})"
+    if objective.factor.second_moment < math.inf:
+        text += f", 0 for outliers, until mean d² < {objective.factor.second_moment:g}"
+    ahead = objective.factor.future_kl
+    if ahead is not None:
+        gamma = f"2^(−1/{ahead.half_life:g})"
+        text = f"sg(clip(exp(Σ_k≥t {gamma}^(k−t)·d_k), {ahead.low:g}, {ahead.high:g}))·({text})"
     if objective.token_clip is not None:
         low, high = objective.token_clip
         text += f", d ≤ {high:g} if A > 0, d ≥ −{low:g} else"
@@ -124,6 +148,8 @@ def advantage(objective: Objective) -> str:
     baseline, scale = objective.advantage.baseline, objective.advantage.scale
     if baseline == "group" and scale in ("group", None):
         return "group mean, std" if scale else "group mean"
+    if scale == "mean":
+        return f"{baseline} mean, over that mean"
     return baseline.replace("_", " ") + (f", std of {scale}" if scale else "")
 
 
@@ -136,7 +162,7 @@ def row(name: str, *, frameworks: bool) -> tuple[str, ...]:
         formula(objective),
         kl_term(objective),
         LEVELS[objective.ratio_level] if has_ratio else "",
-        advantage(objective) if name not in ("ppo", "dual_clip") else "given (GAE)",
+        GIVEN.get(name) or advantage(objective),
         objective.aggregation.replace("_", " "),
         origin.paper,
     )

@@ -45,6 +45,10 @@ class Groups:
         """Sum of the weights in the group of each: [B]."""
         return self.sum(torch.ones_like(self.weight))
 
+    def mean(self, values: Tensor) -> Tensor:
+        """Weighted mean over the group of each: [B], NaN where none counts."""
+        return self.sum(torch.where(self.weight > 0, values, 0.0)) / self.size()
+
     def largest(self, values: Tensor) -> Tensor:
         """The largest value in the group of each: [B], −inf where none counts."""
         values = torch.where(self.weight > 0, values, -math.inf)

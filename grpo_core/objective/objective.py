@@ -45,7 +45,7 @@ _FUNCTIONS: weakref.WeakValueDictionary[str, Callable] = weakref.WeakValueDictio
 # those that a compiled graph has called
 _IN_GRAPHS: dict[str, Callable] = {}
 
-SampledKL = Literal["k1", "absolute", "k2", "k3", "k1_plus", "absolute_plus", "k3_plus"]
+SampledKL = Literal["k1", "absolute", "k2", "k3", "k1_plus", "absolute_plus", "k3_plus", "gated"]
 RowKL = Literal["exact", "topk", "topk_tail"]
 KL = Literal[SampledKL, RowKL]
 
@@ -217,6 +217,11 @@ class Objective:
         if not self.has_row_kl:
             return "ref_logp"
         return "ref_logits" if self.kl == "exact" else "ref_topk"
+
+    @property
+    def averages_prompts(self) -> bool:
+        """Whether a weight depends on the prompt of a sequence."""
+        return "prompt_mean" in (self.aggregation, self.entropy_aggregation)
 
     @property
     def kl_function(self) -> Callable:

@@ -12,8 +12,9 @@ and acts on a ratio outside of low <= w <= high:
 | "reject"   | weight = 0, the token leaves the mask      | MIS                                  |
 
 `Rejection` takes tokens with a distance outside of its bounds out of the mask, and weighs nothing
-(verl rollout_rs). The weight multiplies the advantage, so it scales the policy term and never the
-KL.
+(verl rollout_rs). With action "zero" it is a gate: their surrogate is 0 and they count in every
+mean (OpenRLHF's gates; FlashREINFORCE gates by the mean binary_kl of a sequence). The weight
+multiplies the advantage, so it scales the policy term and never the KL.
 
 A token with a log-probability that is NaN or infinite leaves the mask and is part of no sum. (TRL
 1.16 keeps it with w_t = 1; in verl 0.9.1 the loss becomes NaN.) The log of a ratio is clamped to
@@ -38,11 +39,13 @@ from grpo_core.objective.validation import check_choice, is_number
 
 Level = Literal["token", "sequence", "geometric"]
 Action = Literal["truncate", "zero", "reject"]
-Measure = Literal["log_ratio", "k2", "k3"]
+Measure = Literal["log_ratio", "k2", "k3", "binary_kl", "tv"]
 Over = Literal["token", "sum", "mean", "max"]
 
 # e⁸⁰ is within the range of float32, e⁸⁹ is not
 MAX_LOG_RATIO = 80.0
+# distances of probabilities clamp them, as OpenRLHF 0.11.2 does
+SMALLEST_PROBABILITY = 1e-6
 OVERS: dict[str, Over] = {"token": "token", "sequence": "sum", "geometric": "mean"}
 
 
@@ -70,13 +73,14 @@ class Rule:
         """
         d = old_logp.double() - sampler_logp.double()
         known = valid & d.isfinite()
-        weight, inside, stays = self._bound(torch.where(known, d, 0.0), known, sequence, sequences)
+        d, logp = (torch.where(known, vector, 0.0) for vector in (d, old_logp.double()))
+        weight, inside, stays = self._bound(d, logp, known, sequence, sequences)
         return torch.where(known & inside, weight, 0.0).float(), known & stays
 
     def _bound(
-        self, d: Tensor, known: Tensor, sequence: Tensor, sequences: int
+        self, d: Tensor, logp: Tensor, known: Tensor, sequence: Tensor, sequences: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """[N] weights, whether they count, whether the tokens stay."""
+        """[N] weights, whether they count, whether the tokens stay; `logp` is log π_old."""
         raise NotImplementedError
 
 
@@ -103,7 +107,7 @@ class SamplerCorrection(Rule):
             raise ValueError(f"low: expected 0 <= low <= high, got {self.low!r} and {self.high!r}")
 
     def _bound(
-        self, d: Tensor, known: Tensor, sequence: Tensor, sequences: int
+        self, d: Tensor, logp: Tensor, known: Tensor, sequence: Tensor, sequences: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         weight = combine(d, known, OVERS[self.level], sequence, sequences)
         weight = weight.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
@@ -119,33 +123,43 @@ class Rejection(Rule):
 
     Args:
         measure: the distance x of a token from the sampler: "log_ratio" is d_t, "k2" ½·d_t², "k3"
-            e^d_t − 1 − d_t.
+            e^d_t − 1 − d_t; "binary_kl" is KL(Bern(π_sampler) ‖ Bern(π_old)) and "tv"
+            |π_sampler − π_old| of the token's probabilities.
         over: x of each token, or its sum, mean or maximum over the sequence.
-        low, high: bounds of x, inclusive, nats.
+        low, high: bounds of x, inclusive; nats, for "tv" a probability.
+        action: "reject": they leave the mask; "zero": factor 0, the denominators are kept.
     """
 
     measure: Measure = "log_ratio"
     over: Over = "token"
     low: float = -math.inf
     high: float = math.inf
+    action: Literal["reject", "zero"] = "reject"
 
     def __post_init__(self) -> None:
         check_choice("measure", self.measure, get_args(Measure))
+        check_choice("action", self.action, ("reject", "zero"))
         check_choice("over", self.over, get_args(Over))
         if not (is_number(self.low) and is_number(self.high) and self.low <= self.high):
             raise ValueError(f"low: expected low <= high, got {self.low!r} and {self.high!r}")
 
     def _bound(
-        self, d: Tensor, known: Tensor, sequence: Tensor, sequences: int
+        self, d: Tensor, logp: Tensor, known: Tensor, sequence: Tensor, sequences: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         x = d
         if self.measure == "k2":
             x = 0.5 * d * d
         elif self.measure == "k3":
             x = torch.expm1(d) - d
+        elif self.measure in ("binary_kl", "tv"):
+            bounds = SMALLEST_PROBABILITY, 1 - SMALLEST_PROBABILITY
+            p, q = (log.exp().clamp(*bounds) for log in (logp - d, logp))
+            x = (p - q).abs()
+            if self.measure == "binary_kl":
+                x = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
         x = combine(x, known, self.over, sequence, sequences)
         inside = (x >= self.low) & (x <= self.high)
-        return torch.ones_like(x), inside, inside
+        return torch.ones_like(x), inside, inside if self.action == "reject" else known
 
 
 def combine(x: Tensor, counted: Tensor, over: Over, sequence: Tensor, sequences: int) -> Tensor:

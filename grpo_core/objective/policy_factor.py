@@ -7,6 +7,8 @@
 | `sampler`         | π_old / π_sampler, bounded, see `off_policy`                            |
 | `off_policy_delta`| 0 where A < 0 and the sequence has moved by more than δ nats a token    |
 | `top_entropy`     | 0 below the (1 − ρ)-quantile of the entropies of this call's tokens     |
+| `second_moment`   | 0 for the tokens of largest d², so that the mean d² of the others is < τ|
+| `future_kl`       | clip(e^{Σ_k≥t γ^{k−t}·d_k}, low, high), d = log π/π_old of later tokens  |
 | `sequence_weight` | φ(W) of the sequence's ratio; `sampler` is then part of W               |
 
 The factors multiply each other. Only `rejections`, and `sampler` with action "reject", take tokens
@@ -15,7 +17,8 @@ every mean unchanged, except that tokens of low entropy get no entropy bonus, as
 TRL. With an `old_logp`, `sampler` and `rejections` are computed before the logits are read. The
 other parts need two phases.
 
-Source: top_entropy: "Beyond the 80/20 rule" (arXiv 2506.01939); the others: where they are defined.
+Source: top_entropy: "Beyond the 80/20 rule" (arXiv 2506.01939); second_moment: M2PO (2510.01161);
+the others: where they are defined.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from torch import Tensor
 
 from grpo_core.objective.off_policy import Rejection, SamplerCorrection
 from grpo_core.objective.validation import check_not_negative, check_type, is_number
+from grpo_core.objective.value import backward_scan
 
 # e²⁰ is far above any useful ratio, and far below overflow
 LARGEST_LOG_RATIO = 20.0
@@ -68,6 +72,48 @@ class SequenceWeight:
 
 
 @dataclass(frozen=True)
+class FutureKL:
+    """clip(e^F_t, low, high) with F_t = Σ_{k≥t} γ^{k−t}·d_k: how later tokens of a sequence moved.
+
+    d = log π − log π_old, γ = 2^(−1/half_life). Masked tokens cost no discount, so packed rows and
+    a padded batch agree.
+
+    Args:
+        half_life: tokens after which a later one counts half, > 0.
+        low, high: bounds of the factor, 0 <= low <= high.
+        max_ratio: tokens with a ratio above it add nothing.
+
+    Source: FIPO (arXiv 2603.19835). Its authors' code also limits the factor to [0.8, 1] for A < 0
+    at large ratios, which is not done here.
+    """
+
+    half_life: float = 32.0
+    low: float = 0.8
+    high: float = 1.2
+    max_ratio: float = math.inf
+
+    def __post_init__(self) -> None:
+        for name in ("half_life", "max_ratio"):
+            value = getattr(self, name)
+            if not is_number(value) or not value > 0:
+                raise ValueError(f"{name}: expected a number > 0, got {value!r}")
+        numbers = is_number(self.low) and is_number(self.high)
+        if not numbers or not 0 <= self.low <= self.high:
+            raise ValueError(f"low: expected 0 <= low <= high, got {self.low!r} and {self.high!r}")
+
+    def weigh(self, log_ratio: Tensor, valid: Tensor, sequence: Tensor, sequences: int) -> Tensor:
+        """The factor of each token [N], in float64; of a masked one e⁰ within the bounds."""
+        counted = valid & log_ratio.isfinite() & (log_ratio <= math.log(self.max_ratio))
+        d = torch.where(counted, log_ratio, 0.0).double()
+        # valid tokens by sequence, in their order; masked ones follow
+        owner, order = torch.where(valid, sequence, sequences).sort(stable=True)
+        continues = torch.cat([owner[1:] == owner[:-1], owner.new_zeros(1, dtype=torch.bool)])
+        gamma = 2 ** (-1 / self.half_life) * continues[: len(owner)].double()
+        total = backward_scan(d[order][None], gamma[None], d.new_zeros(1))[0]
+        return torch.zeros_like(d).scatter(0, order, total).exp().clamp(self.low, self.high)
+
+
+@dataclass(frozen=True)
 class PolicyFactor:
     """The parts of the factor; by default it is 1.
 
@@ -78,6 +124,9 @@ class PolicyFactor:
         top_entropy: ρ in [0, 1], the share of the tokens, those of the highest entropy, that the
             surrogate acts on; with 0 the highest alone.
         sequence_weight: a smooth weight of each sequence.
+        second_moment: τ > 0, nats²: of the tokens that move away (r > 1 with A > 0, r < 1 with
+            A < 0) those of largest d² get 0, until the mean d² of the others is below τ.
+        future_kl: a factor from the log-ratios of the later tokens of a sequence.
         rejections: which tokens and sequences to leave out; they need `sampler_logp`.
         current: `sampler` and `rejections` compare π, not π_old, with π_sampler.
 
@@ -91,6 +140,8 @@ class PolicyFactor:
     sequence_weight: SequenceWeight | None = None
     rejections: tuple[Rejection, ...] = ()
     current: bool = False
+    second_moment: float = math.inf
+    future_kl: FutureKL | None = None
 
     def __post_init__(self) -> None:
         weight, rules = self.sequence_weight, self.rejections
@@ -98,6 +149,11 @@ class PolicyFactor:
             check_type("sampler", self.sampler, SamplerCorrection)
         if weight is not None:
             check_type("sequence_weight", weight, SequenceWeight)
+        if self.future_kl is not None:
+            check_type("future_kl", self.future_kl, FutureKL)
+        moment = self.second_moment
+        if not is_number(moment) or not moment > 0:
+            raise ValueError(f"second_moment: expected a number > 0, got {moment!r}")
         if not isinstance(rules, tuple) or not all(isinstance(rule, Rejection) for rule in rules):
             raise ValueError(f"rejections: expected a tuple of Rejection, got {rules!r}")
         check_type("current", self.current, bool)
@@ -130,3 +186,22 @@ def top_share(values: Tensor, valid: Tensor, share: float) -> Tensor:
     below = place.long()
     low, high = ordered.gather(0, below), ordered.gather(0, torch.minimum(below + 1, last[None]))
     return valid & (values >= torch.lerp(low, high, place - below))
+
+
+def within_second_moment(
+    log_ratio: Tensor, advantage: Tensor, valid: Tensor, bound: float
+) -> Tensor:
+    """[N] bool: the tokens that stay under `second_moment`; without synchronising.
+
+    Args:
+        log_ratio, advantage: [N].
+        valid: [N] bool, the tokens that count.
+        bound: τ, nats².
+    """
+    away = ((advantage > 0) & (log_ratio > 0)) | ((advantage < 0) & (log_ratio < 0))
+    away = away & valid & log_ratio.isfinite()
+    square = torch.where(away, log_ratio.double().square(), math.inf)
+    ordered, order = square.sort(stable=True)
+    # ascending, so that the means grow
+    mean = ordered.cumsum(0) / torch.arange(1, len(ordered) + 1, device=ordered.device)
+    return ~away | torch.zeros_like(away).scatter(0, order, mean < bound)

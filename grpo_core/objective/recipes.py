@@ -11,7 +11,7 @@ import math
 from grpo_core.kernels import surrogates
 from grpo_core.objective.advantage import Estimator
 from grpo_core.objective.objective import Objective, Surrogate
-from grpo_core.objective.policy_factor import PolicyFactor, SequenceWeight
+from grpo_core.objective.policy_factor import FutureKL, PolicyFactor, SequenceWeight
 from grpo_core.objective.validation import check_not_negative, is_number
 
 
@@ -70,6 +70,12 @@ def dppo_tv(delta_low: float, delta_high: float, cap: float = 20.0) -> Surrogate
     )
 
 
+def ipo(delta: float) -> Surrogate:
+    """The ratio, inside a symmetric trust region on the difference of probabilities."""
+    check_not_negative(delta=delta)
+    return Surrogate(surrogates.ipo, (float(delta),), homogeneous=True)
+
+
 def dppo_kl(delta_low: float, delta_high: float, cap: float = 20.0) -> Surrogate:
     """Trust region on the KL of two Bernoulli variables: this token, or any other."""
     check_not_negative(delta_low=delta_low, delta_high=delta_high, cap=cap)
@@ -107,6 +113,10 @@ RECIPES: dict[str, Objective] = {
     "intellect2": Objective(clip(0.2, delta=4.0), kl="k3", beta=0.001),
     # arXiv 2507.18071
     "gspo": Objective(clip(3e-4, 4e-4), ratio_level="sequence", aggregation="sequence_mean"),
+    # the same paper, sec. 4.3: for advantages that differ within a sequence
+    "gspo_token": Objective(
+        clip(3e-4, 4e-4), ratio_level="sequence_token", aggregation="sequence_mean"
+    ),
     # arXiv 2507.20673: log-ratios within ±0.4, geometric mean
     "gmpo": Objective(
         importance(), ratio_level="sequence", token_clip=(0.4, 0.4), aggregation="sequence_mean"
@@ -115,6 +125,10 @@ RECIPES: dict[str, Objective] = {
     "luspo": Objective(clip(3e-4, 4e-4), ratio_level="sequence", aggregation="sequence_sum"),
     # MiniMax-M1, arXiv 2506.13585; bound of ScaleRL, 2510.13786
     "cispo": Objective(cispo(5.0)),
+    # arXiv 2510.13786: without the groups of equal rewards; fused heads accumulate in float32
+    "scalerl": Objective(
+        cispo(5.0), advantage=Estimator("group", "centred"), aggregation="prompt_mean"
+    ),
     # arXiv 2511.20347
     "sapo": Objective(sapo(), aggregation="sequence_mean"),
     # arXiv 2602.10693
@@ -129,10 +143,26 @@ RECIPES: dict[str, Objective] = {
     "reinforce_plus_plus_baseline": Objective(clip(0.2), advantage=Estimator("group", "centred")),
     # arXiv 2504.02546
     "gpg": Objective(reinforce(), advantage=MEAN_ONLY),
+    # arXiv 2602.02710: rewards >= 0, on policy
+    "maxrl": Objective(
+        reinforce(), advantage=Estimator("group", "mean", epsilon=0.0), aggregation="sequence_sum"
+    ),
+    # arXiv 2601.05242; advantages are given (`decoupled_advantages`)
+    "gdpo": Objective(clip(0.2)),
     # Kimi k1.5, arXiv 2501.12599
     "dro": Objective(dro(0.1), advantage=MEAN_ONLY, aggregation="sequence_mean"),
     # arXiv 2602.04879
     "dppo": Objective(dppo_tv(0.15, 0.15)),
+    # prime-rl: old_logp and ref_logp are both the sampler's; its τ·d² is 2τ·k2
+    "ipo": Objective(ipo(0.1), kl="k2", beta=2e-3, advantage=MEAN_ONLY),
+    # arXiv 2510.01161, τ = 0.04
+    "m2po": Objective(importance(), factor=PolicyFactor(second_moment=0.04)),
+    # arXiv 2603.19835: DAPO with dual clip and a look ahead
+    "fipo": Objective(
+        clip(0.2, 0.28, delta=10.0), factor=PolicyFactor(future_kl=FutureKL(max_ratio=10.0))
+    ),
+    # arXiv 2605.15155; ref_logp is the teacher's
+    "sdar": Objective(clip(0.2), kl="gated", beta=0.01),
     # arXiv 2503.14286
     "topr": Objective(topr(), advantage=MEAN_ONLY),
     # on-policy distillation, arXiv 2306.13649 and 2606.30406: the KL to a teacher, which is given

@@ -128,12 +128,12 @@ def gae(
         values = values[:, :-1]
     v = _read("values", values, present, validate)
     # V of the first valid token at or after t; one column further, V of the next one
-    upcoming = _backward_scan(v, (~present).double(), bootstrap)
+    upcoming = backward_scan(v, (~present).double(), bootstrap)
     following = torch.cat([upcoming, bootstrap[:, None]], dim=1)[:, 1:]
     delta = torch.where(present, r + gamma * following - v, 0.0)
     # ones_like keeps float64; two Python numbers would give float32
     carried = torch.where(present, gamma * lam, torch.ones_like(delta))
-    advantage = _backward_scan(delta, carried, torch.zeros_like(bootstrap))
+    advantage = backward_scan(delta, carried, torch.zeros_like(bootstrap))
     advantage = torch.where(present, advantage, 0.0)
     returns = torch.where(present, advantage + v, 0.0)
     if whitened:
@@ -220,7 +220,7 @@ def _centre(vector: Tensor, present: Tensor) -> Tensor:
     return torch.where(present, vector - vector.sum() / present.sum(), 0.0)
 
 
-def _backward_scan(addend: Tensor, factor: Tensor, last: Tensor) -> Tensor:
+def backward_scan(addend: Tensor, factor: Tensor, last: Tensor) -> Tensor:
     """x_t = addend_t + factor_t·x_{t+1} with x_T = last: [B, T], in log₂ T steps."""
     T = addend.shape[1]
     total = torch.cat([addend, last[:, None]], dim=1)

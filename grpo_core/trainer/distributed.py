@@ -7,6 +7,7 @@ values are exchanged: counts, rewards, metrics. Gradients and weights go through
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -108,11 +109,12 @@ def check_ranks(config: TrainerConfig) -> None:
         expected = f"at most {completions}, the completions of a step on each of {ranks} ranks"
         raise ValueError(f"minibatches: expected {expected}, got {config.minibatches}")
     inside = "gradients are averaged only for a loss inside the model's forward"
-    divisor, quantile = "its divisor counts one rank only", "its quantile is of one rank only"
+    divisor, quantile = "its divisor counts one rank only", "its threshold is of one rank only"
     for name, value, allowed, reason in (
         ("loss", config.loss, "fused", inside),
         ("objective.entropy_aggregation", objective.entropy_aggregation, None, divisor),
         ("objective.factor.top_entropy", objective.factor.top_entropy, 1, quantile),
+        ("objective.factor.second_moment", objective.factor.second_moment, math.inf, quantile),
     ):
         if value != allowed:
             raise ValueError(

@@ -115,6 +115,11 @@ class Trainer:
         teacher: PreTrainedModel | None = None,
     ) -> None:
         check_ranks(config)
+        if config.objective.averages_prompts:
+            got = "'prompt_mean', whose groups minibatches would split"
+            raise ValueError(
+                f"objective: expected an aggregation of tokens or sequences, got {got}"
+            )
         if problems := getattr(draw_problems, "problems", None):
             longest = max(len(problem.prompt) for problem in problems)
             check_context(model.config, longest, config.sampling.max_new_tokens)
