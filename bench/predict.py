@@ -126,7 +126,9 @@ class Model(NamedTuple):
         hit, waits, both = 0.0, [LATENCY[likely]] * 2, kernel.forward and kernel.gradient
         if both:
             backwards, held = (way.backwards, way.held) if way else (False, 0)
-            hit = self.reread(programs * card.processors, row_bytes, inplace, backwards)
+            # a gradient that the caches give up first takes no room
+            alone = inplace or bool(way and way.kept)
+            hit = self.reread(programs * card.processors, row_bytes, alone, backwards)
             # a thread's load of 16 bytes is a tile
             hit += (1 - hit) * held * step / layout.tiles / row_bytes
             waits[1] = hit * NEAR + (1 - hit) * waits[0]
@@ -165,7 +167,7 @@ class Model(NamedTuple):
     def again(self, name: str) -> float:
         """TB/s of the one pass alone, by a way to read a row again."""
         way = CANDIDATES[name]
-        return 4e-12 * N * V / self.row_kernel(Kernel(way.registers or 56, 6.8, 5.9), V, way)
+        return 4e-12 * N * V / self.row_kernel(Kernel(way.registers or 56, 5.5, 6.2), V, way)
 
     def products(self, count: float, n: int = SCORED, V: int = V, D: int = D) -> float:
         """Milliseconds of bare products of 2·n·V·D operations."""

@@ -12,13 +12,16 @@ import re
 import subprocess
 import sys
 import tarfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
-from bench import predict
+from bench import bench_loss, predict
+from bench.batch import CASES, HIDDEN_CASES
+from bench.contenders import contenders
 from tests.compiled import inspected
 from tests.conftest import HAS_GPU
 
@@ -183,6 +186,17 @@ def test_every_prediction_can_fail() -> None:
         assert 0 < low < expected < high < 3 * low, figure.name
         assert (high == hopeful) == (figure.unit == "TB/s"), figure.name
         assert figure.outside
+
+
+def test_what_is_predicted_is_measured() -> None:
+    """Its contender, case and vocabulary are among those of a card."""
+    cases = {case.name: case for case in (*CASES, *HIDDEN_CASES)}
+    for figure in predict.FIGURES:
+        if figure.part in ("head", "hidden", "bench"):
+            name, case, V, _ = figure.key
+            named = {one.name for one in contenders("cuda", cases[case])}
+            assert name in named or find_spec({"liger": "liger_kernel"}.get(name, name)) is None
+            assert V in bench_loss.VOCABULARIES
 
 
 def test_what_was_measured_is_set_beside(tmp_path: Path) -> None:
