@@ -339,11 +339,12 @@ SHAPES = (
 def comparison() -> list[str]:
     """The table of ways from hidden states, milliseconds; launches are those of the first shape."""
     names = [f"{card.name}: {n:,} x {D:,} x {V:,}" for card, n, V, D in SHAPES]
-    lines = [f"| | products | launches | {' | '.join(names)} |", "|---|" + "---:|" * 6]
-    of_shapes = [designs(*shape) for shape in SHAPES]
+    lines = [f"| | products | bytes | launches | {' | '.join(names)} |", "|---|" + "---:|" * 7]
+    of_shapes, (_, n, V, D) = [designs(*shape) for shape in SHAPES], SHAPES[0]
     for name, first in of_shapes[0].items():
-        cells = [name, str(first.products)]
-        cells.append(str(math.ceil(SHAPES[0][1] / first.rows) * (first.products + 1)))
+        cells = [name, str(first.products), str(first.beside + first.row_kernel)]
+        launches = first.products + 1 + first.sliced * (4 * V * D // SLICE_BYTES)
+        cells.append(str(math.ceil(n / first.rows) * launches))
         for (card, *size), ways in zip(SHAPES, of_shapes, strict=True):
             most, likely, least = (Model(card, k).head(ways[name], *size) for k in range(3))
             cells.append(f"{likely:.1f} ({least:.1f} to {most:.1f})")
