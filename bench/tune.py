@@ -1,13 +1,13 @@
 """Finds the fastest layout of the row kernels on this card, and writes it into kernels/launch.py.
 
-    python -m bench.tune [--json FILE] [--table FILE]   sweep here, write both
+    python -m bench.tune [--json FILE] [--table FILE]   sweep here, write both as it goes
     python -m bench.tune --apply FILE [--table FILE]    write what a sweep elsewhere has found
 
 One axis of `launch.Layout` after the other is tried, the others held at the best so far. Never
 chosen is a layout whose results differ from the default's (by more than rounding, where other warps
 sum in another order), or whose plans differ in a bit of a log-probability; nor one that gains less
 than the timer's noise. Statistics, one pass and gradient share an entry of the table, so their
-times are added. On a GPU the candidates of `bench.experiments.second_reading` are timed as well.
+times are added. On a GPU the candidates of `bench.experiments.second_reading` are timed first.
 """
 
 from __future__ import annotations
@@ -210,9 +210,9 @@ def run_sweep(
     device: str,
     timer: Timer,
     minutes: float = MINUTES,
-) -> list[Trial]:
-    """Every bucket and dtype in turn, printed as it goes; each has its share of the minutes."""
-    end, trials = time.monotonic() + 60 * minutes, []
+) -> Iterator[list[Trial]]:
+    """Trials of every bucket and dtype in turn; each has its share of the minutes."""
+    end = time.monotonic() + 60 * minutes
     # the largest first: what it compiles the others find compiled
     buckets = [
         (dtype, [*members])
@@ -222,14 +222,14 @@ def run_sweep(
     for index, (dtype, members) in enumerate(buckets):
         bucket = [Plans(rows, V, dtype, device) for V in members]
         defaults: dict[int, float] = {}
-        now = time.monotonic()
+        trials, now = [], time.monotonic()
         deadline = now + (end - now) / (len(buckets) - index)
         for trial in sweep(bucket, timer, deadline):
             print(_line(trial, defaults.setdefault(trial.V, trial.total)), flush=True)
             trials.append(trial)
         if time.monotonic() > deadline:
             print(f"{dtype}, {members}: out of time, some layouts were not tried")
-    return trials
+        yield trials
 
 
 def _pretend(call: Callable[[], object], tuning: Layout) -> float:
@@ -237,19 +237,32 @@ def _pretend(call: Callable[[], object], tuning: Layout) -> float:
     return 1e-3 * (1 + abs(tuning.warps - 8) / 8 + (tuning.num_stages or 3) / 100)
 
 
-def _measure(dry_run: bool) -> dict[str, Any]:
-    """A sweep, its choice, and on a GPU the ways to read a row a second time."""
-    record: dict[str, Any] = {"machine": describe(), "dry_run": dry_run}
+def _measure(dry_run: bool, minutes: float) -> Iterator[dict[str, Any]]:
+    """The record so far: on a GPU the ways to read a row a second time, then bucket by bucket."""
+    record: dict[str, Any] = {"machine": describe(), "dry_run": dry_run, "trials": [], "chosen": []}
+    end, trials = time.monotonic() + 60 * minutes, []
     if dry_run:
         given: Any = (DRY_VOCABULARIES, DTYPES[:1], DRY_N, "cpu", _pretend, DRY_MINUTES)
-        trials = run_sweep(*given)
     else:
         rows = min(N, torch.cuda.mem_get_info()[1] // ROW_BYTES)
-        trials = run_sweep(VOCABULARIES, DTYPES, rows, "cuda", lambda call, _: median_seconds(call))
         record["second_reading"] = time_candidates(rows, V_EXPERIMENT, torch.bfloat16)
-    record["trials"] = [asdict(trial) for trial in trials]
-    record["chosen"] = [[*key, asdict(tuning)] for key, tuning in choose(trials).items()]
-    return record
+        yield record
+        left, timer = (end - time.monotonic()) / 60, lambda call, _: median_seconds(call)
+        given = (VOCABULARIES, DTYPES, rows, "cuda", timer, left)
+    for some in run_sweep(*given):
+        trials += some
+        record["trials"] = [asdict(trial) for trial in trials]
+        record["chosen"] = [[*key, asdict(tuning)] for key, tuning in choose(trials).items()]
+        yield record
+
+
+def _apply(record: dict[str, Any], path: Path) -> int:
+    """Writes what was chosen into a copy of kernels/launch.py; returns how many entries."""
+    chosen = {tuple(key): Layout(**tuning) for *key, tuning in record["chosen"]}
+    swept = {tuple(trial["key"]) for trial in record["trials"]}
+    kept = {key: tuning for key, tuning in launch.TUNED.items() if key not in swept}
+    path.write_text(rewrite_table(TABLE.read_text(), kept | chosen))
+    return len(chosen)
 
 
 def _main() -> None:
@@ -257,22 +270,17 @@ def _main() -> None:
     parser.add_argument("--json", type=new_file, help="write every trial there")
     parser.add_argument("--table", type=Path, default=TABLE, help="the launch.py to rewrite")
     parser.add_argument("--apply", type=existing_file, help="take the choice from such a JSON file")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all trials together")
     parser.add_argument("--dry-run", action="store_true", help="tiny, interpreted, untimed")
     given = parser.parse_args()
     if given.dry_run and given.table.resolve() == TABLE:
         parser.error("--dry-run writes only into a copy: give it as --table")
-    if given.apply:
-        record = json.loads(given.apply.read_text())
-    else:
-        record = _measure(given.dry_run)
+    entries = _apply(json.loads(given.apply.read_text()), given.table) if given.apply else 0
+    for record in () if given.apply else _measure(given.dry_run, given.minutes):
         if given.json:
             given.json.write_text(json.dumps(record, indent=1) + "\n")
-    chosen = {tuple(key): Layout(**tuning) for *key, tuning in record["chosen"]}
-    source = given.table.read_text() if given.table.exists() else TABLE.read_text()
-    swept = {tuple(trial["key"]) for trial in record["trials"]}
-    kept = {key: tuning for key, tuning in launch.TUNED.items() if key not in swept}
-    given.table.write_text(rewrite_table(source, kept | chosen))
-    print(f"{len(chosen)} entries of TUNED written to {given.table}")
+        entries = _apply(record, given.table)
+    print(f"{entries} entries of TUNED written to {given.table}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -611,7 +610,7 @@ def test_a_sweep_chooses_the_fastest_right_layout_and_writes_it_down(
     def timer(_: Any, tuning: Layout) -> float:
         return seconds.get(tuning.warps, 1.0) + (tuning.tiles != 4) / 100
 
-    trials = tune.run_sweep((2000, 2001), (torch.bfloat16,), 2, "cpu", timer)
+    (trials,) = tune.run_sweep((2000, 2001), (torch.bfloat16,), 2, "cpu", timer)
     tried = {trial.tuning for trial in trials}
     for axis, values in tune.AXES.items():
         assert {getattr(tuning, axis) for tuning in tried} >= set(values), axis
@@ -669,39 +668,6 @@ def test_vocabularies_share_an_entry_up_to_the_next_power_of_two(V: int):
     assert bucket & (bucket - 1) == 0
 
 
-# each part takes seconds to begin with: three of them, and all
-@pytest.mark.slow
-@interpreted
-@pytest.mark.parametrize(
-    "given", ["tests hidden tune", pytest.param("all", marks=pytest.mark.rare)]
-)
-def test_the_command_for_a_gpu_walks_through_its_parts_without_one(given: str, tmp_path: Path):
-    pytest.importorskip("pytest_benchmark")
-    alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    run = subprocess.run(
-        ["bash", "bench/gpu.sh", "--dry-run", *given.split()],
-        cwd=Path(__file__).parent.parent,
-        env={**alone, "PYTHON": sys.executable, "OUT": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr[-4000:]
-    summary = (tmp_path / "summary.md").read_text()
-    if given == "all":
-        for part in ("ceilings", "bench", "peers"):
-            assert f"| {part} | done |" in summary
-        for part in ("trl", "verify"):
-            assert re.search(rf"\| {part} \| (done|skipped)", summary)
-        assert "ours-cpu-inplace" in (tmp_path / "bench.txt").read_text()
-    for part in ("tests", "hidden", "tune"):
-        assert f"| {part} | done |" in summary
-    assert "ours-lean" in (tmp_path / "hidden.txt").read_text()
-    assert "CPU" in summary.splitlines()[0] and "ours-lean" in summary
-    assert json.loads((tmp_path / "tune.json").read_text())["dry_run"]
-    assert "TUNED: dict" in (tmp_path / "launch.py").read_text()
-
-
 def test_a_benchmark_in_a_background_job_can_be_stopped():
     """What it has measured is written on SIGINT, which such a job inherits as ignored."""
     option = SimpleNamespace(benchmark_quiet=False)
@@ -712,13 +678,6 @@ def test_a_benchmark_in_a_background_job_can_be_stopped():
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.parametrize("argument", ["", "everything"])
-def test_the_command_for_a_gpu_wants_a_part_it_knows(argument: str):
-    command = ["bash", "bench/gpu.sh", *argument.split()]
-    root = Path(__file__).parent.parent
-    assert subprocess.run(command, cwd=root, capture_output=True, check=False).returncode == 2
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Ways to read a row a second time: `python -m bench.experiments.second_reading` times them.
+"""Ways to read a row a second time, which `python -m bench.tune` times on a GPU.
 
 The one pass reads a row to sum it and once more to write its gradient. The second reading goes to
 memory where the caches have lost the row: 6 bytes per bfloat16 logit instead of 4. The kernel here
@@ -7,7 +7,8 @@ is the one pass of a plain loss, −logp, with three choices against that:
 - BACKWARDS: the second reading goes from the row's end to its beginning, so that it first meets
   what the caches hold.
 - HELD: so many tiles behind the first stay in registers.
-- KEPT: the caches are asked to keep so many tiles at the row's end, and to give up the rest first.
+- KEPT: the caches are asked to keep so many tiles at the row's end, and to give up the rest first,
+  the gradient among it.
 
 No bit of logp and gradient depends on them, and both are those of `row_loss` (the test holds it).
 If one of them is faster on a GPU than `row_loss`, it is to be moved into kernels/.
@@ -21,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_core.cli.options import Parser
 from grpo_core.kernels.gradient_formula import gradient_of_others, row_factors
 from grpo_core.kernels.language import tl, triton
 from grpo_core.kernels.launch import LOAD_BYTES, launch, unspecialized
@@ -43,6 +43,8 @@ class Candidate:
 
 
 CANDIDATES = {
+    "as in kernels/": Candidate(16, registers=80),
+    "as in kernels/, row kept": Candidate(16, registers=80, kept=999),
     "plain": Candidate(8, registers=80),
     "plain, 1 program": Candidate(32, tiles=2),
     "backwards": Candidate(8, registers=80, backwards=True),
@@ -50,8 +52,8 @@ CANDIDATES = {
     "backwards, 1 program": Candidate(32, tiles=2, backwards=True),
     "backwards, 64 KiB kept": Candidate(8, registers=80, backwards=True, kept=16),
     # more tiles than these spill
-    "11 % held, backwards": Candidate(8, registers=128, backwards=True, held=8),
-    "22 % held, backwards": Candidate(16, registers=128, backwards=True, held=8),
+    "9 % held, backwards": Candidate(8, registers=128, backwards=True, held=7),
+    "19 % held, backwards": Candidate(16, registers=128, backwards=True, held=7),
     "32 % held": Candidate(8, registers=255, held=24),
 }
 
@@ -152,14 +154,14 @@ def _second_reading_kernel(
         if is_whole(first, step, 0, V):
             tiles = load_tiles(row_ptr, first, tile, TILES, places, again)
             for k in tl.static_range(TILES):
-                write(out_ptr, first + k * tile + places, tiles[k], V, factors, again)
+                write(out_ptr, first + k * tile + places, tiles[k], None, factors, again)
         else:
             for start in range(first, V, tile):
                 logits = load_part(row_ptr, start + places, 0, V)
                 write(out_ptr, start + places, logits, V, factors, again)
     if HELD > 0:
         for k in tl.static_range(HELD):
-            write(out_ptr, (1 + k) * tile + places, held[k], V, factors, again)
+            write(out_ptr, (1 + k) * tile + places, held[k], None, factors, again)
     write(out_ptr, places, load_part(row_ptr, places, 0, V), V, factors, again)
     tl.debug_barrier()
     tl.store(out_ptr + target_col, at_target.to(out_ptr.dtype.element_ty))
@@ -167,10 +169,13 @@ def _second_reading_kernel(
 
 @triton.jit
 def write(out_ptr, at, logits, V, factors, EVICT: tl.constexpr):
-    """The gradient of a tile of logits, none of which is the target's."""
+    """The gradient of a tile of logits, none of which is the target's; V is None if all exist."""
     dlogits = gradient_of_others(logits.to(tl.float32), None, factors, False)
     dlogits = dlogits.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + at, dlogits, mask=at < V, eviction_policy=EVICT)
+    inside = None
+    if V is not None:
+        inside = at < V
+    tl.store(out_ptr + at, dlogits, mask=inside, eviction_policy=EVICT)
 
 
 def second_reading(logits: Tensor, target: Tensor, dlogits: Tensor, candidate: Candidate) -> Tensor:
@@ -224,10 +229,3 @@ def time_candidates(N: int, V: int, dtype: torch.dtype) -> dict[str, dict[str, A
         found[name] = asdict(candidate) | {"ms": milliseconds, "TB/s": terabytes}
         print(f"{name:<26}{milliseconds:8.3f} ms{terabytes:7.2f} TB/s", flush=True)
     return found
-
-
-if __name__ == "__main__":
-    description = "Times the ways to read a row a second time; needs a GPU."
-    Parser("bench.experiments.second_reading", description=description).parse_args()
-    for dtype in (torch.bfloat16, torch.float32):
-        time_candidates(4096, 151_936, dtype)
