@@ -228,7 +228,10 @@ def test_order_of_sequences_does_not_matter(name: str, path: str) -> None:
     assert close(again.loss, out.loss, path)
     assert close(gradient_again, gradient[order], path)
     for vector in ("logp", "entropy", "kl"):
-        assert torch.equal(getattr(again, vector), getattr(out, vector)[order]), vector
+        given, moved = getattr(out, vector)[order], getattr(again, vector)
+        # PyTorch's sigmoid of a number depends on the lane that it is computed in
+        same = close(moved, given, path) if "gated" in name else torch.equal(moved, given)
+        assert same, vector
 
 
 def test_metrics_of_different_calls_do_not_merge() -> None:

@@ -68,7 +68,7 @@ def put_beyond(logits: torch.Tensor, at: torch.Tensor, values: Any) -> None:
         last.as_strided((1,), (1,), behind).add_(1.0)
 
 
-put = torch_backend._put
+put = torch_backend.put_rows
 ENTROPY = statistics(lambda logp, entropy, kl: (logp, entropy * (1 + 1e-5), kl))
 # a log-probability that ends where that of a float32 log_softmax ends
 CARELESS = statistics(lambda logp, *others: (logp.masked_fill(logp > -6e-8, 0.0), *others))
@@ -88,7 +88,7 @@ BREAKAGES: dict[str, tuple[str, str, Any, str, Any]] = {
         "nothing is written beside a view",
         "torch",
         torch_backend,
-        "_put",
+        "put_rows",
         put_beyond,
     ),
     "a bit of one plan": (

@@ -143,8 +143,11 @@ def _second_reading_kernel(
     tl.store(logp_ptr + row, log_sides(z, error)[0])
 
     state = anchor, sum_others, z, 0.0
-    at_target, factor, _, _, _ = row_factors(scale, (-1.0, 0.0, 0.0), state, None, False)
-    factors = scale, anchor, factor * (scale * LN2), 0.0, 0.0, 0.0
+    derivatives = -1.0, 0.0, 0.0
+    at_target, factor, _, _, _, _ = row_factors(
+        scale, derivatives, state, None, 1.0, False, "reverse"
+    )
+    factors = scale, anchor, factor * (scale * LN2), 0.0, 0.0, 0.0, 0.0, 1.0
     again: tl.constexpr = "evict_first" if KEPT > 0 else ""
     # in place, no thread may overwrite the target's logit before all have read it
     tl.debug_barrier()
@@ -170,7 +173,7 @@ def _second_reading_kernel(
 @triton.jit
 def write(out_ptr, at, logits, V, factors, EVICT: tl.constexpr):
     """The gradient of a tile of logits, none of which is the target's; V is None if all exist."""
-    dlogits = gradient_of_others(logits.to(tl.float32), None, factors, False)
+    dlogits = gradient_of_others(logits.to(tl.float32), None, factors, False, "reverse")
     dlogits = dlogits.to(out_ptr.dtype.element_ty)
     inside = None
     if V is not None:

@@ -271,8 +271,10 @@ def logp_from_logits(
         flat = torch.where(mask.reshape(-1) != 0, flat, IGNORE)
     # a row whose target is outside [0, V) is not read
     rows = Rows.of(make_readable(logits))
-    check_unsharded(shards, kept=kept)
-    kept = check_kept(kept, logits, (flat >= 0) & (flat < rows.V), validate)
-    kernels: Any = over_shards(keep_rows(choose_backend(backend, logits), kept, flat), shards)
+    kernels = over_shards(choose_backend(backend, logits), shards)
+    if kept is not None:
+        check_unsharded(shards, kept=kept)
+        kept = check_kept(kept, logits, (flat >= 0) & (flat < rows.V), validate)
+        kernels = keep_rows(kernels, kept, flat)
     stats = kernels.row_stats(rows, flat, float(temperature))
     return TokenLogp(stats.logp.view(target.shape), stats.entropy.view(target.shape))
