@@ -184,7 +184,7 @@ class PendingRequest:
         content = self.request.of(hidden, self.module, self.options)
         if not isinstance(content, LossOutput):
             self.output = HeadOutput(None, Sealed(content))
-            return replicate(hidden.new_zeros(1, 1, 1, dtype=torch.float32), hidden)
+            return replicate(torch.zeros(1, 1, 1, device=hidden.device), hidden)
         # part of the graph, so that hooks on the output run in the backward
         seen = content.loss.reshape(1, 1, 1).clone()
         content = replace(content, loss=seen.sum())
