@@ -16,6 +16,7 @@ from grpo_core import (
     LinearHead,
     LogpRequest,
     LossRequest,
+    Objective,
     fused_linear_loss,
     fused_loss,
     linear_logp,
@@ -26,6 +27,7 @@ from grpo_core import (
 from grpo_core.backends import choose_backend, kept
 from grpo_core.kernels.records import Rows
 from grpo_core.loss.reference import reference_loss
+from grpo_core.objective.recipes import clip
 from grpo_core.verify.accuracy import Result, compare_losses
 from tests import oracles
 from tests.accuracy import assert_no_worse
@@ -705,3 +707,16 @@ def test_no_rows(backend: str, device: str) -> None:
         )
         assert out.loss == 0
         assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_what_is_not_combined_is_refused() -> None:
+    logits, target = torch.randn(4, 9), torch.tensor([0, 8, 2, 5])
+    given = {"kept": Kept.from_sets([range(9)] * 4), "sequence_id": torch.arange(4)}
+    topk = torch.zeros(4, 1, dtype=torch.long), torch.zeros(4, 1)
+    ones = torch.ones(4)
+    for name, others in (
+        ("ref_topk", {"objective": Objective(clip(0.2), kl="topk_tail"), "ref_topk": topk}),
+        ("nll_weight", {"objective": "dapo", "nll_weight": ones}),
+    ):
+        with pytest.raises(ValueError, match=f"kept: expected None with {name}, got both"):
+            fused_loss(logits, target, advantage=ones, **others, **given)
