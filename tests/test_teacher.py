@@ -99,7 +99,7 @@ TEACHERS = {
         ("another size, padded", "naive"),
     ],
 )
-def test_the_gradient_is_that_of_the_kl_over_all_words(name: str, loss: str) -> None:
+def test_the_gradient_is_that_of_the_kl_over_the_vocabulary(name: str, loss: str) -> None:
     """L = (1/N) Σ_n Σ_v p_v (log p_v − log q_v) (arXiv 2306.13649, reverse KL), in float64."""
     teacher = TEACHERS[name]()
     trainer = distiller(teacher=teacher, loss=loss)

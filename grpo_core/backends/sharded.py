@@ -1,9 +1,9 @@
 """Rows whose vocabulary is split over the ranks of a process group.
 
-A rank reads its own columns as a softmax of their own, by the row functions of any backend. One
-`all_gather` of `[k, N]` float32 then tells every rank the sums of all, and each combines them in
-the same order in float64, so that all have the same bits. With the softmax of shard r, P_r the
-probability of the shard, and of the reference Q_r:
+The row functions of any backend compute the softmax over the columns of one rank. One `all_gather`
+of `[k, N]` float32 gives every rank the sums of all ranks, which each adds in the same order in
+float64, so all have the same bits. With p_j|r the softmax of shard r, P_r the policy's probability
+of the shard and Q_r that of the reference:
 
     log p_j = log P_r + log p_j|r          H = Σ_r P_r·(H_r − log P_r)
     KL = Σ_r P_r·(KL_r + log P_r − log Q_r)
@@ -13,9 +13,9 @@ By the chain rule a shard's gradient is that of its own softmax, which the backe
 
     dL/dlogp·P_r + dL/dH·P_r·(log P_r + H − H_r) − dL/dKL·P_r·(log P_r − log Q_r + KL_r − KL)
 
-in the place of dL/dlogp, P_r·dL/dH of dL/dH, and P_r·dL/dKL of dL/dKL. A backend leaves one column
-out of its sums. Where the target belongs to another rank, that is column 0; the gradient of this
-column is written last, by its own formula.
+instead of dL/dlogp, P_r·dL/dH instead of dL/dH, and P_r·dL/dKL instead of dL/dKL.
+A backend leaves one column out of its sums. Where the target belongs to another rank, that is
+column 0; the gradient of this column is written last, by its own formula.
 
 | on the wire, for each rank and row | float32                                          |
 |------------------------------------|--------------------------------------------------|
@@ -71,11 +71,11 @@ class Shards:
         column = torch.where(self.owner(target) == self.rank, target - self.starts[self.rank], 0)
         return torch.where((target >= 0) & (target < self.V), column, -1)
 
-    def gather(self, words: Tensor) -> Tensor:
+    def gather(self, vectors: Tensor) -> Tensor:
         """[k, N] of every rank: [R, k, N]."""
-        found = words.new_empty(len(self.sizes), *words.shape)
-        if words.numel():
-            dist.all_gather(list(found.unbind()), words, group=self.group)
+        found = vectors.new_empty(len(self.sizes), *vectors.shape)
+        if vectors.numel():
+            dist.all_gather(list(found.unbind()), vectors, group=self.group)
         return found
 
 
@@ -104,10 +104,10 @@ def find_shards(
         if start:
             raise ValueError(f"vocabulary_start: expected 0 or None for one rank, got {start!r}")
         return None
-    mine = [-1 if start is None else start, V, *(*logits.shape[:-1], -1)[:2]]
+    layout = [-1 if start is None else start, V, *(*logits.shape[:-1], -1)[:2]]
     digests = [_digest(value, device) for value in same.values()]
-    words = torch.stack([*torch.tensor(mine, device=device), *digests])
-    found = Shards(group, group.rank(), (0,) * R, (V,) * R).gather(words[:, None])[..., 0]
+    numbers = torch.stack([*torch.tensor(layout, device=device), *digests])
+    found = Shards(group, group.rank(), (0,) * R, (V,) * R).gather(numbers[:, None])[..., 0]
     starts, sizes, *shape = found[:, :4].T.tolist()
     if (found[:, 2:4] != found[0, 2:4]).any():
         shapes = list(zip(*shape, strict=True))
@@ -137,7 +137,7 @@ def check_unsharded(shards: Shards | None, **arguments: object) -> None:
 
 
 def _digest(value: Tensor | float | None, device: torch.device) -> Tensor:
-    """0-dim int64, hardly ever the same for two values; integers are summed in any order."""
+    """A hash as 0-dim int64; an integer sum has the same bits in any order."""
     if value is None:
         return torch.tensor(-1, device=device)
     given = value.detach() if isinstance(value, Tensor) else torch.tensor(value)
@@ -186,11 +186,11 @@ class ShardedBackend(WrappedBackend):
         """As of the whole rows; `OWN_ROWS` of the state are what `row_dlogits` reads of them."""
         column, rank = self.shards.columns(target), self.shards.rank
         local = self.kernels.row_stats(rows, column, temperature, ref_rows)
-        words = [*_sums(rows, column, local), local.entropy]
+        vectors = [*_sums(rows, column, local), local.entropy]
         if ref_rows is not None:
             ref = self.kernels.row_stats(ref_rows, column, temperature)
-            words += [*_sums(ref_rows, column, ref), local.kl]
-        found = self.shards.gather(torch.stack(words)).double().unbind(1)
+            vectors += [*_sums(ref_rows, column, ref), local.kl]
+        found = self.shards.gather(torch.stack(vectors)).double().unbind(1)
         owner, read = self.shards.owner(target), column >= 0
         log_p, log_share = _combine(temperature, *found[:3])
         share = log_share.exp()
@@ -222,8 +222,8 @@ class ShardedBackend(WrappedBackend):
         dlogp, dentropy, dkl = (None if d is None else d.double() for d in row_gradients)
         assert dlogp is not None
         p, share, of_share = log_p.exp(), log_share.exp(), dlogp
-        mine = (column >= 0) & (self.shards.owner(target) == self.shards.rank)
-        at_column = dlogp * torch.where(mine, -torch.expm1(log_p), -p)
+        is_owner = (column >= 0) & (self.shards.owner(target) == self.shards.rank)
+        at_column = dlogp * torch.where(is_owner, -torch.expm1(log_p), -p)
         if dentropy is not None:
             at_column = at_column - torch.where(p == 0, 0.0, dentropy * p * (log_p + stats.entropy))
             of_share = of_share + dentropy * (log_share + stats.entropy - entropy)
@@ -257,7 +257,7 @@ def _combine(
 
     All logarithms are relative to the largest of a row, which may be too large to add them to.
     """
-    # a positive sum is of Triton, relative to a logit times a float32 number, see `online_softmax`
+    # Triton's sums are positive, relative to a scaled logit, see `online_softmax`
     scaled, log2 = total > 0, math.log(2)
     scale = torch.tensor(1 / log2 / temperature, dtype=torch.float32).item()
     unit = torch.full_like(total[0], 1 / temperature).masked_fill(scaled.any(0), scale * log2)
@@ -269,9 +269,9 @@ def _combine(
     shard = _log_sum(torch.stack([others, column]))
     R = len(shard)
     itself = torch.eye(R, dtype=torch.bool, device=shard.device)[:, :, None]
-    rest = _log_sum(shard[:, None].expand(R, R, -1).masked_fill(itself, -math.inf))
-    z = _log_sum(torch.stack([others, rest])) - column
-    return -_softplus(z), -_softplus(rest - shard)
+    other_shards = _log_sum(shard[:, None].expand(R, R, -1).masked_fill(itself, -math.inf))
+    z = _log_sum(torch.stack([others, other_shards])) - column
+    return -_softplus(z), -_softplus(other_shards - shard)
 
 
 def _log_sum(logs: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Row functions around those of a backend: they change its rows, and then its results.
+"""Wrappers of a backend: they change the rows that it gets, and the results that it returns.
 
-A wrapper takes the place of a backend's module. It has two readings of a row, `row_stats` and
-`row_dlogits`; the loss is computed between them.
+A wrapper is used like a backend's module. It reads a row twice, in `row_stats` and in
+`row_dlogits`; the loss is computed in between.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ class LogpRequest(Request):
 
 
 class ReferenceRequest(Request):
-    """Asks a reference model, such as a teacher, for its part of a `LossRequest` over all words.
+    """Asks a reference model, such as a teacher, for hidden states and head for a `LossRequest`.
 
     `output.reference` is {"ref_hidden": hidden states, "ref_lm_head": head}; no logits are made.
     The head's tensors are the model's: those of a sharded one must stay gathered for the loss.

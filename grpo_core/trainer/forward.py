@@ -105,27 +105,27 @@ def reference_of(
     Args:
         model: the policy, before it is sharded; with a fused head if its loss needs one.
         shard: with "fsdp" the reference is sharded as well.
-        teacher: gets a fused head, cut to the words of the model.
-        keep_root: keep its head gathered after a forward, for a loss over all words.
+        teacher: gets a fused head, cut to the vocabulary of the model.
+        keep_root: keep its head gathered after a forward, for a loss over the whole vocabulary.
 
     Raises:
-        ValueError: the teacher has fewer words than the model.
+        ValueError: the teacher's vocabulary is smaller than the model's.
     """
     if teacher is None and hasattr(model, "peft_config"):
         return model
-    reference = copy.deepcopy(model) if teacher is None else _with_words_of(model, teacher)
+    reference = copy.deepcopy(model) if teacher is None else _with_vocabulary_of(model, teacher)
     reference.requires_grad_(False).eval()
     is_sharded = in_group() and shard == "fsdp"
     return shard_model(reference, keep_root=keep_root) if is_sharded else reference
 
 
-def _with_words_of(model: PreTrainedModel, teacher: PreTrainedModel) -> PreTrainedModel:
-    """The teacher with a fused head for the V words of the model; further rows are padding."""
-    V, words = (unwrap_peft(m).get_output_embeddings().weight.shape[0] for m in (model, teacher))
+def _with_vocabulary_of(model: PreTrainedModel, teacher: PreTrainedModel) -> PreTrainedModel:
+    """The teacher with a fused head of the model's vocabulary size V; further rows are padding."""
+    V, rows = (unwrap_peft(m).get_output_embeddings().weight.shape[0] for m in (model, teacher))
     if has_fused_head(model):
         V = unwrap_peft(model).fused_head.vocabulary or V
-    if words < V:
-        raise ValueError(f"teacher: expected a head of V = {V} words or more, got {words}")
+    if rows < V:
+        raise ValueError(f"teacher: expected a head of V = {V} rows or more, got {rows}")
     if has_fused_head(teacher):
         without_fused_head(teacher)
     return with_fused_head(teacher, vocabulary=V)
@@ -141,7 +141,7 @@ def reference_logp(reference: PreTrainedModel, rows: TokenRows, config: TrainerC
 def reference_distributions(
     reference: PreTrainedModel, rows: TokenRows, config: TrainerConfig
 ) -> dict[str, Any]:
-    """The arguments of a loss that compares all words: states and head, or logits for others."""
+    """Loss arguments with the reference's distributions: hidden states and head, or its logits."""
     with adapter_off(reference), autocast(rows, config):
         if config.loss == "fused":
             request = ReferenceRequest(rows=rows.hidden_mask)

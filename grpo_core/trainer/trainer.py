@@ -283,7 +283,7 @@ class Trainer:
             ref_logp = reference_logp(self.reference, rows, config)
         if config.teacher_coef and ref_logp is not None and old_logp is not None:
             advantage = advantage - config.teacher_coef * (old_logp - ref_logp)
-        # the exact KL compares all words of a microbatch, when its loss is computed
+        # the exact KL compares whole distributions, when the loss of a microbatch is computed
         ref_logp = None if exact else ref_logp
         return replace(part, advantage=advantage, old_logp=old_logp, ref_logp=ref_logp)
 
