@@ -1,4 +1,4 @@
-"""A teacher in the trainer: on-policy distillation, over all words or in the advantages."""
+"""A teacher in the trainer: on-policy distillation, over the vocabulary or in the advantages."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = [
 ]
 
 OPD = RECIPES["opd"]
-# more words than the student's 16, and another hidden size
+# a larger vocabulary than the student's 16, and another hidden size
 PADDED = {"hidden_size": 48, "vocab_size": 20}
 
 
@@ -244,10 +244,8 @@ def test_what_is_learnt_from_a_teacher_alone_needs_no_rewards() -> None:
     assert not any("equal rewards" in w for m in history for w in m.get("warnings", ()))
 
 
-def test_a_teacher_with_fewer_words_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match="teacher: expected a head of V = 16 words or more, got 12"
-    ):
+def test_a_teacher_with_a_smaller_vocabulary_is_refused() -> None:
+    with pytest.raises(ValueError, match="teacher: expected a head of V = 16 rows or more, got 12"):
         distiller(teacher=micro_model(5, vocab_size=12))
 
 

@@ -1,13 +1,13 @@
-"""Rows restricted to the vocabulary entries that a sampler kept: top-p, top-k, min-p.
+"""Rows restricted to the vocabulary ids that a sampler kept: top-p, top-k, min-p.
 
 The kept logits of a few rows are gathered into a narrow matrix, on which the backend inside works
 as on any logits. A row of K kept entries becomes one of W, padded with −inf: W is the first power
 of two from K on, at least 16 and at most V. So the bits of a row's results do not depend on other
 rows, and one large set does not widen the others. Rows of one W are worked on a few at a time.
 
-Of a row K logits and K ids are read, not V logits; a gradient writes V zeros, then K numbers.
-A logit of a group takes 40 bytes in all (places of 8 bytes, a copy, its gradient). On a GPU a call
-waits for the device once, to learn the sizes.
+K logits and K ids of a row are read, not V logits; a gradient writes V zeros, then K numbers. A
+logit of a group takes 40 bytes (places of 8 bytes, a copy, its gradient). On a GPU a call waits for
+the device once, to read the sizes.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def keep_rows(kernels: Kernels, kept: Kept | None, target: Tensor) -> Kernels:
     """The row functions restricted to `kept`; `target` is [N] int64, negative where masked."""
     if kept is None:
         return kernels
-    # within the ids, whatever was given where values are not checked
+    # values that were not checked may lie outside
     offsets = kept.offsets.clamp(0, len(kept.ids))
     sizes = torch.where(target >= 0, offsets.diff().clamp_(min=0), 0)
     spans = torch.stack([offsets[:-1], sizes, kept.places(target)])
@@ -258,7 +258,7 @@ class _Group(NamedTuple):
         """The memory of all rows as a vector, and the places of the kept entries in it."""
         T = rows.rows_per_batch
         starts = self.at // T * rows.batch_stride + self.at % T * rows.row_stride
-        # ids are inside where their values were not checked, too
+        # values that were not checked may lie outside
         places = starts[:, None] + self.columns.clamp(0, rows.V - 1)
         return rows.logits.as_strided((rows.extent,), (1,)), places
 

@@ -1,4 +1,4 @@
-"""The KL to the likeliest tokens of a teacher, as servers return them, around any backend.
+"""A wrapper of any backend: the KL to a teacher's most likely tokens, as servers return them.
 
 A row has K outcomes, the teacher's tokens, and with a tail one more: all other tokens together.
 With p_i and q_i the student's and the teacher's probability of an outcome, g as in `divergence`,
@@ -8,9 +8,9 @@ u_i = p_i·∂g/∂p_i and U = Σ_i u_i,
     dKL/dx_k = (u_k − p_k·U) / T             of the K tokens
     dKL/dx_j = p_j·(u_tail/p_tail − U) / T   of the others; without a tail u_tail = 0
 
-The last line is that of a policy gradient, and the backend writes it as part of that. Then the K
-tokens and the target are written once more, their whole gradient rounded once. A row is read twice
-and written once; N·(K + 1) logits are gathered from it and computed with in float64.
+The last line has the form of a policy gradient, so the backend writes it as a part of dL/dlogp. The
+K tokens and the target are then overwritten by their whole gradient, rounded once. A row is read
+twice and written once; N·(K + 1) logits are gathered from it and computed with in float64.
 
 Source: TRL 1.16, `distillation_add_tail`; verl's `forward_kl_topk` is kl="topk", interpolation 0.
 """
@@ -85,7 +85,7 @@ class TopK(WrappedBackend):
         values = dlogp[:, None] * of_logp + dkl[:, None] * of_kl
         if dentropy is not None:
             values -= dentropy[:, None] * times(p, log_p + stats.entropy[:, None])
-        # what stands for no token writes what is written at the target
+        # a column that repeats the target's gets the target's gradient
         values = torch.where(columns == columns[:, -1:], values[:, -1:], values)
         values = torch.where(moves, values / T, 0.0).to(dlogits.dtype)
 
@@ -117,9 +117,9 @@ class TopK(WrappedBackend):
         lse = torch.logaddexp(anchor + total.abs().log(), scaled[:, -1])[:, None]
         log_p = torch.cat([scaled[:, :-1] - lse, logp], 1)
         known, share = is_target.any(1, keepdim=True), -torch.expm1(logp)
-        rest = share - torch.where(others, log_p[:, :-1].exp(), 0.0).sum(1, keepdim=True)
-        rest = torch.maximum(rest, share * TAIL_ROUNDING).clamp(min=LEAST_TAIL)
-        p_tail = rest + torch.where(known, 0.0, logp.exp())
+        p_others = share - torch.where(others, log_p[:, :-1].exp(), 0.0).sum(1, keepdim=True)
+        p_others = torch.maximum(p_others, share * TAIL_ROUNDING).clamp(min=LEAST_TAIL)
+        p_tail = p_others + torch.where(known, 0.0, logp.exp())
         log_q = torch.where(is_target, self.log_q, -math.inf).amax(1, keepdim=True)
         log_q, present = torch.cat([self.log_q, log_q], 1), torch.cat([others, known], 1)
         has_tail = (present.sum(1) < rows.V) & self.tail
