@@ -292,6 +292,7 @@ def refused(group: Any) -> dict[str, str]:
     bonus = replace(DAPO, entropy_coef=0.1 * rank)
     attempt("objective", fused_loss, logits, target, objective=bonus, advantage=A)
     attempt("lean", linear_logp, hidden, weight, target, plan="lean")
+    attempt("plan", linear_logp, hidden, weight, target, plan="quick")
     # what one rank alone can see: the other must not wait for it
     attempt("its target", token_logp, logits, target[:, rank:])
     attempt("its matrix", linear_logp, hidden, weight[:, rank:], target)

@@ -261,6 +261,7 @@ def test_what_ranks_disagree_about(ranks: list[dict[str, Any]]) -> None:
         "width": "ValueError: hidden_size: expected the same on all ranks",
         "gradient": "ValueError: requires_grad: expected the same on all ranks",
         "objective": "ValueError: objective: expected the same on all ranks",
+        "plan": "ValueError: plan: expected one of ('fast', 'lean') or None, got 'quick'",
         "lean": "NotImplementedError: plan: expected 'fast' or None with a group, got 'lean'",
     }.items():
         assert first[name].startswith(expected), (name, first[name])

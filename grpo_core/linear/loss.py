@@ -225,7 +225,7 @@ def loss_from_hidden(
         kept=tokens.kept,
         shards=shards,
         reduce_dhidden=reduce_dhidden,
-        plan="fast" if inputs.ref_topk is not None else plan,
+        plan=(plan or "fast") if inputs.ref_topk is not None else plan,
         wanted=tuple(enabled and x is not None and x.requires_grad for x in tensors),
         **options,
     )
