@@ -292,6 +292,22 @@ def refused(group: Any) -> dict[str, str]:
     bonus = replace(DAPO, entropy_coef=0.1 * rank)
     attempt("objective", fused_loss, logits, target, objective=bonus, advantage=A)
     attempt("lean", linear_logp, hidden, weight, target, plan="lean")
+    attempt("plan", linear_logp, hidden, weight, target, plan="quick")
+    # what one rank alone can see: the other must not wait for it
+    attempt("its target", token_logp, logits, target[:, rank:])
+    attempt("its matrix", linear_logp, hidden, weight[:, rank:], target)
+    attempt("its dtype", token_logp, logits.double() if rank else logits, target)
+    attempt("its start", token_logp, logits, target, vocabulary_start="x" if rank else None)
+    attempt("its strides", fused_loss, logits.mT.contiguous().mT, target, inplace=bool(rank))
+    exact = {"objective": OBJECTIVES["exact"], "advantage": A}
+    ref = logits[..., rank:].clone()
+    attempt("its reference", fused_loss, logits, target, **exact, ref_logits=ref)
+    mixed = replace(OBJECTIVES["exact"], interpolation=0.5) if rank else OBJECTIVES["exact"]
+    policy = {"objective": mixed, "advantage": A, "ref_logits": logits.clone()}
+    attempt("its objective", fused_loss, logits, target, **policy)
+    attempt("its plan", linear_logp, hidden, weight, target, plan="lean" if rank else None)
+    attempt("its kept", token_logp, logits, target, kept=torch.ones(B) if rank else None)
+    attempt("its backend", token_logp, logits, target, backend="none" if rank else None)
     return found
 
 

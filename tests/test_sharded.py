@@ -229,7 +229,7 @@ def test_bytes_on_the_wire(ranks: list[dict[str, Any]], name: str) -> None:
         chunks = [count for count in gathered if count > 8]
         words = 8 if case.kind == "exact" else 4
         rows = B * T - (2 if case.hidden else 0)
-        assert exchange <= 200
+        assert exchange <= 256
         assert sum(chunks) == 4 * words * rows
         reduced = found["bytes"].get("reduced", [])
         dhidden = [4 * rows * D] if case.hidden and case.reduced else []
@@ -261,10 +261,29 @@ def test_what_ranks_disagree_about(ranks: list[dict[str, Any]]) -> None:
         "width": "ValueError: hidden_size: expected the same on all ranks",
         "gradient": "ValueError: requires_grad: expected the same on all ranks",
         "objective": "ValueError: objective: expected the same on all ranks",
+        "plan": "ValueError: plan: expected one of ('fast', 'lean') or None, got 'quick'",
         "lean": "NotImplementedError: plan: expected 'fast' or None with a group, got 'lean'",
     }.items():
         assert first[name].startswith(expected), (name, first[name])
         assert first[name] == second[name]
+
+
+def test_what_one_rank_finds_wrong(ranks: list[dict[str, Any]]) -> None:
+    """Its own error there, a ValueError on the other rank, and no rank waits for another."""
+    first, second = ranks[0]["refused"], ranks[1]["refused"]
+    for name, expected in {
+        "its matrix": "ValueError: lm_head: expected [V, D = 8]",
+        "its dtype": "ValueError: logits: expected one of",
+        "its start": "ValueError: vocabulary_start: expected an int",
+        "its strides": "ValueError: inplace: expected logits with a contiguous last axis",
+        "its reference": "ValueError: ref_logits: expected shape [4, 10, 7]",
+    }.items():
+        assert second[name].startswith(expected), (name, second[name])
+        assert first[name].endswith("expected valid arguments on all ranks, got errors on [1]")
+    for name in ("target", "objective", "plan", "kept", "backend"):
+        found = first[f"its {name}"]
+        assert found == f"ValueError: {name}: expected the same on all ranks of the group"
+        assert found == second[f"its {name}"]
 
 
 def test_rows_that_are_not_finite(ranks: list[dict[str, Any]]) -> None:

@@ -310,6 +310,8 @@ def test_a_teacher_needs_no_product() -> None:
     assert linear.products(step, N) * linear.V * linear.D == 3 * V * D
     with pytest.raises(NotImplementedError, match="plan: expected"):
         fused_linear_loss(hidden, weight, plan="lean", **arguments)
+    with pytest.raises(ValueError, match="plan: expected one of"):
+        fused_linear_loss(hidden, weight, plan="quick", **arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("interpolation", [REVERSE, HALF, FORWARD])

@@ -29,6 +29,9 @@ all-reduces of one float32.
 from __future__ import annotations
 
 import math
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +46,8 @@ from grpo_core.kernels.records import RowGradients, RowLoss, Rows, RowStats
 LEAST = -1e300
 # rows of a state before those of the backend inside
 OWN_ROWS = 6
+# int64 of the first exchange, the same in every call: one for each argument, and spare ones
+NUMBERS = 32
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,30 @@ class Shards:
         return found
 
 
+@contextmanager
+def announce_failure(group: Any, logits: Tensor) -> Iterator[None]:
+    """Around checks before `find_shards`: an error is raised on the other ranks also.
+
+    Args:
+        group: as `find_shards` takes it; without one nothing happens.
+        logits: anything; of a tensor the device is used.
+    """
+    try:
+        yield
+    except Exception:
+        if isinstance(group, dist.ProcessGroup) and group.size() > 1:
+            device = logits.device if isinstance(logits, Tensor) else torch.device("cpu")
+            _exchange(group, torch.full((NUMBERS,), -1, device=device))
+        raise
+
+
+def _exchange(group: Any, numbers: Tensor) -> Tensor:
+    """[R, NUMBERS]: the numbers of every rank."""
+    found = numbers.new_empty(group.size(), NUMBERS)
+    dist.all_gather(list(found.unbind()), numbers, group=group)
+    return found
+
+
 def find_shards(
     group: Any, start: int | None, logits: Tensor, same: dict[str, Any]
 ) -> Shards | None:
@@ -88,10 +117,12 @@ def find_shards(
         group: a `ProcessGroup`, or None.
         start: the first column of this rank; None on all ranks means in the order of the ranks.
         logits: [..., V_r], of which only shape and device are used.
-        same: tensors, numbers and None that all ranks must have alike, by their names.
+        same: tensors, numbers, None and what has a `repr`, which all ranks must have alike, by
+            their names.
 
     Raises:
-        ValueError: on every rank, if ranks disagree or their columns do not tile [0, V).
+        ValueError: on every rank, if ranks disagree, one of them failed in `announce_failure`, or
+            their columns do not tile [0, V).
     """
     if group is None:
         if start is not None:
@@ -104,16 +135,23 @@ def find_shards(
         if start:
             raise ValueError(f"vocabulary_start: expected 0 or None for one rank, got {start!r}")
         return None
-    layout = [-1 if start is None else start, V, *(*logits.shape[:-1], -1)[:2]]
-    digests = [_digest(value, device) for value in same.values()]
-    numbers = torch.stack([*torch.tensor(layout, device=device), *digests])
-    found = Shards(group, group.rank(), (0,) * R, (V,) * R).gather(numbers[:, None])[..., 0]
+    with announce_failure(group, logits):
+        if start is not None and not isinstance(start, int):
+            raise ValueError(f"vocabulary_start: expected an int or None, got {start!r}")
+        layout = [-1 if start is None else start, V, *(*logits.shape[:-1], -1)[:2]]
+        digests = [_digest(value, device) for value in same.values()]
+        numbers = torch.stack([*torch.tensor(layout, device=device), *digests])
+        numbers = torch.cat([numbers, numbers.new_zeros(NUMBERS - len(numbers))])
+    found = _exchange(group, numbers)
     starts, sizes, *shape = found[:, :4].T.tolist()
+    if -1 in sizes:
+        failed = [rank for rank, size in enumerate(sizes) if size == -1]
+        raise ValueError(f"group: expected valid arguments on all ranks, got errors on {failed}")
     if (found[:, 2:4] != found[0, 2:4]).any():
         shapes = list(zip(*shape, strict=True))
         # a second size of −1 stands for packed rows
         raise ValueError(f"group: expected as many rows on all ranks, got [B, T] = {shapes}")
-    for name, differs in zip(same, (found[:, 4:] != found[0, 4:]).any(0).tolist(), strict=True):
+    for name, differs in zip(same, (found[:, 4:] != found[0, 4:]).any(0).tolist(), strict=False):
         if differs:
             raise ValueError(f"{name}: expected the same on all ranks of the group")
     if set(starts) == {-1}:
@@ -136,14 +174,17 @@ def check_unsharded(shards: Shards | None, **arguments: object) -> None:
             raise ValueError(f"{name}: expected None with a group, got {type(value).__name__}")
 
 
-def _digest(value: Tensor | float | None, device: torch.device) -> Tensor:
+def _digest(value: object, device: torch.device) -> Tensor:
     """A hash as 0-dim int64; an integer sum has the same bits in any order."""
     if value is None:
         return torch.tensor(-1, device=device)
+    if not isinstance(value, (Tensor, int, float)):
+        return torch.tensor(zlib.crc32(repr(value).encode()), device=device)
     given = value.detach() if isinstance(value, Tensor) else torch.tensor(value)
+    kind = zlib.crc32(repr((tuple(given.shape), given.is_floating_point())).encode())
     bits = given.to(device).reshape(-1).double().view(torch.int64)
     place = torch.arange(1, 2 * len(bits) + 1, 2, device=device)
-    return ((bits ^ (bits >> 29)) * (place * 0x9E3779B97F4A7C1)).sum()
+    return ((bits ^ (bits >> 29)) * (place * 0x9E3779B97F4A7C1)).sum() + kind
 
 
 def whole_logits(logits: Tensor, shards: Shards | None) -> Tensor:

@@ -120,8 +120,8 @@ def local_hidden(hidden: Any, reduce_dhidden: bool = True) -> Tensor:
 
 
 def replicate(tensor: Tensor, like: Any) -> Tensor:
-    """The tensor, as a DTensor if `like` is one."""
-    if not is_distributed(like):
+    """The tensor, as a DTensor if `like` is one and it is none yet."""
+    if not is_distributed(like) or is_distributed(tensor):
         return tensor
     from torch.distributed.tensor import DTensor, Replicate
 

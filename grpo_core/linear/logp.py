@@ -29,7 +29,13 @@ from torch import Tensor
 
 from grpo_core.backends import Backend
 from grpo_core.backends.kept import Kept
-from grpo_core.backends.sharded import check_unsharded, find_shards, sum_over_shards, whole_logits
+from grpo_core.backends.sharded import (
+    announce_failure,
+    check_unsharded,
+    find_shards,
+    sum_over_shards,
+    whole_logits,
+)
 from grpo_core.kernels.records import RowGradients, RowStats
 from grpo_core.linear.chunks import only_finite, read_chunks, scale_rows
 from grpo_core.linear.head import HEAD_DTYPES, LinearHead, check_rows, local_shard
@@ -185,10 +191,14 @@ def logp_from_hidden(
         gathered: a context that the backward enters to use the head.
     """
     lm_head, group, vocabulary_start = local_shard(lm_head, group, vocabulary_start)
-    head, target, logits = check_rows(hidden, lm_head, target)
-    check_logits(logits, temperature, HEAD_DTYPES)
-    same = {"target": target, "temperature": temperature, "mask": mask}
+    with announce_failure(group, hidden):
+        head, target, logits = check_rows(hidden, lm_head, target)
+        check_logits(logits, temperature, HEAD_DTYPES)
+    same: dict[str, Any] = {"target": target, "temperature": temperature, "mask": mask}
     same |= {"hidden_size": hidden.shape[-1], "requires_grad": hidden.requires_grad}
+    same |= {"plan": plan, "memory_budget": memory_budget, "logits_dtype": logits_dtype}
+    same |= {"reduce_dhidden": reduce_dhidden, "kept": kept is not None}
+    same |= {"backend": backend, "validate": validate}
     shards = find_shards(group, vocabulary_start, logits, same)
     whole = whole_logits(logits, shards)
     check_target(whole, target, mask, validate)

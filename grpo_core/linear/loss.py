@@ -16,6 +16,7 @@ from torch import Tensor
 
 from grpo_core.backends import Backend
 from grpo_core.backends.kept import Kept
+from grpo_core.backends.sharded import announce_failure
 from grpo_core.kernels.records import Rows
 from grpo_core.linear.chunks import LossRows, loss_over_chunks, loss_with_frozen_head
 from grpo_core.linear.head import (
@@ -172,8 +173,9 @@ def loss_from_hidden(
     inputs = replace(inputs, group=group, vocabulary_start=start)
     if ref_lm_head is not None:
         ref_lm_head, *_ = local_shard(ref_lm_head, group, start)
-    head, target, logits = check_rows(hidden, lm_head, inputs.target)
-    reference = _check_reference(inputs, head, hidden, ref_hidden, ref_lm_head)
+    with announce_failure(group, hidden):
+        head, target, logits = check_rows(hidden, lm_head, inputs.target)
+        reference = _check_reference(inputs, head, hidden, ref_hidden, ref_lm_head)
     exact = reference is not None and inputs.objective.kl == "exact"
     if exact:
         # only the shape is checked
@@ -181,7 +183,10 @@ def loss_from_hidden(
     elif reference is not None:
         # computed below, when the rows are known
         inputs = replace(inputs, ref_logp=torch.zeros(target.shape, device=hidden.device))
-    same = {"hidden_size": hidden.shape[-1], "requires_grad": hidden.requires_grad}
+    same: dict[str, Any] = {"hidden_size": hidden.shape[-1]}
+    same["requires_grad"] = hidden.requires_grad
+    same |= {"plan": plan, "memory_budget": memory_budget, "logits_dtype": logits_dtype}
+    same |= {"all_logp": all_logp, "reduce_dhidden": reduce_dhidden}
     shards = inputs.shards(logits, **same)
     tokens = inputs.tokens(logits, shards=shards, logit_dtypes=HEAD_DTYPES)
     if inputs.ref_topk is not None and plan == "lean":
@@ -220,7 +225,7 @@ def loss_from_hidden(
         kept=tokens.kept,
         shards=shards,
         reduce_dhidden=reduce_dhidden,
-        plan="fast" if inputs.ref_topk is not None else plan,
+        plan=(plan or "fast") if inputs.ref_topk is not None else plan,
         wanted=tuple(enabled and x is not None and x.requires_grad for x in tensors),
         **options,
     )

@@ -68,7 +68,7 @@ class LinearCall:
         if shards is not None:
             if plan == "lean":
                 raise NotImplementedError("plan: expected 'fast' or None with a group, got 'lean'")
-            plan = "fast"
+            plan = plan or "fast"
         others |= {"target": target, "plan": plan, "autocast": autocast}
         others["kernels"] = over_shards(kernels, shards, reduce_dhidden)
         return cls(logits_dtype=logits_dtype or torch.float32, **others)

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from grpo_core.backends import Backend, choose_backend
 from grpo_core.backends.kept import Kept, keep_rows
-from grpo_core.backends.sharded import check_unsharded, find_shards, over_shards, whole_logits
+from grpo_core.backends.sharded import (
+    announce_failure,
+    check_unsharded,
+    find_shards,
+    over_shards,
+    whole_logits,
+)
 from grpo_core.kernels.records import Rows
 from grpo_core.loss.autograd import (
     Call,
@@ -175,13 +181,15 @@ def fused_loss(
 @register_function
 def loss_from_logits(logits: Tensor, inputs: LossInputs, inplace: bool = False) -> LossOutput:
     """`fused_loss` outside of `torch.compile`."""
+    with announce_failure(inputs.group, logits):
+        check_logits(logits, inputs.temperature, LOGIT_DTYPES)
+        if inplace and not is_readable(logits):
+            raise ValueError(
+                "inplace: expected logits with a contiguous last axis and separate rows, "
+                f"got strides {logits.stride()}"
+            )
     shards = inputs.shards(logits)
     tokens = inputs.tokens(logits, shards=shards)
-    if inplace and not is_readable(logits):
-        raise ValueError(
-            "inplace: expected logits with a contiguous last axis and separate rows, "
-            f"got strides {logits.stride()}"
-        )
     call = Call(
         tokens,
         prepare_reference(inputs.ref_logits, logits, inplace),
@@ -263,8 +271,10 @@ def logp_from_logits(
     vocabulary_start: int | None = None,
 ) -> TokenLogp:
     """`token_logp` outside of `torch.compile`."""
-    check_logits(logits, temperature, LOGIT_DTYPES)
-    same = {"target": target, "temperature": temperature, "mask": mask}
+    with announce_failure(group, logits):
+        check_logits(logits, temperature, LOGIT_DTYPES)
+    same: dict[str, Any] = {"target": target, "temperature": temperature, "mask": mask}
+    same |= {"backend": backend, "validate": validate, "kept": kept is not None}
     shards = find_shards(group, vocabulary_start, logits, same)
     flat = flatten_target(check_target(whole_logits(logits, shards), target, mask, validate))
     if mask is not None:

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from grpo_core.backends import Backend
 from grpo_core.backends.kept import Kept
-from grpo_core.backends.sharded import Shards, check_unsharded, find_shards, whole_logits
+from grpo_core.backends.sharded import (
+    Shards,
+    announce_failure,
+    check_unsharded,
+    find_shards,
+    whole_logits,
+)
 from grpo_core.backends.topk import TopK
 from grpo_core.backends.wrapper import Kernels
 from grpo_core.loss.kept import check_kept
@@ -68,11 +74,16 @@ class LossInputs:
 
     def shards(self, logits: Tensor, **same: object) -> Shards | None:
         """The shards of the vocabulary, once all ranks agree on these arguments and on `same`."""
-        check_logits(logits, self.temperature, LOGIT_DTYPES)
-        own, spec = {"group", "vocabulary_start", "backend", "validate"}, self.objective
+        with announce_failure(self.group, logits):
+            check_logits(logits, self.temperature, LOGIT_DTYPES)
+            if self.group is not None and self.ref_logits is not None:
+                # the size of its last axis is this rank's own
+                device, shape = logits.device, tuple(logits.shape)
+                check_floats("ref_logits", self.ref_logits, shape, device=device)
+        own, spec = {"group", "vocabulary_start"}, self.objective
         same |= {name: value for name, value in vars(self).items() if name not in own}
-        # numbers, which have the same hash in every process
-        same["objective"] = hash((spec.kl == "exact", spec.beta, spec.entropy_coef))
+        # numbers and names; a function has its address in its repr
+        same["objective"] = {**vars(spec), "surrogate": spec.surrogate.args}
         for name in ("ref_logits", "ref_topk", "kept"):
             same[name] = getattr(self, name) is not None
         return find_shards(self.group, self.vocabulary_start, logits, same)
