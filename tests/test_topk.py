@@ -533,3 +533,20 @@ def test_rows_that_are_not_finite_and_certain_targets(
         share = spec.beta / float(given["mask"].sum()) / HEAT
         expected = -share * log_q.exp()[asked]
         torch.testing.assert_close(dlogits[0, 2, words[asked]], expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("other", [-math.inf, -200.0, -90.0, -60.0])
+@pytest.mark.parametrize("backend", ["torch", CPU_BACKEND])
+def test_gradient_of_a_row_adds_up_to_zero_where_its_tail_is_bounded(
+    backend: str, other: float
+) -> None:
+    logits = torch.tensor([[[0.0, other]]], requires_grad=True)
+    objective = RECIPES["opd"].replace(kl="topk_tail", interpolation=0.0)
+    teacher = torch.tensor([[[0]]]), torch.tensor([[[math.log(0.9)]]])
+    target = torch.tensor([[0]])
+    fused_loss(
+        logits, target, objective=objective, ref_topk=teacher, backend=backend
+    ).loss.backward()
+    # below its bound of 1e-30 the student's tail is a constant
+    expected = 0.1 if other > -69 else 0.0
+    torch.testing.assert_close(logits.grad, torch.tensor([[[expected, -expected]]]))

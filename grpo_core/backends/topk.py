@@ -76,6 +76,8 @@ class TopK(WrappedBackend):
         # before the gradient overwrites the logits
         read, columns, log_p, log_q, present = self._read(rows, target, T, stats)
         _, u = divergence(log_p, log_q, present, self.interpolation)
+        # a tail at its bound is a constant of the value
+        u[:, -1:] *= log_p[:, -1:] > math.log(LEAST_TAIL) + 1e-9
         total = u.sum(1, keepdim=True)
         of_others = torch.where(present[:, -1:], u[:, -1:] * (-log_p[:, -1:]).exp(), 0.0) - total
         log_p, present, u = log_p[:, :-1], present[:, :-1], u[:, :-1]
