@@ -683,7 +683,7 @@ def test_a_benchmark_in_a_background_job_can_be_stopped():
 
 def test_distillation_and_kept_sets_are_measured_side_by_side() -> None:
     """Right results, 3 products of the student and 1 of the teacher, 100 columns."""
-    lines = measure("opd", distillation(8, 64, 0.5), 2 * 8 * 64 * 256)
+    lines = measure("opd", distillation(16, 500, 0.5), 2 * 16 * 500 * 256)
     lines += measure("kept", kept_sets(8, 64, 20), 0)
     shown = {line.split("  ")[1]: line.split() for line in lines if line.startswith("  ")}
     assert shown["ours"][-1] == "-" and "ours, no kept" in shown
