@@ -28,7 +28,7 @@ from grpo_core import RECIPES, Kept, fused_linear_loss, fused_loss
 
 Way = Callable[[], tuple[Tensor, ...]]
 MIB = 2**20
-N, V, D, TEACHER_D, ROUNDS = 512, 32_000, 256, 256, 3
+N, V, D, TEACHER_D, ROUNDS = 128, 32_000, 256, 256, 3
 BETAS = {"reverse KL": 1.0, "forward KL": 0.0, "JSD 0.5": 0.5}
 HEADER = f"{'':<40}{'x first':>9}{'peak MiB':>10}{'products':>10}{'wire bytes':>12}"
 
