@@ -1,6 +1,6 @@
 """Distillation, kept sets and sharded vocabularies beside PyTorch's and TRL's ways: one table.
 
-    python -m bench.distill          # 30 s on two cores
+    python -m bench.distill
 
 Peaks, products and bytes on the wire are counted; times are ratios to the first way of a block,
 each round of all ways after one another, the median of the rounds.
