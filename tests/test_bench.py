@@ -23,6 +23,7 @@ from bench.batch import CASES, FROZEN, HIDDEN_CASES, LOGP, TRAINED, Batch, Case
 from bench.budget import Budget
 from bench.contenders import Contender, contenders, hidden_naive, naive, ours
 from bench.counted import RESULTS, count, markdown
+from bench.distill import distillation, kept_sets, measure
 from bench.kernel_meter import KernelMeter, Traffic
 from bench.meter import OperandMeter, ProductMeter, one_thread, peak_extra_bytes
 from bench.table import table
@@ -678,6 +679,20 @@ def test_a_benchmark_in_a_background_job_can_be_stopped():
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_distillation_and_kept_sets_are_measured_side_by_side() -> None:
+    """Right results, 3 products of the student and 1 of the teacher, 100 columns."""
+    lines = measure("opd", distillation(16, 500, 0.5), 2 * 16 * 500 * 256)
+    lines += measure("kept", kept_sets(8, 64, 20), 0)
+    shown = {line.split("  ")[1]: line.split() for line in lines if line.startswith("  ")}
+    assert shown["ours"][-1] == "-" and "ours, no kept" in shown
+    assert next(line for line in lines if line.startswith("  ours ")).split()[-2] == "4.00"
+    assert max(map(len, lines)) <= 100
+    ways = kept_sets(8, 64, 20)
+    ways["ours"] = ways["ours, no kept"]
+    with pytest.raises(ValueError, match="kept: ours: expected torch's result"):
+        measure("kept", ways, 0)
 
 
 @pytest.mark.slow
