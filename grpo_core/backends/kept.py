@@ -76,15 +76,17 @@ class Kept:
 
     def places(self, target: Tensor) -> Tensor:
         """[N] int64: where each target is in its set; -1 where it was not kept."""
-        M, places = len(self.ids), torch.full_like(target, -1)
-        for start in range(0, M, CPU_LOGITS):
-            entries = torch.arange(start, min(start + CPU_LOGITS, M), device=target.device)
-            rows = self.rows(entries)
-            found = (entries - self.offsets[rows]).masked_fill_(
-                self.ids[entries] != target[rows], -1
-            )
-            places.scatter_reduce_(0, rows, found, "amax")
-        return places
+        M, first, end = len(self.ids), self.offsets[:-1], self.offsets[1:]
+        if not M:
+            return torch.full_like(target, -1)
+        low, high = first, end
+        # binary search, inside the ids also where offsets were not checked
+        for _ in range(M.bit_length()):
+            middle = (low + high) // 2
+            below = (middle < high) & (self.ids[middle.clamp(0, M - 1)] < target)
+            low, high = torch.where(below, middle + 1, low), torch.where(below, high, middle)
+        found = (low < end) & (self.ids[low.clamp(0, M - 1)] == target)
+        return torch.where(found, low - first, -1)
 
 
 def _offsets(sizes: Tensor) -> Tensor:
