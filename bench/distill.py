@@ -25,6 +25,7 @@ from torch import Tensor
 
 from bench.meter import ProductMeter, one_thread, peak_extra_bytes
 from grpo_core import RECIPES, Kept, fused_linear_loss, fused_loss
+from grpo_core.cli.options import Parser
 
 Way = Callable[[], tuple[Tensor, ...]]
 MIB = 2**20
@@ -187,5 +188,13 @@ def table(rows: int = N, words: int = V, sizes: tuple[int, ...] = (20, 1000, V))
     return lines + sharded(rows, words)
 
 
+def main() -> None:
+    """Prints the table."""
+    parser = Parser("bench.distill", description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=N, help="rows of logits (default: %(default)s)")
+    given = parser.parse_args()
+    print("\n".join(table(given.rows)))
+
+
 if __name__ == "__main__":
-    print("\n".join(table()))
+    main()
