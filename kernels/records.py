@@ -200,7 +200,7 @@ class RowStats(NamedTuple):
     # mixture's divergence, see `exact_kl`
     state: Tensor
 
-    def at(self, place: slice) -> RowStats:
+    def at(self, place: slice | Tensor) -> RowStats:
         """The vectors of some rows."""
         kl = None if self.kl is None else self.kl[place]
         state = self.state[:, place].contiguous()

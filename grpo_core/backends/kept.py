@@ -150,14 +150,13 @@ class KeptRows(WrappedBackend):
     ) -> Tensor:
         places = self._places(target, rows.V)
         ref_rows = None if row_gradients.dkl is None else ref_rows
+        known = RowStats(stats.logp, stats.entropy, stats.kl, stats.state)
         for group in self._groups(rows):
             at, some, ref = group.at, group.gather(rows), group.gather(ref_rows)
-            kl = None if stats.kl is None else stats.kl[at]
-            known = RowStats(stats.logp[at], stats.entropy[at], kl, stats.state[:, at].contiguous())
             # in place, unless dtypes differ
             gradient = some.logits.to(dlogits.dtype)
             group.kernels.row_dlogits(
-                some, places[at], temperature, row_gradients.at(at), known, gradient, ref
+                some, places[at], temperature, row_gradients.at(at), known.at(at), gradient, ref
             )
             group.scatter(gradient, dlogits)
         return self._zero_unread(dlogits)

@@ -208,6 +208,13 @@ def weigh(log_p: Tensor, values: Tensor) -> Tensor:
     return torch.where(p == 0, 0.0, p * values)
 
 
+def natural_sums(state: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(anchor in nats, sum relative to it) [N] float64, of a state as in `online_softmax`."""
+    anchor, total = state[:2].double()
+    # unscaled where the sum is negative
+    return torch.where(total < 0, anchor / temperature, anchor * math.log(2)), total.abs()
+
+
 def log_to_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
     """log p/m for m = (1 − β)·p + β·q, exact for p near q and where one is 0."""
     gap = (log_q - log_p).nan_to_num_(0.0, math.inf, -math.inf)

@@ -78,10 +78,7 @@ class Shards:
 
     def gather(self, vectors: Tensor) -> Tensor:
         """[k, N] of every rank: [R, k, N]."""
-        found = vectors.new_empty(len(self.sizes), *vectors.shape)
-        if vectors.numel():
-            dist.all_gather(list(found.unbind()), vectors, group=self.group)
-        return found
+        return _gather(self.group, vectors)
 
 
 @contextmanager
@@ -97,14 +94,15 @@ def announce_failure(group: Any, logits: Tensor) -> Iterator[None]:
     except Exception:
         if isinstance(group, dist.ProcessGroup) and group.size() > 1:
             device = logits.device if isinstance(logits, Tensor) else torch.device("cpu")
-            _exchange(group, torch.full((NUMBERS,), -1, device=device))
+            _gather(group, torch.full((NUMBERS,), -1, device=device))
         raise
 
 
-def _exchange(group: Any, numbers: Tensor) -> Tensor:
-    """[R, NUMBERS]: the numbers of every rank."""
-    found = numbers.new_empty(group.size(), NUMBERS)
-    dist.all_gather(list(found.unbind()), numbers, group=group)
+def _gather(group: Any, tensor: Tensor) -> Tensor:
+    """The tensor of every rank: [R, ...]."""
+    found = tensor.new_empty(group.size(), *tensor.shape)
+    if tensor.numel():
+        dist.all_gather(list(found.unbind()), tensor, group=group)
     return found
 
 
@@ -142,7 +140,7 @@ def find_shards(
         digests = [_digest(value, device) for value in same.values()]
         numbers = torch.stack([*torch.tensor(layout, device=device), *digests])
         numbers = torch.cat([numbers, numbers.new_zeros(NUMBERS - len(numbers))])
-    found = _exchange(group, numbers)
+    found = _gather(group, numbers)
     starts, sizes, *shape = found[:, :4].T.tolist()
     if -1 in sizes:
         failed = [rank for rank, size in enumerate(sizes) if size == -1]

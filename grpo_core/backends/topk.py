@@ -22,6 +22,7 @@ import math
 import torch
 from torch import Tensor
 
+from grpo_core.backends.pytorch import natural_sums, weigh
 from grpo_core.backends.wrapper import Kernels, WrappedBackend, kernels_at
 from grpo_core.kernels.records import RowGradients, RowLoss, Rows, RowStats
 
@@ -86,7 +87,7 @@ class TopK(WrappedBackend):
         of_logp = torch.cat([-p[:, :-1], -torch.expm1(log_p[:, -1:])], 1)
         values = dlogp[:, None] * of_logp + dkl[:, None] * of_kl
         if dentropy is not None:
-            values -= dentropy[:, None] * times(p, log_p + stats.entropy[:, None])
+            values -= dentropy[:, None] * weigh(log_p, log_p + stats.entropy[:, None])
         # a column that repeats the target's gets the target's gradient
         values = torch.where(columns == columns[:, -1:], values[:, -1:], values)
         values = torch.where(moves, values / T, 0.0).to(dlogits.dtype)
@@ -113,10 +114,8 @@ class TopK(WrappedBackend):
         shape = (*rows.logits.shape[:-1], columns.shape[1])
         logits = rows.logits.gather(-1, columns.view(shape)).view(columns.shape)
         scaled, logp = logits.double() / temperature, stats.logp.double()[:, None]
-        anchor, total = stats.state[:2].double()
-        # the anchor is not scaled where the sum is negative
-        anchor = torch.where(total < 0, anchor / temperature, anchor * math.log(2))
-        lse = torch.logaddexp(anchor + total.abs().log(), scaled[:, -1])[:, None]
+        anchor, total = natural_sums(stats.state, temperature)
+        lse = torch.logaddexp(anchor + total.log(), scaled[:, -1])[:, None]
         log_p = torch.cat([scaled[:, :-1] - lse, logp], 1)
         known, share = is_target.any(1, keepdim=True), -torch.expm1(logp)
         p_others = share - torch.where(others, log_p[:, :-1].exp(), 0.0).sum(1, keepdim=True)
@@ -148,17 +147,12 @@ def divergence(
     """
     p, q, t = log_p.exp(), log_q.exp(), interpolation
     if t == 1:
-        value = times(p, log_p - log_q)
+        value = weigh(log_p, log_p - log_q)
         u = value + p
     elif t == 0:
-        value, u = times(q, log_q - log_p), -q
+        value, u = weigh(log_q, log_q - log_p), -q
     else:
         log_m = torch.logaddexp(log_p + math.log1p(-t), log_q + math.log(t))
-        u = (1 - t) * times(p, log_p - log_m)
-        value = t * times(q, log_q - log_m) + u
+        u = (1 - t) * weigh(log_p, log_p - log_m)
+        value = t * weigh(log_q, log_q - log_m) + u
     return torch.where(present, value, 0.0), torch.where(present, u, 0.0)
-
-
-def times(weight: Tensor, values: Tensor) -> Tensor:
-    """weight·values; 0 where the weight is 0, whatever the value."""
-    return weight * torch.where(weight == 0, 0.0, values)

@@ -296,7 +296,7 @@ class LinearLogp(torch.autograd.Function):
         # the rows that have a gradient
         some = row_gradients.any.nonzero().squeeze(1)
         row_gradients = row_gradients.at(some)
-        stats = RowStats(logp[some], entropy[some], None, state[:, some].contiguous())
+        stats = stats.at(some)
         target_logit = None if target_logit is None else target_logit[some]
         call = call if len(some) == hidden.shape[:-1].numel() else call.at(some)
         call = replace(call, wanted=ctx.needs_input_grad[4:])

@@ -14,13 +14,11 @@ The last term is another with another divergence than the reverse KL, see `exact
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from grpo_core.backends.kept import KeptRows
-from grpo_core.backends.pytorch import log_to_mixture, weigh
+from grpo_core.backends.pytorch import log_to_mixture, natural_sums, weigh
 from grpo_core.kernels.records import RowGradients, RowStats
 from grpo_core.linear.chunks import LossRows, read_chunks
 from grpo_core.linear.matmuls import LEAST_ROWS, HeadProducts
@@ -146,10 +144,8 @@ class SoftmaxRows:
         )
         self.zero = ~row_gradients.any
         # the log-sum-exp is the sum of two numbers, of which the first may be far larger
-        anchor, others = stats.state[0].double(), stats.state[1].double()
-        # unscaled where S is negative
-        anchor = torch.where(others < 0, anchor / T, anchor * math.log(2))
-        log_sum = torch.log(others.abs() + torch.exp(target_logit.double() / T - anchor))
+        anchor, others = natural_sums(stats.state, T)
+        log_sum = torch.log(others + torch.exp(target_logit.double() / T - anchor))
         # logits near T·lse, which have the large p, are subtracted without rounding
         self.centre = ((anchor + log_sum) * T).float()
         # the rounding error is added to every log p, and multiplies every p

@@ -181,13 +181,14 @@ def fused_loss(
 @register_function
 def loss_from_logits(logits: Tensor, inputs: LossInputs, inplace: bool = False) -> LossOutput:
     """`fused_loss` outside of `torch.compile`."""
-    with announce_failure(inputs.group, logits):
-        check_logits(logits, inputs.temperature, LOGIT_DTYPES)
-        if inplace and not is_readable(logits):
-            raise ValueError(
-                "inplace: expected logits with a contiguous last axis and separate rows, "
-                f"got strides {logits.stride()}"
-            )
+    if inplace:
+        with announce_failure(inputs.group, logits):
+            check_logits(logits, inputs.temperature, LOGIT_DTYPES)
+            if not is_readable(logits):
+                raise ValueError(
+                    "inplace: expected logits with a contiguous last axis and separate rows, "
+                    f"got strides {logits.stride()}"
+                )
     shards = inputs.shards(logits)
     tokens = inputs.tokens(logits, shards=shards)
     call = Call(

@@ -74,9 +74,11 @@ class LossInputs:
 
     def shards(self, logits: Tensor, **same: object) -> Shards | None:
         """The shards of the vocabulary, once all ranks agree on these arguments and on `same`."""
+        if self.group is None:
+            return find_shards(None, self.vocabulary_start, logits, {})
         with announce_failure(self.group, logits):
             check_logits(logits, self.temperature, LOGIT_DTYPES)
-            if self.group is not None and self.ref_logits is not None:
+            if self.ref_logits is not None:
                 # the size of its last axis is this rank's own
                 device, shape = logits.device, tuple(logits.shape)
                 check_floats("ref_logits", self.ref_logits, shape, device=device)
