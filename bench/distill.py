@@ -2,15 +2,14 @@
 
     python -m bench.distill
 
-Peaks, products and bytes on the wire are counted; times are ratios to the first way of a block,
-each round of all ways after one another, the median of the rounds.
+Peaks, products and bytes on the wire are counted. Times are ratios to the first way of a block,
+see `bench.cpu.ratio`; that of a sharded vocabulary is the median of the first rank's.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -23,6 +22,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.cpu import ratio
+from bench.machine import clock
 from bench.meter import ProductMeter, one_thread, peak_extra_bytes
 from grpo_core import RECIPES, Kept, fused_linear_loss, fused_loss
 from grpo_core.cli.options import Parser
@@ -67,11 +68,11 @@ def our_divergence(x: Tensor, w: Tensor, y: Tensor, v: Tensor, beta: float) -> T
     ).loss
 
 
-def distillation(rows: int, words: int, beta: float) -> dict[str, Way]:
+def distillation(rows: int, vocabulary: int, beta: float) -> dict[str, Way]:
     """From hidden states to the loss and the gradients of hidden states and head."""
     torch.manual_seed(0)
-    x, w = torch.randn(rows, D), 0.1 * torch.randn(words, D)
-    y, v = torch.randn(rows, TEACHER_D), 0.1 * torch.randn(words, TEACHER_D)
+    x, w = torch.randn(rows, D), 0.1 * torch.randn(vocabulary, D)
+    y, v = torch.randn(rows, TEACHER_D), 0.1 * torch.randn(vocabulary, TEACHER_D)
     ways = {"torch": plain_divergence, "ours": our_divergence}
     if find_spec("trl"):
         ways["trl"] = trl_divergence
@@ -81,11 +82,11 @@ def distillation(rows: int, words: int, beta: float) -> dict[str, Way]:
     }
 
 
-def kept_sets(rows: int, words: int, size: int) -> dict[str, Way]:
-    """From logits to the loss and their gradient, over `size` words of each row."""
+def kept_sets(rows: int, vocabulary: int, size: int) -> dict[str, Way]:
+    """From logits to the loss and their gradient, over `size` ids of each row."""
     torch.manual_seed(0)
-    logits = torch.randn(1, rows, words)
-    mask = torch.zeros(rows, words, dtype=torch.bool)
+    logits = torch.randn(1, rows, vocabulary)
+    mask = torch.zeros(rows, vocabulary, dtype=torch.bool)
     mask.scatter_(1, logits[0].topk(size, dim=1).indices, True)
     target, kept = logits.argmax(-1), Kept.from_mask(mask)
     given: dict[str, Any] = {"objective": "dapo", "advantage": torch.ones(1)}
@@ -112,32 +113,26 @@ def measure(title: str, ways: dict[str, Way], size: int) -> list[str]:
             for a, b in zip(values, right, strict=True):
                 if not torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max())):
                     raise ValueError(f"{title}: {name}: expected torch's result")
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(ROUNDS):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            seconds[name].append(time.perf_counter() - start)
-    lines, first = ["", title], next(iter(seconds.values()))
+    lines, first = ["", title], next(iter(ways.values()))
     for name, way in ways.items():
         with ProductMeter() as meter, one_thread():
             way()
-        ratio = median(a / b for a, b in zip(seconds[name], first, strict=True))
+        time = 1.0 if way is first else ratio(way, first, ROUNDS)
         products = f"{meter.operations / size:.2f}" if size else "-"
         peak = peak_extra_bytes(way, "cpu") / MIB
-        lines.append(f"  {name:<38}{ratio:>9.2f}{peak:>10.1f}{products:>10}{'-':>12}")
+        lines.append(f"  {name:<38}{time:>9.2f}{peak:>10.1f}{products:>10}{'-':>12}")
     return lines
 
 
-def rank(nth: int, folder: str, ranks: int, rows: int, words: int) -> None:
+def rank(nth: int, folder: str, ranks: int, rows: int, vocabulary: int) -> None:
     """One of the processes that share a vocabulary; the first writes its line."""
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", f"file://{folder}/meeting", rank=nth, world_size=ranks)
     torch.manual_seed(0)
-    x, w = torch.randn(1, rows, D), 0.1 * torch.randn(words, D)
-    first, last = (words * k // ranks for k in (nth, nth + 1))
-    target, sent = torch.randint(0, words, (1, rows)), []
+    x, w = torch.randn(1, rows, D), 0.1 * torch.randn(vocabulary, D)
+    first, last = (vocabulary * k // ranks for k in (nth, nth + 1))
+    target, sent = torch.randint(0, vocabulary, (1, rows)), []
     given = {"objective": "dapo", "advantage": torch.ones(1), "old_logp": torch.zeros(1, rows)}
 
     def counting(collective: Any, at: int) -> Any:
@@ -158,34 +153,40 @@ def rank(nth: int, folder: str, ranks: int, rows: int, words: int) -> None:
     wire = sum(sent)
     with ProductMeter() as meter:
         way()
-    start, peak = time.perf_counter(), peak_extra_bytes(way, "cpu") / MIB
-    products = meter.operations / (2 * rows * words * D)
+    seconds = []
+    for _ in range(ROUNDS):
+        dist.barrier()
+        start = clock()
+        way()
+        seconds.append(clock() - start)
+    peak = peak_extra_bytes(way, "cpu") / MIB
+    products = meter.operations / (2 * rows * vocabulary * D)
     line = f"{peak:>10.1f}{products:>10.2f}{wire:>12,}"
     if nth == 0:
-        Path(folder, "line").write_text(f"{time.perf_counter() - start} {line}")
+        Path(folder, "line").write_text(f"{median(seconds)} {line}")
     dist.destroy_process_group()
 
 
-def sharded(rows: int, words: int) -> list[str]:
+def sharded(rows: int, vocabulary: int) -> list[str]:
     """R = 1 and 2, per rank."""
     lines, first = ["", "vocabulary-parallel, dapo from hidden states, per rank"], 0.0
     for ranks in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(rank, (folder, ranks, rows, words), nprocs=ranks)
+            torch.multiprocessing.spawn(rank, (folder, ranks, rows, vocabulary), nprocs=ranks)
             seconds, line = Path(folder, "line").read_text().split(" ", 1)
         first = first or float(seconds)
         lines.append(f"  {f'R = {ranks}':<38}{float(seconds) / first:>9.2f}{line}")
     return lines
 
 
-def table(rows: int = N, words: int = V, sizes: tuple[int, ...] = (20, 1000, V)) -> list[str]:
+def table(rows: int = N, vocabulary: int = V, sizes: tuple[int, ...] = (20, 1000, V)) -> list[str]:
     """All blocks."""
     lines = [HEADER]
     for name, beta in BETAS.items():
-        lines += measure(f"{name}", distillation(rows, words, beta), 2 * rows * words * D)
+        lines += measure(f"{name}", distillation(rows, vocabulary, beta), 2 * rows * vocabulary * D)
     for size in sizes:
-        lines += measure(f"kept, K = {size:,}", kept_sets(rows, words, size), 0)
-    return lines + sharded(rows, words)
+        lines += measure(f"kept, K = {size:,}", kept_sets(rows, vocabulary, size), 0)
+    return lines + sharded(rows, vocabulary)
 
 
 def main() -> None:
