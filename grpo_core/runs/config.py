@@ -118,12 +118,18 @@ class RunConfig(LearningOptions):
     rewards: list[str] = option(
         [],
         f"Any of {', '.join(REWARDS)}, and path.py:function; none to learn from a teacher alone. "
-        "Default: math format; none with --objective opd.",
+        "Default: math format; none with --objective opd or --environment.",
     )
     reward_weights: list[float] = option(
         [],
         "Weight of each reward, in their order. Default: 1 and 0.2 for math format, else 1 each.",
     )
+    environment: str = option(
+        "",
+        "path.py:name of what answers the model's turns, such as a tool: a class with reset and "
+        "step. Its rewards are added to --rewards, then none by default.",
+    )
+    max_turns: int = option(8, "Turns of the model in a completion, with --environment.")
     system: str = option("", "System message before every prompt; needs a chat template.")
     template: str = option("", 'Prompt template, for example "Question: {prompt}".')
     longest_prompt: int = option(0, "Leave out prompts of more tokens; 0: keep all.")
@@ -202,7 +208,7 @@ class RunConfig(LearningOptions):
         is_finite = all(map(math.isfinite, weights))
         require(is_finite, "reward_weights", "finite numbers", weights)
         check_at_least(self, 0, "held_out", "longest_prompt", "lora_rank", "samples")
-        check_at_least(self, 1, "prompts_per_step", "max_new_tokens", "eval_samples")
+        check_at_least(self, 1, "prompts_per_step", "max_new_tokens", "eval_samples", "max_turns")
         check_at_least(self, 0, "eval_temperature", "sampler_low")
         check_more_than_0(self, "temperature", "rollout_memory")
         check_filters(self)
@@ -220,12 +226,14 @@ class RunConfig(LearningOptions):
 
     def _check_teacher(self) -> None:
         """Whether something is learnt, from rewards or a teacher; resolves `rewards`."""
-        default = ["none"] if self.objective == "opd" else ["math", "format"]
+        has_others = self.objective == "opd" or self.environment
+        default = ["none"] if has_others else ["math", "format"]
         rewards = self.rewards or default
         object.__setattr__(self, "rewards", [] if rewards == ["none"] else rewards)
         check_at_least(self, 0, "teacher_coef")
-        require(bool(self.rewards) or not self.needs_rewards, "rewards", "at least one", "none")
-        is_right = bool(self.rewards) or self.dynamic_sampling == "off"
+        has_rewards = bool(self.rewards or self.environment)
+        require(has_rewards or not self.needs_rewards, "rewards", "at least one", "none")
+        is_right = has_rewards or self.dynamic_sampling == "off"
         require(is_right, "dynamic_sampling", "off without rewards", self.dynamic_sampling)
         uses = "--objective opd, --beta or --teacher_coef"
         require(self.needs_rewards or bool(self.teacher), "teacher", f"a model for {uses}", "none")
@@ -261,6 +269,7 @@ class RunConfig(LearningOptions):
         if self.rollout == "vllm":
             check_package("rollout", "vllm", "'vllm>=0.28'")
         code = [("rewards", name) for name in self.rewards] + [("objective", self.objective)]
+        code.append(("environment", self.environment))
         files = [(name, given.rpartition(":")[0]) for name, given in code]
         read = [(name, getattr(self, name)) for name in ("model", "teacher", "data")]
         check_output(self, *read, *files)
@@ -278,13 +287,17 @@ class RunConfig(LearningOptions):
             require(self.rollout != "vllm", "rollout", expected, self.rollout)
 
     def _check_rewards(self) -> None:
-        """Whether each reward is built in, with its package, or in a file."""
+        """Whether rewards and environment are built in, with their package, or in a file."""
         for name in self.rewards:
             if name in REWARDS:
                 continue
             path, expected = name.rpartition(":")[0], f"{', '.join(REWARDS)} or path.py:function"
             require(path.endswith(".py"), "rewards", expected, repr(name) + nearest(name, REWARDS))
             check_file("rewards", path)
+        if name := self.environment:
+            path = name.rpartition(":")[0]
+            require(path.endswith(".py"), "environment", "path.py:name", repr(name))
+            check_file("environment", path)
         # the data sets of reasoning-gym have their own scoring
         if "math" in self.rewards and not self.data.startswith(GYM):
             check_package("rewards: math", "math_verify", "math-verify")

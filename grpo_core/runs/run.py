@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from grpo_core.cli.options import Parser, check_package, check_unchanged
+from grpo_core.cli.options import Parser, check_package, check_unchanged, load_from_file
 from grpo_core.runs.config import GYM, RunConfig
 from grpo_core.runs.console import open_console
 from grpo_core.runs.directory import clear, read_resumed
@@ -28,6 +28,7 @@ from grpo_core.runs.model import check_positions, from_hub, load_model, load_tea
 from grpo_core.runs.report import aligned, print_error, run_to_the_end, user_traceback
 from grpo_core.trainer.data import Epochs, fingerprint, problems_of, read_records
 from grpo_core.trainer.distributed import barrier, is_main, process_group, rank, world
+from grpo_core.trainer.environment import Episodes
 from grpo_core.trainer.evaluate import Evaluation, evaluate
 from grpo_core.trainer.monitor import Logger, Metrics, write_whole, writing
 from grpo_core.trainer.rewards import FunctionReward, Reward, RewardError, no_reward, shown_name
@@ -68,6 +69,10 @@ class Run:
             if str(error).partition(":")[0] in vars(config):
                 raise
             raise ValueError(f"data: {error}") from error
+        self.environment: Episodes | None = None
+        if config.environment:
+            make = load_from_file("environment", config.environment)
+            self.environment = Episodes(make, self.tokenizer, config.max_turns)
         # includes the held-out problems, of which checkpoints know nothing
         self.data = {"data_fingerprint": fingerprint(problems)}
         if config.resume:
@@ -102,6 +107,7 @@ class Run:
             console=open_console(config.console),
             engine=make_engine(config, self.model, self.sampling.keeps),
             teacher=load_teacher(config, self.tokenizer),
+            environment=self.environment,
         )
         if world() > 1:
             # every process has its own dropout
@@ -200,6 +206,7 @@ class Run:
             samples=1 if greedy else config.eval_samples,
             k=() if greedy else config.eval_k,
             draw=self.trainer.draw,
+            environment=self.environment,
         )
 
     def measure(self) -> dict[str, Metrics]:

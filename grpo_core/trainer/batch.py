@@ -1,8 +1,8 @@
 """Padded sequences to packed rows; the only module that knows about the shift by one.
 
 A language model predicts token t + 1 from the hidden state at t. `TokenRows` lists the N positions
-whose prediction is trained. Prompt and padding tokens never become rows, and the output matrix is
-applied to the rows only.
+whose prediction is trained. Tokens of prompts, observations and padding never become rows, and the
+output matrix is applied to the rows only.
 
 Where a model supports it, sequences are concatenated instead of padded. Transformers marks the
 start of a sequence by its position 0. FlashAttention and flex attention then skip the pairs of
@@ -180,7 +180,7 @@ def pack(
     mask_truncated: bool = False,
     padding_free: bool = False,
 ) -> Batch:
-    """Packs completions and their advantages [S] float32 as rows.
+    """Packs completions and their advantages [S] float32 as rows, without what was not sampled.
 
     Args:
         mask_truncated: no rows from completions cut off at the length limit (DAPO,
@@ -188,7 +188,7 @@ def pack(
         padding_free: the model gets the sequences concatenated.
     """
     no_prompt = torch.zeros_like(rollout.prompt_mask)
-    is_target = rollout.completion_mask
+    is_target = rollout.is_sampled
     if mask_truncated:
         is_target = is_target & ~rollout.truncated[:, None]
     rows = find_rows(
@@ -196,7 +196,7 @@ def pack(
         attention=torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1),
         is_target=torch.cat([no_prompt, is_target], dim=1),
     )
-    kept = rollout.kept and rollout.kept.select(is_target[rollout.completion_mask])
+    kept = rollout.kept and rollout.kept.select(is_target[rollout.is_sampled])
     return Batch(
         rows=replace(rows, padding_free=padding_free, kept=kept),
         advantage=advantage[rows.sequence],

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo_core.trainer.distributed import all_gather_cat, all_gather_object, rank, world
+from grpo_core.trainer.environment import Draw, Episodes, complete
 from grpo_core.trainer.rewards import Reward, Scores, mean_scores, score
-from grpo_core.trainer.rollout import Problem, Rollout, Sampling, rollout
-
-Draw = Callable[[Sequence[Sequence[int]], Sampling], Rollout]
+from grpo_core.trainer.rollout import Problem, Sampling, rollout
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ def evaluate(
     k: Sequence[int] = (),
     seed: int = 0,
     draw: Draw | None = None,
+    environment: Episodes | None = None,
 ) -> Evaluation:
     """Completes every problem; ranks share the problems, and all get the metrics of all.
 
@@ -54,11 +55,13 @@ def evaluate(
         k: for pass@k, each at most `samples`; `samples` by default.
         seed: of the sampler.
         draw: samples the completions; None for the model itself.
+        environment: answers their turns, see `environment`.
 
     Returns:
         The first completions, and means by name: "reward", each part ("accuracy"), each part by tag
-        ("accuracy/trap"), "length" in tokens and "truncated" as a share. With several samples also
-        "accuracy/avg@8" and "accuracy/pass@8", see `pass_at`; a score of 1 is correct.
+        ("accuracy/trap"), "length" in tokens and "truncated" as a share, see `Rollout.counts`. With
+        several samples also "accuracy/avg@8" and "accuracy/pass@8", see `pass_at`; a score of 1 is
+        correct.
 
     Raises:
         ValueError: `samples` or `k` out of range, or several greedy completions.
@@ -71,16 +74,16 @@ def evaluate(
     if samples > 1 and sampling.temperature == 0:
         raise ValueError(f"samples: expected 1 of greedy answers, got {samples}")
     local, count = _rank_problems(problems), len(problems)
-    prompts = [problem.prompt for problem in local]
+    draw, where = draw or partial(rollout, model), "held-out problems"
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed + rank())
-        drawn = [
-            draw(prompts, sampling) if draw else rollout(model, prompts, sampling)
-            for _ in range(samples)
-        ]
+        drawn = [complete(model, draw, local, sampling, environment, where) for _ in range(samples)]
     completions = [each.completions() for each in drawn]
     first = [ids for of_rank in all_gather_object(completions[0]) for ids in of_rank][:count]
-    scores = [score(reward, local, each, "held-out problems") for each in completions]
+    scores = [
+        score(reward, local, ids, where, each.earned)
+        for ids, each in zip(completions, drawn, strict=True)
+    ]
 
     def gather(vectors: Iterable[Tensor]) -> Tensor:
         """[samples, P] from a vector of this rank's problems for each sample."""
@@ -97,9 +100,9 @@ def evaluate(
         metrics |= mean_scores(of_tag)
         if samples > 1:
             metrics |= sampled_metrics(of_tag, k or (samples,))
-    lengths = gather(each.completion_mask.sum(1) for each in drawn)
-    metrics["length"] = lengths.float().mean().item()
-    metrics["truncated"] = gather(each.truncated for each in drawn).float().mean().item()
+    counts = [each.counts() for each in drawn]
+    for name in counts[0]:
+        metrics[name] = gather(each[name] for each in counts).float().mean().item()
     first_scores = Scores(total[0], {name: part[0] for name, part in parts.items()})
     return Evaluation(first, first_scores, metrics)
 

@@ -80,8 +80,7 @@ def merge_rounds(rounds: Sequence[Round], config: TrainerConfig, pad: int) -> tu
     of_all = all_gather_cat(rewards)
     metrics: Metrics = {
         "reward": of_all.nanmean().item(),
-        "length": all_gather_cat(rollout.completion_mask.sum(1)).float().mean().item(),
-        "truncated": all_gather_cat(rollout.truncated).float().mean().item(),
+        **{n: all_gather_cat(v).float().mean().item() for n, v in rollout.counts().items()},
     }
     if config.needs_rewards:
         # share of groups with equal rewards

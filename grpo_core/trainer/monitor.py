@@ -39,8 +39,8 @@ NOT_REPLAYED = (
 )
 # by kind; formatted with the metrics of the step
 WARNINGS = {
-    "truncated": "{truncated:.0%} of the completions ran into max_new_tokens; raise it, or set "
-    "mask_truncated",
+    "truncated": "{truncated:.0%} of the completions ran into max_new_tokens (with an environment "
+    "or max_turns); raise it, or set mask_truncated",
     "unscored": "no reward applies to {unscored} completions of step {step}; they are not trained "
     "on",
     "zero_std": f"for {{streak}} steps more than {ZERO_STD_LIMIT:.0%} of the groups had equal "

@@ -30,6 +30,8 @@ THINK_TOKENS = 32
 # arguments of every reward, beside the columns of the data
 ARGUMENTS = {"prompts", "completions", "prompt_opens"}
 LARGEST = torch.finfo(torch.float32).max
+# the part of the scores that an environment gave
+ENVIRONMENT = "environment"
 
 
 class RewardError(ValueError):
@@ -48,17 +50,22 @@ Reward = Callable[[Sequence[Problem], Sequence[Sequence[int]]], Scores]
 
 
 def no_reward(problems: Sequence[Problem], completions: Sequence[Sequence[int]]) -> Scores:
-    """0 for every completion: all is learnt from a teacher."""
+    """0 for every completion: all is learnt from a teacher or an environment."""
     return Scores(torch.zeros(len(completions)), {})
 
 
 def score(
-    reward: Reward, problems: Sequence[Problem], completions: Sequence[Sequence[int]], where: str
+    reward: Reward,
+    problems: Sequence[Problem],
+    completions: Sequence[Sequence[int]],
+    where: str,
+    earned: Tensor | None = None,
 ) -> Scores:
     """Calls a reward and checks its scores; returns them on the CPU.
 
     Args:
         where: start of every message, such as "step 3".
+        earned: [S] rewards of an environment; a part of that name, with weight 1 in the total.
 
     Raises:
         RewardError: the reward raised an error, or returned something else than finite numbers [S].
@@ -69,9 +76,9 @@ def score(
     except RewardError as error:
         raise RewardError(f"{where}: {error}") from error.__cause__
     except Exception as error:
-        raise RewardError(f"{where}: {name} raised {_one_line(error)}") from error
+        raise RewardError(f"{where}: {name} raised {one_line(error)}") from error
     if not isinstance(scores, Scores) or not isinstance(scores.parts, Mapping):
-        raise RewardError(f"{where}: {name}: expected Scores, got {_type_and_value(scores)}")
+        raise RewardError(f"{where}: {name}: expected Scores, got {type_and_value(scores)}")
     count = len(completions)
     parts = {
         name: _check_vector(f"{where}: {name}", part, count) for name, part in scores.parts.items()
@@ -80,7 +87,12 @@ def score(
     may_be_nan = torch.stack([torch.zeros(count), *parts.values()]).isnan().any(0)
     if (total.isnan() & ~may_be_nan).any():
         raise RewardError(f"{where}: total: expected NaN only where a part is NaN, got others")
-    return Scores(total, parts)
+    if earned is None:
+        return Scores(total, parts)
+    if ENVIRONMENT in parts:
+        raise RewardError(f"{where}: {name}: expected another name than {ENVIRONMENT!r} of a part")
+    earned = earned.float().cpu()
+    return Scores(total.nan_to_num(nan=0.0) + earned, {ENVIRONMENT: earned, **parts})
 
 
 def mean_scores(parts: Mapping[str, Tensor]) -> dict[str, float]:
@@ -131,7 +143,7 @@ class FunctionReward:
         if unknown := set(self.weights) - set(names):
             raise ValueError(f"weights: expected names among {names}, got {sorted(unknown)}")
         for name, weight in self.weights.items():
-            if not _is_finite(weight):
+            if not is_finite(weight):
                 raise ValueError(f"weights[{name!r}]: expected a finite number, got {weight!r}")
 
     def __call__(self, problems: Sequence[Problem], completions: Sequence[Sequence[int]]) -> Scores:
@@ -212,7 +224,7 @@ def _call(
             # one more than expected shows that there are too many
             result = list(islice(result, count + 1))
     except Exception as error:
-        raise RewardError(f"reward {name!r} raised {_one_line(error)}") from error
+        raise RewardError(f"reward {name!r} raised {one_line(error)}") from error
     if inspect.iscoroutine(result):
         result.close()
     # a tensor or an array becomes a list, or a number
@@ -221,16 +233,16 @@ def _call(
     if not is_list or len(values) != count:
         raise RewardError(
             f"reward {name!r}: expected a list of {count} numbers, one for every completion, got "
-            f"{len(values) if is_list else _type_and_value(result)}"
+            f"{len(values) if is_list else type_and_value(result)}"
         )
     numbers = []
     for index, value in enumerate(values):
         if hasattr(value, "item") and value.ndim == 0:
             value = value.item()
-        if value is not None and not _is_finite(value):
+        if value is not None and not is_finite(value):
             raise RewardError(
                 f"reward {name!r}: expected finite numbers, or None where it does not apply, got "
-                f"{_type_and_value(value)} at index {index}"
+                f"{type_and_value(value)} at index {index}"
             )
         numbers.append(math.nan if value is None else float(value))
     return torch.tensor(numbers, dtype=torch.float32)
@@ -238,7 +250,7 @@ def _call(
 
 def _check_vector(name: str, scores: Any, count: int) -> Tensor:
     """A vector of scores as [S] float32 on the CPU."""
-    shape = list(scores.shape) if isinstance(scores, Tensor) else _type_and_value(scores)
+    shape = list(scores.shape) if isinstance(scores, Tensor) else type_and_value(scores)
     if shape != [count]:
         raise RewardError(f"{name}: expected shape [S] = [{count}], got {shape}")
     vector: Tensor = scores.detach().float().cpu()
@@ -247,16 +259,16 @@ def _check_vector(name: str, scores: Any, count: int) -> Tensor:
     return vector
 
 
-def _is_finite(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
     """Whether a value is a number within the range of float32."""
     return isinstance(value, Real) and bool(abs(value) <= LARGEST)  # type: ignore[operator]
 
 
-def _type_and_value(value: Any) -> str:
+def type_and_value(value: Any) -> str:
     """Type and beginning of the text of a value, in one line."""
     return f"{type(value).__name__} {' '.join(repr(value).split()):.60}"
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """Type and message of an error, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split()):.200}"

@@ -96,36 +96,72 @@ class Sampling:
         return found
 
 
+class Observed(int):
+    """A token id of an environment, in the list of a completion."""
+
+
 @dataclass(frozen=True)
 class Rollout:
-    """S completions with their end tokens; prompts are padded left, completions right."""
+    """S completions with their end tokens; prompts are padded left, completions right.
+
+    With an environment (see `environment`) a completion is several turns of the model and the
+    observations between them.
+    """
 
     prompt: Tensor  # [S, T_prompt] int64
     prompt_mask: Tensor  # [S, T_prompt] bool
     completion: Tensor  # [S, T_completion] int64
     completion_mask: Tensor  # [S, T_completion] bool
-    # [S, T_completion] float32, nats, over the ids that could be drawn; 0 where masked
+    # [S, T_completion] float32, nats, over the ids that could be drawn; 0 where nothing was sampled
     sampler_logp: Tensor
-    truncated: Tensor  # [S] bool: the length limit came before an end token
+    # [S] bool: a limit of length or turns came before an end token, or the end of an episode
+    truncated: Tensor
     # version of the sampler's weights, see `engine`; None where it is not tracked
     weight_version: int | None = None
-    # ids that the filters kept, of the tokens of `completion_mask` row by row; None: all of them
+    # ids that the filters kept, of the tokens of `is_sampled` row by row; None: all of them
     kept: Kept | None = None
+    # of an environment, None without one
+    sampled: Tensor | None = None  # [S, T_completion] bool: tokens that the model wrote
+    turns: Tensor | None = None  # [S] int64: turns of the model
+    earned: Tensor | None = None  # [S] float32: the sum of the environment's rewards
+
+    @property
+    def is_sampled(self) -> Tensor:
+        """[S, T_completion] bool: the tokens that the model wrote, the only ones to train on."""
+        return self.completion_mask if self.sampled is None else self.sampled
 
     def select(self, sequences: Tensor | slice) -> Rollout:
         """The given sequences, in the given order."""
         named = vars(self).items()
         parts: dict[str, Any] = {n: v[sequences] for n, v in named if isinstance(v, Tensor)}
         if self.kept is not None:
-            mask = self.completion_mask
+            mask = self.is_sampled
             number = mask.flatten().cumsum(0).view_as(mask) - 1
             parts["kept"] = self.kept.select(number[sequences][mask[sequences]])
         return replace(self, **parts)
 
     def completions(self) -> list[list[int]]:
-        """Token ids without padding, one list per completion."""
+        """Token ids without padding, one list per completion; an environment's are `Observed`."""
         lengths = self.completion_mask.sum(1).tolist()
-        return [ids[:length] for ids, length in zip(self.completion.tolist(), lengths, strict=True)]
+        rows = self.completion.tolist()
+        if self.sampled is not None:
+            masks = self.sampled.tolist()
+            rows = [
+                [id if is_sampled else Observed(id) for id, is_sampled in zip(*row, strict=True)]
+                for row in zip(rows, masks, strict=True)
+            ]
+        return [ids[:length] for ids, length in zip(rows, lengths, strict=True)]
+
+    def counts(self) -> dict[str, Tensor]:
+        """Of each completion [S]: "length" in sampled tokens, "truncated" as 0 or 1.
+
+        With an environment also "turns" and "observed", the tokens of its observations.
+        """
+        length = self.is_sampled.sum(1)
+        counts = {"length": length, "truncated": self.truncated}
+        if self.turns is not None:
+            counts |= {"turns": self.turns, "observed": self.completion_mask.sum(1) - length}
+        return counts
 
 
 class Recorder(LogitsProcessor):
@@ -262,6 +298,10 @@ def concat_rollouts(rollouts: Sequence[Rollout], pad: int) -> Rollout:
     def concat(name: str, value: int = 0, side: str = "right") -> Tensor:
         return _pad((row for each in rollouts for row in getattr(each, name)), value, side)
 
+    def join(vectors: Sequence[Tensor | None]) -> Tensor | None:
+        known = [vector for vector in vectors if vector is not None]
+        return torch.cat(known) if known else None
+
     return replace(
         rollouts[0],
         prompt=concat("prompt", pad, "left"),
@@ -269,8 +309,11 @@ def concat_rollouts(rollouts: Sequence[Rollout], pad: int) -> Rollout:
         completion=concat("completion", pad),
         completion_mask=concat("completion_mask"),
         sampler_logp=concat("sampler_logp"),
-        truncated=torch.cat([each.truncated for each in rollouts]),
         kept=Kept.cat(sets) if sets else None,
+        truncated=torch.cat([each.truncated for each in rollouts]),
+        sampled=None if rollouts[0].sampled is None else concat("sampled"),
+        turns=join([each.turns for each in rollouts]),
+        earned=join([each.earned for each in rollouts]),
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from grpo_core.trainer.distributed import is_main
 from grpo_core.trainer.evaluate import Evaluation
 from grpo_core.trainer.monitor import append_json
 from grpo_core.trainer.rewards import Scores, best_and_worst
-from grpo_core.trainer.rollout import Problem
+from grpo_core.trainer.rollout import Observed, Problem
 
 Kind = Literal["held out", "best", "worst"]
 
@@ -27,7 +28,7 @@ class Sample:
 
     Attributes:
         prompt: a string or chat messages; decoded if the problem has tokens only.
-        completion: without special tokens.
+        completion: without special tokens; an environment's observations in ⟦ ⟧.
         answer: the correct answer, if the problem has one.
         reward: the total.
         parts: each reward that applies, by name.
@@ -124,7 +125,11 @@ class Samples:
         ]
 
     def _text(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        pieces = []
+        for kind, piece in groupby(ids, type):
+            text = str(self.tokenizer.decode(list(piece), skip_special_tokens=True))
+            pieces.append(f" ⟦{text}⟧ " if kind is Observed else text)
+        return "".join(pieces)
 
     def _write(self, samples: Sequence[Sample]) -> None:
         for sample in samples:

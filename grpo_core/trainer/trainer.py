@@ -39,6 +39,7 @@ from grpo_core.trainer.distributed import (
     reduce_metrics,
 )
 from grpo_core.trainer.engine import Engine, EngineSync
+from grpo_core.trainer.environment import Episodes, complete
 from grpo_core.trainer.forward import packed_logp, packed_loss, reference_logp, reference_of
 from grpo_core.trainer.generation import check_context, special_tokens
 from grpo_core.trainer.groups import (
@@ -88,6 +89,7 @@ class Trainer:
         engine: samples the completions, see `engine`; None for the model itself.
         teacher: the reference policy of the objective, with the same tokens, frozen in place; None
             for the model as it starts. Its logits are never made with the fused loss.
+        environment: answers the turns of completions, see `environment`; None for single turns.
 
     Attributes:
         policy: the module to call for the loss: the model, wrapped by DDP or sharded by FSDP2.
@@ -113,6 +115,7 @@ class Trainer:
         console: Console | None = None,
         engine: Engine | None = None,
         teacher: PreTrainedModel | None = None,
+        environment: Episodes | None = None,
     ) -> None:
         check_ranks(config)
         if config.objective.averages_prompts:
@@ -148,6 +151,7 @@ class Trainer:
         self.padding_free = is_padding_free(model, config.padding_free, config.autocast)
         self.optimizer = adamw(model.parameters(), config.learning_rate)
         self.sampler = EngineSync(model, engine)
+        self.environment = environment
         self.steps_done = 0
         self.skipped_updates = 0
         self.skipped_in_a_row = 0
@@ -230,10 +234,12 @@ class Trainer:
             problems = self.draw_problems(config.prompts_per_step, rng)
             problems = problems[rank_slice(len(problems))]
             repeated = [problem for problem in problems for _ in range(config.group_size)]
-            rollout = self.draw([problem.prompt for problem in repeated], config.sampling)
+            where = f"step {self.steps_done + 1}"
+            rollout = complete(
+                self.model, self.draw, repeated, config.sampling, self.environment, where
+            )
             order = torch.randperm(len(repeated)).to(device)
-        where = f"step {self.steps_done + 1}"
-        scores = score(self.reward, repeated, rollout.completions(), where)
+        scores = score(self.reward, repeated, rollout.completions(), where, rollout.earned)
         rewards = scores.total
         if config.shuffle_rewards:
             rewards = rewards[rng.sample(range(len(rewards)), len(rewards))]
