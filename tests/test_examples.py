@@ -15,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from grpo_core.trainer.rollout import Problem
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 
@@ -51,6 +53,29 @@ def test_distillation(run) -> None:
     right = [float(figure) for figure in re.findall(r"digits (\d\.\d+)", text)]
     assert kl[0] > 2 and kl[-1] < kl[0] / 50
     assert right[0] < 0.2 and right[-1] > 0.9
+
+
+def test_what_the_calculator_answers() -> None:
+    """Calls and sums, exactly; everything else ends the episode without a reward."""
+    calculator = runpy.run_path(str(EXAMPLES / "calculator.py"))["Calculator"]()
+    calculator.reset(Problem((1,), answer="66.3"))
+    assert calculator.step("[37.4+28.9]") == ("66.3", 0.0, False)
+    assert calculator.step("=66.3") == ("", 1.0, True)
+    for turn in ("=66.2", "66.3", "[37.4+28.9", "[37.4+28.9]=66.3", ""):
+        assert calculator.step(turn) == ("", 0.0, True)
+
+
+@pytest.mark.slow
+def test_the_use_of_a_calculator_is_learnt(run) -> None:
+    """A model that calls it now and then does so nearly always, and is right."""
+    text = run("calculator.py")
+    calls, right = (
+        [float(figure) for figure in re.findall(rf"{name} (\d\.\d+)", text)]
+        for name in ("calls", "right")
+    )
+    assert calls[0] < 0.45 and right[0] < 0.45
+    assert calls[1] > 0.85 and right[1] > 0.75
+    assert len((EXAMPLES / "calculator.py").read_text().splitlines()) <= 150
 
 
 @pytest.mark.slow

@@ -210,6 +210,23 @@ def test_an_engine_follows_and_all_processes_draw_as_often(shard: str, ranks: Fo
         assert metrics["groups_drawn"] == 4 * (1 + metrics["resamples"])
 
 
+@pytest.mark.parametrize("shard", SHARDS)
+def test_environments_take_more_turns_on_one_process_than_on_the_other(
+    shard: str, ranks: Found
+) -> None:
+    """The other draws as often, with its shards of the weights; figures are those of both."""
+    for kind in ("turns", "turns, engine"):
+        first, second = (rank[f"{shard}: {kind}"] for rank in ranks)
+        assert not any(first["observed"]) and any(second["observed"])
+        assert first["history"] == second["history"] and first["held out"] == second["held out"]
+        mean = sum(first["observed"] + second["observed"]) / 8
+        assert first["history"][-1]["observed"] == mean > 0
+        assert 1 < first["held out"]["turns"] < 3
+        for name, weight in first["weights"].items():
+            assert torch.equal(weight, second["weights"][name])
+            assert torch.equal(weight, ranks[0][f"{shard}: turns"]["weights"][name])
+
+
 def test_an_update_that_fails_on_one_process_fails_on_all(ranks: Found) -> None:
     assert ranks[0]["failed"] == "OSError: half way"
     assert ranks[1]["failed"].startswith("RuntimeError: engine: rank 0 could not send")

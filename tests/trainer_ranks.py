@@ -27,9 +27,10 @@ from grpo_core.trainer.distributed import (
     world,
 )
 from grpo_core.trainer.engine import EngineSync
+from grpo_core.trainer.environment import Episodes
 from grpo_core.trainer.evaluate import evaluate
 from grpo_core.trainer.measure import MACHINE
-from grpo_core.trainer.rewards import Scores
+from grpo_core.trainer.rewards import Scores, no_reward
 from grpo_core.trainer.rollout import Problem, Rollout, Sampling, rollout
 from grpo_core.trainer.sharding import export, shard_model
 from grpo_core.trainer.signals import Interrupted
@@ -40,6 +41,7 @@ from tests.engines import CopyEngine
 from tests.micro import (
     EOS,
     MAX_NEW_TOKENS,
+    SEVEN,
     VOCABULARY,
     draw_problems,
     micro_model,
@@ -390,6 +392,44 @@ def with_engine(shard: str, engine: Any) -> dict[str, Any]:
     return {"history": history, "weights": weights(run.model), "calls": run.sampler.version}
 
 
+class Lasting:
+    """Done after one turn on the first process, after many on the second."""
+
+    def reset(self, problem: Problem) -> None:
+        self.turns = 0
+
+    def step(self, turn: list[int]) -> tuple[list[int], float, bool]:
+        self.turns += 1
+        return [5], turn.count(SEVEN) / 8, self.turns > 3 * rank()
+
+
+def with_environment(shard: str, engine: Any) -> dict[str, Any]:
+    """Two steps in which the second process writes more turns than the first; held-out figures."""
+    run = short_run(None, micro_model(), no_reward, shard=shard, steps=2, sampling=Sampling(30))
+    run.sampler = EngineSync(run.model, engine)
+    run.environment = Episodes(Lasting, max_turns=3)
+    history = run.train()
+    for metrics in history:
+        for name in MACHINE:
+            metrics.pop(name, None)
+    turns = [sum(id is not int for id in map(type, ids)) for ids in run.drawn[1]]
+    problems = [Problem((2, 3 + n)) for n in range(5)]
+    found = evaluate(
+        run.model,
+        problems,
+        no_reward,
+        Sampling(30),
+        draw=run.draw,
+        environment=run.environment,
+    )
+    return {
+        "history": history,
+        "weights": weights(run.model),
+        "observed": turns,
+        "held out": found.metrics,
+    }
+
+
 def failed_update() -> str:
     """The main process's engine takes one weight of a sharded model and then fails."""
     run = short_run(None, micro_model(), shard="fsdp")
@@ -428,6 +468,8 @@ def work(number: int, folder: str) -> None:
         found[f"{shard}: evaluated"] = evaluated(shard)
         found[f"{shard}: own model"] = with_engine(shard, None)
         found[f"{shard}: engine"] = with_engine(shard, OneForAll())
+        found[f"{shard}: turns"] = with_environment(shard, None)
+        found[f"{shard}: turns, engine"] = with_environment(shard, OneForAll())
     found["failed"] = failed_update()
     found["merged"] = merged()
     found["alone"] = refused(lambda: VllmEngine("", micro_model()))
