@@ -1,9 +1,9 @@
 """A model that learns to use a calculator: python examples/calculator.py
 
 The task is "37.4+28.9?". Most texts that a model has learnt from guess ("=64.1"); a quarter of them
-calls a calculator ("[37.4+28.9]") and copies its answer ("=66.3"). The calculator is an environment:
-it reads a turn, answers a call, and rewards the right sum. GRPO makes the calls the rule. On one CPU
-core this takes a minute. Read `main` first.
+calls a calculator ("[37.4+28.9]") and copies its answer ("=66.3"). The calculator is an
+environment: it reads a turn, answers a call, and rewards the right sum. GRPO makes the calls the
+rule. On one CPU core this takes a minute. Read `main` first.
 """
 
 from __future__ import annotations
