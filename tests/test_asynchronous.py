@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 import threading
 from collections.abc import Sequence
@@ -23,9 +22,8 @@ from grpo_core.trainer.baselines.ppo import PPOTrainer
 from grpo_core.trainer.checkpoint import save_trainer
 from grpo_core.trainer.config import TrainerConfig
 from grpo_core.trainer.data import Epochs
-from grpo_core.trainer.engine import EngineSync
 from grpo_core.trainer.groups import randomness
-from grpo_core.trainer.rewards import RewardError, Scores
+from grpo_core.trainer.rewards import RewardError
 from grpo_core.trainer.rollout import Problem, Rollout, Sampling, rollout
 from grpo_core.trainer.signals import Interrupted
 from grpo_core.trainer.trainer import Trainer
@@ -234,7 +232,7 @@ def test_a_rollout_that_fails_stops_the_next_step_and_no_checkpoint(tmp_path: Pa
     """The reward of step 3 raises while step 2 trains; step 2 is saved, without a rollout."""
     data = Epochs([Problem((3, n)) for n in range(2, 9)])
     run = trainer(begun(), tmp_path, at_step(3, stop), problems=data)
-    with pytest.raises(RewardError, match="step 3: .* raised Stopped"):
+    with pytest.raises(RewardError, match=r"step 3: .* raised Stopped"):
         run.train()
     again = trainer(begun(), tmp_path, problems=data)
     assert again.resume() == 2 and again.ahead.round is None

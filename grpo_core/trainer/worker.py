@@ -13,6 +13,8 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
+from io import BytesIO
 from multiprocessing import util
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from transformers import PreTrainedModel
 
 from grpo_core.trainer.distributed import world
 from grpo_core.trainer.rollout import Rollout, Sampling, rollout
-from grpo_core.trainer.sharding import is_sharded, unwrap_peft
+from grpo_core.trainer.sharding import is_sharded
 from grpo_core.trainer.weights import ModelWeights
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -153,19 +155,26 @@ def _places(model: PreTrainedModel, shared: Tensor) -> list[tuple[Tensor, Tensor
     return [(weight, part.view_as(weight)) for weight, part in zip(weights, parts, strict=True)]
 
 
+class _Pickler(pickle.Pickler):
+    """Leaves out the hook for gradients beneath an adapter, a function that pickle cannot name."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        is_hook = getattr(obj, "__name__", None) == "make_inputs_require_grads"
+        return (partial, (_leave,)) if is_hook else NotImplemented
+
+
+def _leave(*call: Any) -> None:
+    """A hook that changes nothing."""
+
+
 def _pickled(model: PreTrainedModel) -> bytes:
-    """The model; without the hook for gradients beneath an adapter, a local function."""
-    inner = unwrap_peft(model)
-    has_hook = bool(getattr(inner, "_require_grads_hooks", ()))
-    if has_hook:
-        inner.disable_input_require_grads()
+    """The model in bytes."""
+    file = BytesIO()
     try:
-        return pickle.dumps(model)
+        _Pickler(file).dump(model)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ValueError(f"asynchronous: expected a model for pickle, got {error}") from error
-    finally:
-        if has_hook:
-            inner.enable_input_require_grads()
+    return file.getvalue()
 
 
 def _kill(process: Any, connection: Any, threads: int) -> None:
