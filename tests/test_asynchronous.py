@@ -32,6 +32,8 @@ from tests.micro import MAX_NEW_TOKENS, draw_problems, micro_model, share_of_sev
 from tests.test_checkpoint import assert_same, at_step, records
 from tests.test_rollouts import same_weights
 from tests.test_trainer import without_times
+from tests.test_vllm import engine as stand_in  # noqa: F401
+from tests.test_vllm import path, vllm  # noqa: F401
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*ran into max_new_tokens"),
@@ -313,3 +315,15 @@ def test_staleness_is_on_the_console() -> None:
     assert choose_cells(record, [], run.config, 80)["stale"] == "1.000"
     sync = trainer(asynchronous=0)
     assert "stale" not in choose_cells(sync.step(), [], sync.config, 200)
+
+
+def test_a_stand_in_for_vllm_samples_in_the_background(stand_in: Any) -> None:  # noqa: F811
+    """Weights are sent once a step, before the completions of the next one are asked for."""
+    run = trainer(stand_in, model=micro_model(), minibatches=1, epochs=1)
+    history = run.train()[1:]
+    assert [metrics["staleness"] for metrics in history] == [0, 1, 1, 1, 1]
+    finishes = [call for call in stand_in.worker.calls if call.startswith("finish")]
+    assert finishes == [f"finish {k}" for k in range(STEPS - 1)]
+    # on policy in the first step alone
+    assert history[0]["ratio_max"] == pytest.approx(1, abs=1e-4)
+    assert all(metrics["ratio_max"] > 1.01 for metrics in history[1:])
