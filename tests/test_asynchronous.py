@@ -193,8 +193,11 @@ def stop() -> None:
 @pytest.mark.parametrize("how", ["signal", "failure"])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"dynamic_sampling": "resample"}, {"sampling": Sampling(8, top_p=0.9)}],
-    ids=["plain", "resampled", "filtered"],
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"dynamic_sampling": "resample"}, id="resampled"),
+        pytest.param({"sampling": Sampling(8, top_p=0.9)}, id="filtered", marks=pytest.mark.slow),
+    ],
 )
 def test_a_resumed_run_is_the_one_that_never_stopped(
     how: str, changes: dict[str, Any], tmp_path: Path
@@ -266,6 +269,11 @@ def test_an_evaluation_waits_and_has_the_newest_weights() -> None:
     run.train(evaluation)
     assert seen == [True] * 6
     assert engine.updates == [0, 1, 2, 4]
+    # also outside of the loop
+    run = trainer(engine)
+    run.step()
+    run.draw([[3, 4]], SAMPLING)
+    assert run.ahead.round is not None and run.ahead.round.done()
 
 
 def test_without_the_option_nothing_runs_ahead() -> None:
@@ -324,6 +332,6 @@ def test_a_stand_in_for_vllm_samples_in_the_background(stand_in: Any) -> None:  
     assert [metrics["staleness"] for metrics in history] == [0, 1, 1, 1, 1]
     finishes = [call for call in stand_in.worker.calls if call.startswith("finish")]
     assert finishes == [f"finish {k}" for k in range(STEPS - 1)]
-    # on policy in the first step alone
+    # on policy in the first step alone, if that had rewards to learn from
     assert history[0]["ratio_max"] == pytest.approx(1, abs=1e-4)
-    assert all(metrics["ratio_max"] > 1.01 for metrics in history[1:])
+    assert max(metrics["ratio_max"] for metrics in history[1:]) > 1.01

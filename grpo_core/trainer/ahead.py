@@ -45,11 +45,10 @@ class Ahead:
         Args:
             sampled: its completions, if they come from a checkpoint.
         """
-        self._position, sampler = self.position, self.trainer.sampler
-        sample = partial(sampler.begin, version=self.trainer.steps_done)
-        finish = self.trainer.begin_round(
-            step, sample=sample if sampled is None else lambda *_: lambda: sampled
-        )
+        trainer, self._position = self.trainer, self.position
+        sample = partial(trainer.sampler.begin, version=trainer.steps_done)
+        sampler = sample if sampled is None else lambda *_: lambda: sampled
+        finish = trainer.begin_round(step, sample=sampler)
         future = self.round = Future()
 
         def run() -> None:
@@ -76,7 +75,8 @@ class Ahead:
 
     def close(self) -> None:
         """Ends the second process, and drops a round that is not complete."""
-        self.trainer.sampler.close()
+        if worker := self.trainer.sampler.worker:
+            worker.close()
         if self.round and not self.round.done():
             self.round = None
 

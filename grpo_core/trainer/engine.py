@@ -106,11 +106,6 @@ class EngineSync:
             receive = partial(engine.generate, prompts, sampling)
         return lambda: self._checked(receive(), sampling, version)
 
-    def close(self) -> None:
-        """Ends the second process, if there is one."""
-        if self.worker is not None:
-            self.worker.close()
-
     def _checked(self, sampled: Rollout, sampling: Sampling, version: int) -> Rollout:
         """Completions of this version, with what the filters kept."""
         if sampled.weight_version != version:

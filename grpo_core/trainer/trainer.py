@@ -239,12 +239,9 @@ class Trainer:
     def begin_round(
         self, step: int, again: int = 0, sample: Callable[..., Callable[[], Rollout]] | None = None
     ) -> Callable[[], Round]:
-        """Draws the random numbers of a round; the result scores the completions.
+        """Draws the numbers of a round for after `step` steps; the result scores completions.
 
-        Args:
-            step: steps done before the round is trained on.
-            again: rounds of this step before it.
-            sample: of prompts and `Sampling`, returns what waits for completions; None for `draw`.
+        `sample` returns what waits for the completions of prompts; None samples them here.
         """
         config, device = self.config, self.model.device
         part = f"again {again}" if again else ""

@@ -35,7 +35,7 @@ class Worker:
     """Samples in another process, started by "spawn" at the first use; see `engine.Engine`.
 
     Completions are bitwise those of `rollout` here, with as many threads. The process ends with
-    this object and with this process. A script needs `if __name__ == "__main__":`.
+    this object and with this process. It imports the main module, which must not train on import.
 
     Raises:
         ValueError: the model is sharded, or there are several ranks.
