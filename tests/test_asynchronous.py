@@ -270,10 +270,11 @@ def test_an_evaluation_waits_and_has_the_newest_weights() -> None:
     assert seen == [True] * 6
     assert engine.updates == [0, 1, 2, 4]
     # also outside of the loop
+    engine.hold = lambda: threading.Event().wait(1)
     run = trainer(engine)
-    run.step()
-    run.draw([[3, 4]], SAMPLING)
-    assert run.ahead.round is not None and run.ahead.round.done()
+    run.ahead.begin(0)
+    run.sampler.draw = lambda *_: run.ahead.round.done()
+    assert run.draw([[3, 4]], SAMPLING)
 
 
 def test_without_the_option_nothing_runs_ahead() -> None:
