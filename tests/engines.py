@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -50,6 +50,27 @@ class CopyEngine:
                 state.pop(name).copy_(tensor)
         assert not state
         self.version = version
+
+
+class BegunEngine(CopyEngine):
+    """Draws all random numbers as it begins, and writes then, for a thread that waits.
+
+    Args:
+        hold: called by that thread before it gets the completions.
+    """
+
+    def __init__(self, model: Any, hold: Callable[[], object] = int, **settings: Any) -> None:
+        super().__init__(model, **settings)
+        self.hold = hold
+
+    def begin(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Callable[[], Rollout]:
+        drawn = self.generate(prompts, sampling)
+
+        def receive() -> Rollout:
+            self.hold()
+            return drawn
+
+        return receive
 
 
 class GivenEngine:

@@ -227,6 +227,20 @@ def test_environments_take_more_turns_on_one_process_than_on_the_other(
             assert torch.equal(weight, ranks[0][f"{shard}: turns"]["weights"][name])
 
 
+@pytest.mark.parametrize("shard", SHARDS)
+def test_processes_sample_one_step_ahead_and_resume(shard: str, ranks: Found) -> None:
+    """Weights are gathered by all of them together; each keeps its own pending completions."""
+    for rank in ranks:
+        found = rank[f"{shard}: ahead"]
+        assert found["history"] == ranks[0][f"{shard}: ahead"]["history"]
+        assert found["resumed"] == found["history"][2:]
+        for name, weight in found["weights"].items():
+            assert torch.equal(weight, found["again"][name])
+        assert [each["staleness"] for each in found["history"]] == [
+            (step > 0) / (1 + each["resamples"]) for step, each in enumerate(found["history"])
+        ]
+
+
 def test_an_update_that_fails_on_one_process_fails_on_all(ranks: Found) -> None:
     assert ranks[0]["failed"] == "OSError: half way"
     assert ranks[1]["failed"].startswith("RuntimeError: engine: rank 0 could not send")
@@ -272,6 +286,7 @@ def test_what_several_processes_cannot_do_is_refused(ranks: Found) -> None:
         "loss: expected 'fused' on 2 ranks",
         "objective.entropy_aggregation: expected None on 2 ranks",
         "objective.factor.top_entropy: expected 1 on 2 ranks",
+        "asynchronous: expected 0, or an engine that all ranks share, such as rollout vllm-server",
     )
     for rank in ranks:
         for message, beginning in zip(rank["refused"], beginnings, strict=True):

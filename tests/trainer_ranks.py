@@ -37,7 +37,7 @@ from grpo_core.trainer.signals import Interrupted
 from grpo_core.trainer.trainer import Trainer, TrainerConfig
 from grpo_core.trainer.vllm.engine import VllmEngine
 from grpo_core.trainer.weights import ModelWeights
-from tests.engines import CopyEngine
+from tests.engines import BegunEngine, CopyEngine
 from tests.micro import (
     EOS,
     MAX_NEW_TOKENS,
@@ -430,6 +430,45 @@ def with_environment(shard: str, engine: Any) -> dict[str, Any]:
     }
 
 
+class OneAhead(BegunEngine, OneForAll):
+    """The same for rollouts one step ahead."""
+
+    def __init__(self) -> None:
+        OneForAll.__init__(self)
+        self.hold = int
+
+
+def run_ahead(shard: str, folder: Path) -> dict[str, Any]:
+    """An asynchronous run, and one that is saved after two steps and resumed."""
+
+    def made(name: str) -> Trainer:
+        config = TrainerConfig(
+            steps=4,
+            prompts_per_step=4,
+            group_size=4,
+            sampling=Sampling(MAX_NEW_TOKENS),
+            learning_rate=1e-2,
+            asynchronous=1,
+            shard=shard,
+            dynamic_sampling="resample",
+            max_resamples=1,
+        )
+        parts = (draw_problems, share_of_sevens, config)
+        return Trainer(micro_model(), *parts, checkpoints=folder / name, engine=OneAhead())
+
+    straight, first, second = made("straight"), made("parts"), made("parts")
+    history = straight.train()
+    for _ in range(2):
+        first.step()
+    save_trainer(first, folder / "parts")
+    second.resume()
+    found = {"history": history[1:], "resumed": second.train()}
+    for metrics in found["history"] + found["resumed"]:
+        for name in MACHINE:
+            metrics.pop(name, None)
+    return found | {"weights": weights(straight.model), "again": weights(second.model)}
+
+
 def failed_update() -> str:
     """The main process's engine takes one weight of a sharded model and then fails."""
     run = short_run(None, micro_model(), shard="fsdp")
@@ -470,6 +509,7 @@ def work(number: int, folder: str) -> None:
         found[f"{shard}: engine"] = with_engine(shard, OneForAll())
         found[f"{shard}: turns"] = with_environment(shard, None)
         found[f"{shard}: turns, engine"] = with_environment(shard, OneForAll())
+        found[f"{shard}: ahead"] = run_ahead(shard, place / f"{shard}-ahead")
     found["failed"] = failed_update()
     found["merged"] = merged()
     found["alone"] = refused(lambda: VllmEngine("", micro_model()))
@@ -485,6 +525,7 @@ def work(number: int, folder: str) -> None:
         refused(lambda: short_run(None, micro_model(), loss="logits")),
         refused(lambda: short_run(None, micro_model(), objective=narrow)),
         refused(lambda: short_run(None, micro_model(), objective=deciding)),
+        refused(lambda: short_run(None, micro_model(), asynchronous=1)),
     ]
     torch.save(found, place / f"{number}.pt")
     assert is_main() == (number == 0)

@@ -215,6 +215,8 @@ class RunConfig(LearningOptions):
         low, high = self.sampler_low, self.sampler_high
         require(low <= high, "sampler_high", f"at least sampler_low = {low}", high)
         require(self.rollout_memory <= 1, "rollout_memory", "at most 1", self.rollout_memory)
+        is_awake = not (self.asynchronous and self.rollout_sleep)
+        require(is_awake, "rollout_sleep", "False with --asynchronous 1", self.rollout_sleep)
         for k in self.eval_k:
             expected = f"1 to {self.eval_samples}, the eval_samples"
             require(1 <= k <= self.eval_samples, "eval_k", expected, k)
@@ -285,6 +287,9 @@ class RunConfig(LearningOptions):
             require(self.loss == "fused", "loss", f"fused {where}", self.loss)
             expected = f"transformers or vllm-server {where}"
             require(self.rollout != "vllm", "rollout", expected, self.rollout)
+            is_shared = not self.asynchronous or self.rollout == "vllm-server"
+            expected = f"vllm-server with --asynchronous 1 {where}"
+            require(is_shared, "rollout", expected, self.rollout)
 
     def _check_rewards(self) -> None:
         """Whether rewards and environment are built in, with their package, or in a file."""
@@ -325,6 +330,7 @@ class RunConfig(LearningOptions):
 
     def trainer(self, sampling: Sampling) -> TrainerConfig:
         """The trainer's configuration."""
+        from grpo_core.kernels import surrogates
         from grpo_core.objective.off_policy import SamplerCorrection
 
         objective = find_objective(self.objective, self.beta)
@@ -334,7 +340,12 @@ class RunConfig(LearningOptions):
             correction = SamplerCorrection(
                 self.sampler_level, self.sampler_correction, self.sampler_low, self.sampler_high
             )
-            objective = objective.replace(factor=replace(objective.factor, sampler=correction))
+            has_ratio = objective.surrogate.function is not surrogates.reinforce
+            expected = "none with --asynchronous 1, since the objective's ratio is to the sampler"
+            is_right = not (self.asynchronous and has_ratio)
+            require(is_right, "sampler_correction", expected, self.sampler_correction)
+            factor = replace(objective.factor, sampler=correction, current=bool(self.asynchronous))
+            objective = objective.replace(factor=factor)
         prompts = self.prompts_per_step
         return self.trainer_config(
             objective=objective,

@@ -40,6 +40,7 @@ def choose_cells(
         "cut": cell(2, "truncated", "{:.0%}"),
         "same": cell(4, "zero_std", "{:.0%}"),
         **({"KL": cell(1, "kl")} if config.objective.beta or config.teacher_coef else {}),
+        **({"stale": cell(3, "staleness")} if config.asynchronous else {}),
         "entropy": cell(2, "entropy"),
         "clip": cell(2, "clip_fraction", "{:.1%}"),
         "ratio≤": cell(6, "ratio_max"),

@@ -61,8 +61,8 @@ def save_trainer(trainer: Trainer, directory: Path) -> Path:
         "skipped_updates": trainer.skipped_updates,
         "skipped_in_a_row": trainer.skipped_in_a_row,
         "watch": trainer.watch.state,
-        # see `data.Epochs`
-        "position": getattr(trainer.draw_problems, "position", None),
+        "ahead": trainer.ahead.state(),
+        "position": trainer.ahead.position,
     }
     folder = directory / f"{STEP}{step:06d}"
     with new_folder(folder) as unfinished:
@@ -101,6 +101,7 @@ def resume_trainer(trainer: Trainer) -> int:
         trainer.draw_problems.position = state["position"]  # type: ignore[attr-defined]
     trainer.steps_done = step_of(last)
     trainer.sampler.forget()
+    trainer.ahead.restore(state.get("ahead"))
     _remove_records(trainer, after=trainer.steps_done)
     return trainer.steps_done
 

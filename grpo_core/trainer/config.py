@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from grpo_core.cli.options import check_at_least, check_choices, check_warmup, option, warmup
+from grpo_core.cli.options import (
+    check_at_least,
+    check_choices,
+    check_warmup,
+    option,
+    require,
+    warmup,
+)
 
 if TYPE_CHECKING:
     from grpo_core.objective.objective import Objective
@@ -56,6 +63,11 @@ class TrainingOptions:
     max_log_ratio: float = option(
         20.0, "Skip updates whose largest ratio or summed KL exceeds exp(x); 0 disables."
     )
+    asynchronous: int = option(
+        0,
+        "1: the rollout of a step is sampled and scored while the step before trains, with weights "
+        "one step older; by the sampling engine, or a second process with a copy of the model.",
+    )
     autocast: bool = option(False, "Matrix products in bfloat16; weights stay float32.")
     evaluate_every: int = option(5, "Steps between evaluations on the held-out problems.")
     seed: int = option(0, "Random seed.")
@@ -81,6 +93,7 @@ class TrainingOptions:
         check_at_least(self, 2 if self.needs_rewards else 1, "group_size")
         zeros = ("tokens_per_microbatch", "max_resamples", "max_log_ratio", "learning_rate")
         check_at_least(self, 0, *zeros)
+        require(self.asynchronous in (0, 1), "asynchronous", "0 or 1", self.asynchronous)
         check_choices(self, TrainingOptions)
         check_warmup(self)
         if self.minibatches > prompts * self.group_size:
@@ -112,7 +125,8 @@ class TrainerConfig(TrainingOptions):
         max_grad_norm: gradients are clipped to this norm.
         sampling: options of the rollouts.
         old_logp: denominator of the ratio: "trainer" computes it by one more forward pass,
-            "sampler" takes the log-probabilities recorded while sampling.
+            "sampler" takes the log-probabilities recorded while sampling, as `asynchronous` always
+            does.
         shuffle_rewards: a control experiment: completions get each other's rewards.
         teacher_coef: c of a token's advantage A − c·(log π_old − log π_ref), where π_ref is the
             teacher's: the reverse KL on sampled tokens ("On-Policy Distillation", Thinking Machines
@@ -138,6 +152,15 @@ class TrainerConfig(TrainingOptions):
             raise ValueError(f"teacher_coef: expected 0 unless ratios are of tokens, got {level}")
         if self.old_logp not in ("trainer", "sampler"):
             raise ValueError(f"old_logp: expected trainer or sampler, got {self.old_logp!r}")
+        if self.asynchronous:
+            # older weights have sampled, which only the sampler's log-probabilities tell
+            object.__setattr__(self, "old_logp", "sampler")
+            factor = self.objective.factor
+            if factor.needs_sampler and not factor.current:
+                raise ValueError(
+                    "objective.factor: expected current=True with asynchronous = 1, since the old "
+                    "policy is the sampler's and their ratio is 1, got current=False"
+                )
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature: expected more than 0 to train on, got 0")
 

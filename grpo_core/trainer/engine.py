@@ -7,8 +7,9 @@ sends them. Completions carry the version they were sampled with; any other vers
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol
 
 from transformers import PreTrainedModel
 
@@ -17,12 +18,15 @@ from grpo_core.trainer.generation import check_context, ignored_fields, special_
 from grpo_core.trainer.monitor import warn
 from grpo_core.trainer.rollout import Rollout, Sampling, rollout
 from grpo_core.trainer.weights import ModelWeights
+from grpo_core.trainer.worker import Worker
 
 
 class Engine(Protocol):
     """Samples completions with its own copy of the weights.
 
-    All ranks sample from it, and rank 0 updates its weights.
+    All ranks sample from it, and rank 0 updates its weights. For asynchronous rollouts it also has
+    `begin`, which draws all random numbers of `generate` and returns a function that does the rest
+    in another thread.
     """
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
@@ -44,14 +48,21 @@ class EngineSync:
     Args:
         model: the trainer's.
         engine: None for the model itself, which always has the newest weights.
+        asynchronous: whether `begin` is used; without an engine it samples in a second process.
 
     Raises:
-        ValueError: the engine cannot load the model's weights, see `weights`, or the model has no
-            end token.
+        ValueError: the engine cannot load the model's weights, see `weights`, or has no `begin`; or
+            the model has no end token.
     """
 
-    def __init__(self, model: PreTrainedModel, engine: Engine | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, engine: Engine | None = None, asynchronous: bool = False
+    ) -> None:
         self.model, self.engine = model, engine
+        self.worker = Worker(model) if asynchronous and engine is None else None
+        if asynchronous and engine is not None and not hasattr(engine, "begin"):
+            got = type(engine).__name__
+            raise ValueError(f"asynchronous: expected an engine with `begin`, got {got}")
         self.version: int | None = None
         special_tokens(model)
         if ignored := ignored_fields(model):
@@ -77,10 +88,26 @@ class EngineSync:
         """
         if self.engine is None:
             return rollout(self.model, prompts, sampling)
+        return self.begin(prompts, sampling, version)()
+
+    def begin(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, version: int
+    ) -> Callable[[], Rollout]:
+        """As `draw`, by a function for another thread; call neither of the two until it returns."""
         check_context(self.model.config, max(map(len, prompts), default=0), sampling.max_new_tokens)
-        if self.version != version:
-            self._push(self.engine, version)
-        sampled = self.engine.generate(prompts, sampling)
+        engine: Any = self.engine or self.worker
+        if self.worker is not None:
+            self.worker.update_weights(ModelWeights(self.model), version)
+        elif self.version != version:
+            self._push(engine, version)
+        if hasattr(engine, "begin"):
+            receive = engine.begin(prompts, sampling)
+        else:
+            receive = partial(engine.generate, prompts, sampling)
+        return lambda: self._checked(receive(), sampling, version)
+
+    def _checked(self, sampled: Rollout, sampling: Sampling, version: int) -> Rollout:
+        """Completions of this version, with what the filters kept."""
         if sampled.weight_version != version:
             raise RuntimeError(
                 f"weight_version: expected completions by the weights of step {version}, got "

@@ -64,6 +64,12 @@ class Round:
     order: Tensor  # [S] int64: the random order in which minibatches take sequences
 
 
+def staleness(rounds: Sequence[Round], step: int) -> float:
+    """Steps that the weights after `step` steps are newer than those that sampled; the mean."""
+    versions = [each.rollout.weight_version for each in rounds]
+    return sum(0 if version is None else step - version for version in versions) / len(rounds)
+
+
 def needs_more(rounds: Sequence[Round], config: TrainerConfig) -> bool:
     """Whether dynamic sampling draws another round."""
     if config.dynamic_sampling != "resample" or len(rounds) > config.max_resamples:

@@ -42,6 +42,7 @@ def train(trainer: Trainer, evaluation: Callable[[], Metrics] | None) -> list[Me
                 history.append(record(trainer, metrics, evaluation if due else None, console))
                 save_or_stop(trainer, request, last)
     finally:
+        trainer.ahead.close()
         trainer.watch.tell = warn
         console.end()
     return history
@@ -56,6 +57,8 @@ def record(
     """Evaluates if asked to, and sends the record to the metrics file, loggers and console."""
     entry = {"stage": trainer.label, **metrics}
     if evaluation is not None:
+        # rewards are called by one thread at a time, and the evaluation gets the CPU
+        trainer.ahead.settle()
         entry["held_out"] = evaluation()
     if is_main():
         if trainer.metrics_path is not None:

@@ -5,6 +5,7 @@ reward minus the group mean. Several updates are made from each rollout. Ratios 
 one; clipping acts from the second.
 
 The random numbers of step k depend on the seed and on k only, so a checkpoint saves no generator.
+With `TrainerConfig.asynchronous` a step's rollout is made during the step before, see `ahead`.
 
 In a process group every rank completes its part of the prompts, and the ranks together make the
 updates of one process with the whole batch, see `distributed` and `sharding`.
@@ -25,6 +26,7 @@ from grpo_core import HeadOutput, LossOutput, with_fused_head
 from grpo_core.linear.model import has_fused_head
 from grpo_core.loss.metrics import merge_metrics
 from grpo_core.trainer import loop
+from grpo_core.trainer.ahead import Ahead
 from grpo_core.trainer.batch import Batch, check_output_matrix, is_padding_free, pack
 from grpo_core.trainer.checkpoint import give_up, resume_trainer
 from grpo_core.trainer.config import TrainerConfig as TrainerConfig
@@ -49,6 +51,7 @@ from grpo_core.trainer.groups import (
     needs_more,
     randomness,
     split_minibatches,
+    staleness,
 )
 from grpo_core.trainer.measure import Clock
 from grpo_core.trainer.monitor import (
@@ -150,8 +153,12 @@ class Trainer:
         self.policy = wrap_policy(model, config.shard)
         self.padding_free = is_padding_free(model, config.padding_free, config.autocast)
         self.optimizer = adamw(model.parameters(), config.learning_rate)
-        self.sampler = EngineSync(model, engine)
+        if environment is not None and config.asynchronous:
+            expected = "0 with an environment, whose turns are sampled one after the other"
+            raise ValueError(f"asynchronous: expected {expected}, got {config.asynchronous}")
         self.environment = environment
+        self.sampler = EngineSync(model, engine, bool(config.asynchronous))
+        self.ahead = Ahead(self)
         self.steps_done = 0
         self.skipped_updates = 0
         self.skipped_in_a_row = 0
@@ -193,6 +200,11 @@ class Trainer:
         while needs_more(rounds, config):
             rounds.append(self.draw_round(clock, again=len(rounds)))
         drawn, rollout_metrics = merge_rounds(rounds, config, special_tokens(self.model)[0])
+        if config.asynchronous:
+            rollout_metrics["staleness"] = staleness(rounds, self.steps_done)
+            if self.steps_done + 1 < config.steps:
+                with clock.phase("rollout"):
+                    self.ahead.begin(self.steps_done + 1)
 
         # dropout draws random numbers
         with randomness(config.seed, self.steps_done, device, rank(), "updates"):
@@ -225,28 +237,50 @@ class Trainer:
 
     def draw_round(self, clock: Clock, again: int = 0) -> Round:
         """Rollout and score: completions of this rank's prompts, and their rewards."""
+        with clock.phase("rollout"):
+            if self.config.asynchronous and not again:
+                return self.ahead.take()
+            finish = self.begin_round(self.steps_done, again)
+        return finish()
+
+    def begin_round(
+        self, step: int, again: int = 0, sample: Callable[..., Callable[[], Rollout]] | None = None
+    ) -> Callable[[], Round]:
+        """Draws the numbers of a round for after `step` steps; the result scores completions.
+
+        `sample` returns what waits for the completions of prompts; None samples them here.
+        """
         config, device = self.config, self.model.device
         part = f"again {again}" if again else ""
-        with (
-            clock.phase("rollout"),
-            randomness(config.seed, self.steps_done, device, rank(), part) as rng,
-        ):
+        with randomness(config.seed, step, device, rank(), part) as rng:
             problems = self.draw_problems(config.prompts_per_step, rng)
             problems = problems[rank_slice(len(problems))]
             repeated = [problem for problem in problems for _ in range(config.group_size)]
-            where = f"step {self.steps_done + 1}"
-            rollout = complete(
-                self.model, self.draw, repeated, config.sampling, self.environment, where
-            )
-            order = torch.randperm(len(repeated)).to(device)
-        scores = score(self.reward, repeated, rollout.completions(), where, rollout.earned)
-        rewards = scores.total
-        if config.shuffle_rewards:
-            rewards = rewards[rng.sample(range(len(rewards)), len(rewards))]
-        return Round(repeated, rollout, scores, rewards, order)
+            where = f"step {step + 1}"
+            if sample is None:
+                drawn = complete(
+                    self.model, self.draw, repeated, config.sampling, self.environment, where
+                )
+                order = torch.randperm(len(repeated))
+            else:
+                # before, since completions of a checkpoint draw no numbers
+                order = torch.randperm(len(repeated))
+                prompts = [problem.prompt for problem in repeated]
+                receive = sample(prompts, config.sampling)
+
+        def finish() -> Round:
+            rollout = receive() if sample else drawn
+            scores = score(self.reward, repeated, rollout.completions(), where, rollout.earned)
+            rewards = scores.total
+            if config.shuffle_rewards:
+                rewards = rewards[rng.sample(range(len(rewards)), len(rewards))]
+            return Round(repeated, rollout, scores, rewards, order.to(device))
+
+        return finish
 
     def draw(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
         """Completions sampled with the current weights."""
+        self.ahead.settle()
         return self.sampler.draw(prompts, sampling, self.steps_done)
 
     def minibatches(self, rollout: Rollout, rewards: Tensor, order: Tensor) -> list[list[Batch]]:

@@ -44,7 +44,7 @@ class DemoConfig(TaskOptions, LearningOptions):
     old_logp: Literal["trainer", "sampler"] = option(
         "trainer",
         "Denominator of the ratio: the trainer's log-probabilities (one more forward pass) or the "
-        "sampler's.",
+        "sampler's, as always with --asynchronous 1.",
     )
     shuffle_rewards: bool = option(False, "Permute the rewards before each update, as a control.")
     sft_steps: int = option(10, "Steps on 32 long chains of thought each, before R1's learning.")

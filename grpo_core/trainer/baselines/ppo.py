@@ -68,8 +68,8 @@ class PPOTrainer(Trainer):
     """The trainer with a critic, for objectives that take given advantages, such as "ppo".
 
     Raises:
-        ValueError: the objective has a KL term, or a run with checkpoints, dynamic sampling or
-            several ranks is asked for, which the critic does not support.
+        ValueError: the objective has a KL term, or a run with checkpoints, dynamic sampling,
+            asynchronous rollouts or several ranks are asked for, which the critic does not support.
     """
 
     def __init__(self, *args: Any, critic: CriticConfig | None = None, **named: Any) -> None:
@@ -80,6 +80,8 @@ class PPOTrainer(Trainer):
         if self.config.dynamic_sampling != "off":
             got = self.config.dynamic_sampling
             raise ValueError(f"dynamic_sampling: expected 'off', PPO has no groups, got {got!r}")
+        if self.config.asynchronous:
+            raise ValueError("asynchronous: expected 0, since PPO's old policy is the trainer's")
         if self.checkpoints is not None:
             raise ValueError("checkpoints: expected None, since they do not contain the critic")
         if world() > 1:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -62,7 +63,17 @@ class Vllm:
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
         """One completion per prompt, each with a seed from torch's generator."""
+        return self.begin(prompts, sampling)()
+
+    def begin(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Callable[[], Rollout]:
+        """Draws the seeds; the result samples, in any thread."""
         seeds = torch.randint(2**31 - 1, (len(prompts),)).tolist()
+        return partial(self.sample, prompts, sampling, seeds)
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]
+    ) -> Rollout:
+        """One completion per prompt and seed."""
         before = self.client.get_weight_version()
         options = request_options(sampling, self.ends)
         if self.keeps:

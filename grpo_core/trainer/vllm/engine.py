@@ -83,10 +83,12 @@ class VllmEngine(Vllm):
         self.client.init_weight_transfer_engine({"init_info": {"packed": True}})
         self._fall_asleep()
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
-        """One completion per prompt, each with a seed from torch's generator."""
+    def sample(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]
+    ) -> Rollout:
+        """One completion per prompt and seed."""
         self._wake()
-        drawn = super().generate(prompts, sampling)
+        drawn = super().sample(prompts, sampling, seeds)
         self._fall_asleep()
         return drawn
 
