@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -58,12 +59,11 @@ class RealServer:
 
     Args:
         model: folder of the model it starts with.
-        weights: folder that it reads weights from.
         log: file for its output.
     """
 
-    def __init__(self, model: Path, weights: Path, log: Path, *more: str) -> None:
-        self.model, self.weights, self.log, self.more = model, weights, log, more
+    def __init__(self, model: Path, log: Path, *more: str) -> None:
+        self.model, self.log, self.more = model, log, more
         self.process: subprocess.Popen[bytes] | None = None
         self.url = ""
 
@@ -81,7 +81,7 @@ class RealServer:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*words, *self.more],
-                env=environment() | {"GRPO_ROLLOUT_FOLDER": str(self.weights)},
+                env=environment(),
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -127,10 +127,8 @@ class RealServer:
         """Kills all its processes."""
         if self.process is None:
             return
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
         self.process = None
 
