@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -20,6 +22,8 @@ from grpo_core.trainer.weights import ModelWeights
 
 # the first version with packed weight transfer and weight versions
 OLDEST = "0.28"
+# tries to discard old keys and values, which blocks in transfer delay, and seconds between them
+RESETS, RESET_PAUSE = 20, 0.5
 
 
 class Completion(NamedTuple):
@@ -36,12 +40,12 @@ class Vllm:
 
     Args:
         model: the trainer's; gives padding and end tokens.
-        dtype: of the weights that are sent.
+        dtype: of the weights that are sent, that of vLLM's.
         keeps: completions come with the ids that the filters kept (`sampling_mask`). vLLM then
             refuses temperature 0 and completions without top_k.
     """
 
-    client: Any  # vLLM's `LLM`, or a `Server` with methods of the same names
+    client: Any  # vLLM's `LLM`, or `Servers` with methods of the same names
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype, keeps: bool = False) -> None:
         self.pad, self.ends = special_tokens(model)
@@ -58,6 +62,14 @@ class Vllm:
 
     def send(self, weights: ModelWeights) -> None:
         """Sends weights within an update."""
+        raise NotImplementedError
+
+    def pause(self) -> None:
+        """Makes vLLM ready for an update, with no completion under way."""
+        raise NotImplementedError
+
+    def resume(self) -> None:
+        """Ends what `pause` has started."""
         raise NotImplementedError
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
@@ -84,19 +96,50 @@ class Vllm:
         )
 
     def update_weights(self, weights: ModelWeights, version: int) -> None:
-        """Sends weights, and tells vLLM of the end in any case.
+        """Sends weights while vLLM pauses; its version is set last.
 
         After an error no version is set, so that completions are refused until an update succeeds.
         """
-        complete = False
-        self.client.start_weight_update()
         try:
+            self.pause()
+            self.client.start_weight_update()
             self.send(weights.to(self.dtype))
-            complete = True
-        finally:
-            self.client.finish_weight_update(f"{self.session}/{version}" if complete else None)
-        # keys and values computed with the old weights
-        self.client.reset_prefix_cache()
+            self.reset_cache()
+            self.client.finish_weight_update(f"{self.session}/{version}")
+        except BaseException:
+            self.close_update()
+            raise
+        self.resume()
+
+    def close_update(self) -> None:
+        """Ends an update that has failed, or that a trainer has left open, and resumes.
+
+        An update that is open refuses another start, and its end is all that it needs. One that
+        vLLM has ended itself may leave layers that take the next weights wrongly; starting and
+        ending an empty one restores them. Errors are not raised: they would hide the first one.
+        """
+        for call in (
+            self.client.start_weight_update,
+            self.client.finish_weight_update,
+            self.resume,
+        ):
+            # `LLM` raises no other kind
+            with suppress(Exception):
+                call()
+
+    def reset_cache(self) -> None:
+        """Discards keys and values that were computed with other weights.
+
+        Raises:
+            RuntimeError: vLLM keeps them.
+        """
+        for _ in range(RESETS):
+            if self.client.reset_prefix_cache():
+                return
+            time.sleep(RESET_PAUSE)
+        raise RuntimeError(
+            "reset_prefix_cache: expected success, got none; does vLLM serve others meanwhile?"
+        )
 
 
 def vllm_module(name: str = "") -> ModuleType:
