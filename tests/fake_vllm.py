@@ -193,24 +193,32 @@ def post(pair: tuple[str, Tensor], post_iter_func: Any) -> tuple[str, bytes, str
 
 
 class Group:
-    """An NCCL group of trainer and worker."""
+    """An NCCL group of the trainer, rank 0, and workers."""
 
-    def __init__(self) -> None:
-        self.sent: queue.Queue[Tensor | None] = queue.Queue()
-        self.meeting = threading.Barrier(2)
+    def __init__(self, size: int) -> None:
+        # for each worker, what it has not received; None once its server is closed
+        self.sent: list[queue.Queue[Tensor | None]] = [queue.Queue() for _ in range(1, size)]
+        self.meeting = threading.Barrier(size)
 
 
 # by port
 GROUPS: dict[int, Group] = {}
+
+
+def join(port: int, size: int) -> Group:
+    """The group at a port, once all of it are there."""
+    group = GROUPS.setdefault(port, Group(size))
+    group.meeting.wait(5)
+    return group
+
+
 PORTS = iter(range(29500, 65536))
 
 
 def trainer_init(init_info: dict[str, Any], rank: int = 0) -> Group:
     """Waits for the worker."""
     assert set(init_info) == {"master_address", "master_port", "world_size"}
-    group = GROUPS.setdefault(init_info["master_port"], Group())
-    group.meeting.wait(5)
-    return group
+    return join(init_info["master_port"], init_info["world_size"])
 
 
 def packed_nccl_broadcast_producer(
@@ -224,7 +232,8 @@ def packed_nccl_broadcast_producer(
     """Sends all."""
     assert src == 0
     while (pair := next(iterator, None)) is not None:
-        group.sent.put(post_iter_func(pair).clone())
+        for sent in group.sent:
+            sent.put(post_iter_func(pair).clone())
 
 
 # global generators are one process's: workers take turns
@@ -262,7 +271,8 @@ class Worker:
     # tells no masks all the same, as batch-sharded sampling does
     maskless: bool = False
     asked: list[SamplingParams] = field(default_factory=list)
-    group: Group | None = None
+    # from the trainer, by NCCL
+    sent: queue.Queue[Tensor | None] | None = None
     # packed CUDA IPC needs no more
     ready: bool = False
     # one call at a time, as in the engine's core: an update that waits for weights blocks all
@@ -293,9 +303,8 @@ class Worker:
         elif set(init_info) - INIT[self.backend]:
             raise ValueError(f"Invalid init_info: {init_info}")
         elif self.backend == "nccl":
-            assert (init_info["rank_offset"], init_info["world_size"]) == (1, 2)
-            self.group = GROUPS.setdefault(init_info["master_port"], Group())
-            self.group.meeting.wait(5)
+            group = join(init_info["master_port"], init_info["world_size"])
+            self.sent = group.sent[init_info["rank_offset"] - 1]
         self.ready = True
 
     def start_weight_update(self) -> None:
@@ -339,11 +348,11 @@ class Worker:
         ipc_handles_pickled: str | None = None,
     ) -> list[tuple[str, Tensor]]:
         if self.backend == "nccl":
-            assert self.group is not None
+            assert self.sent is not None
             tensors = []
             for dtype, shape in zip(dtype_names, shapes, strict=True):
                 # as long as it takes
-                tensor = self.group.sent.get()
+                tensor = self.sent.get()
                 if tensor is None:
                     raise RuntimeError("the server is shut down")
                 assert (tensor.dtype, list(tensor.shape)) == (getattr(torch, dtype), shape)
@@ -653,8 +662,8 @@ def server(
     try:
         yield f"http://127.0.0.1:{found.server_port}"
     finally:
-        if worker.group is not None:
-            worker.group.sent.put(None)
+        if worker.sent is not None:
+            worker.sent.put(None)
         found.close()
         thread.join()
 

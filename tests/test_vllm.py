@@ -134,8 +134,8 @@ def test_an_update_is_finished_after_an_error_too(engine: Any) -> None:
     with pytest.raises((RuntimeError, ConnectionError), match="without a matching start"):
         rollouts.draw([[5]], Sampling(2), 1)
     assert worker.calls[:3] == ["start", "update", "finish None"] and not worker.active
-    if worker.group is not None:
-        worker.group.sent.queue.clear()
+    if worker.sent is not None:
+        worker.sent.queue.clear()
     rollouts.draw([[5]], Sampling(2), 2)
     assert worker.calls[3:] in (
         ["start", "update", "finish 2"],
