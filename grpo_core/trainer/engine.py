@@ -18,6 +18,9 @@ from grpo_core.trainer.monitor import warn
 from grpo_core.trainer.rollout import Rollout, Sampling, rollout
 from grpo_core.trainer.weights import ModelWeights
 
+# nats, mean over tokens, for the same weights; 4-bit servers differ by less than 0.2
+MISMATCH_LIMIT = 0.5
+
 
 class Engine(Protocol):
     """Samples completions with its own copy of the weights.
@@ -53,6 +56,7 @@ class EngineSync:
     def __init__(self, model: PreTrainedModel, engine: Engine | None = None) -> None:
         self.model, self.engine = model, engine
         self.version: int | None = None
+        self.is_checked = engine is None
         special_tokens(model)
         if ignored := ignored_fields(model):
             warn(
@@ -92,6 +96,25 @@ class EngineSync:
                 f"{type(self.engine).__name__}; without replay any engine does"
             )
         return sampled
+
+    def check(self, mismatch: float | None) -> None:
+        """Refuses an engine whose weights are others than it was sent; looks at its first rollout.
+
+        Args:
+            mismatch: of sampler and trainer, nats, mean over tokens; None if none is known.
+
+        Raises:
+            RuntimeError: they differ by far more than rounding.
+        """
+        if self.is_checked or mismatch is None:
+            return
+        if mismatch > MISMATCH_LIMIT:
+            raise RuntimeError(
+                f"sampler_mismatch: expected at most {MISMATCH_LIMIT} nats after the engine got "
+                f"the weights, got {mismatch:.2f}; does it ignore a part of them, such as the head "
+                "of tied embeddings?"
+            )
+        self.is_checked = True
 
     def _push(self, engine: Engine, version: int) -> None:
         """Sends the model's weights to the engine; all ranks call it together."""

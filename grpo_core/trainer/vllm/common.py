@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from uuid import uuid4
 
 import torch
@@ -35,6 +35,18 @@ class Completion(NamedTuple):
     kept: list[list[int]] | None = None  # of each token, what the filters kept
 
 
+class Transfer(Protocol):
+    """A way for weights to vLLM; `client` is as in `Vllm`."""
+
+    backend: str  # in vLLM's --weight-transfer-config
+
+    def open(self, client: Any) -> None:
+        """Called once."""
+
+    def send(self, client: Any, weights: ModelWeights) -> None:
+        """Sends weights within an update."""
+
+
 class Vllm:
     """An engine whose weights are updated by vLLM's own weight transfer; see `engine.Engine`.
 
@@ -46,6 +58,7 @@ class Vllm:
     """
 
     client: Any  # vLLM's `LLM`, or `Servers` with methods of the same names
+    transfer: Transfer
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype, keeps: bool = False) -> None:
         self.pad, self.ends = special_tokens(model)
@@ -58,10 +71,6 @@ class Vllm:
         self, prompts: Sequence[Sequence[int]], options: dict[str, Any], seeds: Sequence[int]
     ) -> list[Completion]:
         """Samples one completion per prompt."""
-        raise NotImplementedError
-
-    def send(self, weights: ModelWeights) -> None:
-        """Sends weights within an update."""
         raise NotImplementedError
 
     def pause(self) -> None:
@@ -103,7 +112,7 @@ class Vllm:
         try:
             self.pause()
             self.client.start_weight_update()
-            self.send(weights.to(self.dtype))
+            self.transfer.send(self.client, weights.to(self.dtype))
             self.reset_cache()
             self.client.finish_weight_update(f"{self.session}/{version}")
         except BaseException:

@@ -1,9 +1,10 @@
 """Rollouts by vLLM in another process on the trainer's GPU.
 
-vLLM reads the trainer's weights from a buffer of shared GPU memory (CUDA IPC), piece by piece.
+vLLM reads the trainer's weights from a buffer of shared GPU memory (CUDA IPC), piece by piece, or
+from files, on a CPU as well, see `files`.
 
-For vLLM 0.28 to 0.33: names were compared with the source of 0.28.0 and 0.33.0. Tested only with a
-stand-in for the package, see `tests/fake_vllm`.
+Names are those of vLLM 0.28.0, 0.30.0 and 0.32.0; 0.32.0 was run on a CPU. CUDA IPC was not run,
+only a stand-in for the package, see `tests/fake_vllm`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from grpo_core.trainer.distributed import world
 from grpo_core.trainer.rollout import Rollout, Sampling
 from grpo_core.trainer.vllm.common import Completion, Vllm, dtype_name, vllm_module
+from grpo_core.trainer.vllm.files import Folder
 from grpo_core.trainer.weights import ModelWeights
 
 # the shared buffer, unless a weight is larger; vLLM's default is 1 GiB
@@ -27,7 +29,7 @@ BUFFER_BYTES = 256 << 20
 
 
 class VllmEngine(Vllm):
-    """vLLM on the trainer's GPU, for one rank; see `engine.Engine`.
+    """vLLM on the trainer's device, for one rank; see `engine.Engine`.
 
     Args:
         path: folder or hub name of the checkpoint that vLLM loads first.
@@ -35,6 +37,7 @@ class VllmEngine(Vllm):
         memory: share of the GPU's memory for vLLM's weights and cache.
         longest: tokens of prompt and completion; None for the model's limit.
         dtype: of vLLM's weights.
+        folder: folder for weights as files; None for CUDA IPC.
         sleep: between rollouts free the cache and move vLLM's weights to CPU memory.
         keeps: completions come with the ids that top-p, top-k and min-p kept.
 
@@ -52,6 +55,7 @@ class VllmEngine(Vllm):
         memory: float = 0.4,
         longest: int | None = None,
         dtype: torch.dtype = torch.bfloat16,
+        folder: str | None = None,
         sleep: bool = False,
         keeps: bool = False,
     ) -> None:
@@ -63,7 +67,7 @@ class VllmEngine(Vllm):
                 "VllmEngine"
             )
         vllm = vllm_module()
-        self.gpu = sending_gpu(model)
+        self.transfer = Ipc(model) if folder is None else Folder(folder)
         super().__init__(model, dtype, keeps)
         self.sleep = sleep
         self.parameters = vllm.SamplingParams
@@ -78,23 +82,19 @@ class VllmEngine(Vllm):
             return_sampling_mask=keeps,
             # no defaults from the checkpoint
             generation_config="vllm",
-            weight_transfer_config=vllm_module("config").WeightTransferConfig(backend="ipc"),
+            weight_transfer_config=vllm_module("config").WeightTransferConfig(
+                backend=self.transfer.backend
+            ),
         )
-        self.client.init_weight_transfer_engine({"init_info": {"packed": True}})
-        self._fall_asleep()
+        self.transfer.open(self.client)
+        self.resume()
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
         """One completion per prompt, each with a seed from torch's generator."""
-        self._wake()
+        self.pause()
         drawn = super().generate(prompts, sampling)
-        self._fall_asleep()
+        self.resume()
         return drawn
-
-    def update_weights(self, weights: ModelWeights, version: int) -> None:
-        """Sends weights through the shared buffer."""
-        self._wake()
-        super().update_weights(weights, version)
-        self._fall_asleep()
 
     def complete(
         self, prompts: Sequence[Sequence[int]], options: dict[str, Any], seeds: Sequence[int]
@@ -110,7 +110,36 @@ class VllmEngine(Vllm):
             completions.append(Completion(ids, logp, out.finish_reason, kept))
         return completions
 
-    def send(self, weights: ModelWeights) -> None:
+    def pause(self) -> None:
+        """Wakes vLLM, which is idle: completions come from this process."""
+        if self.sleep:
+            self.client.wake_up()
+
+    def resume(self) -> None:
+        """Lets vLLM sleep."""
+        if self.sleep:
+            # level 2 would discard the weights
+            self.client.sleep(level=1)
+
+
+class Ipc:
+    """See `common.Transfer`; weights go through a buffer of shared GPU memory.
+
+    Args:
+        model: the trainer's.
+    """
+
+    backend = "ipc"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.gpu = sending_gpu(model)
+
+    def open(self, client: Any) -> None:
+        """Tells vLLM that a buffer holds many weights."""
+        client.init_weight_transfer_engine({"init_info": {"packed": True}})
+
+    def send(self, client: Any, weights: ModelWeights) -> None:
+        """Sends weights through the buffer."""
         largest = max(spec.bytes for spec in weights.describe())
         pieces = vllm_module("distributed.weight_transfer.packed_tensor").packed_ipc_producer(
             iterator=weights,
@@ -126,16 +155,7 @@ class VllmEngine(Vllm):
                 "tensor_sizes": piece.tensor_sizes,
                 "ipc_handles_pickled": base64.b64encode(pickle.dumps(piece.ipc_handle)).decode(),
             }
-            self.client.update_weights({"update_info": update})
-
-    def _wake(self) -> None:
-        if self.sleep:
-            self.client.wake_up()
-
-    def _fall_asleep(self) -> None:
-        if self.sleep:
-            # level 2 would discard the weights
-            self.client.sleep(level=1)
+            client.update_weights({"update_info": update})
 
 
 def sending_gpu(model: PreTrainedModel) -> str:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from grpo_core.trainer.monitor import writing
+from grpo_core.trainer.vllm import FOLDER_BACKEND
 from grpo_core.trainer.weights import ModelWeights
 
 # of a piece, unless a weight is larger
@@ -26,26 +27,25 @@ NAME = "grpo_core-{}-{}.safetensors"
 
 
 class Folder:
-    """A folder by which vLLM gets weights.
+    """See `common.Transfer`.
 
     Args:
         path: to the folder, the same on both sides. Made here if missing.
     """
+
+    backend = FOLDER_BACKEND
 
     def __init__(self, path: str) -> None:
         self.path = Path(path).absolute()
         self.path.mkdir(parents=True, exist_ok=True)
 
     def open(self, client: Any) -> None:
-        """Tells vLLM of the folder; deletes what an earlier run has left in it.
-
-        Args:
-            client: vLLM's `LLM`, or `Servers`.
-        """
+        """Tells vLLM of the folder."""
         client.init_weight_transfer_engine({"init_info": {"folder": str(self.path)}})
 
     def send(self, client: Any, weights: ModelWeights) -> None:
         """Writes weights, and has vLLM read them, piece by piece."""
+        # what an update that failed has left
         for old in self.path.glob(NAME.format("*", "*") + "*"):
             old.unlink()
         update = uuid4().hex
