@@ -67,7 +67,7 @@ def engine(request: pytest.FixtureRequest, vllm: None, path: str) -> Iterator[An
         return
     worker = Worker(micro_model(seed=9), "nccl")
     with server(worker) as url:
-        found = VllmServer(url, micro_model())
+        found = VllmServer(url, micro_model(), dtype=torch.float32)
         found.worker = worker
         yield found
 
@@ -94,8 +94,7 @@ def test_completions_come_with_what_the_trainer_would_say_of_them(
         # these completions had rewards to learn from
         assert not same_weights(engine, micro_model()) and not same_weights(engine, run.model)
     finishes = [call for call in engine.worker.calls if call.startswith("finish")]
-    # before it, a server's end of what another trainer may have left open
-    assert finishes[-2:] == ["finish 0", "finish 1"] and finishes.count("finish 0") == 1
+    assert finishes == ["finish 0", "finish 1"]
 
 
 def test_seeds_come_from_torchs_generator_and_differ_within_a_group(engine: Any) -> None:
@@ -124,26 +123,24 @@ def test_an_adapter_comes_merged(engine: Any) -> None:
 
 
 def test_an_update_is_finished_after_an_error_too(engine: Any) -> None:
-    """By an empty one without a version; its cause is told, and the next one is made whole."""
+    """Without a version; the next one is made whole, and completions are refused until then."""
     model = micro_model()
     rollouts = EngineSync(model, engine)
     rollouts.draw([[5]], Sampling(2), 0)
     worker = engine.worker
     worker.calls.clear()
     worker.fails = MemoryError("no room")
-    with pytest.raises(Exception, match="no room"):
+    # the worker has given up by itself, and says so when it is told of the end
+    with pytest.raises((RuntimeError, ConnectionError), match="without a matching start"):
         rollouts.draw([[5]], Sampling(2), 1)
-    # only a server serves others meanwhile
-    own = [call for call in worker.calls if call not in ("pause", "resume")]
-    assert own == ["start", "update", "start", "finish None"] and not worker.paused
-    assert not worker.active and worker.version.endswith("/0")
+    assert worker.calls[:3] == ["start", "update", "finish None"] and not worker.active
     if worker.sent is not None:
-        assert worker.calls[0] == "pause"
         worker.sent.queue.clear()
-    worker.calls.clear()
-    assert rollouts.draw([[5]], Sampling(2), 2).weight_version == 2
-    assert worker.calls[-2:] == ["finish 2", "resume"] or worker.calls[-1] == "finish 2"
-    assert "reset" in worker.calls and same_weights(engine, model)
+    rollouts.draw([[5]], Sampling(2), 2)
+    assert worker.calls[3:] in (
+        ["start", "update", "finish 2"],
+        ["start", "update", "finish 2", "reset"],
+    )
 
 
 def test_an_error_of_the_trainers_is_the_one_that_is_raised(
@@ -161,7 +158,6 @@ def test_an_error_of_the_trainers_is_the_one_that_is_raised(
     monkeypatch.setattr(ModelWeights, "__next__", broken)
     # a worker that would otherwise wait for the rest
     monkeypatch.setattr(Worker, "received", lambda self, **_: [])
-    engine.worker.calls.clear()
     with pytest.raises(OSError, match="unreadable"):
         rollouts.draw([[5]], Sampling(2), 0)
     # a server may get to the announcement, sent beside the weights, after it is told of the end
@@ -190,7 +186,7 @@ def keeping(request: pytest.FixtureRequest, vllm: None, path: str) -> Iterator[A
         return
     worker = Worker(micro_model(seed=9), "nccl", keeps=True)
     with server(worker) as url:
-        found = VllmServer(url, micro_model(), keeps=True)
+        found = VllmServer(url, micro_model(), dtype=torch.float32, keeps=True)
         found.worker = worker
         yield found
 
@@ -392,8 +388,7 @@ def test_the_command_trains_with_a_server_and_draws_again(
         worker.calls.clear()
         (tmp_path / "run/checkpoints/step-000002").rename(tmp_path / "elsewhere")
         assert main([*words, "--resume", "True"]) == 0
-        finishes = [call for call in worker.calls if "finish" in call]
-        assert finishes == ["finish None", "finish 1"]
+        assert [call for call in worker.calls if "finish" in call] == ["finish 1"]
         again = records(tmp_path / "run")[1:]
         assert [record["step"] for record in again] == [1, 2]
         assert again == found
