@@ -489,6 +489,7 @@ class LLM:
         generation_config: str = "auto",
         weight_transfer_config: WeightTransferConfig | None = None,
         return_sampling_mask: bool = False,
+        enforce_eager: bool = False,
     ) -> None:
         assert weight_transfer_config is not None and generation_config == "vllm"
         worker = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
