@@ -13,6 +13,7 @@ import base64
 import json
 import pickle
 import queue
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -689,7 +690,9 @@ def answer_of(act: Callable[[], Any] | None) -> tuple[int, Any]:
         kind, param, code = "BadRequestError", error.param, error.code
         message = str(error)
     except Exception as error:
-        kind, param, code, message = "InternalServerError", None, 500, str(error)
+        # paths are left out
+        message = re.sub(r"(?:/[\w\-.]+)+", "<path>", str(error))
+        kind, param, code = "InternalServerError", None, 500
     return code, {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 

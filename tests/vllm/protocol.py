@@ -137,8 +137,9 @@ def check_updates(talk: Talk) -> None:
     assert "unexpected keyword" in failure(
         talk.post("/init_weight_transfer_engine", init_info={"x": 1})
     )
-    for file in ("absent.safetensors", "../good.safetensors", "/etc/passwd"):
-        assert file.rpartition("/")[2] in failure(talk.update(file)) or "No such file" in file
+    # paths are left out of messages
+    for file in ("absent.safetensors", str(talk.folder / ".." / "x.safetensors"), "/etc/passwd"):
+        assert str(talk.folder) not in failure(talk.update(file))
         heal(talk)
     assert talk.get("/weight_info") == {"weight_version": "a/1"}
     assert talk.complete()[0] == 200

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 # tokens of prompt and completion that the server has room for; the model itself has 64
 LONGEST = 40
 # seconds until it must have started, and until a run must have ended; an idle core needs 75 and 60
-START, END = 420, 420
+START, END = 900, 900
 # of every process that runs vLLM
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",

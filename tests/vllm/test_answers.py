@@ -14,7 +14,7 @@ from tests.vllm.real import LONGEST, RealServer, model_like
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs make test-vllm"),
-    pytest.mark.timeout(1800),
+    pytest.mark.timeout(3000),
 ]
 
 
@@ -61,7 +61,3 @@ def test_the_cache_stays_while_requests_run(talk: Talk) -> None:
         assert (200, {"success": False}) in answers
         assert all(each.result()[0] == 200 for each in running)
     assert talk.post("/reset_prefix_cache") == (200, {"success": True})
-
-
-def test_a_completion_during_an_update_ends_it(talk: Talk) -> None:
-    protocol.check_death(talk)

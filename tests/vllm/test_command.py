@@ -14,7 +14,7 @@ from tests.vllm.real import Command, RealServer, model_like, options, records
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs make test-vllm"),
-    pytest.mark.timeout(1800),
+    pytest.mark.timeout(3000),
 ]
 LIMIT = 1e-5  # nats
 

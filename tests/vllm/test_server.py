@@ -15,12 +15,12 @@ import torch
 from grpo_core.trainer.engine import EngineSync
 from grpo_core.trainer.rollout import Sampling
 from grpo_core.trainer.vllm.server import VllmServer
-from tests.vllm.protocol import Talk
+from tests.vllm.protocol import Talk, check_death
 from tests.vllm.real import LONGEST, RealServer, mismatch, model_like
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs make test-vllm"),
-    pytest.mark.timeout(1800),
+    pytest.mark.timeout(3000),
 ]
 PROMPTS = [[5, 6, 7], [9], [3, 4, 8, 8, 10, 11], [20, 12]] * 4
 LIMIT = 1e-5  # nats
@@ -187,3 +187,14 @@ def test_another_trainer_on_the_same_server_is_noticed(server: RealServer, tmp_p
     check_exact(second, model_like(seed=3), 0)
     with pytest.raises(RuntimeError, match="of step 0, got version None; does another run"):
         first.draw(PROMPTS, Sampling(8), 0)
+
+
+# the last test with this server
+def test_a_completion_during_an_update_ends_the_server(server: RealServer, tmp_path: Path) -> None:
+    """Without a pause; the trainer says that it cannot be reached."""
+    model = model_like()
+    rollouts = connect(server, tmp_path, model)
+    check_exact(rollouts, model, 0)
+    check_death(Talk(server.url, tmp_path, model))
+    with pytest.raises(ConnectionError, match="is the server up"):
+        rollouts.draw(PROMPTS, Sampling(8), 1)

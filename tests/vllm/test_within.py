@@ -8,34 +8,31 @@ from pathlib import Path
 
 import pytest
 
-from tests.vllm.real import Command, RealServer, options, records
+from tests.vllm.real import Command, RealServer, options, records, save_files
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs make test-vllm"),
-    pytest.mark.timeout(1800),
+    pytest.mark.timeout(3000),
 ]
 
 
-def test_it_learns_and_goes_on(
-    process: RealServer, files: Path, tmp_path: Path, figure: Callable[[str], None]
-) -> None:
+def test_it_learns(process: RealServer, tmp_path: Path, figure: Callable[[str], None]) -> None:
+    """With tied embeddings, of which vLLM keeps a copy on a CPU; in bfloat16, its default."""
     # memory for one engine
     process.stop()
+    files = save_files(tmp_path, tie_word_embeddings=True)
     words = ["--rollout", "vllm", "--rollout_weights", "folder"]
     words += ["--rollout_folder", str(tmp_path / "weights"), "--rollout_memory", "0.1"]
-    words = options(files, tmp_path / "run", *words)
-    run = Command(words)
-    run.wait_for(5)
-    run.kill()
-    run = Command([*words, "--resume", "True"])
+    run = Command(options(files, tmp_path / "run", *words))
     assert run.wait() == 0, run.output()
     found = records(tmp_path / "run")
     assert [record["step"] for record in found] == list(range(1, 16))
     rewards = [record["reward"] for record in found]
-    worst = max(record["sampler_mismatch_max"] for record in found)
+    mean = max(record["sampler_mismatch"] for record in found)
     figure(
-        f"command with vLLM within: reward {rewards[0]:.2f} to {rewards[-1]:.2f} in 15 steps, "
-        f"mismatch at most {worst:.1e} nats"
+        f"command with vLLM within, tied, bfloat16: reward {rewards[0]:.2f} to {rewards[-1]:.2f} "
+        f"in 15 steps, mismatch at most {mean:.1e} nats in the mean"
     )
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2
-    assert worst <= 1e-5
+    # a head that stays behind is off by nats
+    assert mean < 0.1
