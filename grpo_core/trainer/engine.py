@@ -97,16 +97,18 @@ class EngineSync:
             )
         return sampled
 
-    def check(self, mismatch: float | None) -> None:
-        """Refuses an engine whose weights are others than it was sent; looks at its first rollout.
+    def check(self, mismatch: float | None, sampling: Sampling) -> None:
+        """Refuses an engine that has other weights than it was sent, by its first rollout.
 
         Args:
-            mismatch: of sampler and trainer, nats, mean over tokens; None if none is known.
+            mismatch: of sampler and trainer, nats, mean over tokens; None if it is not known.
+            sampling: of the rollout; without replay filters alone make a mismatch.
 
         Raises:
             RuntimeError: they differ by far more than rounding.
         """
-        if self.is_checked or mismatch is None:
+        is_comparable = sampling.replay or not sampling.is_filtered
+        if self.is_checked or mismatch is None or not is_comparable:
             return
         if mismatch > MISMATCH_LIMIT:
             raise RuntimeError(

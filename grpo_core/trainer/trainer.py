@@ -197,7 +197,7 @@ class Trainer:
                 rewards = drawn.rewards.to(device)
                 minibatches = self.minibatches(drawn.rollout, rewards, drawn.order)
                 mismatch = sampler_mismatch([part for parts in minibatches for part in parts])
-                self.sampler.check(mismatch.get("sampler_mismatch"))
+                self.sampler.check(mismatch.get("sampler_mismatch"), config.sampling)
 
             # loss, backward, optimizer
             learning_rate = set_learning_rate(self.optimizer, config, self.steps_done)

@@ -36,7 +36,7 @@ class VllmEngine(Vllm):
         model: the trainer's; gives padding and end tokens.
         memory: share of the GPU's memory for vLLM's weights and cache.
         longest: tokens of prompt and completion; None for the model's limit.
-        dtype: of vLLM's weights.
+        dtype: of vLLM's weights. Default: bfloat16 on a GPU, float32 on a CPU.
         folder: folder for weights as files; None for CUDA IPC.
         sleep: between rollouts free the cache and move vLLM's weights to CPU memory.
         keeps: completions come with the ids that top-p, top-k and min-p kept.
@@ -54,7 +54,7 @@ class VllmEngine(Vllm):
         *,
         memory: float = 0.4,
         longest: int | None = None,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | None = None,
         folder: str | None = None,
         sleep: bool = False,
         keeps: bool = False,
@@ -68,6 +68,8 @@ class VllmEngine(Vllm):
             )
         vllm = vllm_module()
         self.transfer = Ipc(model) if folder is None else Folder(folder)
+        on_cpu = model.device.type == "cpu"
+        dtype = dtype or (torch.float32 if on_cpu else torch.bfloat16)
         super().__init__(model, dtype, keeps)
         self.sleep = sleep
         self.parameters = vllm.SamplingParams
@@ -80,6 +82,8 @@ class VllmEngine(Vllm):
             # log-probabilities at the sampling temperature
             logprobs_mode="processed_logprobs",
             return_sampling_mask=keeps,
+            # compiling takes minutes on a CPU
+            enforce_eager=on_cpu,
             # no defaults from the checkpoint
             generation_config="vllm",
             weight_transfer_config=vllm_module("config").WeightTransferConfig(
