@@ -14,12 +14,9 @@ from transformers import PreTrainedModel
 
 from grpo_core.trainer.distributed import all_gather_object, is_main
 from grpo_core.trainer.generation import check_context, ignored_fields, special_tokens
-from grpo_core.trainer.monitor import warn
+from grpo_core.trainer.monitor import MISMATCH_REFUSED, warn
 from grpo_core.trainer.rollout import Rollout, Sampling, rollout
 from grpo_core.trainer.weights import ModelWeights
-
-# nats, mean over tokens, for the same weights; 4-bit servers differ by less than 0.2
-MISMATCH_LIMIT = 0.5
 
 
 class Engine(Protocol):
@@ -110,9 +107,9 @@ class EngineSync:
         is_comparable = sampling.replay or not sampling.is_filtered
         if self.is_checked or mismatch is None or not is_comparable:
             return
-        if mismatch > MISMATCH_LIMIT:
+        if mismatch > MISMATCH_REFUSED:
             raise RuntimeError(
-                f"sampler_mismatch: expected at most {MISMATCH_LIMIT} nats after the engine got "
+                f"sampler_mismatch: expected at most {MISMATCH_REFUSED} nats after the engine got "
                 f"the weights, got {mismatch:.2f}; does it ignore a part of them, such as the head "
                 "of tied embeddings?"
             )
