@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests import fake_vllm
-from tests.fake_vllm import Worker, server
+from tests.fake_vllm import Worker
+from tests.fake_vllm_server import server
 from tests.micro import micro_model
 from tests.vllm import protocol
 from tests.vllm.protocol import Talk

@@ -28,7 +28,8 @@ from grpo_core.trainer.vllm.engine import VllmEngine
 from grpo_core.trainer.vllm.server import VllmServer
 from grpo_core.trainer.weights import ModelWeights
 from tests import fake_vllm
-from tests.fake_vllm import LLM, Worker, server
+from tests.fake_vllm import LLM, Worker
+from tests.fake_vllm_server import server
 from tests.micro import EOS, MAX_NEW_TOKENS, VOCABULARY, micro_model
 from tests.test_checkpoint_format import adapted
 from tests.test_reinforce import files, options, records  # noqa: F401
