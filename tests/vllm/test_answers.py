@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,10 +11,7 @@ from tests.vllm import protocol
 from tests.vllm.protocol import Talk
 from tests.vllm.real import LONGEST, RealServer, model_like
 
-pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs make test-vllm"),
-    pytest.mark.timeout(3000),
-]
+pytestmark = pytest.mark.timeout(3000)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,7 @@ import pytest
 from tests.vllm.protocol import Talk
 from tests.vllm.real import Command, RealServer, model_like, options, records
 
-pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs make test-vllm"),
-    pytest.mark.timeout(3000),
-]
+pytestmark = pytest.mark.timeout(3000)
 LIMIT = 1e-5  # nats, mean over a step's tokens
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import threading
 import time
 from collections.abc import Callable
@@ -18,10 +17,7 @@ from grpo_core.trainer.vllm.server import VllmServer
 from tests.vllm.protocol import Talk, check_death
 from tests.vllm.real import LONGEST, RealServer, mismatch, model_like
 
-pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs make test-vllm"),
-    pytest.mark.timeout(3000),
-]
+pytestmark = pytest.mark.timeout(3000)
 PROMPTS = [[5, 6, 7], [9], [3, 4, 8, 8, 10, 11], [20, 12]] * 4
 LIMIT = 1e-5  # nats
 

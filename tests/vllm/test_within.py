@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +9,7 @@ import pytest
 
 from tests.vllm.real import Command, RealServer, options, records, save_files
 
-pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs make test-vllm"),
-    pytest.mark.timeout(3000),
-]
+pytestmark = pytest.mark.timeout(3000)
 
 
 def test_it_learns(process: RealServer, tmp_path: Path, figure: Callable[[str], None]) -> None:
