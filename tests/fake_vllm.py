@@ -255,7 +255,7 @@ class Worker:
     version: str = "default"
     active: bool = False
     # updates that failed since the last one that ended: layers have no weights, or parts of them
-    torn: int = 0
+    failed: int = 0
     dead: bool = False
     paused: bool = False
     # completions that it writes or that wait
@@ -329,14 +329,14 @@ class Worker:
                 raise failure
             if not self.ready:
                 raise RuntimeError("weight transfer not initialized")
-            if self.torn == 1:
+            if self.failed == 1:
                 raise AttributeError("'Parameter' object has no attribute 'weight_loader'")
             if self.engine is not None:
                 self.engine.receive_weights(parsed(self.engine.update_info_cls, update_info))
             else:
                 LoadedModel(self.model).load_weights(self.received(**update_info))
         except BaseException:
-            self.active, self.torn = False, self.torn + 1
+            self.active, self.failed = False, self.failed + 1
             raise
 
     def received(
@@ -376,7 +376,7 @@ class Worker:
             )
         if self.engine is not None:
             self.engine.finish_weight_update()
-        self.active, self.torn = False, 0
+        self.active, self.failed = False, 0
         if weight_version is not None:
             self.version = weight_version
 
@@ -406,7 +406,7 @@ class Worker:
             self.running += 1
         try:
             with self.core, TURN:
-                self.dead = self.dead or self.active or self.torn > 0
+                self.dead = self.dead or self.active or self.failed > 0
                 if self.dead:
                     raise EngineDeadError
                 return self.draw(prompt, params, mode)
