@@ -170,7 +170,7 @@ def options(files: Path, output: Path, *more: str) -> list[str]:
         "group_size": 8,
         "minibatches": 1,
         "warmup_steps": 0,
-        "learning_rate": 2e-2,
+        "learning_rate": 1e-2,
         "max_new_tokens": 8,
         "checkpoint_every": 1,
         "threads": 1,

@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs make test-vllm"),
     pytest.mark.timeout(3000),
 ]
-LIMIT = 1e-5  # nats
+LIMIT = 1e-5  # nats, mean over a step's tokens
 
 
 def over(server: RealServer, files: Path, folder: Path, *more: str) -> list[str]:
@@ -29,7 +29,7 @@ def over(server: RealServer, files: Path, folder: Path, *more: str) -> list[str]
 def check_steps(found: list[dict[str, Any]], steps: int) -> None:
     """Every step once, each sampled with the weights of its own."""
     assert [record["step"] for record in found] == list(range(1, steps + 1))
-    assert max(record["sampler_mismatch_max"] for record in found) <= LIMIT
+    assert max(record["sampler_mismatch"] for record in found) <= LIMIT
 
 
 def test_it_learns(
@@ -42,7 +42,7 @@ def test_it_learns(
     rewards = [record["reward"] for record in found]
     figure(
         f"command over the server: reward {rewards[0]:.2f} to {rewards[-1]:.2f} in 15 steps, "
-        f"mismatch at most {max(r['sampler_mismatch_max'] for r in found):.1e} nats"
+        f"mean mismatch of a step at most {max(r['sampler_mismatch'] for r in found):.1e} nats"
     )
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2
 

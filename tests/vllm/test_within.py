@@ -31,7 +31,7 @@ def test_it_learns(process: RealServer, tmp_path: Path, figure: Callable[[str], 
     mean = max(record["sampler_mismatch"] for record in found)
     figure(
         f"command with vLLM within, tied, bfloat16: reward {rewards[0]:.2f} to {rewards[-1]:.2f} "
-        f"in 15 steps, mismatch at most {mean:.1e} nats in the mean"
+        f"in 15 steps, mean mismatch of a step at most {mean:.1e} nats"
     )
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2
     # a head that stays behind is off by nats
