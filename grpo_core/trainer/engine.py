@@ -95,14 +95,12 @@ class EngineSync:
         return sampled
 
     def check(self, mismatch: float | None, sampling: Sampling) -> None:
-        """Refuses an engine that has other weights than it was sent, by its first rollout.
+        """Refuses an engine with other weights than it got, by the mismatch of its first rollout.
 
-        Args:
-            mismatch: of sampler and trainer, nats, mean over tokens; None if it is not known.
-            sampling: of the rollout; without replay filters alone make a mismatch.
+        Filters that are not replayed make a mismatch of their own, which tells nothing.
 
         Raises:
-            RuntimeError: they differ by far more than rounding.
+            RuntimeError: it is far more than rounding.
         """
         is_comparable = sampling.replay or not sampling.is_filtered
         if self.is_checked or mismatch is None or not is_comparable:

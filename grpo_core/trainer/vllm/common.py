@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import torch
@@ -35,18 +35,6 @@ class Completion(NamedTuple):
     kept: list[list[int]] | None = None  # of each token, what the filters kept
 
 
-class Transfer(Protocol):
-    """A way for weights to vLLM; `client` is as in `Vllm`."""
-
-    backend: str  # in vLLM's --weight-transfer-config
-
-    def open(self, client: Any) -> None:
-        """Called once."""
-
-    def send(self, client: Any, weights: ModelWeights) -> None:
-        """Sends weights within an update."""
-
-
 class Vllm:
     """An engine whose weights are updated by vLLM's own weight transfer; see `engine.Engine`.
 
@@ -58,7 +46,7 @@ class Vllm:
     """
 
     client: Any  # vLLM's `LLM`, or `Servers` with methods of the same names
-    transfer: Transfer
+    transfer: Any  # way of the weights: `Ipc`, `Nccl` or `Folder`
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype, keeps: bool = False) -> None:
         self.pad, self.ends = special_tokens(model)
@@ -75,11 +63,11 @@ class Vllm:
 
     def pause(self) -> None:
         """Makes vLLM ready for an update, with no completion under way."""
-        raise NotImplementedError
+        self.client.pause()
 
     def resume(self) -> None:
         """Ends what `pause` has started."""
-        raise NotImplementedError
+        self.client.resume()
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
         """One completion per prompt, each with a seed from torch's generator."""
@@ -123,25 +111,17 @@ class Vllm:
     def close_update(self) -> None:
         """Ends an update that has failed, or that a trainer has left open, and resumes.
 
-        An update that is open refuses another start, and its end is all that it needs. One that
-        vLLM has ended itself may leave layers that take the next weights wrongly; starting and
-        ending an empty one restores them. Errors are not raised: they would hide the first one.
+        An open one refuses another start and needs an end. One that vLLM has ended may leave layers
+        that take the next weights wrongly; an empty update restores them.
         """
-        for call in (
-            self.client.start_weight_update,
-            self.client.finish_weight_update,
-            self.resume,
-        ):
-            # `LLM` raises no other kind
+        client = self.client
+        for call in (client.start_weight_update, client.finish_weight_update, self.resume):
+            # it would hide the first error; `LLM` raises no other kind
             with suppress(Exception):
                 call()
 
     def reset_cache(self) -> None:
-        """Discards keys and values that were computed with other weights.
-
-        Raises:
-            RuntimeError: vLLM keeps them.
-        """
+        """Discards keys and values of other weights; raises RuntimeError if vLLM keeps them."""
         for _ in range(RESETS):
             if self.client.reset_prefix_cache():
                 return

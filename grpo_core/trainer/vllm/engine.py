@@ -127,11 +127,7 @@ class VllmEngine(Vllm):
 
 
 class Ipc:
-    """See `common.Transfer`; weights go through a buffer of shared GPU memory.
-
-    Args:
-        model: the trainer's.
-    """
+    """Weights through a buffer of shared GPU memory; the client is vLLM's `LLM`."""
 
     backend = "ipc"
 

@@ -1,8 +1,7 @@
 """Weights for vLLM as files in a folder that both sides see; vLLM's side is `folder`.
 
 A file holds a piece of the weights in the format of safetensors, which has no code in it. It gets
-its name when it is complete, and is deleted once vLLM has read it, so that the folder holds one
-piece at a time.
+its name when it is complete, and is deleted once vLLM has read it.
 """
 
 from __future__ import annotations
@@ -27,11 +26,7 @@ NAME = "grpo_core-{}-{}.safetensors"
 
 
 class Folder:
-    """See `common.Transfer`.
-
-    Args:
-        path: to the folder, the same on both sides. Made here if missing.
-    """
+    """Weights as files; the client is vLLM's `LLM` or `server.Servers`, with the same path."""
 
     backend = FOLDER_BACKEND
 

@@ -1,14 +1,11 @@
 """vLLM's side of weights that come as files: the weight transfer backend `grpo_folder`.
 
-The entry point `grpo_core` of `vllm.general_plugins` registers it in every process of vLLM, which
-imports this module and nothing else of the package. The trainer's side is `files`.
-
-Source: `vllm.distributed.weight_transfer.base`, equal in 0.28.0, 0.30.0 and 0.32.0.
+The entry point `grpo_core` of `vllm.general_plugins` registers it in every process of vLLM. The
+trainer's side is `files`. Base class and names are those of vLLM 0.28.0, 0.30.0 and 0.32.0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,11 +50,7 @@ class FolderEngine(WeightTransferEngine):
     folder: Path | None = None
 
     def init_transfer_engine(self, init_info: FolderInit) -> None:
-        """Sets the folder.
-
-        Raises:
-            ValueError: this machine has no such folder.
-        """
+        """Sets the folder; raises ValueError where there is none."""
         folder = Path(init_info.folder).resolve()
         if not folder.is_dir():
             raise ValueError(f"rollout_folder: expected one that vLLM shares, found no {folder}")
@@ -68,11 +61,7 @@ class FolderEngine(WeightTransferEngine):
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: FolderUpdate) -> None:
-        """Loads the weights of a file.
-
-        Raises:
-            ValueError: it is not in the folder, or no folder was set.
-        """
+        """Loads the weights of a file; raises ValueError if it is not in the folder."""
         file = self.folder and (self.folder / update_info.file).resolve()
         if file is None or file.parent != self.folder:
             raise ValueError(f"file: expected one in {self.folder}, got {update_info.file!r}")
@@ -82,15 +71,11 @@ class FolderEngine(WeightTransferEngine):
     def finish_weight_update(self) -> None:
         """Finishes the layers, those included that are tied to others."""
         finalize_layerwise_reload(self.model, self.model_config)
-        for head in self._heads():
-            # on a CPU a head multiplies by a packed copy, which nothing renews if it is tied
-            head.quant_method.process_weights_after_loading(head)
-
-    def _heads(self) -> Iterator[ParallelLMHead]:
-        for module in self.model.modules():
-            is_head = isinstance(module, ParallelLMHead)
-            if is_head and isinstance(module.quant_method, UnquantizedEmbeddingMethod):
-                yield module
+        for head in self.model.modules():
+            method = getattr(head, "quant_method", None)
+            if isinstance(head, ParallelLMHead) and isinstance(method, UnquantizedEmbeddingMethod):
+                # on a CPU it multiplies by a packed copy, which nothing else renews if it is tied
+                method.process_weights_after_loading(head)
 
     def shutdown(self) -> None:
         """Nothing is held."""

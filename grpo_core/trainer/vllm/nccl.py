@@ -1,10 +1,7 @@
 """Weights for vLLM servers by NCCL, packed, in a group whose rank 0 is the trainer's.
 
 The servers get the list of weights first, then receive while the trainer sends. Servers and trainer
-cannot share a GPU, since NCCL allows one rank per GPU.
-
-Names are those of vLLM 0.28.0, 0.30.0 and 0.32.0. Not run: only a stand-in for both sides, see
-`tests/fake_vllm`.
+cannot share a GPU, since NCCL allows one rank per GPU. Not run, see `tests/fake_vllm`.
 """
 
 from __future__ import annotations
@@ -21,11 +18,7 @@ from grpo_core.trainer.weights import ModelWeights
 
 
 class Nccl:
-    """See `common.Transfer`; the client is `server.Servers`.
-
-    Raises:
-        ModuleNotFoundError: vLLM, whose code sends, is not installed beside the trainer.
-    """
+    """Weights by NCCL; the client is `server.Servers`. Needs vLLM, whose code sends."""
 
     backend = "nccl"
 

@@ -17,6 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -116,10 +117,8 @@ class Servers:
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """Called after the weights are sent; without a version after an error."""
-        if weight_version is None:
-            self.post("finish_weight_update", {}, ABORT_TIMEOUT)
-        else:
-            self.post("finish_weight_update", {"weight_version": weight_version})
+        timeout = ABORT_TIMEOUT if weight_version is None else TIMEOUT
+        self.post("finish_weight_update", {"weight_version": weight_version}, timeout)
 
     def get_weight_version(self) -> str:
         """The version that the last update has set; "" if it is not the same everywhere."""
@@ -173,12 +172,6 @@ class VllmServer(Vllm):
             self.close_update()
             self.transfer.open(servers)
 
-    def pause(self) -> None:
-        self.client.pause()
-
-    def resume(self) -> None:
-        self.client.resume()
-
     def complete(
         self, prompts: Sequence[Sequence[int]], options: dict[str, Any], seeds: Sequence[int]
     ) -> list[Completion]:
@@ -206,8 +199,7 @@ class VllmServer(Vllm):
 
         def ask_for_all(server: Server, part: slice) -> list[Completion]:
             with ThreadPoolExecutor(CONCURRENCY) as threads:
-                asked = [(server, *each) for each in zip(prompts[part], seeds[part], strict=True)]
-                return list(threads.map(lambda each: ask(*each), asked))
+                return list(threads.map(partial(ask, server), prompts[part], seeds[part]))
 
         count, total = len(self.client.servers), len(prompts)
         parts = [slice(total * n // count, total * (n + 1) // count) for n in range(count)]
