@@ -13,7 +13,7 @@ pytestmark = pytest.mark.timeout(3000)
 
 
 def test_it_learns(process: RealServer, tmp_path: Path, figure: Callable[[str], None]) -> None:
-    """With tied embeddings, of which vLLM keeps a copy on a CPU; in bfloat16, its default."""
+    """With tied embeddings, of which vLLM keeps a packed copy on a CPU."""
     # memory for one engine
     process.stop()
     files = save_files(tmp_path, tie_word_embeddings=True)
@@ -26,9 +26,9 @@ def test_it_learns(process: RealServer, tmp_path: Path, figure: Callable[[str], 
     rewards = [record["reward"] for record in found]
     mean = max(record["sampler_mismatch"] for record in found)
     figure(
-        f"command with vLLM within, tied, bfloat16: reward {rewards[0]:.2f} to {rewards[-1]:.2f} "
+        f"command with vLLM within, tied: reward {rewards[0]:.2f} to {rewards[-1]:.2f} "
         f"in 15 steps, mean mismatch of a step at most {mean:.1e} nats"
     )
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2
     # a head that stays behind is off by nats
-    assert mean < 0.1
+    assert mean <= 1e-5
