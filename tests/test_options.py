@@ -137,6 +137,15 @@ for command in sys.argv[1:]:
         (["--learning_rate", "inf"], "--learning_rate: expected 0 or more, got inf"),
         (["--learning_rate", "-1e-5"], "--learning_rate: expected 0 or more, got -1e-05"),
         (["--beta", "nan"], "--beta: expected a finite number >= 0, got nan"),
+        (
+            ["--rollout_weights", "folder"],
+            "--rollout_folder: expected a folder with --rollout_weights folder, else none, "
+            "got none",
+        ),
+        (
+            ["--rollout_folder", "x"],
+            "--rollout_folder: expected a folder with --rollout_weights folder, else none, got x",
+        ),
         (["--steps", "2", "--warmup_steps", "2"], "--warmup_steps: expected 0 to 1, got 2"),
         (
             ["--sampler_low", "3"],
@@ -374,13 +383,15 @@ def test_a_warm_up_that_nobody_sets_fits_the_run(steps: int) -> None:
 
 
 def test_no_default_makes_a_sensible_choice_invalid() -> None:
-    """Every choice of every option alone, and the least of every number."""
+    """Every choice of every option alone, and the least of every number; a folder has a path."""
     least = {"steps": 1, "prompts": 1, "group_size": 2, "max_new_tokens": 1, "eval_samples": 1}
     sensible: list[dict[str, Any]] = [{name: value} for name, value in least.items()]
     hints = get_type_hints(RunConfig)
     for each in fields(RunConfig):
         if get_origin(hints[each.name]) is Literal:
-            sensible += [{each.name: choice} for choice in get_args(hints[each.name])]
+            choices = [{each.name: choice} for choice in get_args(hints[each.name])]
+            path = {"rollout_folder": "weights"}
+            sensible += [each | path if "folder" in each.values() else each for each in choices]
         elif hints[each.name] is bool:
             sensible += [{each.name: True}]
     sensible += [{"rewards": ["format"]}, {"prompts": 1, "group_size": 2, "steps": 1}]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from grpo_core.trainer.rollout import Sampling
-from grpo_core.trainer.vllm import server
+from grpo_core.trainer.vllm import nccl, server
 from grpo_core.trainer.vllm.common import request_options
 from tests import fake_vllm
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(FOUND is None, reason="there is no vLLM to compa
 # what `VllmEngine` gives to LLM, beside the model
 ENGINE = {
     *("dtype", "gpu_memory_utilization", "max_model_len", "enable_sleep_mode", "logprobs_mode"),
-    *("generation_config", "weight_transfer_config", "return_sampling_mask"),
+    *("generation_config", "weight_transfer_config", "return_sampling_mask", "enforce_eager"),
 }
 RL_CALLS = {
     "init_weight_transfer_engine": ["self", "request"],
@@ -110,6 +110,32 @@ def test_weight_transfer() -> None:
     assert {"get_ip", "get_open_port"} <= functions(text("utils/network_utils.py")).keys()
 
 
+def test_the_backend_of_the_plugin() -> None:
+    """What `folder` subclasses and calls; the module itself imports vLLM."""
+    folder = "distributed/weight_transfer"
+    base = functions(class_of(text(f"{folder}/base.py"), "WeightTransferEngine"))
+    ours = Path(server.__file__).with_name("folder.py").read_text("utf-8")
+    mine = functions(class_of(ours, "FolderEngine"))
+    mine.pop("_heads")
+    assert len(mine) == 5 and {name: base[name] for name in mine} == mine
+    assert functions(text(f"{folder}/factory.py"))["register_engine"][:2] == ["cls", "name"]
+    reload = text("model_executor/model_loader/reload/layerwise.py")
+    assert functions(reload)["initialize_layerwise_reload"] == ["model"]
+    assert functions(reload)["finalize_layerwise_processing"] == ["model", "model_config"]
+    embedding = text("model_executor/layers/vocab_parallel_embedding.py")
+    method = functions(class_of(embedding, "UnquantizedEmbeddingMethod"))
+    assert method["process_weights_after_loading"] == ["self", "layer"]
+    assert class_of(embedding, "ParallelLMHead")
+
+
+def class_of(source: str, name: str) -> str:
+    """The source of a class."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return ast.unparse(node)
+    raise AssertionError(f"no class {name}")
+
+
 def text_of_fake() -> str:
     """The stand-in's source."""
     return Path(fake_vllm.__file__).read_text("utf-8")
@@ -125,7 +151,7 @@ def test_routes() -> None:
         text("entrypoints/scale_out/token_in_token_out/api_router.py"),
     )
     known = re.findall(r'@router\.(get|post)\(\s*"([^"]+)"', "\n".join(routers))
-    ours = Path(server.__file__).read_text("utf-8")
+    ours = "".join(Path(module.__file__).read_text("utf-8") for module in (server, nccl))
     asked = re.findall(r'(?:self|server|client)\.(get|post)\(\s*"/?([a-z0-9_/]+)', ours)
-    assert len(asked) >= 7
+    assert len(set(asked)) >= 13
     assert {(how, f"/{route}") for how, route in asked} <= set(known)

@@ -168,7 +168,17 @@ class RunConfig(LearningOptions):
         "transformers",
         "Sampling engine: the model itself, vLLM on the same GPU, or a vLLM server.",
     )
-    rollout_url: str = option("http://localhost:8000", "URL of the vLLM server.")
+    rollout_url: str = option(
+        "http://localhost:8000",
+        "URL of the vLLM server, or of several with commas between them, which share the prompts.",
+    )
+    rollout_weights: Literal["nccl", "folder"] = option(
+        "nccl",
+        "How vLLM gets weights: by NCCL (CUDA IPC on the same GPU), or as files in rollout_folder.",
+    )
+    rollout_folder: str = option(
+        "", "Folder for weights as files, the same path for trainer and vLLM servers."
+    )
     rollout_memory: float = option(0.4, "Share of the GPU's memory that vLLM takes.")
     rollout_sleep: bool = option(False, "Free vLLM's GPU memory between rollouts.")
     sampler_correction: Literal["none", "truncate", "zero", "reject"] = option(
@@ -217,6 +227,9 @@ class RunConfig(LearningOptions):
         require(self.rollout_memory <= 1, "rollout_memory", "at most 1", self.rollout_memory)
         is_awake = not (self.asynchronous and self.rollout_sleep)
         require(is_awake, "rollout_sleep", "False with --asynchronous 1", self.rollout_sleep)
+        expected = "a folder with --rollout_weights folder, else none"
+        is_right = (self.rollout_weights == "folder") == bool(self.rollout_folder)
+        require(is_right, "rollout_folder", expected, self.rollout_folder or "none")
         for k in self.eval_k:
             expected = f"1 to {self.eval_samples}, the eval_samples"
             require(1 <= k <= self.eval_samples, "eval_k", expected, k)

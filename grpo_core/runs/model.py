@@ -113,12 +113,15 @@ def _load(config: RunConfig, option: str, dtype: torch.dtype | str) -> Any:
     return model.to("cuda" if on_gpu else "cpu")
 
 
-def make_engine(config: RunConfig, model: PreTrainedModel, keeps: bool = False) -> Engine | None:
+def make_engine(
+    config: RunConfig, model: PreTrainedModel, longest: int, keeps: bool = False
+) -> Engine | None:
     """The sampling engine; None for the model itself.
 
     Args:
         config: of the run.
         model: the policy.
+        longest: tokens of the longest prompt and its completion.
         keeps: whether completions come with the ids that the filters kept.
 
     Raises:
@@ -127,14 +130,15 @@ def make_engine(config: RunConfig, model: PreTrainedModel, keeps: bool = False) 
     """
     if config.rollout == "transformers":
         return None
+    folder = config.rollout_folder or None
     if config.rollout == "vllm-server":
-        return VllmServer(config.rollout_url, model, keeps=keeps)
-    longest = config.longest_prompt + config.max_new_tokens if config.longest_prompt else None
+        return VllmServer(config.rollout_url, model, longest=longest, folder=folder, keeps=keeps)
     return VllmEngine(
         config.model,
         model,
         memory=config.rollout_memory,
         longest=longest,
+        folder=folder,
         sleep=config.rollout_sleep,
         keeps=keeps,
     )

@@ -83,7 +83,8 @@ class Run:
             raise ValueError(
                 f"held_out: expected fewer than the {len(problems)} problems, got {config.held_out}"
             )
-        check_positions(config, max(len(problem.prompt) for problem in problems))
+        longest = max(len(problem.prompt) for problem in problems)
+        check_positions(config, longest)
         self.model = load_model(config, self.tokenizer)
         self.sampling = Sampling(
             config.max_new_tokens,
@@ -105,7 +106,9 @@ class Run:
             loggers=loggers,
             samples=Samples(self.tokenizer, self.directory / "samples.jsonl", count=config.samples),
             console=open_console(config.console),
-            engine=make_engine(config, self.model, self.sampling.keeps),
+            engine=make_engine(
+                config, self.model, longest + config.max_new_tokens, self.sampling.keeps
+            ),
             teacher=load_teacher(config, self.tokenizer),
             environment=self.environment,
         )

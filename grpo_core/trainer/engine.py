@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from grpo_core.trainer.distributed import all_gather_object, is_main
 from grpo_core.trainer.generation import check_context, ignored_fields, special_tokens
-from grpo_core.trainer.monitor import warn
+from grpo_core.trainer.monitor import MISMATCH_REFUSED, warn
 from grpo_core.trainer.rollout import Rollout, Sampling, rollout
 from grpo_core.trainer.weights import ModelWeights
 from grpo_core.trainer.worker import Worker
@@ -64,6 +64,7 @@ class EngineSync:
             got = type(engine).__name__
             raise ValueError(f"asynchronous: expected an engine with `begin`, got {got}")
         self.version: int | None = None
+        self.is_checked = engine is None
         special_tokens(model)
         if ignored := ignored_fields(model):
             warn(
@@ -119,6 +120,25 @@ class EngineSync:
                 f"{type(self.engine).__name__}; without replay any engine does"
             )
         return sampled
+
+    def check(self, mismatch: float | None, sampling: Sampling) -> None:
+        """Refuses an engine with other weights than it got, by the mismatch of its first rollout.
+
+        Filters that are not replayed make a mismatch of their own, which tells nothing.
+
+        Raises:
+            RuntimeError: it is far more than rounding.
+        """
+        is_comparable = sampling.replay or not sampling.is_filtered
+        if self.is_checked or mismatch is None or not is_comparable:
+            return
+        if mismatch > MISMATCH_REFUSED:
+            raise RuntimeError(
+                f"sampler_mismatch: expected at most {MISMATCH_REFUSED} nats after the engine got "
+                f"the weights, got {mismatch:.2f}; does it ignore a part of them, such as the head "
+                "of tied embeddings?"
+            )
+        self.is_checked = True
 
     def _push(self, engine: Engine, version: int) -> None:
         """Sends the model's weights to the engine; all ranks call it together."""

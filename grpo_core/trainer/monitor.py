@@ -29,6 +29,8 @@ ZERO_STD_LIMIT = 0.9
 ZERO_STD_PATIENCE = 5
 # nats, mean over tokens; bfloat16 attention differs by 6e-5 on average and 0.06 at most
 MISMATCH_LIMIT = 0.1
+# of an engine that has just got the weights: these are others
+MISMATCH_REFUSED = 0.5
 # of the tokens with an advantage
 CLIP_LIMIT = 0.5
 

@@ -212,6 +212,8 @@ class Trainer:
             with clock.phase("reference"):
                 rewards = drawn.rewards.to(device)
                 minibatches = self.minibatches(drawn.rollout, rewards, drawn.order)
+                mismatch = sampler_mismatch([part for parts in minibatches for part in parts])
+                self.sampler.check(mismatch.get("sampler_mismatch"), config.sampling)
 
             # loss, backward, optimizer
             learning_rate = set_learning_rate(self.optimizer, config, self.steps_done)
@@ -223,7 +225,7 @@ class Trainer:
         metrics = {
             "step": self.steps_done,
             **rollout_metrics,
-            **sampler_mismatch([part for parts in minibatches for part in parts]),
+            **mismatch,
             **update_metrics(updates),
             "learning_rate": learning_rate,
             "skipped_updates": self.skipped_updates,

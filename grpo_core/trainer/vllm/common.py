@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from types import ModuleType
@@ -21,6 +23,8 @@ from grpo_core.trainer.weights import ModelWeights
 
 # the first version with packed weight transfer and weight versions
 OLDEST = "0.28"
+# tries to discard old keys and values, which blocks in transfer delay, and seconds between them
+RESETS, RESET_PAUSE = 20, 0.5
 
 
 class Completion(NamedTuple):
@@ -37,12 +41,13 @@ class Vllm:
 
     Args:
         model: the trainer's; gives padding and end tokens.
-        dtype: of the weights that are sent.
+        dtype: of the weights that are sent, that of vLLM's.
         keeps: completions come with the ids that the filters kept (`sampling_mask`). vLLM then
             refuses temperature 0 and completions without top_k.
     """
 
-    client: Any  # vLLM's `LLM`, or a `Server` with methods of the same names
+    client: Any  # vLLM's `LLM`, or `Servers` with methods of the same names
+    transfer: Any  # way of the weights: `Ipc`, `Nccl` or `Folder`
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype, keeps: bool = False) -> None:
         self.pad, self.ends = special_tokens(model)
@@ -57,9 +62,13 @@ class Vllm:
         """Samples one completion per prompt."""
         raise NotImplementedError
 
-    def send(self, weights: ModelWeights) -> None:
-        """Sends weights within an update."""
-        raise NotImplementedError
+    def pause(self) -> None:
+        """Makes vLLM ready for an update, with no completion under way."""
+        self.client.pause()
+
+    def resume(self) -> None:
+        """Ends what `pause` has started."""
+        self.client.resume()
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Rollout:
         """One completion per prompt, each with a seed from torch's generator."""
@@ -95,19 +104,42 @@ class Vllm:
         )
 
     def update_weights(self, weights: ModelWeights, version: int) -> None:
-        """Sends weights, and tells vLLM of the end in any case.
+        """Sends weights while vLLM pauses; its version is set last.
 
         After an error no version is set, so that completions are refused until an update succeeds.
         """
-        complete = False
-        self.client.start_weight_update()
         try:
-            self.send(weights.to(self.dtype))
-            complete = True
-        finally:
-            self.client.finish_weight_update(f"{self.session}/{version}" if complete else None)
-        # keys and values computed with the old weights
-        self.client.reset_prefix_cache()
+            self.pause()
+            self.client.start_weight_update()
+            self.transfer.send(self.client, weights.to(self.dtype))
+            self.reset_cache()
+            self.client.finish_weight_update(f"{self.session}/{version}")
+        except BaseException:
+            self.close_update()
+            raise
+        self.resume()
+
+    def close_update(self) -> None:
+        """Ends an update that has failed, or that a trainer has left open, and resumes.
+
+        An open one refuses another start and needs an end. One that vLLM has ended may leave layers
+        that take the next weights wrongly; an empty update restores them.
+        """
+        client = self.client
+        for call in (client.start_weight_update, client.finish_weight_update, self.resume):
+            # it would hide the first error; `LLM` raises no other kind
+            with suppress(Exception):
+                call()
+
+    def reset_cache(self) -> None:
+        """Discards keys and values of other weights; raises RuntimeError if vLLM keeps them."""
+        for _ in range(RESETS):
+            if self.client.reset_prefix_cache():
+                return
+            time.sleep(RESET_PAUSE)
+        raise RuntimeError(
+            "reset_prefix_cache: expected success, got none; does vLLM serve others meanwhile?"
+        )
 
 
 def vllm_module(name: str = "") -> ModuleType:

@@ -1,9 +1,10 @@
 """Rollouts by vLLM in another process on the trainer's GPU.
 
-vLLM reads the trainer's weights from a buffer of shared GPU memory (CUDA IPC), piece by piece.
+vLLM reads the trainer's weights from a buffer of shared GPU memory (CUDA IPC), piece by piece, or
+from files, on a CPU as well, see `files`.
 
-For vLLM 0.28 to 0.33: names were compared with the source of 0.28.0 and 0.33.0. Tested only with a
-stand-in for the package, see `tests/fake_vllm`.
+Names are those of vLLM 0.28.0, 0.30.0 and 0.32.0; 0.32.0 was run on a CPU. CUDA IPC was not run,
+only a stand-in for the package, see `tests/fake_vllm`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from grpo_core.trainer.distributed import world
 from grpo_core.trainer.rollout import Rollout, Sampling
 from grpo_core.trainer.vllm.common import Completion, Vllm, dtype_name, vllm_module
+from grpo_core.trainer.vllm.files import Folder
 from grpo_core.trainer.weights import ModelWeights
 
 # the shared buffer, unless a weight is larger; vLLM's default is 1 GiB
@@ -27,14 +29,15 @@ BUFFER_BYTES = 256 << 20
 
 
 class VllmEngine(Vllm):
-    """vLLM on the trainer's GPU, for one rank; see `engine.Engine`.
+    """vLLM on the trainer's device, for one rank; see `engine.Engine`.
 
     Args:
         path: folder or hub name of the checkpoint that vLLM loads first.
         model: the trainer's; gives padding and end tokens.
         memory: share of the GPU's memory for vLLM's weights and cache.
         longest: tokens of prompt and completion; None for the model's limit.
-        dtype: of vLLM's weights.
+        dtype: of vLLM's weights. Default: bfloat16 on a GPU, float32 on a CPU.
+        folder: folder for weights as files; None for CUDA IPC.
         sleep: between rollouts free the cache and move vLLM's weights to CPU memory.
         keeps: completions come with the ids that top-p, top-k and min-p kept.
 
@@ -51,7 +54,8 @@ class VllmEngine(Vllm):
         *,
         memory: float = 0.4,
         longest: int | None = None,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | None = None,
+        folder: str | None = None,
         sleep: bool = False,
         keeps: bool = False,
     ) -> None:
@@ -63,7 +67,9 @@ class VllmEngine(Vllm):
                 "VllmEngine"
             )
         vllm = vllm_module()
-        self.gpu = sending_gpu(model)
+        self.transfer = Ipc(model) if folder is None else Folder(folder)
+        on_cpu = model.device.type == "cpu"
+        dtype = dtype or (torch.float32 if on_cpu else torch.bfloat16)
         super().__init__(model, dtype, keeps)
         self.sleep = sleep
         self.parameters = vllm.SamplingParams
@@ -76,27 +82,25 @@ class VllmEngine(Vllm):
             # log-probabilities at the sampling temperature
             logprobs_mode="processed_logprobs",
             return_sampling_mask=keeps,
+            # compiling takes minutes on a CPU
+            enforce_eager=on_cpu,
             # no defaults from the checkpoint
             generation_config="vllm",
-            weight_transfer_config=vllm_module("config").WeightTransferConfig(backend="ipc"),
+            weight_transfer_config=vllm_module("config").WeightTransferConfig(
+                backend=self.transfer.backend
+            ),
         )
-        self.client.init_weight_transfer_engine({"init_info": {"packed": True}})
-        self._fall_asleep()
+        self.transfer.open(self.client)
+        self.resume()
 
     def sample(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]
     ) -> Rollout:
         """One completion per prompt and seed."""
-        self._wake()
+        self.pause()
         drawn = super().sample(prompts, sampling, seeds)
-        self._fall_asleep()
+        self.resume()
         return drawn
-
-    def update_weights(self, weights: ModelWeights, version: int) -> None:
-        """Sends weights through the shared buffer."""
-        self._wake()
-        super().update_weights(weights, version)
-        self._fall_asleep()
 
     def complete(
         self, prompts: Sequence[Sequence[int]], options: dict[str, Any], seeds: Sequence[int]
@@ -112,7 +116,32 @@ class VllmEngine(Vllm):
             completions.append(Completion(ids, logp, out.finish_reason, kept))
         return completions
 
-    def send(self, weights: ModelWeights) -> None:
+    def pause(self) -> None:
+        """Wakes vLLM, which is idle: completions come from this process."""
+        if self.sleep:
+            self.client.wake_up()
+
+    def resume(self) -> None:
+        """Lets vLLM sleep."""
+        if self.sleep:
+            # level 2 would discard the weights
+            self.client.sleep(level=1)
+
+
+class Ipc:
+    """Weights through a buffer of shared GPU memory; the client is vLLM's `LLM`."""
+
+    backend = "ipc"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.gpu = sending_gpu(model)
+
+    def open(self, client: Any) -> None:
+        """Tells vLLM that a buffer holds many weights."""
+        client.init_weight_transfer_engine({"init_info": {"packed": True}})
+
+    def send(self, client: Any, weights: ModelWeights) -> None:
+        """Sends weights through the buffer."""
         largest = max(spec.bytes for spec in weights.describe())
         pieces = vllm_module("distributed.weight_transfer.packed_tensor").packed_ipc_producer(
             iterator=weights,
@@ -128,16 +157,7 @@ class VllmEngine(Vllm):
                 "tensor_sizes": piece.tensor_sizes,
                 "ipc_handles_pickled": base64.b64encode(pickle.dumps(piece.ipc_handle)).decode(),
             }
-            self.client.update_weights({"update_info": update})
-
-    def _wake(self) -> None:
-        if self.sleep:
-            self.client.wake_up()
-
-    def _fall_asleep(self) -> None:
-        if self.sleep:
-            # level 2 would discard the weights
-            self.client.sleep(level=1)
+            client.update_weights({"update_info": update})
 
 
 def sending_gpu(model: PreTrainedModel) -> str:

@@ -1,14 +1,12 @@
-"""Rollouts by a vLLM server on other GPUs.
+"""Rollouts by vLLM servers on other devices.
 
     VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs \\
         --weight-transfer-config '{"backend": "nccl"}'
 
-Completions come over HTTP, one request each. Weights are sent to the workers by NCCL, packed, in a
-group whose rank 0 is the trainer's: the server gets the list of weights first, then receives while
-the trainer sends. Server and trainer cannot share a GPU, since NCCL allows one rank per GPU.
+Completions come over HTTP, one request each. During an update the servers pause. Weights come by
+NCCL, see `nccl`, or as files, see `files`, for servers with the backend `grpo_folder`.
 
-For vLLM 0.28 to 0.33: routes and names were compared with the source of 0.28.0 and 0.33.0. Tested
-only with a stand-in for both sides, see `tests/fake_vllm`.
+Routes and names are those of vLLM 0.28.0, 0.30.0 and 0.32.0; 0.32.0 was run on a CPU.
 """
 
 from __future__ import annotations
@@ -17,28 +15,29 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo_core.trainer.distributed import is_main
-from grpo_core.trainer.vllm.common import Completion, Vllm, dtype_name, vllm_module
-from grpo_core.trainer.weights import ModelWeights
+from grpo_core.trainer.vllm.common import Completion, Vllm
+from grpo_core.trainer.vllm.files import Folder
+from grpo_core.trainer.vllm.nccl import Nccl
 
-# concurrent requests; the server batches them
+# concurrent requests to a server, which batches them
 CONCURRENCY = 128
 # retries of a request whose connection broke; completions have seeds and come out equal
 RETRIES = 3
-# seconds for a request, and for ending an update that failed, while workers may wait for weights
+# seconds for a request, and for one that may follow an error, while workers may wait for weights
 TIMEOUT, ABORT_TIMEOUT = 1800.0, 30.0
 
 
 class Server:
-    """A vLLM server's HTTP routes, and the methods of vLLM's `LLM` that an update needs.
+    """A vLLM server's HTTP routes.
 
     Raises:
         ConnectionError: by all methods; no connection, or a status that is an error.
@@ -56,26 +55,6 @@ class Server:
     ) -> Any:
         """The answer to a POST, repeated `retries` times if the connection breaks."""
         return self._ask(route, json.dumps(body).encode(), timeout, retries)
-
-    def get_weight_version(self) -> str:
-        """The version that the last update has set."""
-        version: str = self.get("weight_info")["weight_version"]
-        return version
-
-    def start_weight_update(self) -> None:
-        """Called before the weights are sent."""
-        self.post("start_weight_update", {})
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Called after the weights are sent; without a version after an error."""
-        if weight_version is None:
-            self.post("finish_weight_update", {}, ABORT_TIMEOUT)
-        else:
-            self.post("finish_weight_update", {"weight_version": weight_version})
-
-    def reset_prefix_cache(self) -> None:
-        """Discards keys and values."""
-        self.post("reset_prefix_cache", {})
 
     def _ask(self, route: str, data: bytes | None, timeout: float, retries: int) -> Any:
         url, head = f"{self.url}/{route}", {"Content-Type": "application/json"}
@@ -97,19 +76,76 @@ class Server:
         return json.loads(text) if text else None
 
 
+class Servers:
+    """The methods of vLLM's `LLM` that an update needs, of several servers at once.
+
+    Raises:
+        ConnectionError: by all methods, after every server was asked; see `Server`.
+    """
+
+    def __init__(self, servers: Sequence[Server]) -> None:
+        self.servers = servers
+
+    def each(self, call: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
+        """What a function returns for each server, and its arguments, at the same time."""
+        with ThreadPoolExecutor(len(self.servers)) as threads:
+            return list(threads.map(call, self.servers, *arguments))
+
+    def post(self, route: str, body: dict[str, Any], timeout: float = TIMEOUT) -> list[Any]:
+        """The answers to a POST."""
+        return self.each(lambda server: server.post(route, body, timeout))
+
+    def pause(self) -> None:
+        """Waits for completions that are under way; new ones wait from now on."""
+        self.post("pause?mode=wait", {})
+
+    def resume(self) -> None:
+        """Completions go on."""
+        self.post("resume", {}, ABORT_TIMEOUT)
+
+    def init_weight_transfer_engine(self, request: dict[str, Any]) -> None:
+        """Called once."""
+        self.post("init_weight_transfer_engine", request)
+
+    def start_weight_update(self) -> None:
+        """Called before the weights are sent."""
+        self.post("start_weight_update", {}, ABORT_TIMEOUT)
+
+    def update_weights(self, request: dict[str, Any]) -> None:
+        """Has the servers load weights."""
+        self.post("update_weights", request)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Called after the weights are sent; without a version after an error."""
+        timeout = ABORT_TIMEOUT if weight_version is None else TIMEOUT
+        self.post("finish_weight_update", {"weight_version": weight_version}, timeout)
+
+    def get_weight_version(self) -> str:
+        """The version that the last update has set; "" if it is not the same everywhere."""
+        found = set(self.each(lambda server: server.get("weight_info")["weight_version"]))
+        return found.pop() if len(found) == 1 else ""
+
+    def reset_prefix_cache(self) -> bool:
+        """Discards keys and values; whether all have done so."""
+        return all(answer["success"] for answer in self.post("reset_prefix_cache", {}))
+
+
 class VllmServer(Vllm):
-    """A vLLM server that all ranks share; see `engine.Engine`.
+    """vLLM servers that all ranks share; see `engine.Engine`.
 
     Args:
-        url: such as http://localhost:8000.
+        url: such as http://localhost:8000, or several with commas between them. Each completes a
+            part of the prompts, one after the other.
         model: the trainer's; gives padding and end tokens.
-        dtype: of the weights that are sent, ideally that of the server.
+        longest: tokens of prompt and completion that are needed; None if that is not known.
+        folder: folder for weights as files, the same path on the servers; None for NCCL.
         keeps: completions come with the ids that top-p, top-k and min-p kept.
 
     Raises:
-        ModuleNotFoundError: vLLM, whose code sends weights, is not installed beside the trainer.
-        ConnectionError: the server cannot be reached.
-        ValueError: the server was started with other options than needed.
+        ModuleNotFoundError: vLLM, whose code sends weights by NCCL, is not installed beside the
+            trainer.
+        ConnectionError: a server cannot be reached.
+        ValueError: a server was started with other options than needed.
     """
 
     def __init__(
@@ -117,71 +153,76 @@ class VllmServer(Vllm):
         url: str,
         model: PreTrainedModel,
         *,
-        dtype: torch.dtype = torch.bfloat16,
+        longest: int | None = None,
+        folder: str | None = None,
         keeps: bool = False,
     ) -> None:
-        vllm_module()
-        self.client = server = Server(url)
-        check_server(server, keeps)
-        super().__init__(model, dtype, keeps)
-        self.name = server.get("v1/models")["data"][0]["id"]
-        self.group = open_group(server) if is_main() else None
+        self.transfer = Nccl() if folder is None else Folder(folder)
+        self.client = servers = Servers([Server(each.strip()) for each in url.split(",")])
+        backend = self.transfer.backend
+        found = {check_server(each, backend, longest, keeps) for each in servers.servers}
+        if len(found) > 1:
+            raise ValueError(f"rollout_url: expected servers of one dtype, got {sorted(found)}")
+        super().__init__(model, getattr(torch, found.pop()), keeps)
+        names = servers.each(lambda server: server.get("v1/models")["data"][0]["id"])
+        self.name: str = names[0]
+        if is_main():
+            # of a trainer that has died during an update
+            self.pause()
+            self.close_update()
+            self.transfer.open(servers)
 
     def complete(
         self, prompts: Sequence[Sequence[int]], options: dict[str, Any], seeds: Sequence[int]
     ) -> list[Completion]:
         """Samples one completion per prompt, by a request each."""
 
-        def ask(prompt: Sequence[int], seed: int) -> Completion:
+        def ask(server: Server, prompt: Sequence[int], seed: int) -> Completion:
             if self.keeps:
-                return ask_for_kept(prompt, seed)
+                return ask_for_kept(server, prompt, seed)
             body = {"model": self.name, "prompt": list(prompt), "seed": seed, **options}
             body["return_token_ids"] = True
-            answer = self.client.post("v1/completions", body, retries=RETRIES)
+            answer = server.post("v1/completions", body, retries=RETRIES)
             (choice,) = answer["choices"]
             logp = choice["logprobs"]["token_logprobs"]
             return Completion(choice["token_ids"], logp, choice["finish_reason"])
 
-        def ask_for_kept(prompt: Sequence[int], seed: int) -> Completion:
+        def ask_for_kept(server: Server, prompt: Sequence[int], seed: int) -> Completion:
             # the one route that returns sampling masks
             params = {**options, "seed": seed, "detokenize": False}
             body = {"model": self.name, "token_ids": list(prompt), "sampling_params": params}
-            answer = self.client.post("inference/v1/generate", body, retries=RETRIES)
+            answer = server.post("inference/v1/generate", body, retries=RETRIES)
             (choice,) = answer["choices"]
             logp = [each["logprob"] for each in choice["logprobs"]["content"]]
             ids, kept = choice["token_ids"], choice["sampling_mask"]
             return Completion(ids, logp, choice["finish_reason"], kept)
 
-        with ThreadPoolExecutor(CONCURRENCY) as threads:
-            return list(threads.map(ask, prompts, seeds))
+        def ask_for_all(server: Server, part: slice) -> list[Completion]:
+            with ThreadPoolExecutor(CONCURRENCY) as threads:
+                return list(threads.map(partial(ask, server), prompts[part], seeds[part]))
 
-    def send(self, weights: ModelWeights) -> None:
-        """Sends weights by NCCL from rank 0 while the server receives."""
-        specs = weights.describe()
-        update = {
-            "names": [spec.name for spec in specs],
-            "dtype_names": [dtype_name(spec.dtype) for spec in specs],
-            "shapes": [list(spec.shape) for spec in specs],
-        }
-        transfer = vllm_module("distributed.weight_transfer.packed_tensor")
-        both_sides(
-            lambda: self.client.post("update_weights", {"update_info": update}),
-            lambda received: transfer.packed_nccl_broadcast_producer(
-                iterator=while_receiving(weights, received),
-                group=self.group,
-                src=0,
-                post_iter_func=lambda pair: pair[1],
-            ),
-        )
+        count, total = len(self.client.servers), len(prompts)
+        parts = [slice(total * n // count, total * (n + 1) // count) for n in range(count)]
+        return [each for part in self.client.each(ask_for_all, parts) for each in part]
 
 
-def check_server(server: Server, keeps: bool = False) -> None:
-    """Raises ValueError unless the server has the options for weights and log-probabilities."""
+def check_server(server: Server, backend: str, longest: int | None, keeps: bool) -> str:
+    """Returns the name of the server's dtype.
+
+    Raises:
+        ValueError: it lacks an option for weights and log-probabilities, or is too short.
+    """
     config = server.get("server_info?config_format=json")["vllm_config"]
     transfer = (config.get("weight_transfer_config") or {}).get("backend")
-    if transfer != "nccl":
-        wanted = """--weight-transfer-config '{"backend": "nccl"}'"""
+    if transfer != backend:
+        wanted = f"--weight-transfer-config '{json.dumps({'backend': backend})}'"
         raise ValueError(f"rollout_url: expected a server with {wanted}, got {transfer!r}")
+    length = config["model_config"]["max_model_len"]
+    if longest is not None and longest > length:
+        raise ValueError(
+            f"max_new_tokens: expected at most {length} tokens with the longest prompt, the "
+            f"max_model_len of {server.url}, got {longest}"
+        )
     mode = config["model_config"]["logprobs_mode"]
     if mode != "processed_logprobs":
         raise ValueError(
@@ -197,40 +238,5 @@ def check_server(server: Server, keeps: bool = False) -> None:
         )
         got = "one without" if keeps else "one with it"
         raise ValueError(f"rollout_url: expected a server {expected}, got {got}")
-
-
-def open_group(server: Server) -> Any:
-    """Opens the NCCL group of the trainer, rank 0, and the server's workers."""
-    network = vllm_module("utils.network_utils")
-    address = {
-        "master_address": network.get_ip(),
-        "master_port": network.get_open_port(),
-        "world_size": server.get("get_world_size")["world_size"] + 1,
-    }
-    init = {**address, "rank_offset": 1, "packed": True}
-    join = vllm_module("distributed.weight_transfer.nccl_common").trainer_init
-    return both_sides(
-        lambda: server.post("init_weight_transfer_engine", {"init_info": init}),
-        lambda joined: join(address),
-    )
-
-
-def both_sides(request: Callable[[], Any], act: Callable[[Future[Any]], Any]) -> Any:
-    """The result of `act` in this thread, during a request to the server in another one."""
-    threads = ThreadPoolExecutor(1)
-    try:
-        answer = threads.submit(request)
-        result = act(answer)
-        answer.result()
-        return result
-    finally:
-        # after an error the server may not answer
-        threads.shutdown(wait=False)
-
-
-def while_receiving(weights: ModelWeights, received: Future[Any]) -> Iterator[tuple[str, Tensor]]:
-    """Yields the weights; raises the server's error if it has one, since sending would hang."""
-    for weight in weights:
-        if received.done():
-            received.result()
-        yield weight
+    dtype: str = config["model_config"]["dtype"]
+    return dtype.removeprefix("torch.")
