@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.loss.compile import register_record
+from grpo_core.loss.row_inputs import LOGIT_DTYPES
 from grpo_core.objective.validation import (
     check_concrete,
     check_floats,
@@ -22,8 +23,6 @@ from grpo_core.objective.validation import (
     is_int,
     is_number,
 )
-
-HEAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @register_record
@@ -175,9 +174,9 @@ def check_head(name: str, lm_head: Tensor | LinearHead, hidden: Tensor) -> Linea
         check_concrete(**{name: tensor})
         if (
             tensor is not None
-            and check_tensor(name, tensor, device=hidden.device).dtype not in HEAD_DTYPES
+            and check_tensor(name, tensor, device=hidden.device).dtype not in LOGIT_DTYPES
         ):
-            raise ValueError(f"{name}: expected one of {HEAD_DTYPES}, got {tensor.dtype}")
+            raise ValueError(f"{name}: expected one of {LOGIT_DTYPES}, got {tensor.dtype}")
     return head
 
 
@@ -191,8 +190,8 @@ def check_hidden(name: str, hidden: object, like: Tensor | None = None) -> Tenso
     if hidden.ndim not in (2, 3) or not hidden.shape[-1]:
         got = list(hidden.shape)
         raise ValueError(f"{name}: expected a tensor [B, T, D] or [N, D], got {got}")
-    if hidden.dtype not in HEAD_DTYPES:
-        raise ValueError(f"{name}: expected one of {HEAD_DTYPES}, got {hidden.dtype}")
+    if hidden.dtype not in LOGIT_DTYPES:
+        raise ValueError(f"{name}: expected one of {LOGIT_DTYPES}, got {hidden.dtype}")
     if like is not None and hidden.shape[:-1] != like.shape[:-1]:
         raise ValueError(
             f"{name}: expected shape {[*like.shape[:-1], 'D']}, got {list(hidden.shape)}"
@@ -202,8 +201,8 @@ def check_hidden(name: str, hidden: object, like: Tensor | None = None) -> Tenso
 
 def check_rows(
     hidden: Tensor, lm_head: Tensor | LinearHead, target: Tensor
-) -> tuple[LinearHead, Tensor, Tensor]:
-    """(head, target as int64, a tensor of the logits' shape that takes no memory), checked.
+) -> tuple[LinearHead, Tensor]:
+    """(head, a tensor of the logits' shape that takes no memory), checked.
 
     Raises:
         ValueError, NotImplementedError: naming the argument, what was expected and what came.
@@ -216,4 +215,4 @@ def check_rows(
             f"{list(target.shape)}; position t predicts token t + 1: give hidden[:, :-1], or pad "
             "the shifted target with -100"
         )
-    return head, target, hidden.detach().new_zeros(()).expand(*shape, head.V)
+    return head, hidden.detach().new_zeros(()).expand(*shape, head.V)

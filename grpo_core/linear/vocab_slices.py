@@ -24,7 +24,7 @@ from grpo_core.linear.chunks import LossRows, read_chunks
 from grpo_core.linear.matmuls import LEAST_ROWS, HeadProducts
 from grpo_core.linear.workspace import Workspace
 from grpo_core.loss.autograd import loss_of_statistics
-from grpo_core.loss.inputs import Tokens
+from grpo_core.loss.tokens import Tokens
 
 
 def loss_over_slices(work: Workspace, tokens: Tokens) -> LossRows:
@@ -43,10 +43,8 @@ def loss_over_slices(work: Workspace, tokens: Tokens) -> LossRows:
     stats, (target_logit, *of_reference) = read_chunks(work, extra_vectors=at_targets)
     result, complete = loss_of_statistics(stats, tokens, call.kernels)
     work.choose_loss_scale(complete.largest_weight)
-    row_gradients = work.scaled(
-        complete.row_gradients(result.dlogp, result.dropped, call.exact_beta)
-    )
-    vectors, kind = (target_logit, *of_reference), call.interpolation
+    row_gradients = work.scaled(complete.gradients(result))
+    vectors, kind = (target_logit, *of_reference), tokens.objective.interpolation
     softmax = SoftmaxRows(complete.target, T, row_gradients, stats, *vectors, interpolation=kind)
     add_gradients_of_slices(work, softmax)
     return LossRows.of(result, complete)

@@ -7,6 +7,7 @@ NotImplementedError for a tensor that no function here can read.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from numbers import Real
 from typing import TypeGuard
 
@@ -52,11 +53,28 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
         raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
 
 
+def check_number(expected: str, holds: Callable[[float], bool], **numbers: object) -> None:
+    """Refuses what is not a real number, or one for which `holds` is false."""
+    for name, number in numbers.items():
+        if not is_number(number) or not holds(number):
+            raise ValueError(f"{name}: expected {expected}, got {number!r}")
+
+
 def check_not_negative(**numbers: object) -> None:
     """Refuses anything but a finite number >= 0."""
-    for name, number in numbers.items():
-        if not is_number(number) or not 0 <= number < math.inf:
-            raise ValueError(f"{name}: expected a finite number >= 0, got {number!r}")
+    check_number("a finite number >= 0", lambda number: 0 <= number < math.inf, **numbers)
+
+
+def check_positive(**numbers: object) -> None:
+    """Refuses anything but a finite number > 0."""
+    check_number("a finite number > 0", lambda number: 0 < number < math.inf, **numbers)
+
+
+def check_bounds(low: object, high: object, least: float = -math.inf) -> None:
+    """Refuses anything but two numbers with `least` <= `low` <= `high`."""
+    if not (is_number(low) and is_number(high) and least <= low <= high):
+        expected = "low <= high" if least == -math.inf else f"{least} <= low <= high"
+        raise ValueError(f"low: expected {expected}, got {low!r} and {high!r}")
 
 
 def check_tensor(
