@@ -207,21 +207,11 @@ def test_the_operators_keep_their_promises() -> None:
         # a fake target has no values
         "validate": False,
     }
-    values = (
-        hidden.requires_grad_(),
-        head,
-        LossInputs(**given),
-        LinearOptions(),
-        None,
-        None,
-        False,
-    )
-    call = compile._flatten(loss_from_hidden, (True,) * 5, True, values)
+    leaves, values = (hidden.requires_grad_(), head), (LossInputs(**given), LinearOptions())
+    call = compile._flatten(loss_from_hidden, leaves, (*values, None, None, False), True)
     torch.library.opcheck(compile._run, call)
     head = replace(head, **{name: getattr(head, name).detach() for name in TENSORS})
     named = {"temperature": 0.9, "backend": CPU_BACKEND, "validate": False}
-    inputs = RowInputs(target=arguments["target"], **named)
-    call = compile._flatten(
-        logp_from_hidden, (False,), False, (hidden.detach(), head, inputs, LinearOptions())
-    )
+    values = (RowInputs(target=arguments["target"], **named), LinearOptions())
+    call = compile._flatten(logp_from_hidden, (), (hidden.detach(), head, *values))
     torch.library.opcheck(compile._run, call)

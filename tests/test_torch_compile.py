@@ -217,13 +217,13 @@ def test_the_operators_keep_their_promises(backend: str, device: str) -> None:
         # a fake target has no values
         given = empty | arguments | {"objective": spec, "backend": backend, "validate": False}
         logits, inputs = buffer.to(device, copy=True), LossInputs(**given)
-        call = compile._flatten(loss_from_logits, (True,), False, (logits, inputs))
-        torch.library.opcheck(compile._differentiate, (*call, torch.tensor(2.0, device=device)))
         leaf = logits.clone().requires_grad_()
-        call = compile._flatten(loss_from_logits, (True,), False, (leaf, inputs))
+        key, tensors, numbers = call = compile._flatten(loss_from_logits, (leaf,), (inputs,))
         torch.library.opcheck(compile._run, call)
+        call = key, [tensor.detach() for tensor in tensors], numbers
+        torch.library.opcheck(compile._differentiate, (*call, torch.tensor(2.0, device=device)))
     inputs = RowInputs(target=arguments["target"], temperature=0.9, backend=backend, validate=False)
-    call = compile._flatten(logp_from_logits, (False,), False, (buffer.to(device), inputs))
+    call = compile._flatten(logp_from_logits, (), (buffer.to(device), inputs))
     torch.library.opcheck(compile._run, call)
 
 

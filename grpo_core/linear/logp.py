@@ -112,18 +112,11 @@ def linear_logp(
     A log-probability that is not finite is returned as it is, without a gradient.
 
     Args:
-        hidden: [B, T, D], or packed [N, D]; float32, bfloat16 or float16, also as a view.
-        lm_head: [V, D], or a `LinearHead` with bias, soft cap, scale, padding or an adapter.
-        target: [B, T] or [N] integers, already shifted; -100 means masked.
-        temperature: T > 0, the logits are divided by it.
-        group, vocabulary_start, reduce_dhidden: as in `fused_linear_loss`.
-        mask: shaped like target, 0 means masked.
+        hidden, lm_head, target, temperature, group, vocabulary_start, reduce_dhidden, mask,
+        memory_budget, backend, validate: as in `fused_linear_loss`.
         kept: as in `fused_loss`; a target that was not kept has logp −inf.
         plan: of the backward: "fast" holds a float32 sum of a narrower head's gradient, "lean"
             does not. None means fast, unless it would not fit.
-        memory_budget: bytes to hold beyond inputs and returned gradients, as far as that is
-            possible. None means about 1 GiB of logits on a GPU, 64 MiB on a CPU.
-        backend, validate: as in `fused_loss`.
 
     Returns:
         `TokenLogp`: logp and entropy, nats, shaped like target, float32, 0 where masked.
@@ -271,13 +264,8 @@ def _add_gradients(
     work: Workspace, row_gradients: RowGradients, stats: RowStats, target_logit: Tensor | None
 ) -> None:
     """Adds the gradients of all rows to `work`, by its plan."""
-    call, size = work.call, row_gradients.dlogp.abs()
-    size = (
-        size
-        if row_gradients.dentropy is None
-        else torch.maximum(size, row_gradients.dentropy.abs())
-    )
-    work.choose_loss_scale(size)
+    call = work.call
+    work.choose_loss_scale(torch.stack([v.abs() for v in row_gradients if v is not None]).amax(0))
     row_gradients = work.scaled(row_gradients)
     if work.lean:
         assert target_logit is not None

@@ -214,21 +214,17 @@ def _output(
 ) -> LossOutput:
     """The output over all N rows, from the vectors of the computed rows; 0 elsewhere."""
     N = len(tokens.target)
-    logp, entropy, ratio, kl = tokens.advantage.new_zeros(4, N)
-    factor = torch.ones_like(logp)
-    dropped, valid = logp.new_zeros(2, N, dtype=torch.bool)
-    made = 0
+    vectors = tokens.advantage.new_zeros(4, N)
+    dropped, valid = vectors.new_zeros(2, N, dtype=torch.bool)
+    factor = torch.ones_like(vectors[0])
     for call, results in parts:
         place = slice(None) if call.rows is None else call.rows
-        all_rows = (logp, entropy, ratio, kl, dropped, factor, valid)
-        for vector, some in zip(all_rows, results[1:], strict=True):
+        for vector, some in zip((*vectors, dropped, factor, valid), results[1:], strict=True):
             if some is not None:
                 vector[place] = some
-        made += len(call.target)
-    logp, entropy, ratio, kl, factor = (v.view(shape) for v in (logp, entropy, ratio, kl, factor))
-    return LossOutput(
-        loss, logp, entropy, ratio, kl, factor, tokens, valid, dropped, _skipped=N - made
-    )
+    logp, entropy, ratio, kl, factor = (vector.view(shape) for vector in (*vectors, factor))
+    skipped = N - sum(len(call.target) for call, _ in parts)
+    return LossOutput(loss, logp, entropy, ratio, kl, factor, tokens, valid, dropped, skipped)
 
 
 def _check_reference(
@@ -238,11 +234,7 @@ def _check_reference(
     ref_hidden: Tensor | None,
     ref_lm_head: Tensor | LinearHead | None,
 ) -> tuple[Tensor, LinearHead] | None:
-    """Hidden states and head of the reference policy, detached; None if they are not given.
-
-    Raises:
-        ValueError: naming the argument, what was expected and what came.
-    """
+    """Hidden states and head of the reference policy, detached; None if they are not given."""
     spec = inputs.objective
     if ref_hidden is None:
         if ref_lm_head is not None:

@@ -38,8 +38,6 @@ _PENDING = threading.local()
 class Sealed:
     """Hides its content from wrappers: mixed precision rounds all floats in tuples and records."""
 
-    __slots__ = ("content",)
-
     def __init__(self, content: Any) -> None:
         self.content = content
 
@@ -69,35 +67,27 @@ class HeadOutput(NamedTuple):
     @property
     def ratio(self) -> Tensor:
         """π / π_old."""
-        return self._of_loss.ratio
+        return self.sealed.content.ratio
 
     @property
     def kl(self) -> Tensor:
         """The objective's estimate of KL(π ‖ π_ref), nats."""
-        return self._of_loss.kl
+        return self.sealed.content.kl
 
     @property
     def factor(self) -> Tensor:
         """The factor of the surrogate."""
-        return self._of_loss.factor
+        return self.sealed.content.factor
 
     @property
     def metrics(self) -> dict[str, Tensor]:
         """Figures of this call, see `metrics.METRICS`."""
-        return self._of_loss.metrics
+        return self.sealed.content.metrics
 
     @property
     def reference(self) -> dict[str, Any]:
         """Arguments of a `LossRequest`, the answer to a `ReferenceRequest`."""
         return dict(self.sealed.content)
-
-    @property
-    def _of_loss(self) -> LossOutput:
-        if not isinstance(self.sealed.content, LossOutput):
-            raise AttributeError(
-                "expected the answer to a LossRequest, got a LogpRequest's or a ReferenceRequest's"
-            )
-        return self.sealed.content
 
 
 class Request:
@@ -113,8 +103,6 @@ class Request:
     Raises:
         TypeError: an argument that the function does not have.
     """
-
-    __slots__ = ("arguments", "rows", "target")
 
     def __init__(self, target: Tensor, *, rows: Tensor | None = None, **arguments: Any) -> None:
         if not torch.compiler.is_compiling():
@@ -144,14 +132,12 @@ class Request:
 class LossRequest(Request):
     """Asks a model with a fused head for its loss; arguments of `fused_linear_loss`."""
 
-    __slots__ = ()
     _function = staticmethod(fused_linear_loss)
 
 
 class LogpRequest(Request):
     """Asks for log-probabilities and entropies alone; arguments of `linear_token_logp`."""
 
-    __slots__ = ()
     _function = staticmethod(linear_token_logp)
 
 
@@ -161,8 +147,6 @@ class ReferenceRequest(Request):
     `output.reference` is {"ref_hidden": hidden states, "ref_lm_head": head}; no logits are made.
     The head's tensors are the model's: those of a sharded one must stay gathered for the loss.
     """
-
-    __slots__ = ()
 
     def __init__(self, *, rows: Tensor | None = None) -> None:
         super().__init__(torch.empty(0), rows=rows)

@@ -133,13 +133,8 @@ class SoftmaxRows:
         *,
         interpolation: float = 1.0,
     ) -> None:
-        T = temperature
-        self.target, self.temperature, self.row_gradients, self.kl = (
-            target,
-            T,
-            row_gradients,
-            stats.kl,
-        )
+        T = self.temperature = temperature
+        self.target, self.row_gradients, self.kl = target, row_gradients, stats.kl
         self.zero = ~row_gradients.any
         # the log-sum-exp is the sum of two numbers, of which the first may be far larger
         anchor, others = natural_sums(stats.state, T)

@@ -59,11 +59,7 @@ class LinearCall:
         kept: Kept | None,
         **others: Any,
     ) -> LinearCall:
-        """The call over all rows of `hidden`; `others` are fields.
-
-        Raises:
-            ValueError, NotImplementedError: a dtype, plan or backend that cannot be used.
-        """
+        """The call over all rows of `hidden`; `others` are fields."""
         dtype, topk = options.logits_dtype, getattr(inputs, "ref_topk", None)
         if dtype is not None and dtype not in LOGIT_DTYPES:
             raise ValueError(f"logits_dtype: expected one of {LOGIT_DTYPES} or None, got {dtype!r}")

@@ -150,11 +150,7 @@ def make_readable(logits: Tensor) -> Tensor:
 
 
 def prepare_reference(ref_logits: Tensor | None, logits: Tensor, inplace: bool) -> Tensor | None:
-    """The reference's logits as a kernel can read them.
-
-    Raises:
-        ValueError: with `inplace` they share memory with the logits.
-    """
+    """The reference's logits as a kernel can read them; not in the memory that is overwritten."""
     if ref_logits is None:
         return None
     # empty tensors all begin at 0

@@ -92,7 +92,7 @@ for record in (RowInputs, LossInputs, Objective, Kept, *RULES):
 
 def logp_in_graph(function: Callable[..., Any], *arguments: Any) -> list[Tensor]:
     """The two results of a function that reads logp and entropy of its first argument's rows."""
-    return [tensor.detach() for tensor in _run(*_flatten(function, (False,), False, arguments))]
+    return [tensor.detach() for tensor in _run(*_flatten(function, (), arguments))]
 
 
 def loss_in_graph(
@@ -108,12 +108,7 @@ def loss_in_graph(
         function: of the leaves, `inputs` and `options`.
         gradients_in_forward: whether the forward computes the gradients, unless one is float16.
     """
-    tensors: list[Tensor] = []
-    for leaf in leaves:
-        _write(leaf, tensors, [])
-    wanted = tuple([torch.is_grad_enabled() and tensor.requires_grad for tensor in tensors])
-    in_forward = gradients_in_forward and all(x.dtype != torch.float16 for x in tensors)
-    loss, *results = _run(*_flatten(function, wanted, in_forward, (*leaves, inputs, *options)))
+    loss, *results = _run(*_flatten(function, leaves, (inputs, *options), gradients_in_forward))
     results = [tensor.detach() for tensor in results]
     logp, entropy, ratio, kl, factor, valid, dropped, skipped, *vectors = results
     # gradients follow the vectors
@@ -144,18 +139,23 @@ def _vectors_of(inputs: LossInputs) -> tuple[str, ...]:
 
 def _flatten(
     function: Callable[..., Any],
-    wanted: tuple[bool, ...],
-    gradients_in_forward: bool,
+    leaves: tuple[Any, ...],
     arguments: tuple[Any, ...],
+    gradients_in_forward: bool = False,
 ) -> tuple[str, list[Tensor], Tensor]:
     """(key, tensors, numbers) of a call; the key is the expression of a `_Call`.
 
     Args:
-        wanted: which of the first tensors need a gradient.
+        leaves: the first arguments, whose tensors may need a gradient.
+        arguments: the others.
     """
     tensors: list[Tensor] = []
     numbers: list[float] = []
-    written = [_write(value, tensors, numbers) for value in arguments]
+    written = [_write(leaf, tensors, numbers) for leaf in leaves]
+    wanted = tuple([torch.is_grad_enabled() and tensor.requires_grad for tensor in tensors])
+    if any([tensor.dtype == torch.float16 for tensor in tensors]):
+        gradients_in_forward = False
+    written += [_write(value, tensors, numbers) for value in arguments]
     device = tensors[0].device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     given = [value for value in arguments if isinstance(value, LossInputs)]

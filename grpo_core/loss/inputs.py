@@ -30,7 +30,7 @@ from grpo_core.objective.validation import (
     check_ids,
     check_integers,
     check_mask,
-    check_positive,
+    check_number,
     check_tensor,
     check_topk,
     is_int,
@@ -91,9 +91,6 @@ class LossInputs(RowInputs):
             logits: [B, T, V] or [N, V], of `logit_dtypes`; only its shape, dtype and device are
                 used.
             shards: of which the logits have one, and the targets all.
-
-        Raises:
-            ValueError, NotImplementedError: naming the argument, what was expected and what came.
         """
         # `read` checks the target, which may be made of another argument
         check_concrete(**{k: v for k, v in vars(self).items() if k != "target"})
@@ -296,7 +293,7 @@ class LossInputs(RowInputs):
             if not must_validate(self.validate, normalizer):
                 return normalizer.detach()
             normalizer = normalizer.item()
-        check_positive(normalizer=normalizer)
+        check_number("a finite number > 0", normalizer=normalizer)
         return normalizer
 
 

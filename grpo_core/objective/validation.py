@@ -18,6 +18,13 @@ from torch.autograd import forward_ad
 
 # above 0 by the rounding of a server, in nats
 LARGEST_LOGP = 1e-3
+RANGES: dict[str, Callable[[float], bool]] = {
+    "a finite number": math.isfinite,
+    "a finite number > 0": lambda number: 0 < number < math.inf,
+    "a finite number >= 0": lambda number: 0 <= number < math.inf,
+    "a number > 0": lambda number: number > 0,
+    "a number in [0, 1]": lambda number: 0 <= number <= 1,
+}
 
 
 def must_validate(validate: bool | None, tensor: Tensor) -> bool:
@@ -53,21 +60,11 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
         raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
 
 
-def check_number(expected: str, holds: Callable[[float], bool], **numbers: object) -> None:
-    """Refuses what is not a real number, or one for which `holds` is false."""
+def check_number(expected: str, **numbers: object) -> None:
+    """Refuses what is not a real number, or outside of the range, a key of `RANGES`."""
     for name, number in numbers.items():
-        if not is_number(number) or not holds(number):
+        if not is_number(number) or not RANGES[expected](number):
             raise ValueError(f"{name}: expected {expected}, got {number!r}")
-
-
-def check_not_negative(**numbers: object) -> None:
-    """Refuses anything but a finite number >= 0."""
-    check_number("a finite number >= 0", lambda number: 0 <= number < math.inf, **numbers)
-
-
-def check_positive(**numbers: object) -> None:
-    """Refuses anything but a finite number > 0."""
-    check_number("a finite number > 0", lambda number: 0 < number < math.inf, **numbers)
 
 
 def check_bounds(low: object, high: object, least: float = -math.inf) -> None:
