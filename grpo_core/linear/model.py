@@ -67,27 +67,35 @@ class HeadOutput(NamedTuple):
     @property
     def ratio(self) -> Tensor:
         """π / π_old."""
-        return self.sealed.content.ratio
+        return self._of_loss.ratio
 
     @property
     def kl(self) -> Tensor:
         """The objective's estimate of KL(π ‖ π_ref), nats."""
-        return self.sealed.content.kl
+        return self._of_loss.kl
 
     @property
     def factor(self) -> Tensor:
         """The factor of the surrogate."""
-        return self.sealed.content.factor
+        return self._of_loss.factor
 
     @property
     def metrics(self) -> dict[str, Tensor]:
         """Figures of this call, see `metrics.METRICS`."""
-        return self.sealed.content.metrics
+        return self._of_loss.metrics
 
     @property
     def reference(self) -> dict[str, Any]:
         """Arguments of a `LossRequest`, the answer to a `ReferenceRequest`."""
         return dict(self.sealed.content)
+
+    @property
+    def _of_loss(self) -> LossOutput:
+        if not isinstance(self.sealed.content, LossOutput):
+            raise AttributeError(
+                "expected the answer to a LossRequest, got a LogpRequest's or a ReferenceRequest's"
+            )
+        return self.sealed.content
 
 
 class Request:

@@ -11,12 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_core.backends.sharded import (
-    Shards,
-    announce_failure,
-    check_unsharded,
-    whole_logits,
-)
+from grpo_core.backends.sharded import Shards, announce_failure, check_unsharded, whole_logits
 from grpo_core.backends.topk import TopK
 from grpo_core.backends.wrapper import Kernels
 from grpo_core.loss.row_inputs import LOGIT_DTYPES, RowInputs

@@ -33,12 +33,7 @@ from grpo_core.kernels import surrogates
 from grpo_core.objective.advantage import Estimator
 from grpo_core.objective.aggregation import Aggregation
 from grpo_core.objective.policy_factor import PolicyFactor
-from grpo_core.objective.validation import (
-    check_choice,
-    check_number,
-    check_type,
-    is_number,
-)
+from grpo_core.objective.validation import check_choice, check_number, check_type, is_number
 
 # the functions of surrogates by the names that compiled graphs call them by
 _FUNCTIONS: weakref.WeakValueDictionary[str, Callable] = weakref.WeakValueDictionary()

@@ -30,12 +30,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.objective.off_policy import Rejection, SamplerCorrection
-from grpo_core.objective.validation import (
-    check_bounds,
-    check_number,
-    check_type,
-    is_number,
-)
+from grpo_core.objective.validation import check_bounds, check_number, check_type, is_number
 from grpo_core.objective.value import backward_scan
 
 # e²⁰ is far above any useful ratio, and far below overflow

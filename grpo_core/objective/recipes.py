@@ -9,16 +9,12 @@ its oracle in tests/oracles.py. No other library code contains the name of a met
 from __future__ import annotations
 
 import math
-from functools import partial
 
 from grpo_core.kernels import surrogates
 from grpo_core.objective.advantage import Estimator
 from grpo_core.objective.objective import Objective, Surrogate
 from grpo_core.objective.policy_factor import FutureKL, PolicyFactor, SequenceWeight
-from grpo_core.objective.validation import (
-    check_number,
-    is_number,
-)
+from grpo_core.objective.validation import check_number, is_number
 
 
 def clip(eps_low: float, eps_high: float | None = None, delta: float = math.inf) -> Surrogate:
@@ -34,14 +30,14 @@ def clip(eps_low: float, eps_high: float | None = None, delta: float = math.inf)
     return Surrogate(surrogates.clip, (eps_low, eps_high, delta), homogeneous=True)
 
 
-# the ratio without a bound; with `Objective.token_clip`, that of GMPO
-importance = partial(Surrogate, surrogates.importance, homogeneous=True)
-# −A·logp
-reinforce = partial(Surrogate, surrogates.reinforce, homogeneous=True)
-# REINFORCE for positive advantages, a truncated ratio for the others
-topr = partial(Surrogate, surrogates.topr, homogeneous=True)
-# no policy term: the KL alone, as in distillation; no advantages are needed
-zero = partial(Surrogate, surrogates.zero, homogeneous=True)
+def importance() -> Surrogate:
+    """The ratio without a bound; with `Objective.token_clip`, that of GMPO."""
+    return Surrogate(surrogates.importance, homogeneous=True)
+
+
+def reinforce() -> Surrogate:
+    """−A·logp."""
+    return Surrogate(surrogates.reinforce, homogeneous=True)
 
 
 def cispo(high: float, low: float = 0.0) -> Surrogate:
@@ -80,6 +76,16 @@ def dppo_kl(delta_low: float, delta_high: float, cap: float = 20.0) -> Surrogate
     """Trust region on the KL of two Bernoulli variables: this token, or any other."""
     check_number("a finite number >= 0", delta_low=delta_low, delta_high=delta_high, cap=cap)
     return Surrogate(surrogates.dppo_kl, (delta_low, delta_high, cap), homogeneous=True)
+
+
+def topr() -> Surrogate:
+    """REINFORCE for positive advantages, a truncated ratio for the others."""
+    return Surrogate(surrogates.topr, homogeneous=True)
+
+
+def zero() -> Surrogate:
+    """No policy term: the KL alone, as in distillation; no advantages are needed."""
+    return Surrogate(surrogates.zero, homogeneous=True)
 
 
 MEAN_ONLY = Estimator(scale=None)
