@@ -394,6 +394,21 @@ def test_constants_get_no_gradient() -> None:
     assert logits.grad.abs().sum() > 0
 
 
+def test_unchecked_rows_of_a_sequence_without_a_reward_are_left_out() -> None:
+    """Ids 2 and 3 of four sequences, for two rewards."""
+    given = good(**PACKED, advantage=None, rewards=torch.tensor([0.0, 1.0]), group_size=2)
+    out = fused_loss(**given, validate=False)
+    assert int(out.metrics["tokens"]) == 6
+    assert not out._valid[6:].any()
+
+
+@pytest.mark.parametrize("record", [SamplerCorrection, FutureKL])
+def test_the_bounds_of_a_ratio_are_not_negative(record: Any) -> None:
+    with pytest.raises(ValueError, match="low: expected 0 <= low <= high, got -0"):
+        record(low=-0.5, high=1.5)
+    assert Rejection(low=-0.5, high=1.5).low == -0.5
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
     logits = torch.randn(B, T, V, requires_grad=True)
