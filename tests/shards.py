@@ -307,6 +307,9 @@ def refused(group: Any) -> dict[str, str]:
     attempt("its objective", fused_loss, logits, target, **policy)
     attempt("its plan", linear_logp, hidden, weight, target, plan="lean" if rank else None)
     attempt("its kept", token_logp, logits, target, kept=torch.ones(B) if rank else None)
+    named = "dapo" if rank == 0 else "dapoo"
+    attempt("its recipe", fused_loss, logits, target, objective=named, advantage=A)
+    attempt("its other recipe", fused_linear_loss, hidden, weight, target, objective=named)
     attempt("its backend", token_logp, logits, target, backend="none" if rank else None)
     return found
 

@@ -151,10 +151,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"normalizer": torch.tensor(1j)},
         "normalizer: expected real numbers or bool, got torch.complex64",
     ),
-    ({"normalizer": True}, "normalizer: expected a number or a 0-dim tensor, got True"),
+    ({"normalizer": True}, "normalizer: expected a finite number > 0, got True"),
     ({"group_size": 2}, "group_size: expected None without rewards, got 2"),
     ({"objective": ["dapo"]}, "objective: expected an Objective or one of"),
-    ({"normalizer": "8"}, "normalizer: expected a number or a 0-dim tensor, got '8'"),
+    ({"normalizer": "8"}, "normalizer: expected a finite number > 0, got '8'"),
     ({"sequence_id": (B,)}, "sequence_id: expected None for logits [B, T, V], got a tensor"),
     (PACKED | {"sequence_id": None}, "sequence_id: expected [N] for packed logits [N, V]"),
     (PACKED | {"sequence_id": (12,)}, "sequence_id: expected an integer tensor, got torch.float32"),
@@ -392,6 +392,21 @@ def test_constants_get_no_gradient() -> None:
     fused_loss(**good(logits=logits, advantage=advantage, objective=objective)).loss.backward()
     assert advantage.grad is None
     assert logits.grad.abs().sum() > 0
+
+
+def test_unchecked_rows_of_a_sequence_without_a_reward_are_left_out() -> None:
+    """Ids 2 and 3 of four sequences, for two rewards."""
+    given = good(**PACKED, advantage=None, rewards=torch.tensor([0.0, 1.0]), group_size=2)
+    out = fused_loss(**given, validate=False)
+    assert int(out.metrics["tokens"]) == 6
+    assert not out._valid[6:].any()
+
+
+@pytest.mark.parametrize("record", [SamplerCorrection, FutureKL])
+def test_the_bounds_of_a_ratio_are_not_negative(record: Any) -> None:
+    with pytest.raises(ValueError, match="low: expected 0 <= low <= high, got -0"):
+        record(low=-0.5, high=1.5)
+    assert Rejection(low=-0.5, high=1.5).low == -0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

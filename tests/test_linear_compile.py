@@ -14,8 +14,10 @@ from torch._dynamo.utils import counters
 from grpo_core import LinearHead, LossOutput, fused_linear_loss, linear_token_logp
 from grpo_core.linear.logp import logp_from_hidden
 from grpo_core.linear.loss import loss_from_hidden
+from grpo_core.linear.workspace import LinearOptions
 from grpo_core.loss import compile
 from grpo_core.loss.inputs import LossInputs
+from grpo_core.loss.row_inputs import RowInputs
 from tests.combinations import slow
 from tests.conftest import CPU_BACKEND
 from tests.test_fused_loss import OBJECTIVES
@@ -205,13 +207,11 @@ def test_the_operators_keep_their_promises() -> None:
         # a fake target has no values
         "validate": False,
     }
-    names = ("ref_hidden", "ref_lm_head", "plan", "memory_budget", "logits_dtype", "all_logp")
-    values = (hidden.requires_grad_(), head, LossInputs(**given))
-    call = compile._flatten(loss_from_hidden, [True] * 5, True, values, dict.fromkeys(names))
+    leaves, values = (hidden.requires_grad_(), head), (LossInputs(**given), LinearOptions())
+    call = compile._flatten(loss_from_hidden, leaves, (*values, None, None, False), True)
     torch.library.opcheck(compile._run, call)
     head = replace(head, **{name: getattr(head, name).detach() for name in TENSORS})
-    names = ("mask", "plan", "memory_budget", "logits_dtype")
-    options = dict.fromkeys(names) | {"temperature": 0.9, "backend": CPU_BACKEND, "validate": False}
-    values = (hidden.detach(), head, arguments["target"])
-    call = compile._flatten(logp_from_hidden, [False], False, values, options)
+    named = {"temperature": 0.9, "backend": CPU_BACKEND, "validate": False}
+    values = (RowInputs(target=arguments["target"], **named), LinearOptions())
+    call = compile._flatten(logp_from_hidden, (), (hidden.detach(), head, *values))
     torch.library.opcheck(compile._run, call)

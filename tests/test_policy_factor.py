@@ -154,7 +154,7 @@ def test_a_share_of_zero_is_the_highest_alone() -> None:
             lambda: PolicyFactor(SamplerCorrection("sequence"), sequence_weight=SequenceWeight()),
             "sampler: expected level 'token' beside a sequence_weight",
         ),
-        (lambda: PolicyFactor(top_entropy=-0.1), r"top_entropy: expected a share in \[0, 1\]"),
+        (lambda: PolicyFactor(top_entropy=-0.1), r"top_entropy: expected a number in \[0, 1\]"),
     ],
 )
 def test_nonsense_is_refused(make, message: str) -> None:

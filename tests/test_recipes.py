@@ -411,7 +411,7 @@ def test_objectives_are_values() -> None:
         with pytest.raises(ValueError, match=message):
             dapo.replace(**changes)
     for changes, message in (
-        ({"top_entropy": 1.5}, r"top_entropy: expected a share in \[0, 1\], got 1.5"),
+        ({"top_entropy": 1.5}, r"top_entropy: expected a number in \[0, 1\], got 1.5"),
         ({"off_policy_delta": math.nan}, "off_policy_delta: expected a number, got nan"),
         ({"sampler": "TIS"}, "sampler: expected an instance of SamplerCorrection, got 'TIS'"),
     ):

@@ -277,6 +277,8 @@ def test_what_one_rank_finds_wrong(ranks: list[dict[str, Any]]) -> None:
         "its start": "ValueError: vocabulary_start: expected an int",
         "its strides": "ValueError: inplace: expected logits with a contiguous last axis",
         "its reference": "ValueError: ref_logits: expected shape [4, 10, 7]",
+        "its recipe": "ValueError: objective: expected an Objective or one of",
+        "its other recipe": "ValueError: objective: expected an Objective or one of",
     }.items():
         assert second[name].startswith(expected), (name, second[name])
         assert first[name].endswith("expected valid arguments on all ranks, got errors on [1]")

@@ -18,6 +18,7 @@ from grpo_core import RECIPES, LossOutput, clip, fused_loss, token_logp
 from grpo_core.loss import compile
 from grpo_core.loss.fused_loss import logp_from_logits, loss_from_logits
 from grpo_core.loss.inputs import LossInputs
+from grpo_core.loss.row_inputs import RowInputs
 from grpo_core.objective.objective import Objective, Surrogate, function_of
 from tests.combinations import slow
 from tests.conftest import BACKENDS, CPU_BACKEND, HAS_GPU, is_interpreted
@@ -216,15 +217,14 @@ def test_the_operators_keep_their_promises(backend: str, device: str) -> None:
         # a fake target has no values
         given = empty | arguments | {"objective": spec, "backend": backend, "validate": False}
         logits, inputs = buffer.to(device, copy=True), LossInputs(**given)
-        call = compile._flatten(loss_from_logits, [True], False, (logits, inputs), {})
-        torch.library.opcheck(compile._differentiate, (*call, torch.tensor(2.0, device=device)))
         leaf = logits.clone().requires_grad_()
-        call = compile._flatten(loss_from_logits, [True], False, (leaf, inputs), {})
+        key, tensors, numbers = call = compile._flatten(loss_from_logits, (leaf,), (inputs,))
         torch.library.opcheck(compile._run, call)
-    given = (buffer.to(device), arguments["target"], 0.9, None, backend, False)
-    torch.library.opcheck(
-        compile._run, compile._flatten(logp_from_logits, [False], False, given, {})
-    )
+        call = key, [tensor.detach() for tensor in tensors], numbers
+        torch.library.opcheck(compile._differentiate, (*call, torch.tensor(2.0, device=device)))
+    inputs = RowInputs(target=arguments["target"], temperature=0.9, backend=backend, validate=False)
+    call = compile._flatten(logp_from_logits, (), (buffer.to(device), inputs))
+    torch.library.opcheck(compile._run, call)
 
 
 @quick_on_cpu

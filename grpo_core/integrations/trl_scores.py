@@ -13,7 +13,8 @@ from torch import Tensor
 from grpo_core.backends import Backend
 from grpo_core.linear.head import LinearHead
 from grpo_core.linear.logp import logp_from_hidden
-from grpo_core.objective.validation import check_concrete
+from grpo_core.linear.workspace import LinearOptions
+from grpo_core.loss.row_inputs import RowInputs
 
 FURTHER = ("log_sum_sq_probs", "mean_logits", "is_top1")
 # for the temporaries of the further outputs, so that they stay in cache
@@ -52,18 +53,11 @@ def linear_scores(
         further: names in `FURTHER`.
         gathered: a context that the backward enters to use the head, for sharded weights.
     """
-    check_concrete(hidden=hidden, lm_head=lm_head, target=target)
     logp, entropy, *others = logp_from_hidden(
         hidden,
         lm_head,
-        target,
-        temperature=temperature,
-        mask=None,
-        plan="fast",
-        memory_budget=memory_budget,
-        logits_dtype=None,
-        backend=backend,
-        validate=None,
+        RowInputs(target=target, temperature=temperature, backend=backend),
+        LinearOptions("fast", memory_budget),
         gradients_in_forward=True,
         extra_vectors=partial(_further, further, temperature),
         gathered=gathered,

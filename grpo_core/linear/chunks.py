@@ -21,7 +21,7 @@ from torch import Tensor
 from grpo_core.kernels.records import RowGradients, RowLoss, RowStats
 from grpo_core.linear.workspace import Workspace
 from grpo_core.loss.autograd import loss_of_statistics
-from grpo_core.loss.inputs import Tokens
+from grpo_core.loss.tokens import Tokens
 
 
 class LossRows(NamedTuple):
@@ -51,7 +51,7 @@ def loss_over_chunks(work: Workspace, tokens: Tokens) -> LossRows:
     depends on other rows (sequence-level ratios, top entropy), these rows are a segment: one chunk
     of whole sequences, or several chunks, whose logits are then computed twice.
     """
-    T, beta = work.call.temperature, work.call.exact_beta
+    T = work.call.temperature
     results = []
     scale = work.choose_loss_scale(tokens.largest_weight)
     scaled = tokens if scale is None else tokens.scale_weights(scale)
@@ -64,7 +64,7 @@ def loss_over_chunks(work: Workspace, tokens: Tokens) -> LossRows:
             logits, ref_logits = work.make_logits(place)
             some, dlogits = scaled.select(place), work.dlogits_of(place)
             result = kernels.row_loss(logits, some, T, some.terms, dlogits, ref_logits)
-            work.add_gradients(place, some.row_gradients(result.dlogp, result.dropped, beta))
+            work.add_gradients(place, some.gradients(result))
             loss = result.loss if scale is None else result.loss / scale
             results.append(LossRows.of(result._replace(loss=loss), some))
             continue
@@ -73,7 +73,7 @@ def loss_over_chunks(work: Workspace, tokens: Tokens) -> LossRows:
         results.append(LossRows.of(result, complete))
         if not work.differentiates:
             continue
-        row_gradients = work.scaled(complete.row_gradients(result.dlogp, result.dropped, beta))
+        row_gradients = work.scaled(complete.gradients(result))
         for chunk in segment:
             if len(segment) > 1:
                 # the buffer holds the logits of the last chunk

@@ -6,7 +6,6 @@ cap(x) = softcap · tanh(x / softcap)
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
@@ -14,16 +13,15 @@ import torch
 from torch import Tensor
 
 from grpo_core.loss.compile import register_record
+from grpo_core.loss.row_inputs import LOGIT_DTYPES
 from grpo_core.objective.validation import (
     check_concrete,
     check_floats,
     check_integers,
+    check_number,
     check_tensor,
     is_int,
-    is_number,
 )
-
-HEAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @register_record
@@ -55,8 +53,8 @@ class LinearHead:
     lora_scaling: float = 1.0
 
     def __post_init__(self) -> None:
-        weight, lora_A = check_floats("weight", self.weight), self.lora_A
-        if weight.ndim != 2 or not weight.numel():
+        weight, lora_A = self.weight, self.lora_A
+        if check_floats("weight", weight).ndim != 2 or not weight.numel():
             raise ValueError(f"weight: expected a matrix [V, D], got {list(weight.shape)}")
         rows, D = weight.shape
         if (lora_A is None) != (self.lora_B is None):
@@ -65,14 +63,10 @@ class LinearHead:
         for name, shape in (("bias", (rows,)), ("lora_A", (r, D)), ("lora_B", (rows, r))):
             if getattr(self, name) is not None:
                 check_floats(name, getattr(self, name), shape, device=weight.device)
-        for name in ("softcap", "scale", "lora_scaling"):
-            value = getattr(self, name)
-            if name == "softcap" and value is None:
-                continue
-            if not is_number(value) or not math.isfinite(value):
-                raise ValueError(f"{name}: expected a finite number, got {value!r}")
-        if self.softcap is not None and self.softcap <= 0:
-            raise ValueError(f"softcap: expected a finite number > 0, got {self.softcap!r}")
+        scales = {"scale": self.scale, "lora_scaling": self.lora_scaling}
+        check_number("a finite number", **scales)
+        if self.softcap is not None:
+            check_number("a finite number > 0", softcap=self.softcap)
         if self.vocabulary is not None and not (
             is_int(self.vocabulary) and 1 <= self.vocabulary <= rows
         ):
@@ -156,11 +150,7 @@ def local_shard(
 
 
 def check_head(name: str, lm_head: Tensor | LinearHead, hidden: Tensor) -> LinearHead:
-    """The head as a record, checked against the hidden states.
-
-    Raises:
-        ValueError: naming the argument, what was expected and what came.
-    """
+    """The head as a record, checked against the hidden states."""
     if not isinstance(lm_head, LinearHead):
         if check_floats(name, lm_head).ndim != 2 or not lm_head.numel():
             raise ValueError(f"{name}: expected a matrix [V, D], got {list(lm_head.shape)}")
@@ -173,26 +163,21 @@ def check_head(name: str, lm_head: Tensor | LinearHead, hidden: Tensor) -> Linea
         )
     for tensor in head.tensors:
         check_concrete(**{name: tensor})
-        if (
-            tensor is not None
-            and check_tensor(name, tensor, device=hidden.device).dtype not in HEAD_DTYPES
-        ):
-            raise ValueError(f"{name}: expected one of {HEAD_DTYPES}, got {tensor.dtype}")
+        if tensor is None:
+            continue
+        if check_tensor(name, tensor, device=hidden.device).dtype not in LOGIT_DTYPES:
+            raise ValueError(f"{name}: expected one of {LOGIT_DTYPES}, got {tensor.dtype}")
     return head
 
 
 def check_hidden(name: str, hidden: object, like: Tensor | None = None) -> Tensor:
-    """The hidden states, checked to be a batch or packed rows, shaped as `like`.
-
-    Raises:
-        ValueError: naming the argument, what was expected and what came.
-    """
+    """The hidden states, checked to be a batch or packed rows, shaped as `like`."""
     hidden = check_tensor(name, hidden, device=None if like is None else like.device)
     if hidden.ndim not in (2, 3) or not hidden.shape[-1]:
         got = list(hidden.shape)
         raise ValueError(f"{name}: expected a tensor [B, T, D] or [N, D], got {got}")
-    if hidden.dtype not in HEAD_DTYPES:
-        raise ValueError(f"{name}: expected one of {HEAD_DTYPES}, got {hidden.dtype}")
+    if hidden.dtype not in LOGIT_DTYPES:
+        raise ValueError(f"{name}: expected one of {LOGIT_DTYPES}, got {hidden.dtype}")
     if like is not None and hidden.shape[:-1] != like.shape[:-1]:
         raise ValueError(
             f"{name}: expected shape {[*like.shape[:-1], 'D']}, got {list(hidden.shape)}"
@@ -202,12 +187,8 @@ def check_hidden(name: str, hidden: object, like: Tensor | None = None) -> Tenso
 
 def check_rows(
     hidden: Tensor, lm_head: Tensor | LinearHead, target: Tensor
-) -> tuple[LinearHead, Tensor, Tensor]:
-    """(head, target as int64, a tensor of the logits' shape that takes no memory), checked.
-
-    Raises:
-        ValueError, NotImplementedError: naming the argument, what was expected and what came.
-    """
+) -> tuple[LinearHead, Tensor]:
+    """(head, a tensor of the logits' shape that takes no memory), checked."""
     head = check_head("lm_head", lm_head, check_hidden("hidden", hidden))
     shape, target = hidden.shape[:-1], check_integers("target", target)
     if target.shape != shape:
@@ -216,4 +197,4 @@ def check_rows(
             f"{list(target.shape)}; position t predicts token t + 1: give hidden[:, :-1], or pad "
             "the shifted target with -100"
         )
-    return head, target, hidden.detach().new_zeros(()).expand(*shape, head.V)
+    return head, hidden.detach().new_zeros(()).expand(*shape, head.V)

@@ -29,23 +29,16 @@ from torch import Tensor
 
 from grpo_core.backends import Backend
 from grpo_core.backends.kept import Kept
-from grpo_core.backends.sharded import (
-    announce_failure,
-    check_unsharded,
-    find_shards,
-    sum_over_shards,
-    whole_logits,
-)
+from grpo_core.backends.sharded import announce_failure, sum_over_shards
 from grpo_core.kernels.records import RowGradients, RowStats
 from grpo_core.linear.chunks import only_finite, read_chunks, scale_rows
-from grpo_core.linear.head import HEAD_DTYPES, LinearHead, check_rows, local_shard
+from grpo_core.linear.head import LinearHead, check_rows, local_shard
 from grpo_core.linear.matmuls import Plan
 from grpo_core.linear.vocab_slices import SoftmaxRows, add_gradients_of_slices, gather_target_logits
-from grpo_core.linear.workspace import LinearCall, Workspace, scatter_rows
+from grpo_core.linear.workspace import LinearCall, LinearOptions, Workspace, scatter_rows
 from grpo_core.loss.compile import logp_in_graph, register_function
-from grpo_core.loss.inputs import check_logits, check_target, find_unmasked, flatten_target
-from grpo_core.loss.kept import check_kept
 from grpo_core.loss.outputs import TokenLogp
+from grpo_core.loss.row_inputs import RowInputs
 from grpo_core.objective.validation import check_concrete
 
 
@@ -77,22 +70,21 @@ def linear_token_logp(
     Raises:
         ValueError, NotImplementedError: as `fused_linear_loss`.
     """
-    arguments: dict[str, Any] = {
-        "temperature": temperature,
-        "group": group,
-        "vocabulary_start": vocabulary_start,
-        "plan": "fast",
-        "mask": mask,
-        "kept": kept,
-        "memory_budget": memory_budget,
-        "logits_dtype": logits_dtype,
-        "backend": backend,
-        "validate": validate,
-    }
+    inputs = RowInputs(
+        target=target,
+        temperature=temperature,
+        group=group,
+        vocabulary_start=vocabulary_start,
+        mask=mask,
+        kept=kept,
+        backend=backend,
+        validate=validate,
+    )
+    options = LinearOptions("fast", memory_budget, logits_dtype)
     if torch.compiler.is_compiling():
-        return TokenLogp(*logp_in_graph(logp_from_hidden, hidden, lm_head, target, **arguments))
-    check_concrete(hidden=hidden, lm_head=lm_head, target=target, **arguments)
-    return TokenLogp(*logp_from_hidden(hidden, lm_head, target, **arguments))
+        return TokenLogp(*logp_in_graph(logp_from_hidden, hidden, lm_head, inputs, options))
+    logp, entropy = logp_from_hidden(hidden, lm_head, inputs, options)
+    return TokenLogp(logp, entropy)
 
 
 def linear_logp(
@@ -120,18 +112,11 @@ def linear_logp(
     A log-probability that is not finite is returned as it is, without a gradient.
 
     Args:
-        hidden: [B, T, D], or packed [N, D]; float32, bfloat16 or float16, also as a view.
-        lm_head: [V, D], or a `LinearHead` with bias, soft cap, scale, padding or an adapter.
-        target: [B, T] or [N] integers, already shifted; -100 means masked.
-        temperature: T > 0, the logits are divided by it.
-        group, vocabulary_start, reduce_dhidden: as in `fused_linear_loss`.
-        mask: shaped like target, 0 means masked.
+        hidden, lm_head, target, temperature, group, vocabulary_start, reduce_dhidden, mask,
+        memory_budget, backend, validate: as in `fused_linear_loss`.
         kept: as in `fused_loss`; a target that was not kept has logp −inf.
         plan: of the backward: "fast" holds a float32 sum of a narrower head's gradient, "lean"
             does not. None means fast, unless it would not fit.
-        memory_budget: bytes to hold beyond inputs and returned gradients, as far as that is
-            possible. None means about 1 GiB of logits on a GPU, 64 MiB on a CPU.
-        backend, validate: as in `fused_loss`.
 
     Returns:
         `TokenLogp`: logp and entropy, nats, shaped like target, float32, 0 where masked.
@@ -140,24 +125,19 @@ def linear_logp(
         ValueError: naming the argument, what was expected and what came.
         NotImplementedError: a backend asked for by name that cannot run here.
     """
-    check_concrete(hidden=hidden, lm_head=lm_head, target=target, mask=mask)
-    logp, entropy = logp_from_hidden(
-        hidden,
-        lm_head,
-        target,
+    inputs = RowInputs(
+        target=target,
         temperature=temperature,
         group=group,
         vocabulary_start=vocabulary_start,
-        reduce_dhidden=reduce_dhidden,
         mask=mask,
         kept=kept,
-        plan=plan,
-        memory_budget=memory_budget,
-        # rounding logits to 16 bits costs up to 0.05 nats
-        logits_dtype=torch.float32,
         backend=backend,
         validate=validate,
     )
+    # rounding logits to 16 bits costs up to 0.05 nats
+    options = LinearOptions(plan, memory_budget, torch.float32, reduce_dhidden)
+    logp, entropy = logp_from_hidden(hidden, lm_head, inputs, options)
     return TokenLogp(logp, entropy)
 
 
@@ -165,19 +145,9 @@ def linear_logp(
 def logp_from_hidden(
     hidden: Tensor,
     lm_head: Tensor | LinearHead,
-    target: Tensor,
+    inputs: RowInputs,
+    options: LinearOptions,
     *,
-    temperature: float,
-    mask: Tensor | None,
-    kept: Kept | Tensor | None = None,
-    plan: Plan | None,
-    memory_budget: int | None,
-    logits_dtype: torch.dtype | None,
-    backend: Backend | None,
-    validate: bool | None,
-    group: Any = None,
-    vocabulary_start: int | None = None,
-    reduce_dhidden: bool = True,
     gradients_in_forward: bool = False,
     extra_vectors: Callable[[Tensor, Tensor], list[Tensor]] = lambda logits, target: [],
     gathered: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -190,44 +160,28 @@ def logp_from_hidden(
         extra_vectors: returns further vectors [n] from a chunk's logits [n, V] and targets [n].
         gathered: a context that the backward enters to use the head.
     """
-    lm_head, group, vocabulary_start = local_shard(lm_head, group, vocabulary_start)
+    check_concrete(hidden=hidden, lm_head=lm_head, **vars(inputs))
+    lm_head, group, start = local_shard(lm_head, inputs.group, inputs.vocabulary_start)
+    inputs = replace(inputs, group=group, vocabulary_start=start)
     with announce_failure(group, hidden):
-        head, target, logits = check_rows(hidden, lm_head, target)
-        check_logits(logits, temperature, HEAD_DTYPES)
-    same: dict[str, Any] = {"target": target, "temperature": temperature, "mask": mask}
-    same |= {"hidden_size": hidden.shape[-1], "requires_grad": hidden.requires_grad}
-    same |= {"plan": plan, "memory_budget": memory_budget, "logits_dtype": logits_dtype}
-    same |= {"reduce_dhidden": reduce_dhidden, "kept": kept is not None}
-    same |= {"backend": backend, "validate": validate}
-    shards = find_shards(group, vocabulary_start, logits, same)
-    whole = whole_logits(logits, shards)
-    check_target(whole, target, mask, validate)
-    flat = flatten_target(target)
-    valid = find_unmasked(target, mask) & (flat >= 0) & (flat < whole.shape[-1])
-    check_unsharded(shards, kept=kept)
-    call = LinearCall.of(
-        hidden,
-        target=flat,
-        kept=check_kept(kept, logits, valid, validate),
-        temperature=float(temperature),
-        shards=shards,
-        reduce_dhidden=reduce_dhidden,
-        plan=plan,
-        memory_budget=memory_budget,
-        logits_dtype=logits_dtype,
-        backend=backend,
-    )
-    if not valid.all():
-        call = call.at(valid.nonzero().squeeze(1))
+        head, logits = check_rows(hidden, lm_head, inputs.target)
+        inputs.check_logits(logits)
+    size, moves = hidden.shape[-1], hidden.requires_grad
+    shards = inputs.shards(logits, hidden_size=size, requires_grad=moves, **vars(options))
+    target, _, present, kept = inputs.read(logits, shards)
+    call = LinearCall.of(hidden, inputs, options, shards, target, kept)
+    if not present.all():
+        call = call.at(present.nonzero().squeeze(1))
     trained = any(tensor is not None and tensor.requires_grad for tensor in head.tensors)
     gradients_in_forward = (
-        gradients_in_forward and not trained and torch.is_grad_enabled() and hidden.requires_grad
+        gradients_in_forward and not trained and torch.is_grad_enabled() and moves
     )
     call = replace(call, wanted=(gradients_in_forward, False, False, False, False))
     logp, entropy, *others = LinearLogp.apply(
         extra_vectors, gathered, call, head, hidden, *head.tensors
     )
-    return [logp.view(target.shape), entropy.view(target.shape), *others]
+    shape = inputs.target.shape
+    return [logp.view(shape), entropy.view(shape), *others]
 
 
 class LinearLogp(torch.autograd.Function):
@@ -245,7 +199,7 @@ class LinearLogp(torch.autograd.Function):
         *others: Tensor | None,
     ) -> tuple[Tensor, ...]:
         # the lean plan needs the logits at the targets in the backward
-        lean = call.plan != "fast"
+        lean = call.options.plan != "fast"
         with torch.autocast(hidden.device.type, enabled=False):
             work = Workspace(hidden, head.of(weight, *others), call)
 
@@ -310,13 +264,8 @@ def _add_gradients(
     work: Workspace, row_gradients: RowGradients, stats: RowStats, target_logit: Tensor | None
 ) -> None:
     """Adds the gradients of all rows to `work`, by its plan."""
-    call, size = work.call, row_gradients.dlogp.abs()
-    size = (
-        size
-        if row_gradients.dentropy is None
-        else torch.maximum(size, row_gradients.dentropy.abs())
-    )
-    work.choose_loss_scale(size)
+    call = work.call
+    work.choose_loss_scale(torch.stack([v.abs() for v in row_gradients if v is not None]).amax(0))
     row_gradients = work.scaled(row_gradients)
     if work.lean:
         assert target_logit is not None

@@ -19,23 +19,16 @@ from grpo_core.backends.kept import Kept
 from grpo_core.backends.sharded import announce_failure
 from grpo_core.kernels.records import Rows
 from grpo_core.linear.chunks import LossRows, loss_over_chunks, loss_with_frozen_head
-from grpo_core.linear.head import (
-    HEAD_DTYPES,
-    LinearHead,
-    check_head,
-    check_hidden,
-    check_rows,
-    local_shard,
-)
+from grpo_core.linear.head import LinearHead, check_head, check_hidden, check_rows, local_shard
 from grpo_core.linear.logp import logp_from_hidden
 from grpo_core.linear.matmuls import Plan
 from grpo_core.linear.vocab_slices import loss_over_slices
-from grpo_core.linear.workspace import Gradients, LinearCall, Workspace
+from grpo_core.linear.workspace import Gradients, LinearCall, LinearOptions, Workspace
 from grpo_core.loss.compile import loss_in_graph, register_function
-from grpo_core.loss.inputs import LossInputs, Tokens
+from grpo_core.loss.inputs import LossInputs, find_shared_objective
 from grpo_core.loss.outputs import LossOutput
+from grpo_core.loss.tokens import Tokens
 from grpo_core.objective.objective import Objective
-from grpo_core.objective.recipes import find_objective
 from grpo_core.objective.validation import check_concrete
 
 
@@ -115,9 +108,10 @@ def fused_linear_loss(
 
     Source: see `fused_loss`; gradients in the forward of a fused head: Liger (arXiv 2410.10989).
     """
+    lm_head, group, vocabulary_start = local_shard(lm_head, group, vocabulary_start)
     inputs = LossInputs(
         target=target,
-        objective=find_objective(objective),
+        objective=find_shared_objective(objective, group, hidden),
         advantage=advantage,
         rewards=rewards,
         group_size=group_size,
@@ -137,21 +131,13 @@ def fused_linear_loss(
         backend=backend,
         validate=validate,
     )
-    options: dict[str, Any] = {
-        "ref_hidden": ref_hidden,
-        "ref_lm_head": ref_lm_head,
-        "reduce_dhidden": reduce_dhidden,
-        "plan": plan,
-        "memory_budget": memory_budget,
-        "logits_dtype": logits_dtype,
-        "all_logp": all_logp,
-    }
+    options = LinearOptions(plan, memory_budget, logits_dtype, reduce_dhidden)
+    further = (inputs, options, ref_hidden, ref_lm_head, all_logp)
     if torch.compiler.is_compiling():
         return loss_in_graph(
-            loss_from_hidden, (hidden, lm_head), inputs, gradients_in_forward=True, **options
+            loss_from_hidden, (hidden, lm_head), *further, gradients_in_forward=True
         )
-    check_concrete(hidden=hidden, lm_head=lm_head, **vars(inputs), **options)
-    return loss_from_hidden(hidden, lm_head, inputs, **options)
+    return loss_from_hidden(hidden, lm_head, *further)
 
 
 @register_function
@@ -159,84 +145,56 @@ def loss_from_hidden(
     hidden: Tensor,
     lm_head: Tensor | LinearHead,
     inputs: LossInputs,
-    *,
+    options: LinearOptions,
     ref_hidden: Tensor | None,
     ref_lm_head: Tensor | LinearHead | None,
-    plan: Plan | None,
-    memory_budget: int | None,
-    logits_dtype: torch.dtype | None,
     all_logp: bool,
-    reduce_dhidden: bool = True,
 ) -> LossOutput:
-    """`fused_linear_loss` outside of `torch.compile`."""
-    lm_head, group, start = local_shard(lm_head, inputs.group, inputs.vocabulary_start)
-    inputs = replace(inputs, group=group, vocabulary_start=start)
+    """`fused_linear_loss` outside of `torch.compile`, with the shard of a `DTensor` head."""
+    others = {"ref_hidden": ref_hidden, "ref_lm_head": ref_lm_head}
+    check_concrete(hidden=hidden, lm_head=lm_head, **vars(inputs), **others)
     if ref_lm_head is not None:
-        ref_lm_head, *_ = local_shard(ref_lm_head, group, start)
-    with announce_failure(group, hidden):
-        head, target, logits = check_rows(hidden, lm_head, inputs.target)
+        ref_lm_head, *_ = local_shard(ref_lm_head, inputs.group, inputs.vocabulary_start)
+    with announce_failure(inputs.group, hidden):
+        head, logits = check_rows(hidden, lm_head, inputs.target)
         reference = _check_reference(inputs, head, hidden, ref_hidden, ref_lm_head)
-    exact = reference is not None and inputs.objective.kl == "exact"
+    exact, shape = reference is not None and inputs.objective.kl == "exact", inputs.target.shape
     if exact:
         # only the shape is checked
         inputs = replace(inputs, ref_logits=logits)
     elif reference is not None:
         # computed below, when the rows are known
-        inputs = replace(inputs, ref_logp=torch.zeros(target.shape, device=hidden.device))
-    same: dict[str, Any] = {"hidden_size": hidden.shape[-1]}
-    same["requires_grad"] = hidden.requires_grad
-    same |= {"plan": plan, "memory_budget": memory_budget, "logits_dtype": logits_dtype}
-    same |= {"all_logp": all_logp, "reduce_dhidden": reduce_dhidden}
+        inputs = replace(inputs, ref_logp=torch.zeros(shape, device=hidden.device))
+    size, moves = hidden.shape[-1], hidden.requires_grad
+    same = {"hidden_size": size, "requires_grad": moves, "all_logp": all_logp, **vars(options)}
     shards = inputs.shards(logits, **same)
-    tokens = inputs.tokens(logits, shards=shards, logit_dtypes=HEAD_DTYPES)
-    if inputs.ref_topk is not None and plan == "lean":
-        raise NotImplementedError('plan: expected "fast" or None with ref_topk, got "lean"')
+    tokens = inputs.tokens(logits, shards=shards)
     without_gradient = tokens.has_no_gradient()
-    options: dict[str, Any] = {
-        "temperature": float(inputs.temperature),
-        "memory_budget": memory_budget,
-        "logits_dtype": logits_dtype,
-        "backend": inputs.backend,
-    }
     if reference is not None and not exact:
         made = tokens.read if all_logp else tokens.read & ~without_gradient
-        mask = made.view(target.shape)
+        rows = replace(inputs, mask=made.view(shape), kept=tokens.kept, validate=False)
         with torch.no_grad():
-            ref_logp, _ = logp_from_hidden(
-                *reference,
-                target,
-                group=group,
-                vocabulary_start=start,
-                mask=mask,
-                kept=tokens.kept,
-                plan="fast",
-                validate=False,
-                **options,
-            )
+            ref_logp, _ = logp_from_hidden(*reference, rows, replace(options, plan="fast"))
         tokens = replace(tokens, ref_logp=ref_logp.view(-1))
     tensors, enabled = (hidden, *head.tensors), torch.is_grad_enabled()
     call = LinearCall.of(
         hidden,
-        target=tokens.target,
+        inputs,
+        options,
+        shards,
+        tokens.target,
+        tokens.kept,
         tokens=tokens,
         reference=reference if exact else None,
-        exact_beta=float(inputs.objective.beta) if inputs.objective.has_row_kl else None,
-        interpolation=float(inputs.objective.interpolation),
-        kept=tokens.kept,
-        shards=shards,
-        reduce_dhidden=reduce_dhidden,
-        plan=(plan or "fast") if inputs.ref_topk is not None else plan,
         wanted=tuple(enabled and x is not None and x.requires_grad for x in tensors),
-        **options,
     )
-    call = replace(call, kernels=inputs.with_topk(call.kernels))
     first = _call_of_rows(call, tokens, tokens.read & ~without_gradient)
     results = LossRows(*FusedLinearLoss.apply(first, head, *tensors))
     parts = [(first, results)]
     if all_logp and bool(without_gradient.any()):
         rest = replace(_call_of_rows(call, tokens, without_gradient), wanted=(False,) * 5)
         parts.append((rest, evaluate_call(rest, head, tensors)[0]))
-    return _output(results.loss, tokens, target.shape, parts)
+    return _output(results.loss, tokens, shape, parts)
 
 
 def _call_of_rows(call: LinearCall, tokens: Tokens, made: Tensor) -> LinearCall:
@@ -256,21 +214,17 @@ def _output(
 ) -> LossOutput:
     """The output over all N rows, from the vectors of the computed rows; 0 elsewhere."""
     N = len(tokens.target)
-    logp, entropy, ratio, kl = tokens.advantage.new_zeros(4, N)
-    factor = torch.ones_like(logp)
-    dropped, valid = logp.new_zeros(2, N, dtype=torch.bool)
-    made = 0
+    vectors = tokens.advantage.new_zeros(4, N)
+    dropped, valid = vectors.new_zeros(2, N, dtype=torch.bool)
+    factor = torch.ones_like(vectors[0])
     for call, results in parts:
         place = slice(None) if call.rows is None else call.rows
-        all_rows = (logp, entropy, ratio, kl, dropped, factor, valid)
-        for vector, some in zip(all_rows, results[1:], strict=True):
+        for vector, some in zip((*vectors, dropped, factor, valid), results[1:], strict=True):
             if some is not None:
                 vector[place] = some
-        made += len(call.target)
-    logp, entropy, ratio, kl, factor = (v.view(shape) for v in (logp, entropy, ratio, kl, factor))
-    return LossOutput(
-        loss, logp, entropy, ratio, kl, factor, tokens, valid, dropped, _skipped=N - made
-    )
+    logp, entropy, ratio, kl, factor = (vector.view(shape) for vector in (*vectors, factor))
+    skipped = N - sum(len(call.target) for call, _ in parts)
+    return LossOutput(loss, logp, entropy, ratio, kl, factor, tokens, valid, dropped, skipped)
 
 
 def _check_reference(
@@ -280,11 +234,7 @@ def _check_reference(
     ref_hidden: Tensor | None,
     ref_lm_head: Tensor | LinearHead | None,
 ) -> tuple[Tensor, LinearHead] | None:
-    """Hidden states and head of the reference policy, detached; None if they are not given.
-
-    Raises:
-        ValueError: naming the argument, what was expected and what came.
-    """
+    """Hidden states and head of the reference policy, detached; None if they are not given."""
     spec = inputs.objective
     if ref_hidden is None:
         if ref_lm_head is not None:
@@ -346,7 +296,8 @@ def evaluate_call(
     tokens = call.tokens
     assert hidden is not None and weight is not None and tokens is not None
     only_dhidden = call.wanted == (True, False, False, False, False)
-    only_logp = tokens.entropy_weight is None and not call.exact_beta
+    has_row_kl = tokens.objective.has_row_kl and tokens.objective.beta
+    only_logp = tokens.entropy_weight is None and not has_row_kl
     # products are in the dtypes that the call names
     with torch.autocast(hidden.device.type, enabled=False):
         work = Workspace(hidden, head.of(weight, *others), call)

@@ -38,8 +38,6 @@ _PENDING = threading.local()
 class Sealed:
     """Hides its content from wrappers: mixed precision rounds all floats in tuples and records."""
 
-    __slots__ = ("content",)
-
     def __init__(self, content: Any) -> None:
         self.content = content
 
@@ -114,8 +112,6 @@ class Request:
         TypeError: an argument that the function does not have.
     """
 
-    __slots__ = ("arguments", "rows", "target")
-
     def __init__(self, target: Tensor, *, rows: Tensor | None = None, **arguments: Any) -> None:
         if not torch.compiler.is_compiling():
             inspect.signature(self._function).bind(None, None, target, **arguments)
@@ -144,14 +140,12 @@ class Request:
 class LossRequest(Request):
     """Asks a model with a fused head for its loss; arguments of `fused_linear_loss`."""
 
-    __slots__ = ()
     _function = staticmethod(fused_linear_loss)
 
 
 class LogpRequest(Request):
     """Asks for log-probabilities and entropies alone; arguments of `linear_token_logp`."""
 
-    __slots__ = ()
     _function = staticmethod(linear_token_logp)
 
 
@@ -161,8 +155,6 @@ class ReferenceRequest(Request):
     `output.reference` is {"ref_hidden": hidden states, "ref_lm_head": head}; no logits are made.
     The head's tensors are the model's: those of a sharded one must stay gathered for the loss.
     """
-
-    __slots__ = ()
 
     def __init__(self, *, rows: Tensor | None = None) -> None:
         super().__init__(torch.empty(0), rows=rows)

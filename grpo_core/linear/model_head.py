@@ -16,13 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from grpo_core.linear.head import (
-    LinearHead,
-    is_distributed,
-    local_hidden,
-    local_shard,
-    replicate,
-)
+from grpo_core.linear.head import LinearHead, is_distributed, local_hidden, local_shard, replicate
 
 # fields of a config: of a soft cap, and of scales that multiply or divide
 CAP = "final_logit_softcapping"

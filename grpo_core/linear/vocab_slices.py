@@ -24,7 +24,7 @@ from grpo_core.linear.chunks import LossRows, read_chunks
 from grpo_core.linear.matmuls import LEAST_ROWS, HeadProducts
 from grpo_core.linear.workspace import Workspace
 from grpo_core.loss.autograd import loss_of_statistics
-from grpo_core.loss.inputs import Tokens
+from grpo_core.loss.tokens import Tokens
 
 
 def loss_over_slices(work: Workspace, tokens: Tokens) -> LossRows:
@@ -43,10 +43,8 @@ def loss_over_slices(work: Workspace, tokens: Tokens) -> LossRows:
     stats, (target_logit, *of_reference) = read_chunks(work, extra_vectors=at_targets)
     result, complete = loss_of_statistics(stats, tokens, call.kernels)
     work.choose_loss_scale(complete.largest_weight)
-    row_gradients = work.scaled(
-        complete.row_gradients(result.dlogp, result.dropped, call.exact_beta)
-    )
-    vectors, kind = (target_logit, *of_reference), call.interpolation
+    row_gradients = work.scaled(complete.gradients(result))
+    vectors, kind = (target_logit, *of_reference), tokens.objective.interpolation
     softmax = SoftmaxRows(complete.target, T, row_gradients, stats, *vectors, interpolation=kind)
     add_gradients_of_slices(work, softmax)
     return LossRows.of(result, complete)
@@ -135,13 +133,8 @@ class SoftmaxRows:
         *,
         interpolation: float = 1.0,
     ) -> None:
-        T = temperature
-        self.target, self.temperature, self.row_gradients, self.kl = (
-            target,
-            T,
-            row_gradients,
-            stats.kl,
-        )
+        T = self.temperature = temperature
+        self.target, self.row_gradients, self.kl = target, row_gradients, stats.kl
         self.zero = ~row_gradients.any
         # the log-sum-exp is the sum of two numbers, of which the first may be far larger
         anchor, others = natural_sums(stats.state, T)

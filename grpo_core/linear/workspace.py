@@ -8,17 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_core.backends import Backend, choose_backend
-from grpo_core.backends.kept import Kept, keep_rows
-from grpo_core.backends.sharded import ShardedBackend, Shards, over_shards, sum_over_shards
+from grpo_core.backends.kept import Kept
+from grpo_core.backends.sharded import ShardedBackend, Shards, sum_over_shards
 from grpo_core.backends.wrapper import Kernels, kernels_at
 from grpo_core.kernels.records import RowGradients, Rows, RowStats
-from grpo_core.linear.head import HEAD_DTYPES, LinearHead
+from grpo_core.linear.head import LinearHead
 from grpo_core.linear.matmuls import LEAST_ROWS, HeadProducts, Plan, choose_layout
-from grpo_core.loss.inputs import Tokens
+from grpo_core.loss.compile import register_record
+from grpo_core.loss.row_inputs import LOGIT_DTYPES, RowInputs
+from grpo_core.loss.tokens import Tokens
 
 # of hidden states [n, D], and of the head's weight, bias, lora_A and lora_B
 Gradients = list[Tensor | None]
+
+
+@register_record
+@dataclass(frozen=True)
+class LinearOptions:
+    """How a function of hidden states computes, as the caller gave it; see `fused_linear_loss`."""
+
+    plan: Plan | None = None
+    memory_budget: int | None = None
+    logits_dtype: torch.dtype | None = None
+    reduce_dhidden: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,15 +40,11 @@ class LinearCall:
     target: Tensor  # [n] int64
     rows: Tensor | None = None  # [n] int64, places among all N rows; None for all in order
     temperature: float
-    plan: Plan | None
-    memory_budget: int | None
-    logits_dtype: torch.dtype
+    options: LinearOptions
     autocast: torch.dtype | None  # of products under torch.autocast; None outside of it
     kernels: Kernels
     wanted: tuple[bool, ...] = (False,) * 5  # which `Gradients`
     reference: tuple[Tensor, LinearHead] | None = None  # states and head, for the exact KL
-    exact_beta: float | None = None  # weight of the exact KL; None without one
-    interpolation: float = 1.0  # of the exact KL
     tokens: Tokens | None = None  # of the n rows, for a loss
     lengths: tuple[int, ...] | None = None  # of sequences in order; None if they do not matter
 
@@ -44,34 +52,39 @@ class LinearCall:
     def of(
         cls,
         hidden: Tensor,
-        *,
-        logits_dtype: torch.dtype | None,
-        backend: Backend | None,
-        kept: Kept | None,
-        target: Tensor,
-        plan: Plan | None,
+        inputs: RowInputs,
+        options: LinearOptions,
         shards: Shards | None,
-        reduce_dhidden: bool,
+        target: Tensor,
+        kept: Kept | None,
         **others: Any,
     ) -> LinearCall:
-        """The call over all rows of `hidden`; `others` are fields.
-
-        Raises:
-            ValueError, NotImplementedError: a dtype or backend that cannot be used.
-        """
-        if logits_dtype is not None and logits_dtype not in HEAD_DTYPES:
-            got = repr(logits_dtype)
-            raise ValueError(f"logits_dtype: expected one of {HEAD_DTYPES} or None, got {got}")
+        """The call over all rows of `hidden`; `others` are fields."""
+        dtype, topk = options.logits_dtype, getattr(inputs, "ref_topk", None)
+        if dtype is not None and dtype not in LOGIT_DTYPES:
+            raise ValueError(f"logits_dtype: expected one of {LOGIT_DTYPES} or None, got {dtype!r}")
+        kernels = inputs.kernels(hidden, target, kept, shards, options.reduce_dhidden)
+        for what, given in (("a group", shards), ("ref_topk", topk)):
+            if given is not None and options.plan == "lean":
+                raise NotImplementedError(f"plan: expected 'fast' or None with {what}, got 'lean'")
+        if shards is not None or topk is not None:
+            options = replace(options, plan=options.plan or "fast")
         device = hidden.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        kernels = keep_rows(choose_backend(backend, hidden), kept, target)
-        if shards is not None:
-            if plan == "lean":
-                raise NotImplementedError("plan: expected 'fast' or None with a group, got 'lean'")
-            plan = plan or "fast"
-        others |= {"target": target, "plan": plan, "autocast": autocast}
-        others["kernels"] = over_shards(kernels, shards, reduce_dhidden)
-        return cls(logits_dtype=logits_dtype or torch.float32, **others)
+        return cls(
+            target=target,
+            temperature=float(inputs.temperature),
+            options=options,
+            autocast=torch.get_autocast_dtype(device)
+            if torch.is_autocast_enabled(device)
+            else None,
+            kernels=kernels,
+            **others,
+        )
+
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        """Of a chunk's logits."""
+        return self.options.logits_dtype or torch.float32
 
     def at(self, some: Tensor) -> LinearCall:
         """The call over some of its rows, [k] int64."""
@@ -108,8 +121,9 @@ class Workspace:
         apart = self.differentiates and (narrow != dtype or head.softcap is not None)
         row_bytes = head.V * dtype.itemsize * (1 if self.reference is None else 2)
         row_bytes += head.V * narrow.itemsize if apart else 0
+        plan, memory_budget = call.options.plan, call.options.memory_budget
         self.layout = choose_layout(
-            n, head, call.wanted, row_bytes, call.plan, call.memory_budget, hidden.device
+            n, head, call.wanted, row_bytes, plan, memory_budget, hidden.device
         )
         if isinstance(call.kernels, ShardedBackend):
             # a chunk is a collective
@@ -163,9 +177,11 @@ class Workspace:
 
     def rows_of(self, chunk: slice) -> tuple[Rows, Rows | None]:
         """The chunk in the buffers, as kernels take it."""
-        n, ref = chunk.stop - chunk.start, self.ref_logits
-        ref_rows = None if ref is None else Rows.of(ref[:n], self.call.interpolation)
-        return Rows.of(self.logits[:n]), ref_rows
+        n, ref, tokens = chunk.stop - chunk.start, self.ref_logits, self.call.tokens
+        rows = Rows.of(self.logits[:n])
+        if ref is None or tokens is None:
+            return rows, None
+        return rows, Rows.of(ref[:n], tokens.objective.interpolation)
 
     def dlogits_of(self, chunk: slice) -> Tensor | None:
         """Where the gradient of the chunk in the buffers goes; None if there is none."""

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from grpo_core.backends.wrapper import Kernels
-from grpo_core.kernels.records import RowGradients, RowLoss, Rows, RowStats
-from grpo_core.loss.inputs import LOGIT_DTYPES
+from grpo_core.kernels.records import RowLoss, Rows, RowStats
+from grpo_core.loss.row_inputs import LOGIT_DTYPES
 from grpo_core.loss.tokens import Tokens
 
 
@@ -43,11 +43,6 @@ class Call:
             return logits
         return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
-    def row_gradients(self, result: RowLoss, tokens: Tokens) -> RowGradients:
-        """The derivatives of the loss by each statistic of a row."""
-        exact_beta = float(tokens.objective.beta) if tokens.objective.has_row_kl else None
-        return tokens.row_gradients(result.dlogp, result.dropped, exact_beta)
-
 
 @torch.no_grad()
 def evaluate(rows: Rows, call: Call, dlogits: Tensor | None) -> tuple[RowLoss, Tokens]:
@@ -61,8 +56,8 @@ def evaluate(rows: Rows, call: Call, dlogits: Tensor | None) -> tuple[RowLoss, T
     stats = kernels.row_stats(rows, tokens.target, T, ref_rows)
     result, tokens = loss_of_statistics(stats, tokens, kernels)
     if dlogits is not None:
-        row_gradients = call.row_gradients(result, tokens)
-        kernels.row_dlogits(rows, tokens.target, T, row_gradients, stats, dlogits, ref_rows)
+        gradients = tokens.gradients(result)
+        kernels.row_dlogits(rows, tokens.target, T, gradients, stats, dlogits, ref_rows)
     return result, tokens
 
 
@@ -126,7 +121,7 @@ class FusedLoss(torch.autograd.Function):
         (logits,) = ctx.saved_tensors
         rows = Rows.of(logits.detach())
         dlogits = call.allocate_gradient(rows.logits)
-        row_gradients = call.row_gradients(ctx.result, ctx.tokens).times(grad_output)
+        row_gradients = ctx.tokens.gradients(ctx.result).times(grad_output)
         target, T = ctx.tokens.target, call.temperature
         kernels.row_dlogits(rows, target, T, row_gradients, ctx.result, dlogits, call.ref_rows)
         if call.inplace:
@@ -155,11 +150,7 @@ def make_readable(logits: Tensor) -> Tensor:
 
 
 def prepare_reference(ref_logits: Tensor | None, logits: Tensor, inplace: bool) -> Tensor | None:
-    """The reference's logits as a kernel can read them.
-
-    Raises:
-        ValueError: with `inplace` they share memory with the logits.
-    """
+    """The reference's logits as a kernel can read them; not in the memory that is overwritten."""
     if ref_logits is None:
         return None
     # empty tensors all begin at 0

@@ -30,6 +30,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from grpo_core.backends.kept import Kept
 from grpo_core.loss.inputs import LossInputs
 from grpo_core.loss.outputs import LossOutput
+from grpo_core.loss.row_inputs import RowInputs
 from grpo_core.loss.tokens import Tokens
 from grpo_core.objective.advantage import Estimator
 from grpo_core.objective.objective import Objective, Surrogate, function_of
@@ -85,40 +86,29 @@ def register_record(record: Record) -> Record:
 
 
 RULES = (Estimator, PolicyFactor, SamplerCorrection, Rejection, SequenceWeight, FutureKL)
-for record in (LossInputs, Objective, Kept, *RULES):
+for record in (RowInputs, LossInputs, Objective, Kept, *RULES):
     register_record(record)
 
 
-def logp_in_graph(function: Callable[..., Any], *arguments: Any, **options: Any) -> list[Tensor]:
+def logp_in_graph(function: Callable[..., Any], *arguments: Any) -> list[Tensor]:
     """The two results of a function that reads logp and entropy of its first argument's rows."""
-    call = _flatten(function, [False], False, arguments, options)
-    return [tensor.detach() for tensor in _run(*call)]
+    return [tensor.detach() for tensor in _run(*_flatten(function, (), arguments))]
 
 
 def loss_in_graph(
     function: Callable[..., Any],
     leaves: tuple[Any, ...],
     inputs: LossInputs,
-    *,
+    *options: Any,
     gradients_in_forward: bool,
-    **options: Any,
 ) -> LossOutput:
     """The loss of a function, differentiated with respect to the tensors in `leaves`.
 
     Args:
-        options: further arguments of the function.
-        gradients_in_forward: whether the forward computes the gradients.
+        function: of the leaves, `inputs` and `options`.
+        gradients_in_forward: whether the forward computes the gradients, unless one is float16.
     """
-    tensors: list[Tensor] = []
-    for leaf in leaves:
-        _write(leaf, tensors, [])
-    wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in tensors]
-    gradients_in_forward = gradients_in_forward and all(
-        tensor.dtype != torch.float16 for tensor in tensors
-    )
-    loss, *results = _run(
-        *_flatten(function, wanted, gradients_in_forward, (*leaves, inputs), options)
-    )
+    loss, *results = _run(*_flatten(function, leaves, (inputs, *options), gradients_in_forward))
     results = [tensor.detach() for tensor in results]
     logp, entropy, ratio, kl, factor, valid, dropped, skipped, *vectors = results
     # gradients follow the vectors
@@ -137,42 +127,47 @@ def loss_in_graph(
     return LossOutput(loss, logp, entropy, ratio, kl, factor, tokens, valid, dropped, skipped)
 
 
-def _vectors_of(inputs: LossInputs) -> list[str]:
+def _vectors_of(inputs: LossInputs) -> tuple[str, ...]:
     """The vectors of `VECTORS` that the tokens of a loss have."""
     absent = [n for n in ("old_logp", "sampler_logp", "sequence_id") if getattr(inputs, n) is None]
     if not inputs.objective.entropy_coef:
         absent.append("entropy_weight")
     if inputs.kept is None:
         absent.append("unkept")
-    return [name for name in VECTORS if name not in absent]
+    return tuple([name for name in VECTORS if name not in absent])
 
 
 def _flatten(
     function: Callable[..., Any],
-    wanted: list[bool],
-    gradients_in_forward: bool,
+    leaves: tuple[Any, ...],
     arguments: tuple[Any, ...],
-    options: dict[str, Any],
+    gradients_in_forward: bool = False,
 ) -> tuple[str, list[Tensor], Tensor]:
-    """(key, tensors, numbers) of a call; the lines of a key are the fields of `_Call`.
+    """(key, tensors, numbers) of a call; the key is the expression of a `_Call`.
 
     Args:
-        wanted: which of the first tensors need a gradient.
+        leaves: the first arguments, whose tensors may need a gradient.
+        arguments: the others.
     """
     tensors: list[Tensor] = []
     numbers: list[float] = []
-    written = [_write(value, tensors, numbers) for value in arguments]
-    written += [f"{name}={_write(value, tensors, numbers)}" for name, value in options.items()]
+    written = [_write(leaf, tensors, numbers) for leaf in leaves]
+    wanted = tuple([torch.is_grad_enabled() and tensor.requires_grad for tensor in tensors])
+    if any([tensor.dtype == torch.float16 for tensor in tensors]):
+        gradients_in_forward = False
+    written += [_write(value, tensors, numbers) for value in arguments]
     device = tensors[0].device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     given = [value for value in arguments if isinstance(value, LossInputs)]
-    vectors = " ".join(_vectors_of(given[0])) if given else ""
-    wants = " ".join([str(want) for want in wanted])
-    expression = f"{function.__name__}({', '.join(written)})"
+    facts = (gradients_in_forward, autocast, wanted, _vectors_of(given[0]) if given else ())
+    call = f"lambda tensors, numbers: {function.__name__}({', '.join(written)})"
     # torch keeps a number dynamic in a product
     one = torch.ones((), dtype=torch.float64, device="cpu")
-    key = "\n".join([str(gradients_in_forward), str(autocast), wants, vectors, expression])
-    return key, tensors, torch.stack([one * x for x in numbers])
+    return (
+        f"Call(*{_write(facts, [], [])}, {call})",
+        tensors,
+        torch.stack([one * x for x in numbers]),
+    )
 
 
 def _write(value: Any, tensors: list[Tensor], numbers: list[float]) -> str:
@@ -205,21 +200,13 @@ class _Call(NamedTuple):
 
     gradients_in_forward: bool
     autocast: torch.dtype | None
-    wanted: list[bool]
-    vectors: list[str]
-    expression: str
+    wanted: tuple[bool, ...]
+    vectors: tuple[str, ...]
+    function: Callable[[Sequence[Tensor], list[float]], Any]
 
     @classmethod
     def of(cls, key: str) -> _Call:
-        gradients_in_forward, autocast, wanted, vectors, expression = key.split("\n")
-        wants = [want == "True" for want in wanted.split()]
-        return cls(
-            gradients_in_forward == "True",
-            eval(autocast, NAMES),
-            wants,
-            vectors.split(),
-            expression,
-        )
+        return eval(key, NAMES | {"Call": cls})
 
     def run(
         self, tensors: Sequence[Tensor], numbers: Tensor, *, differentiable: bool
@@ -229,13 +216,12 @@ class _Call(NamedTuple):
             tensor.detach().requires_grad_(want and differentiable)
             for tensor, want in zip(tensors, self.wanted, strict=False)
         ]
-        given = {"tensors": [*leaves, *tensors[len(leaves) :]], "numbers": numbers.tolist()}
         device, dtype = tensors[0].device.type, self.autocast
         with (
             torch.set_grad_enabled(differentiable),
             torch.autocast(device, dtype, enabled=dtype is not None),
         ):
-            result = eval(self.expression, NAMES | given)
+            result = self.function([*leaves, *tensors[len(leaves) :]], numbers.tolist())
         return result, [leaf for leaf in leaves if leaf.requires_grad]
 
     def empty_gradients(self, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -1,14 +1,11 @@
 """DPO: a loss over pairs of completions, one preferred, with two derivatives per pair.
 
-    h = (logp_w − ref_w) − (logp_l − ref_l)        w chosen, l rejected; sums over tokens
-    ℓ(h) = −log σ(βh),    dℓ/dlogp_w = −dℓ/dlogp_l = −β·σ(−βh)
-
-Source: DPO (arXiv 2305.18290, eq. 7).
+h = (logp_w − ref_w) − (logp_l − ref_l)        w chosen, l rejected; sums over tokens
+ℓ(h) = −log σ(βh),    dℓ/dlogp_w = −dℓ/dlogp_l = −β·σ(−βh)
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +16,9 @@ from grpo_core.objective.validation import (
     check_floats,
     check_ids,
     check_mask,
+    check_number,
     check_vector,
     is_int,
-    is_number,
 )
 
 
@@ -77,8 +74,7 @@ def dpo_loss(
 
     Source: DPO (arXiv 2305.18290, eq. 7).
     """
-    if not is_number(beta) or not 0 < beta < math.inf:
-        raise ValueError(f"beta: expected a finite number > 0, got {beta!r}")
+    check_number("a finite number > 0", beta=beta)
     B = len(check_vector("logp_chosen", logp_chosen))
     if weight is None:
         weight = torch.full_like(logp_chosen, 1 / max(B, 1), dtype=torch.float64)

@@ -12,15 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_core.backends import Backend, choose_backend
-from grpo_core.backends.kept import Kept, keep_rows
-from grpo_core.backends.sharded import (
-    announce_failure,
-    check_unsharded,
-    find_shards,
-    over_shards,
-    whole_logits,
-)
+from grpo_core.backends import Backend
+from grpo_core.backends.kept import Kept
+from grpo_core.backends.sharded import announce_failure
 from grpo_core.kernels.records import Rows
 from grpo_core.loss.autograd import (
     Call,
@@ -31,19 +25,12 @@ from grpo_core.loss.autograd import (
     prepare_reference,
 )
 from grpo_core.loss.compile import logp_in_graph, loss_in_graph, register_function
-from grpo_core.loss.inputs import (
-    IGNORE,
-    LOGIT_DTYPES,
-    LossInputs,
-    check_logits,
-    check_target,
-    flatten_target,
-)
-from grpo_core.loss.kept import check_kept
+from grpo_core.loss.inputs import LossInputs, find_shared_objective
 from grpo_core.loss.outputs import LossOutput as LossOutput
 from grpo_core.loss.outputs import TokenLogp as TokenLogp
+from grpo_core.loss.row_inputs import RowInputs
+from grpo_core.loss.tokens import IGNORE
 from grpo_core.objective.objective import Objective
-from grpo_core.objective.recipes import find_objective
 
 
 def fused_loss(
@@ -150,7 +137,7 @@ def fused_loss(
     """
     inputs = LossInputs(
         target=target,
-        objective=find_objective(objective),
+        objective=find_shared_objective(objective, group, logits),
         advantage=advantage,
         rewards=rewards,
         group_size=group_size,
@@ -183,7 +170,7 @@ def loss_from_logits(logits: Tensor, inputs: LossInputs, inplace: bool = False) 
     """`fused_loss` outside of `torch.compile`."""
     if inplace:
         with announce_failure(inputs.group, logits):
-            check_logits(logits, inputs.temperature, LOGIT_DTYPES)
+            inputs.check_logits(logits)
             if not is_readable(logits):
                 raise ValueError(
                     "inplace: expected logits with a contiguous last axis and separate rows, "
@@ -196,12 +183,7 @@ def loss_from_logits(logits: Tensor, inputs: LossInputs, inplace: bool = False) 
         prepare_reference(inputs.ref_logits, logits, inplace),
         temperature=float(inputs.temperature),
         inplace=inplace,
-        kernels=inputs.with_topk(
-            over_shards(
-                keep_rows(choose_backend(inputs.backend, logits), tokens.kept, tokens.target),
-                shards,
-            )
-        ),
+        kernels=inputs.kernels(logits, tokens.target, tokens.kept, shards),
     )
     wants_gradient = logits.requires_grad and torch.is_grad_enabled()
     logits = make_readable(logits)
@@ -241,51 +223,29 @@ def token_logp(
     Raises:
         ValueError, NotImplementedError: as `fused_loss`.
     """
-    arguments = (
-        logits,
-        target,
-        temperature,
-        mask,
-        backend,
-        validate,
-        kept,
-        group,
-        vocabulary_start,
+    inputs = RowInputs(
+        target=target,
+        temperature=temperature,
+        group=group,
+        vocabulary_start=vocabulary_start,
+        mask=mask,
+        kept=kept,
+        backend=backend,
+        validate=validate,
     )
     if torch.compiler.is_compiling():
-        logp, entropy = logp_in_graph(logp_from_logits, *arguments)
-    else:
-        logp, entropy = logp_from_logits(*arguments)
-    return TokenLogp(logp, entropy)
+        return TokenLogp(*logp_in_graph(logp_from_logits, logits, inputs))
+    return logp_from_logits(logits, inputs)
 
 
 @register_function
-def logp_from_logits(
-    logits: Tensor,
-    target: Tensor,
-    temperature: float,
-    mask: Tensor | None,
-    backend: Backend | None,
-    validate: bool | None,
-    kept: Kept | Tensor | None = None,
-    group: Any = None,
-    vocabulary_start: int | None = None,
-) -> TokenLogp:
+def logp_from_logits(logits: Tensor, inputs: RowInputs) -> TokenLogp:
     """`token_logp` outside of `torch.compile`."""
-    with announce_failure(group, logits):
-        check_logits(logits, temperature, LOGIT_DTYPES)
-    same: dict[str, Any] = {"target": target, "temperature": temperature, "mask": mask}
-    same |= {"backend": backend, "validate": validate, "kept": kept is not None}
-    shards = find_shards(group, vocabulary_start, logits, same)
-    flat = flatten_target(check_target(whole_logits(logits, shards), target, mask, validate))
-    if mask is not None:
-        flat = torch.where(mask.reshape(-1) != 0, flat, IGNORE)
-    # a row whose target is outside [0, V) is not read
-    rows = Rows.of(make_readable(logits))
-    kernels = over_shards(choose_backend(backend, logits), shards)
-    if kept is not None:
-        check_unsharded(shards, kept=kept)
-        kept = check_kept(kept, logits, (flat >= 0) & (flat < rows.V), validate)
-        kernels = keep_rows(kernels, kept, flat)
-    stats = kernels.row_stats(rows, flat, float(temperature))
-    return TokenLogp(stats.logp.view(target.shape), stats.entropy.view(target.shape))
+    shards = inputs.shards(logits)
+    target, _, present, kept = inputs.read(logits, shards)
+    # a row whose target is masked or outside [0, V) is not read
+    target = torch.where(present, target, IGNORE)
+    kernels = inputs.kernels(logits, target, kept, shards)
+    stats = kernels.row_stats(Rows.of(make_readable(logits)), target, float(inputs.temperature))
+    shape = inputs.target.shape
+    return TokenLogp(stats.logp.view(shape), stats.entropy.view(shape))

@@ -103,7 +103,7 @@ def logp_loss(
     values, entropies = (torch.where(tokens.read, x, 0.0) for x in vectors)
     stats = RowStats(values, entropies, None, values.new_empty(0, len(values)))
     result, tokens = loss_of_statistics(stats, tokens, kernels)
-    row_gradients = tokens.row_gradients(result.dlogp, result.dropped, None)
+    row_gradients = tokens.gradients(result)
     loss = with_gradients(
         result.loss.sum(), logp, row_gradients.dlogp, entropy, row_gradients.dentropy
     )

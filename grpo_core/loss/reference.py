@@ -16,8 +16,9 @@ from torch import Tensor
 from grpo_core.backends import sequence_ratio
 from grpo_core.backends.formula import as_torch
 from grpo_core.backends.topk import LEAST_TAIL, add_tail, divergence
-from grpo_core.loss.inputs import LOGIT_DTYPES, LossInputs
+from grpo_core.loss.inputs import LossInputs
 from grpo_core.loss.outputs import LossOutput
+from grpo_core.loss.row_inputs import LOGIT_DTYPES
 from grpo_core.loss.tokens import Tokens
 from grpo_core.objective.objective import Objective
 from grpo_core.objective.recipes import find_objective

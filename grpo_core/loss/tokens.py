@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.backends.kept import Kept
-from grpo_core.kernels.records import SequenceTokens, Terms
+from grpo_core.kernels.records import RowGradients, RowLoss, SequenceTokens, Terms
 from grpo_core.objective.aggregation import Aggregation, token_weights
 from grpo_core.objective.objective import Objective
 from grpo_core.objective.off_policy import combine, find_off_policy
@@ -95,6 +95,11 @@ class Tokens(SequenceTokens):
             ratio_level=spec.ratio_level,
             token_clip=spec.token_clip,
         )
+
+    def gradients(self, result: RowLoss) -> RowGradients:
+        """The derivatives of a loss by each statistic of a row."""
+        exact_beta = float(self.objective.beta) if self.objective.has_row_kl else None
+        return self.row_gradients(result.dlogp, result.dropped, exact_beta)
 
     def has_no_gradient(self) -> Tensor:
         """[N] bool: valid tokens whose gradient is 0 for any logits."""

@@ -47,7 +47,7 @@ from grpo_core.objective.validation import (
     check_floats,
     check_ids,
     check_mask,
-    check_not_negative,
+    check_number,
     check_type,
     check_vector,
     is_int,
@@ -78,7 +78,7 @@ class Estimator:
         check_choice("scale", self.scale, (*get_args(Scale), None))
         if not is_int(self.ddof) or self.ddof not in (0, 1):
             raise ValueError(f"ddof: expected 0 or 1, got {self.ddof!r}")
-        check_not_negative(epsilon=self.epsilon)
+        check_number("a finite number >= 0", epsilon=self.epsilon)
 
 
 GROUP_MEAN_STD = Estimator()
@@ -114,8 +114,6 @@ def group_advantages(
 
     Returns:
         [B] float32.
-
-    Source: DeepSeekMath (arXiv 2402.03300, sec. 4.1.2).
     """
     norm = GroupNorm(scale, ddof, epsilon)
     return estimate_advantages(
@@ -146,28 +144,23 @@ def estimate_advantages(
     """
     check_concrete(rewards=rewards)
     B = len(check_vector("rewards", rewards))
-    groups: int | Tensor
-    inside: Tensor | None = None
     if group_id is not None:
         if group_size is not None:
             raise ValueError("group_size: expected exactly one of it and group_id, got both")
-        groups, inside = check_ids("group_id", group_id, "B", B, rewards, validate)
-    elif not is_int(group_size) or group_size < 1 or B % group_size:
+        ids, inside = check_ids("group_id", group_id, "B", B, rewards, validate)
+        return relative_advantages(rewards.detach(), ids, norm, mask=inside, validate=validate)
+    if not is_int(group_size) or group_size < 1 or B % group_size:
         raise ValueError(
             f"group_size: expected an int that divides B = {B}, or group_id, got {group_size!r}"
         )
-    else:
-        groups = group_size
     kernel = getattr(choose_backend(backend, rewards), "group_norm", None)
     within_groups = norm.baseline == "group" and norm.scale in ("group", None)
     # float64 rewards may exceed the range of float32
-    if kernel is None or not within_groups or inside is not None or rewards.dtype == torch.float64:
-        return relative_advantages(rewards.detach(), groups, norm, mask=inside, validate=validate)
+    if kernel is None or not within_groups or rewards.dtype == torch.float64:
+        return relative_advantages(rewards.detach(), group_size, norm, validate=validate)
     check_finite("rewards", rewards, torch.ones_like(rewards, dtype=torch.bool), validate)
-    scaled = norm.scale is not None
-    return kernel(  # type: ignore[no-any-return]
-        rewards.detach().contiguous(), groups, scale=scaled, ddof=norm.ddof, epsilon=norm.epsilon
-    )
+    values, scaled = rewards.detach().contiguous(), norm.scale is not None
+    return kernel(values, group_size, scale=scaled, ddof=norm.ddof, epsilon=norm.epsilon)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()

@@ -12,13 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo_core.objective.validation import (
-    check_finite,
-    check_ids,
-    check_mask,
-    check_vector,
-    is_int,
-)
+from grpo_core.objective.validation import check_finite, check_ids, check_mask, check_vector, is_int
 
 
 @dataclass(frozen=True)

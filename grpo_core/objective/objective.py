@@ -33,12 +33,7 @@ from grpo_core.kernels import surrogates
 from grpo_core.objective.advantage import Estimator
 from grpo_core.objective.aggregation import Aggregation
 from grpo_core.objective.policy_factor import PolicyFactor
-from grpo_core.objective.validation import (
-    check_choice,
-    check_not_negative,
-    check_type,
-    is_number,
-)
+from grpo_core.objective.validation import check_choice, check_number, check_type, is_number
 
 # the functions of surrogates by the names that compiled graphs call them by
 _FUNCTIONS: weakref.WeakValueDictionary[str, Callable] = weakref.WeakValueDictionary()
@@ -153,23 +148,18 @@ class Objective:
         check_type("advantage", self.advantage, Estimator)
         check_type("factor", self.factor, PolicyFactor)
         check_type("kl_times_ratio", self.kl_times_ratio, bool)
+        averages = get_args(Aggregation)
         check_choice("kl", self.kl, (*get_args(KL), None))
         check_choice("ratio_level", self.ratio_level, get_args(RatioLevel))
-        check_choice("aggregation", self.aggregation, get_args(Aggregation))
-        check_choice(
-            "entropy_aggregation", self.entropy_aggregation, (*get_args(Aggregation), None)
-        )
-        check_not_negative(beta=self.beta)
-        if not is_number(self.interpolation) or not 0 <= self.interpolation <= 1:
-            raise ValueError(
-                f"interpolation: expected a number in [0, 1], got {self.interpolation!r}"
-            )
+        check_choice("aggregation", self.aggregation, averages)
+        check_choice("entropy_aggregation", self.entropy_aggregation, (*averages, None))
+        check_number("a finite number >= 0", beta=self.beta)
+        check_number("a number in [0, 1]", interpolation=self.interpolation)
         if self.interpolation != 1 and not self.has_row_kl:
             raise ValueError(
                 f"interpolation: expected 1 for kl = {self.kl!r}, got {self.interpolation!r}"
             )
-        if not is_number(self.entropy_coef) or not math.isfinite(self.entropy_coef):
-            raise ValueError(f"entropy_coef: expected a finite number, got {self.entropy_coef!r}")
+        check_number("a finite number", entropy_coef=self.entropy_coef)
         if self.beta and self.kl is None:
             raise ValueError(f"kl: expected an estimator for beta = {self.beta}, got None")
         if self.has_row_kl and self.kl_times_ratio:

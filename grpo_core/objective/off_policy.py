@@ -35,7 +35,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from grpo_core.objective.validation import check_choice, is_number
+from grpo_core.objective.validation import check_bounds, check_choice
 
 Level = Literal["token", "sequence", "geometric"]
 Action = Literal["truncate", "zero", "reject"]
@@ -50,7 +50,11 @@ OVERS: dict[str, Over] = {"token": "token", "sequence": "sum", "geometric": "mea
 
 
 class Rule:
-    """What `SamplerCorrection` and `Rejection` share."""
+    """What `SamplerCorrection` and `Rejection` share: bounds, and what happens outside."""
+
+    action: str
+    low: float
+    high: float
 
     @torch.no_grad()
     def apply(
@@ -74,13 +78,19 @@ class Rule:
         d = old_logp.double() - sampler_logp.double()
         known = valid & d.isfinite()
         d, logp = (torch.where(known, vector, 0.0) for vector in (d, old_logp.double()))
-        weight, inside, stays = self._bound(d, logp, known, sequence, sequences)
-        return torch.where(known & inside, weight, 0.0).float(), known & stays
+        distance, over = self._distance(d, logp)
+        weight, x = self._weigh(combine(distance, known, over, sequence, sequences))
+        inside = known & (x >= self.low) & (x <= self.high)
+        counted = known if self.action == "truncate" else inside
+        stays = inside if self.action == "reject" else known
+        return torch.where(counted, weight, 0.0).float(), stays
 
-    def _bound(
-        self, d: Tensor, logp: Tensor, known: Tensor, sequence: Tensor, sequences: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """[N] weights, whether they count, whether the tokens stay; `logp` is log π_old."""
+    def _distance(self, d: Tensor, logp: Tensor) -> tuple[Tensor, Over]:
+        """[N] of each token from its sampler, and how a sequence combines it; `logp` is π_old's."""
+        raise NotImplementedError
+
+    def _weigh(self, combined: Tensor) -> tuple[Tensor, Tensor]:
+        """[N] weights inside the bounds, and what is bounded."""
         raise NotImplementedError
 
 
@@ -102,19 +112,14 @@ class SamplerCorrection(Rule):
     def __post_init__(self) -> None:
         check_choice("level", self.level, get_args(Level))
         check_choice("action", self.action, get_args(Action))
-        numbers = is_number(self.low) and is_number(self.high)
-        if not numbers or not 0 <= self.low <= self.high:
-            raise ValueError(f"low: expected 0 <= low <= high, got {self.low!r} and {self.high!r}")
+        check_bounds(self.low, self.high, least=0)
 
-    def _bound(
-        self, d: Tensor, logp: Tensor, known: Tensor, sequence: Tensor, sequences: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        weight = combine(d, known, OVERS[self.level], sequence, sequences)
-        weight = weight.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-        if self.action == "truncate":
-            return weight.clamp(self.low, self.high), known, known
-        inside = (weight >= self.low) & (weight <= self.high)
-        return weight, inside, inside if self.action == "reject" else known
+    def _distance(self, d: Tensor, logp: Tensor) -> tuple[Tensor, Over]:
+        return d, OVERS[self.level]
+
+    def _weigh(self, combined: Tensor) -> tuple[Tensor, Tensor]:
+        ratio = combined.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+        return ratio.clamp(self.low, self.high), ratio
 
 
 @dataclass(frozen=True)
@@ -140,12 +145,9 @@ class Rejection(Rule):
         check_choice("measure", self.measure, get_args(Measure))
         check_choice("action", self.action, ("reject", "zero"))
         check_choice("over", self.over, get_args(Over))
-        if not (is_number(self.low) and is_number(self.high) and self.low <= self.high):
-            raise ValueError(f"low: expected low <= high, got {self.low!r} and {self.high!r}")
+        check_bounds(self.low, self.high)
 
-    def _bound(
-        self, d: Tensor, logp: Tensor, known: Tensor, sequence: Tensor, sequences: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _distance(self, d: Tensor, logp: Tensor) -> tuple[Tensor, Over]:
         x = d
         if self.measure == "k2":
             x = 0.5 * d * d
@@ -157,9 +159,10 @@ class Rejection(Rule):
             x = (p - q).abs()
             if self.measure == "binary_kl":
                 x = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
-        x = combine(x, known, self.over, sequence, sequences)
-        inside = (x >= self.low) & (x <= self.high)
-        return torch.ones_like(x), inside, inside if self.action == "reject" else known
+        return x, self.over
+
+    def _weigh(self, combined: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ones_like(combined), combined
 
 
 def combine(x: Tensor, counted: Tensor, over: Over, sequence: Tensor, sequences: int) -> Tensor:

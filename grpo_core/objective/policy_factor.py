@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from grpo_core.objective.off_policy import Rejection, SamplerCorrection
-from grpo_core.objective.validation import check_not_negative, check_type, is_number
+from grpo_core.objective.validation import check_bounds, check_number, check_type, is_number
 from grpo_core.objective.value import backward_scan
 
 # e²⁰ is far above any useful ratio, and far below overflow
@@ -60,7 +60,7 @@ class SequenceWeight:
     lambda_neg: float = 2.0
 
     def __post_init__(self) -> None:
-        check_not_negative(**vars(self))
+        check_number("a finite number >= 0", **vars(self))
 
     def weigh(self, log_w: Tensor, advantage: Tensor) -> Tensor:
         """φ of log W [N]; of the advantage [N] only the sign is used."""
@@ -93,13 +93,8 @@ class FutureKL:
     max_ratio: float = math.inf
 
     def __post_init__(self) -> None:
-        for name in ("half_life", "max_ratio"):
-            value = getattr(self, name)
-            if not is_number(value) or not value > 0:
-                raise ValueError(f"{name}: expected a number > 0, got {value!r}")
-        numbers = is_number(self.low) and is_number(self.high)
-        if not numbers or not 0 <= self.low <= self.high:
-            raise ValueError(f"low: expected 0 <= low <= high, got {self.low!r} and {self.high!r}")
+        check_number("a number > 0", half_life=self.half_life, max_ratio=self.max_ratio)
+        check_bounds(self.low, self.high, least=0)
 
     def weigh(self, log_ratio: Tensor, valid: Tensor, sequence: Tensor, sequences: int) -> Tensor:
         """The factor of each token [N], in float64; of a masked one e⁰ within the bounds."""
@@ -144,24 +139,21 @@ class PolicyFactor:
     future_kl: FutureKL | None = None
 
     def __post_init__(self) -> None:
-        weight, rules = self.sequence_weight, self.rejections
-        if self.sampler is not None:
-            check_type("sampler", self.sampler, SamplerCorrection)
-        if weight is not None:
-            check_type("sequence_weight", weight, SequenceWeight)
-        if self.future_kl is not None:
-            check_type("future_kl", self.future_kl, FutureKL)
-        moment = self.second_moment
-        if not is_number(moment) or not moment > 0:
-            raise ValueError(f"second_moment: expected a number > 0, got {moment!r}")
+        for name, kind in (
+            ("sampler", SamplerCorrection),
+            ("sequence_weight", SequenceWeight),
+            ("future_kl", FutureKL),
+        ):
+            if getattr(self, name) is not None:
+                check_type(name, getattr(self, name), kind)
+        rules, delta = self.rejections, self.off_policy_delta
         if not isinstance(rules, tuple) or not all(isinstance(rule, Rejection) for rule in rules):
             raise ValueError(f"rejections: expected a tuple of Rejection, got {rules!r}")
         check_type("current", self.current, bool)
-        delta = self.off_policy_delta
+        check_number("a number > 0", second_moment=self.second_moment)
         if not is_number(delta) or not -math.inf < delta <= math.inf:
             raise ValueError(f"off_policy_delta: expected a number, got {delta!r}")
-        if not is_number(self.top_entropy) or not 0 <= self.top_entropy <= 1:
-            raise ValueError(f"top_entropy: expected a share in [0, 1], got {self.top_entropy!r}")
+        check_number("a number in [0, 1]", top_entropy=self.top_entropy)
         if self.sequence_weight and self.sampler and self.sampler.level != "token":
             want = "level 'token' beside a sequence_weight"
             raise ValueError(f"sampler: expected {want}, got {self.sampler!r}")

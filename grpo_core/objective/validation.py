@@ -7,6 +7,7 @@ NotImplementedError for a tensor that no function here can read.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from numbers import Real
 from typing import TypeGuard
 
@@ -17,6 +18,13 @@ from torch.autograd import forward_ad
 
 # above 0 by the rounding of a server, in nats
 LARGEST_LOGP = 1e-3
+RANGES: dict[str, Callable[[float], bool]] = {
+    "a finite number": math.isfinite,
+    "a finite number > 0": lambda number: 0 < number < math.inf,
+    "a finite number >= 0": lambda number: 0 <= number < math.inf,
+    "a number > 0": lambda number: number > 0,
+    "a number in [0, 1]": lambda number: 0 <= number <= 1,
+}
 
 
 def must_validate(validate: bool | None, tensor: Tensor) -> bool:
@@ -52,11 +60,18 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
         raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
 
 
-def check_not_negative(**numbers: object) -> None:
-    """Refuses anything but a finite number >= 0."""
+def check_number(expected: str, **numbers: object) -> None:
+    """Refuses what is not a real number, or outside of the range, a key of `RANGES`."""
     for name, number in numbers.items():
-        if not is_number(number) or not 0 <= number < math.inf:
-            raise ValueError(f"{name}: expected a finite number >= 0, got {number!r}")
+        if not is_number(number) or not RANGES[expected](number):
+            raise ValueError(f"{name}: expected {expected}, got {number!r}")
+
+
+def check_bounds(low: object, high: object, least: float = -math.inf) -> None:
+    """Refuses anything but two numbers with `least` <= `low` <= `high`."""
+    if not (is_number(low) and is_number(high) and least <= low <= high):
+        expected = "low <= high" if least == -math.inf else f"{least} <= low <= high"
+        raise ValueError(f"low: expected {expected}, got {low!r} and {high!r}")
 
 
 def check_tensor(

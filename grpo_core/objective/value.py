@@ -11,9 +11,6 @@ Differences from verl 0.9.1: advantage and return of a masked token are 0, not t
 carried along; k3 is not clamped at 10; a batch without a valid token gives 0, not an error. TRL's
 PPOTrainer (up to 0.29; 1.16 has none) has no masks in the middle, and adds the completion's reward
 one token later, at the first padding token, which has a value there.
-
-Source: GAE: arXiv 1506.02438, eq. 16; KL in the reward: 1909.08593, eq. 2; the clipped value loss
-is not in the PPO paper (1707.06347) but in its code (openai/baselines, ppo2).
 """
 
 from __future__ import annotations
@@ -29,8 +26,7 @@ from grpo_core.objective.validation import (
     check_finite,
     check_floats,
     check_mask,
-    check_not_negative,
-    is_number,
+    check_number,
 )
 
 KLPenalty = Literal["k1", "k2", "k3", "abs"]
@@ -69,8 +65,8 @@ def rewards_with_kl(
     Source: Ziegler et al. (arXiv 1909.08593, eq. 2); the estimators: Schulman (2020).
     """
     check_choice("kl", kl, get_args(KLPenalty))
-    check_not_negative(beta=beta)
-    present = _present(mask, "logp", logp)
+    check_number("a finite number >= 0", beta=beta)
+    present = _present(mask, "logp", logp, padded=True)
     d = _read("logp", logp, present, validate) - _read("ref_logp", ref_logp, present, validate)
     total = _read("rewards", rewards, present.any(1), validate)
     penalty = {
@@ -115,10 +111,8 @@ def gae(
 
     Source: GAE (arXiv 1506.02438, eq. 16).
     """
-    for name, factor in (("gamma", gamma), ("lam", lam)):
-        if not is_number(factor) or not 0 <= factor <= 1:
-            raise ValueError(f"{name}: expected a number in [0, 1], got {factor!r}")
-    present = _present(mask, "rewards", rewards)
+    check_number("a number in [0, 1]", gamma=gamma, lam=lam)
+    present = _present(mask, "rewards", rewards, padded=True)
     r = _read("rewards", rewards, present, validate)
     B, T = rewards.shape
     bootstrap = torch.zeros(B, dtype=torch.float64, device=rewards.device)
@@ -144,8 +138,7 @@ def gae(
 @torch.no_grad()
 def whiten(vector: Tensor, mask: Tensor) -> Tensor:
     """(x − mean) / √(variance + 1e-8) of the valid entries, n − 1 in the variance; else 0."""
-    shape = tuple(check_floats("vector", vector).shape)
-    present = check_mask("mask", mask, shape, device=vector.device) != 0
+    present = _present(mask, "vector", vector)
     centred = _centre(vector.double(), present)
     variance = centred.square().sum() / (present.sum() - 1).clamp(min=1)
     return _like(vector, centred / (variance + WHITENING).sqrt())
@@ -184,10 +177,9 @@ def value_loss(
         eps: ε > 0, in units of reward; infinity for the plain squared error.
         validate: check for NaN and infinity; None means on the CPU only.
 
-    Source: openai/baselines, ppo2 (PPO, arXiv 1707.06347); TRL and verl: the same.
+    Source: openai/baselines, ppo2, and not the PPO paper (1707.06347); TRL and verl: the same.
     """
-    if not is_number(eps) or not eps > 0:
-        raise ValueError(f"eps: expected a number > 0, got {eps!r}")
+    check_number("a number > 0", eps=eps)
     shape = tuple(check_floats("values", values).shape)
     present = check_floats("weight", weight, shape, device=values.device) != 0
     v = _like(values, _read("values", values, present, validate))
@@ -206,9 +198,8 @@ def value_loss(
 @torch.no_grad()
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """1 − Var(return − V) / Var(return) over the valid tokens: 0-dim float32, NaN for Var = 0."""
-    shape = tuple(check_floats("values", values).shape)
-    check_floats("returns", returns, shape, device=values.device)
-    present = check_mask("mask", mask, shape, device=values.device) != 0
+    present = _present(mask, "values", values)
+    check_floats("returns", returns, tuple(present.shape), device=values.device)
     total = _centre(returns.double(), present).square().sum()
     unexplained = _centre(returns.double() - values.double(), present).square().sum()
     return torch.where(total > 0, 1 - unexplained / total, torch.nan).float()
@@ -242,12 +233,12 @@ def _like(model: Tensor, result: Tensor) -> Tensor:
     return result.to(torch.promote_types(model.dtype, torch.float32))
 
 
-def _present(mask: Tensor, name: str, padded: Tensor) -> Tensor:
-    """Where the mask is not 0; raises ValueError unless both are [B, T]."""
-    shape = tuple(check_floats(name, padded).shape)
-    if len(shape) != 2:
+def _present(mask: Tensor, name: str, tensor: Tensor, *, padded: bool = False) -> Tensor:
+    """Where the mask is not 0; raises ValueError unless both have one shape, if padded [B, T]."""
+    shape = tuple(check_floats(name, tensor).shape)
+    if padded and len(shape) != 2:
         raise ValueError(f"{name}: expected a padded batch [B, T], got {list(shape)}")
-    return check_mask("mask", mask, shape, device=padded.device) != 0
+    return check_mask("mask", mask, shape, device=tensor.device) != 0
 
 
 def _read(name: str, tensor: Tensor, present: Tensor, validate: bool | None) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_core.loss.inputs import IGNORE
+from grpo_core.loss.tokens import IGNORE
 from grpo_core.objective.objective import Objective
 from grpo_core.objective.off_policy import SamplerCorrection
 from grpo_core.objective.policy_factor import PolicyFactor
