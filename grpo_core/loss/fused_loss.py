@@ -205,7 +205,7 @@ def loss_from_logits(logits: Tensor, inputs: LossInputs, inplace: bool = False) 
     )
     wants_gradient = logits.requires_grad and torch.is_grad_enabled()
     logits = make_readable(logits)
-    rows, dlogits = Rows.of(logits.detach()), None
+    rows, dlogits = call.rows(logits), None
     if wants_gradient and logits.dtype != torch.float16:
         dlogits = call.allocate_gradient(rows.logits)
     result, tokens = evaluate(rows, call, dlogits)
@@ -281,11 +281,11 @@ def logp_from_logits(
     if mask is not None:
         flat = torch.where(mask.reshape(-1) != 0, flat, IGNORE)
     # a row whose target is outside [0, V) is not read
-    rows = Rows.of(make_readable(logits))
+    rows = Rows(make_readable(logits), float(temperature))
     kernels = over_shards(choose_backend(backend, logits), shards)
     if kept is not None:
         check_unsharded(shards, kept=kept)
         kept = check_kept(kept, logits, (flat >= 0) & (flat < rows.V), validate)
         kernels = keep_rows(kernels, kept, flat)
-    stats = kernels.row_stats(rows, flat, float(temperature))
+    stats = kernels.row_stats(rows, flat)
     return TokenLogp(stats.logp.view(target.shape), stats.entropy.view(target.shape))
