@@ -77,7 +77,7 @@ def row_softmax(
         if ref_ptr is not None:
             ref_largest, _ = largest_other(ref_ptr, V, target_col, THREADS, WIDTH)
         below, moment_below, ref_below, cross_below = sums_below(
-            (row_ptr, ref_ptr), V, target_col, V, (largest, ref_largest), scale, DIVERGENCE,
+            (row_ptr, ref_ptr), V, target_col, None, (largest, ref_largest), scale, DIVERGENCE,
             THREADS, WIDTH,
         )  # fmt: skip
         peak, total, moment, shift = from_largest(largest, below, moment_below, scale)
@@ -124,31 +124,60 @@ def anchored_sums(
         ref_logits = load_others(ref_ptr, places, lead, end, target_place)
         ref_target = tl.load(ref_ptr + target_place)
         ref_anchor = row_anchor(ref_logits, places - lead, ref_target, scale, THREADS, WIDTH)
-    anchors = (anchor, ref_anchor)
+    pointers, anchors = (row_ptr, ref_ptr), (anchor, ref_anchor)
+    ends = (lead, end, target_place)
     zeros = tl.zeros([THREADS, WIDTH], tl.float32)
     sums = add_tile((zeros, zeros, zeros, zeros), logits, ref_logits, scale, anchors, DIVERGENCE)
     for first in range(tile, end, step):
         others = (target_place < first) | (target_place >= first + step)
         if is_whole(first, step, lead, end) & others:
             for k in tl.static_range(TILES):
-                logits = load_whole(row_ptr + first + k * tile, THREADS, WIDTH)
-                ref_logits = None
-                if ref_ptr is not None:
-                    ref_logits = load_whole(ref_ptr + first + k * tile, THREADS, WIDTH)
-                sums = add_tile(sums, logits, ref_logits, scale, anchors, DIVERGENCE)
+                sums = add_both(
+                    sums, pointers, first, k * tile, None, scale, anchors, DIVERGENCE,
+                    THREADS, WIDTH,
+                )  # fmt: skip
         else:
             for start in range(first, tl.minimum(first + step, end), tile):
-                other = start + places != target_place
-                logits = load_tile(row_ptr, start, lead, end, THREADS, WIDTH)
-                logits = tl.where(other, logits, float("-inf"))
-                ref_logits = None
-                if ref_ptr is not None:
-                    ref_logits = load_tile(ref_ptr, start, lead, end, THREADS, WIDTH)
-                    ref_logits = tl.where(other, ref_logits, float("-inf"))
-                sums = add_tile(sums, logits, ref_logits, scale, anchors, DIVERGENCE)
+                sums = add_both(
+                    sums, pointers, start, 0, ends, scale, anchors, DIVERGENCE, THREADS, WIDTH
+                )
     order = wide_order(lead, THREADS, WIDTH)
     total, moment, ref_total, cross = each_in_order(sums, order, ref_ptr is not None)
     return anchor, total, moment, ref_anchor, ref_total, cross
+
+
+@triton.jit
+def add_both(
+    sums,
+    pointers,
+    first,
+    shift,
+    ends,
+    scale,
+    anchors,
+    DIVERGENCE: tl.constexpr,
+    THREADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Adds the tile from place `first + shift` on of both rows, the second None without π_ref.
+
+    `ends` = (lead, end, target's place), or None for a whole tile without the target.
+    """
+    row_ptr, ref_ptr = pointers
+    ref_logits = None
+    if ends is None:
+        logits = load_whole(row_ptr + first + shift, THREADS, WIDTH)
+        if ref_ptr is not None:
+            ref_logits = load_whole(ref_ptr + first + shift, THREADS, WIDTH)
+    else:
+        lead, end, target_place = ends
+        other = first + tile_places(THREADS, WIDTH) != target_place
+        logits = load_tile(row_ptr, first, lead, end, THREADS, WIDTH)
+        if ref_ptr is not None:
+            ref_logits = load_tile(ref_ptr, first, lead, end, THREADS, WIDTH)
+            ref_logits = tl.where(other, ref_logits, float("-inf"))
+        logits = tl.where(other, logits, float("-inf"))
+    return add_tile(sums, logits, ref_logits, scale, anchors, DIVERGENCE)
 
 
 @triton.jit
@@ -239,7 +268,7 @@ def sums_below(
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The sums of `add_tile` without two columns, each row's c relative to its `largest`."""
+    """The sums of `add_tile`, each row's c relative to its `largest`; without a second column."""
     row_ptr, ref_ptr = pointers
     columns = strided_columns(THREADS, WIDTH)
     zeros = tl.zeros([THREADS, WIDTH], tl.float32)
@@ -247,7 +276,8 @@ def sums_below(
     base, ref_base = finite_base(largest[0]), finite_base(largest[1])
     for first in range(0, V, THREADS * WIDTH):
         logits = load_others(row_ptr, first + columns, 0, V, target_col) - base
-        logits = tl.where(first + columns == other_col, float("-inf"), logits)
+        if other_col is not None:
+            logits = tl.where(first + columns == other_col, float("-inf"), logits)
         ref_logits = None
         if ref_ptr is not None:
             ref_logits = load_others(ref_ptr, first + columns, 0, V, target_col) - ref_base

@@ -98,8 +98,8 @@ def _row_loss_kernel(
             dkl = beta * weight
     bonus, dentropy = None, 0.0
     if entropy_weight_ptr is not None:
-        dentropy = -tl.load(entropy_weight_ptr + row)
-        bonus = dentropy * entropy
+        entropy_weight = tl.load(entropy_weight_ptr + row)
+        bonus, dentropy = entropy_weight * entropy, -entropy_weight
     loss, dlogp, dlog_ratio, kl = token_terms(
         logp,
         log_ratio,

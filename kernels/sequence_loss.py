@@ -131,7 +131,7 @@ def _sequence_loss_kernel(
             exact_kl = tl.load(exact_kl_ptr + at, mask=valid, other=0.0)
         if entropy_weight_ptr is not None:
             entropy = tl.load(entropy_ptr + at, mask=valid, other=0.0)
-            bonus = -tl.load(entropy_weight_ptr + at, mask=valid, other=0.0) * entropy
+            bonus = tl.load(entropy_weight_ptr + at, mask=valid, other=0.0) * entropy
         loss, dlogp, dlog_ratio, kl = token_terms(
             logp,
             log_ratio,

@@ -53,5 +53,5 @@ def token_terms(
             loss += beta * kl
     loss = weight * loss
     if bonus is not None:
-        loss += bonus
+        loss -= bonus
     return loss, dlogp, dlog_ratio, kl

@@ -135,9 +135,9 @@ class KeptRows(WrappedBackend):
         """As of the backend inside; logp is −inf where the target was not kept."""
         out: Any = None
         places = self._places(target, rows.V)
-        for group in self._groups(rows):
+        for group, some, _ in self._gathered(rows, None):
             # the entropy is that of the set, whatever the target
-            stats = group.kernels.row_stats(group.gather(rows), places[group.at].clamp(min=0))
+            stats = group.kernels.row_stats(some, places[group.at].clamp(min=0))
             out = group.fill(out, stats, rows.N)
         unkept = (places < 0) & (target >= 0) & (target < rows.V)
         return out._replace(logp=out.logp.masked_fill(unkept, -torch.inf))
@@ -151,33 +151,23 @@ class KeptRows(WrappedBackend):
         dlogits: Tensor,
     ) -> Tensor:
         places = self._places(target, rows.V)
-        rows = rows.for_gradient(row_gradients)
         known = RowStats(stats.logp, stats.entropy, stats.kl, stats.state)
-        for group in self._groups(rows):
-            at, some = group.at, group.gather(rows)
-            # in place, unless dtypes differ
-            gradient = some.logits.to(dlogits.dtype)
+        for group, some, gradient in self._gathered(rows.for_gradient(row_gradients), dlogits):
+            at = group.at
             group.kernels.row_dlogits(
                 some, places[at], row_gradients.at(at), known.at(at), gradient
             )
-            group.scatter(gradient, dlogits)
-        return self._zero_unread(dlogits)
+        return dlogits
 
     def row_loss(
         self, rows: Rows, tokens: TokenVectors, terms: Terms, dlogits: Tensor | None
     ) -> RowLoss:
         out: Any = None
         places = self._places(tokens.target, rows.V)
-        for group in self._groups(rows):
-            at, some = group.at, group.gather(rows)
-            vectors = replace(tokens.at(at), target=places[at])
-            gradient = None if dlogits is None else some.logits.to(dlogits.dtype)
+        for group, some, gradient in self._gathered(rows, dlogits):
+            vectors = replace(tokens.at(group.at), target=places[group.at])
             result = group.kernels.row_loss(some, vectors, terms, gradient)
             out = group.fill(out, result, rows.N)
-            if dlogits is not None:
-                group.scatter(gradient, dlogits)
-        if dlogits is not None:
-            self._zero_unread(dlogits)
         return out
 
     def zero_others(self, dlogits: Tensor, columns: slice) -> None:
@@ -196,11 +186,21 @@ class KeptRows(WrappedBackend):
         """[n] int64: the place of each target in its set; -1 where there is none."""
         return torch.where((target >= 0) & (target < V), self.spans[2], -1)
 
-    def _zero_unread(self, dlogits: Tensor) -> Tensor:
-        """Writes the gradient of the rows that no group has."""
-        unread = (self.sizes == 0).nonzero().squeeze(1)
-        put_rows(dlogits, unread.to(dlogits.device), 0.0)
-        return dlogits
+    def _gathered(
+        self, rows: Rows, dlogits: Tensor | None
+    ) -> Iterator[tuple[_Group, Rows, Tensor | None]]:
+        """Every group, its kept logits, and their gradient, which then goes to `dlogits`."""
+        for group in self._groups(rows):
+            some, gradient = group.gather(rows), None
+            if dlogits is not None:
+                # in place, unless dtypes differ
+                gradient = some.logits.to(dlogits.dtype)
+            yield group, some, gradient
+            if dlogits is not None:
+                group.scatter(gradient, dlogits)
+        if dlogits is not None:
+            unread = (self.sizes == 0).nonzero().squeeze(1)
+            put_rows(dlogits, unread.to(dlogits.device), 0.0)
 
     def _groups(self, rows: Rows) -> Iterator[_Group]:
         """Rows of one width, a few at a time; at least one group, which may be empty."""
