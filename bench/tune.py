@@ -84,24 +84,24 @@ class Plans:
             row.copy_(2 * torch.randn(V, device=device))
         self.V, self.key = V, launch.tuning_key(self.logits.device, dtype, V)
         self.dlogits = dlogits = torch.empty_like(self.logits)
-        rows, target = Rows.of(self.logits), torch.randint(V, (N,), device=device)
+        rows, target = Rows(self.logits), torch.randint(V, (N,), device=device)
         # every row counts and has a gradient
         weight = torch.full((N,), 1 / N, device=device)
         tokens = TokenVectors(target, weight, advantage=weight * N)
         surrogate = RECIPES["dapo"].surrogate
         terms = Terms(surrogate.function, surrogate.args, None, False, 0.0)
-        stats = triton_backend.row_stats(rows, target, 1.0)
+        stats = triton_backend.row_stats(rows, target)
 
         def one_pass() -> tuple[Tensor, ...]:
-            found = triton_backend.row_loss(rows, tokens, 1.0, terms, dlogits)
+            found = triton_backend.row_loss(rows, tokens, terms, dlogits)
             return found.logp, found.loss, found.dlogp, dlogits
 
         def gradient() -> tuple[Tensor, ...]:
             row_gradients = RowGradients(weight, None, None)
-            return (triton_backend.row_dlogits(rows, target, 1.0, row_gradients, stats, dlogits),)
+            return (triton_backend.row_dlogits(rows, target, row_gradients, stats, dlogits),)
 
         self.calls: dict[str, Callable[[], tuple[Tensor, ...]]] = {
-            "statistics": lambda: triton_backend.row_stats(rows, target, 1.0)[:2],
+            "statistics": lambda: triton_backend.row_stats(rows, target)[:2],
             "one pass": one_pass,
             "gradient": gradient,
         }

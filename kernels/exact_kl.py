@@ -1,8 +1,6 @@
 """The exact KL(π ‖ π_ref) of a row, or another divergence, over the whole vocabulary.
 
-Both rows are read once, side by side; the policy's is summed by the same steps as in
-`online_softmax`, so its log-probability keeps its bits. The two rows must lie alike between
-multiples of 16 bytes (`Rows.aligned_with` copies). With the target y apart from the others,
+Both rows are read once, side by side (`online_softmax`). With the target y apart from the others,
 
     KL = p_y·(log p_y − log q_y) + (1 − p_y)·(log(1 − p_y) − log(1 − q_y) + KL_others)
     dKL/dx_j = p_j·(log p_j − log q_j − KL) / T
@@ -23,183 +21,15 @@ Source: GKD (arXiv 2306.13649); the interpolation as in TRL, whose `beta` it is.
 """
 
 from .language import tl, triton
-from .online_softmax import (
-    LN2,
-    LOG2E,
-    add_powers,
-    finite_base,
-    from_largest,
-    is_near,
-    largest_other,
-    load_others,
-    row_anchor,
-)
-from .row_tiles import (
-    boundary,
-    is_whole,
-    load_part,
-    load_tile,
-    load_whole,
-    row_lead,
-    strided_columns,
-    strided_order,
-    sum_in_order,
-    tile_places,
-    wide_order,
-)
+from .online_softmax import LN2, LOG2E, split_anchor
+from .row_tiles import boundary, load_tile, row_lead, sum_in_order, tile_places, wide_order
 from .scalar_math import expm1, log1p
 from .token_statistics import log_sides, sigmoid2
 
 
 @triton.jit
-def row_softmax_pair(
-    row_ptr,
-    ref_ptr,
-    V,
-    target_col,
-    scale,
-    DIVERGENCE: tl.constexpr,
-    THREADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TILES: tl.constexpr,
-):
-    """(anchor, Σ 2^c, Σ 2^c·c) without the target, (anchor, Σ 2^c) of π_ref, Σ 2^c·(c − c_ref).
-
-    The last is Σ 2^c_ref·(c_ref − c) for the forward KL, and not used for a mixture.
-    """
-    anchor, sum_others, moment_others, ref_anchor, ref_sum, cross = anchored_pair(
-        row_ptr, ref_ptr, V, target_col, scale, DIVERGENCE, THREADS, WIDTH, TILES
-    )
-    near = is_near(anchor, sum_others)
-    if not (near & is_near(ref_anchor, ref_sum)):
-        largest, _ = largest_other(row_ptr, V, target_col, THREADS, WIDTH)
-        ref_largest, _ = largest_other(ref_ptr, V, target_col, THREADS, WIDTH)
-        below, moment_below, ref_sum, cross = pair_below(
-            row_ptr, ref_ptr, V, target_col, largest, ref_largest, scale, DIVERGENCE, THREADS, WIDTH
-        )
-        ref_below = ref_sum
-        ref_anchor, ref_sum, _, ref_shift = from_largest(ref_largest, ref_sum, 0.0, scale)
-        peak, total, moment, shift = from_largest(largest, below, moment_below, scale)
-        # where only π_ref has a bad anchor, π keeps what it has without one
-        shift = tl.where(near, tl.fma(largest, scale, -anchor), shift)
-        if DIVERGENCE == "forward":
-            cross = tl.exp2(ref_shift) * (cross + (ref_shift - shift) * ref_below)
-        else:
-            cross = tl.exp2(shift) * (cross + (shift - ref_shift) * below)
-        anchor = tl.where(near, anchor, peak)
-        sum_others = tl.where(near, sum_others, total)
-        moment_others = tl.where(near, moment_others, moment)
-    return anchor, sum_others, moment_others, ref_anchor, ref_sum, cross
-
-
-@triton.jit
-def anchored_pair(
-    row_ptr,
-    ref_ptr,
-    V,
-    target_col,
-    scale,
-    DIVERGENCE: tl.constexpr,
-    THREADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TILES: tl.constexpr,
-):
-    """What `row_softmax_pair` returns, the anchors being those of `row_anchor`."""
-    tile: tl.constexpr = THREADS * WIDTH
-    step: tl.constexpr = TILES * tile
-    places = tile_places(THREADS, WIDTH)
-    lead = row_lead(row_ptr, WIDTH)
-    end, target_place = V + lead, target_col + lead
-    row_ptr, ref_ptr = boundary(row_ptr, lead), boundary(ref_ptr, lead)
-    logits = load_part(row_ptr, places, lead, end)
-    ref_logits = load_part(ref_ptr, places, lead, end)
-    target_logit, ref_target = tl.load(row_ptr + target_place), tl.load(ref_ptr + target_place)
-    anchors = (
-        row_anchor(logits, places - lead, target_logit, scale, THREADS, WIDTH),
-        row_anchor(ref_logits, places - lead, ref_target, scale, THREADS, WIDTH),
-    )
-    logits = tl.where(places == target_place, float("-inf"), logits)
-    ref_logits = tl.where(places == target_place, float("-inf"), ref_logits)
-    zeros = tl.zeros([THREADS, WIDTH], tl.float32)
-    sums = add_pair((zeros, zeros, zeros, zeros), logits, ref_logits, scale, anchors, DIVERGENCE)
-    for first in range(tile, end, step):
-        others = (target_place < first) | (target_place >= first + step)
-        if is_whole(first, step, lead, end) & others:
-            for k in tl.static_range(TILES):
-                logits = load_whole(row_ptr + first + k * tile, THREADS, WIDTH)
-                ref_logits = load_whole(ref_ptr + first + k * tile, THREADS, WIDTH)
-                sums = add_pair(sums, logits, ref_logits, scale, anchors, DIVERGENCE)
-        else:
-            for start in range(first, tl.minimum(first + step, end), tile):
-                other = start + places != target_place
-                logits = load_tile(row_ptr, start, lead, end, THREADS, WIDTH)
-                ref_logits = load_tile(ref_ptr, start, lead, end, THREADS, WIDTH)
-                logits = tl.where(other, logits, float("-inf"))
-                ref_logits = tl.where(other, ref_logits, float("-inf"))
-                sums = add_pair(sums, logits, ref_logits, scale, anchors, DIVERGENCE)
-    total, moment, ref_total, cross = pair_in_order(sums, wide_order(lead, THREADS, WIDTH))
-    return anchors[0], total, moment, anchors[1], ref_total, cross
-
-
-@triton.jit
-def add_pair(sums, logits, ref_logits, scale, anchors, DIVERGENCE: tl.constexpr):
-    """Adds a tile of both rows to (Σ 2^c, Σ 2^c·c, Σ 2^c_ref, Σ 2^c·(c − c_ref))."""
-    total, moment, ref_total, cross = sums
-    total, moment, power, centred = add_powers(total, moment, logits, scale, anchors[0])
-    ref_centred = tl.fma(ref_logits, scale, -anchors[1])
-    if DIVERGENCE == "reverse":
-        cross += weighted_gap(power, centred, ref_centred)
-    ref_power = tl.exp2(ref_centred)
-    if DIVERGENCE == "forward":
-        cross += weighted_gap(ref_power, ref_centred, centred)
-    return total, moment, ref_total + ref_power, cross
-
-
-@triton.jit
-def weighted_gap(weight, centred, ref_centred):
-    """weight·(c − c_ref), and 0 for a token of weight 0, whatever π_ref says of it."""
-    return tl.where(weight != 0, weight * (centred - ref_centred), 0.0)
-
-
-@triton.jit
-def pair_in_order(sums, order):
-    """Each of the four sums over its tile."""
-    return (
-        sum_in_order(sums[0], order),
-        sum_in_order(sums[1], order),
-        sum_in_order(sums[2], order),
-        sum_in_order(sums[3], order),
-    )
-
-
-@triton.jit
-def pair_below(
-    row_ptr,
-    ref_ptr,
-    V,
-    target_col,
-    largest,
-    ref_largest,
-    scale,
-    DIVERGENCE: tl.constexpr,
-    THREADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """The sums of `add_pair`, each row's c relative to its largest other logit."""
-    columns = strided_columns(THREADS, WIDTH)
-    zeros = tl.zeros([THREADS, WIDTH], tl.float32)
-    sums = zeros, zeros, zeros, zeros
-    base, ref_base = finite_base(largest), finite_base(ref_largest)
-    for first in range(0, V, THREADS * WIDTH):
-        logits = load_others(row_ptr, first + columns, V, target_col) - base
-        ref_logits = load_others(ref_ptr, first + columns, V, target_col) - ref_base
-        sums = add_pair(sums, logits, ref_logits, scale, (0.0, 0.0), DIVERGENCE)
-    return pair_in_order(sums, strided_order(THREADS, WIDTH))
-
-
-@triton.jit
 def exact_kl(z, sum_others, ref_z, ref_sum, cross):
-    """KL(π ‖ π_ref) of a row, nats, from the sums of `row_softmax_pair` and both target gaps."""
+    """KL(π ‖ π_ref) of a row, nats, from the sums of `row_softmax` and both target gaps."""
     logp, log_others = log_sides(z)
     ref_logp, ref_log_others = log_sides(ref_z)
     p_others, p_target = sigmoid2(z), sigmoid2(-z)
@@ -254,13 +84,6 @@ def mixture_kl(
     # not hidden where it is NaN
     kl += tl.where(ref_target == 0, 0.0, beta * ref_target * to_q)
     return kl, of_others
-
-
-@triton.jit
-def split_anchor(anchor, sum_others):
-    """(what is subtracted from logits before they are scaled, and after) of a row."""
-    far = sum_others < 0
-    return tl.where(far, anchor, 0.0), tl.where(far, 0.0, anchor)
 
 
 @triton.jit

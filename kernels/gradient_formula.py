@@ -12,9 +12,9 @@ without an entropy term and an exact KL. The target's own gradient is computed a
 divergence the last term is −gap_factor·2^c_ref (forward KL) or gap_factor·2^c·log₂ p/m (mixture).
 """
 
-from .exact_kl import log_p_to_mixture, mixture_shares, target_to_mixture, weighted_gap
+from .exact_kl import log_p_to_mixture, mixture_shares, target_to_mixture
 from .language import tl, triton
-from .online_softmax import LN2, LOWEST
+from .online_softmax import LN2, LOWEST, weighted_gap
 from .token_statistics import log_sides, sigmoid2
 
 

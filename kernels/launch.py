@@ -19,14 +19,16 @@ two thirds at 128 rows, a sixth at 32.
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .language import triton
-from .records import Rows
+from .records import Rows, extent, place_of
 
 # the widest load of one thread
 LOAD_BYTES = 16
@@ -94,15 +96,60 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def row_keywords(rows: Rows, registers: int | None = None) -> dict[str, Any]:
+def row_arguments(rows: Rows, registers: int | None = None) -> dict[str, Any]:
+    """What the kernels of rows have in common, as keywords of a launch.
+
+    Args:
+        registers: as for `row_layout`, without a reference.
+    """
+    ref, T = rows.ref_logits, rows.temperature
+    if ref is not None:
+        ref, registers = aligned(ref, rows.logits), PAIR_REGISTERS
+    rows_per_batch, batch_stride, row_stride = place_of(rows.logits)
+    _, ref_batch_stride, ref_row_stride = place_of(rows.logits if ref is None else ref)
+    kind = "reverse" if ref is None else rows.divergence
+    return {
+        "logits_ptr": rows.logits,
+        "ref_logits_ptr": ref,
+        "N": rows.N,
+        "V": rows.V,
+        "rows_per_batch": rows_per_batch,
+        "batch_stride": batch_stride,
+        "row_stride": row_stride,
+        "ref_batch_stride": ref_batch_stride,
+        "ref_row_stride": ref_row_stride,
+        "scale": math.log2(math.e) / T,
+        "interpolation": rows.interpolation if kind == "mixture" else None,
+        "DIVERGENCE": kind,
+        **row_layout(rows.logits, registers),
+    }
+
+
+def aligned(logits: Tensor, other: Tensor) -> Tensor:
+    """Logits, or a copy, whose rows lie between multiples of 16 bytes as those of `other` do."""
+    size = logits.element_size()
+    width = LOAD_BYTES // size
+
+    def place(x: Tensor) -> list[int]:
+        strides = (stride for n, stride in zip(x.shape, x.stride(), strict=True) if n > 1)
+        return [x.data_ptr() // size, *strides]
+
+    if all((a - b) % width == 0 for a, b in zip(place(logits), place(other), strict=True)):
+        return logits
+    memory = logits.new_empty(extent(other) + width)
+    start = (place(other)[0] - memory.data_ptr() // size) % width
+    return memory.as_strided(other.shape, other.stride(), start).copy_(logits)
+
+
+def row_layout(logits: Tensor, registers: int | None = None) -> dict[str, Any]:
     """The layout of a row kernel as keywords of its launch.
 
     Args:
         registers: of a thread, what the kernel needs at most unless the layout says otherwise.
     """
-    itemsize = rows.logits.element_size()
-    key = tuning_key(rows.logits.device, rows.logits.dtype, rows.V)
-    layout = TUNED.get(key) or choose_layout(rows.V, itemsize)
+    itemsize, V = logits.element_size(), logits.shape[-1]
+    key = tuning_key(logits.device, logits.dtype, V)
+    layout = TUNED.get(key) or choose_layout(V, itemsize)
     threads = 32 * layout.warps
     # AMD's wavefronts have 64 lanes; tiles, and so results, stay those of 32
     lanes = 64 if torch.version.hip else 32
@@ -122,19 +169,6 @@ def row_keywords(rows: Rows, registers: int | None = None) -> dict[str, Any]:
 def at_most_registers(most: int) -> dict[str, Any]:
     """The keyword that bounds the registers of a thread on NVIDIA's cards."""
     return {} if torch.version.hip else {"maxnreg": most}
-
-
-def place_of(rows: Rows | None, prefix: str = "") -> dict[str, int]:
-    """Where rows lie, as keywords of a launch; zeros for None."""
-    names = ("rows_per_batch", "batch_stride", "row_stride")
-    return {prefix + name: 1 if rows is None else getattr(rows, name) for name in names}
-
-
-def divergence_of(ref_rows: Rows | None) -> dict[str, Any]:
-    """Which divergence from the reference is the KL, as keywords of a launch."""
-    kind = "reverse" if ref_rows is None else ref_rows.divergence
-    number = ref_rows.interpolation if ref_rows is not None and kind == "mixture" else None
-    return {"interpolation": number, "DIVERGENCE": kind}
 
 
 def unspecialized(function: Any) -> Any:

@@ -9,7 +9,8 @@ maximum, nothing to rescale, and one multiply-add less per logit than in an onli
 place of a tile has sums of its own, to which each column with the same remainder modulo the tile is
 added in turn; then these sums are added up in the order of the columns. The order is the same
 whatever the alignment, and no thread waits for another until the row is finished. Logits are scaled
-by log₂(e)/T inside one multiply-add, and all powers are powers of two.
+by log₂(e)/T inside one multiply-add, and all powers are powers of two. The row of a reference is
+read side by side, by the same steps; both must lie alike between multiples of 16 bytes.
 
 An anchor far below the largest logit, or far above all, would cost digits or overflow. That shows
 in the sum itself (`is_near`). Such a row, which hardly ever has a sampled target, is read twice
@@ -49,64 +50,134 @@ LEAST_SUM, LARGEST_SUM = tl.constexpr(2.0**-80), tl.constexpr(2.0**18)
 @triton.jit
 def row_softmax(
     row_ptr,
+    ref_ptr,
     V,
     target_col,
     scale,
+    DIVERGENCE: tl.constexpr,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """(anchor, Σ 2^c, Σ 2^c·c) of a row without its target, c = scaled logit − anchor."""
-    anchor, sum_others, moment_others = anchored_sums(
-        row_ptr, V, target_col, scale, THREADS, WIDTH, TILES
+    """(anchor, Σ 2^c, Σ 2^c·c) without the target, (anchor, Σ 2^c) of π_ref, Σ 2^c·(c − c_ref).
+
+    c = scaled logit − anchor. The last is Σ 2^c_ref·(c_ref − c) for the forward KL, and not used
+    for a mixture. Without a reference, `ref_ptr` None, its sums are 0.
+    """
+    anchor, sum_others, moment_others, ref_anchor, ref_sum, cross = anchored_sums(
+        row_ptr, ref_ptr, V, target_col, scale, DIVERGENCE, THREADS, WIDTH, TILES
     )
-    if not is_near(anchor, sum_others):
+    near = is_near(anchor, sum_others)
+    both_near = near
+    if ref_ptr is not None:
+        both_near = near & is_near(ref_anchor, ref_sum)
+    if not both_near:
         largest, _ = largest_other(row_ptr, V, target_col, THREADS, WIDTH)
-        sum_others, moment_others = sums_below(
-            row_ptr, V, target_col, V, largest, scale, THREADS, WIDTH
-        )
-        anchor, sum_others, moment_others, _ = from_largest(
-            largest, sum_others, moment_others, scale
-        )
-    return anchor, sum_others, moment_others
+        ref_largest = largest
+        if ref_ptr is not None:
+            ref_largest, _ = largest_other(ref_ptr, V, target_col, THREADS, WIDTH)
+        below, moment_below, ref_below, cross_below = sums_below(
+            (row_ptr, ref_ptr), V, target_col, None, (largest, ref_largest), scale, DIVERGENCE,
+            THREADS, WIDTH,
+        )  # fmt: skip
+        peak, total, moment, shift = from_largest(largest, below, moment_below, scale)
+        if ref_ptr is not None:
+            ref_anchor, ref_sum, _, ref_shift = from_largest(ref_largest, ref_below, 0.0, scale)
+            # where only π_ref has a bad anchor, π keeps what it has without one
+            shift = tl.where(near, tl.fma(largest, scale, -anchor), shift)
+            peak = tl.where(near, anchor, peak)
+            total = tl.where(near, sum_others, total)
+            moment = tl.where(near, moment_others, moment)
+            if DIVERGENCE == "forward":
+                cross = tl.exp2(ref_shift) * (cross_below + (ref_shift - shift) * ref_below)
+            else:
+                cross = tl.exp2(shift) * (cross_below + (shift - ref_shift) * below)
+        anchor, sum_others, moment_others = peak, total, moment
+    return anchor, sum_others, moment_others, ref_anchor, ref_sum, cross
 
 
 @triton.jit
 def anchored_sums(
     row_ptr,
+    ref_ptr,
     V,
     target_col,
     scale,
+    DIVERGENCE: tl.constexpr,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """What `row_softmax` returns, the anchor being that of `row_anchor`."""
+    """What `row_softmax` returns, the anchors being those of `row_anchor`."""
     tile: tl.constexpr = THREADS * WIDTH
     step: tl.constexpr = TILES * tile
     places = tile_places(THREADS, WIDTH)
     lead = row_lead(row_ptr, WIDTH)
     end, target_place = V + lead, target_col + lead
     row_ptr = boundary(row_ptr, lead)
-    logits = load_part(row_ptr, places, lead, end)
+    logits = load_others(row_ptr, places, lead, end, target_place)
     target_logit = tl.load(row_ptr + target_place)
     anchor = row_anchor(logits, places - lead, target_logit, scale, THREADS, WIDTH)
-    logits = tl.where(places == target_place, float("-inf"), logits)
+    ref_logits, ref_anchor = None, 0.0
+    if ref_ptr is not None:
+        ref_ptr = boundary(ref_ptr, lead)
+        ref_logits = load_others(ref_ptr, places, lead, end, target_place)
+        ref_target = tl.load(ref_ptr + target_place)
+        ref_anchor = row_anchor(ref_logits, places - lead, ref_target, scale, THREADS, WIDTH)
+    pointers, anchors = (row_ptr, ref_ptr), (anchor, ref_anchor)
+    ends = (lead, end, target_place)
     zeros = tl.zeros([THREADS, WIDTH], tl.float32)
-    sums, moments, _, _ = add_powers(zeros, zeros, logits, scale, anchor)
+    sums = add_tile((zeros, zeros, zeros, zeros), logits, ref_logits, scale, anchors, DIVERGENCE)
     for first in range(tile, end, step):
         others = (target_place < first) | (target_place >= first + step)
         if is_whole(first, step, lead, end) & others:
             for k in tl.static_range(TILES):
-                logits = load_whole(row_ptr + first + k * tile, THREADS, WIDTH)
-                sums, moments, _, _ = add_powers(sums, moments, logits, scale, anchor)
+                sums = add_both(
+                    sums, pointers, first, k * tile, None, scale, anchors, DIVERGENCE,
+                    THREADS, WIDTH,
+                )  # fmt: skip
         else:
             for start in range(first, tl.minimum(first + step, end), tile):
-                logits = load_tile(row_ptr, start, lead, end, THREADS, WIDTH)
-                logits = tl.where(start + places == target_place, float("-inf"), logits)
-                sums, moments, _, _ = add_powers(sums, moments, logits, scale, anchor)
+                sums = add_both(
+                    sums, pointers, start, 0, ends, scale, anchors, DIVERGENCE, THREADS, WIDTH
+                )
     order = wide_order(lead, THREADS, WIDTH)
-    return anchor, sum_in_order(sums, order), sum_in_order(moments, order)
+    total, moment, ref_total, cross = each_in_order(sums, order, ref_ptr is not None)
+    return anchor, total, moment, ref_anchor, ref_total, cross
+
+
+@triton.jit
+def add_both(
+    sums,
+    pointers,
+    first,
+    shift,
+    ends,
+    scale,
+    anchors,
+    DIVERGENCE: tl.constexpr,
+    THREADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Adds the tile from place `first + shift` on of both rows, the second None without π_ref.
+
+    `ends` = (lead, end, target's place), or None for a whole tile without the target.
+    """
+    row_ptr, ref_ptr = pointers
+    ref_logits = None
+    if ends is None:
+        logits = load_whole(row_ptr + first + shift, THREADS, WIDTH)
+        if ref_ptr is not None:
+            ref_logits = load_whole(ref_ptr + first + shift, THREADS, WIDTH)
+    else:
+        lead, end, target_place = ends
+        other = first + tile_places(THREADS, WIDTH) != target_place
+        logits = load_tile(row_ptr, first, lead, end, THREADS, WIDTH)
+        if ref_ptr is not None:
+            ref_logits = load_tile(ref_ptr, first, lead, end, THREADS, WIDTH)
+            ref_logits = tl.where(other, ref_logits, float("-inf"))
+        logits = tl.where(other, logits, float("-inf"))
+    return add_tile(sums, logits, ref_logits, scale, anchors, DIVERGENCE)
 
 
 @triton.jit
@@ -134,9 +205,41 @@ def add_powers(sums, moments, logits, scale, anchor):
 
 
 @triton.jit
-def load_others(row_ptr, at, V, target_col):
-    """Some columns as float32, −inf at the target and beyond the row."""
-    return tl.where(at == target_col, float("-inf"), load_part(row_ptr, at, 0, V))
+def add_tile(sums, logits, ref_logits, scale, anchors, DIVERGENCE: tl.constexpr):
+    """Adds a tile of both rows to (Σ 2^c, Σ 2^c·c, Σ 2^c_ref, Σ 2^c·(c − c_ref))."""
+    total, moment, ref_total, cross = sums
+    total, moment, power, centred = add_powers(total, moment, logits, scale, anchors[0])
+    if ref_logits is not None:
+        ref_centred = tl.fma(ref_logits, scale, -anchors[1])
+        if DIVERGENCE == "reverse":
+            cross += weighted_gap(power, centred, ref_centred)
+        ref_power = tl.exp2(ref_centred)
+        if DIVERGENCE == "forward":
+            cross += weighted_gap(ref_power, ref_centred, centred)
+        ref_total += ref_power
+    return total, moment, ref_total, cross
+
+
+@triton.jit
+def weighted_gap(weight, centred, ref_centred):
+    """weight·(c − c_ref), and 0 for a token of weight 0, whatever π_ref says of it."""
+    return tl.where(weight != 0, weight * (centred - ref_centred), 0.0)
+
+
+@triton.jit
+def each_in_order(sums, order, PAIR: tl.constexpr):
+    """Each of the sums of `add_tile` over its tile."""
+    ref_total, cross = 0.0, 0.0
+    total, moment = sum_in_order(sums[0], order), sum_in_order(sums[1], order)
+    if PAIR:
+        ref_total, cross = sum_in_order(sums[2], order), sum_in_order(sums[3], order)
+    return total, moment, ref_total, cross
+
+
+@triton.jit
+def load_others(row_ptr, at, lead, end, target_place):
+    """Some logits as float32, −inf at the target and outside of the row."""
+    return tl.where(at == target_place, float("-inf"), load_part(row_ptr, at, lead, end))
 
 
 @triton.jit
@@ -146,7 +249,7 @@ def largest_other(row_ptr, V, target_col, THREADS: tl.constexpr, WIDTH: tl.const
     largest = tl.full([THREADS, WIDTH], float("-inf"), tl.float32)
     column = columns * 0 + V
     for first in range(0, V, THREADS * WIDTH):
-        logits = load_others(row_ptr, first + columns, V, target_col)
+        logits = load_others(row_ptr, first + columns, 0, V, target_col)
         column = tl.where(logits > largest, first + columns, column)
         largest = tl.maximum(largest, logits)
     of_row = tl.max(largest)
@@ -155,26 +258,31 @@ def largest_other(row_ptr, V, target_col, THREADS: tl.constexpr, WIDTH: tl.const
 
 @triton.jit
 def sums_below(
-    row_ptr,
+    pointers,
     V,
     target_col,
     other_col,
     largest,
     scale,
+    DIVERGENCE: tl.constexpr,
     THREADS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """(Σ 2^c, Σ 2^c·c) of a row without two columns, c relative to `largest`."""
+    """The sums of `add_tile`, each row's c relative to its `largest`; without a second column."""
+    row_ptr, ref_ptr = pointers
     columns = strided_columns(THREADS, WIDTH)
-    sums = tl.zeros([THREADS, WIDTH], tl.float32)
-    moments = tl.zeros([THREADS, WIDTH], tl.float32)
-    base = finite_base(largest)
+    zeros = tl.zeros([THREADS, WIDTH], tl.float32)
+    sums = zeros, zeros, zeros, zeros
+    base, ref_base = finite_base(largest[0]), finite_base(largest[1])
     for first in range(0, V, THREADS * WIDTH):
-        logits = load_others(row_ptr, first + columns, V, target_col)
-        logits = tl.where(first + columns == other_col, float("-inf"), logits)
-        sums, moments, _, _ = add_powers(sums, moments, logits - base, scale, 0.0)
-    order = strided_order(THREADS, WIDTH)
-    return sum_in_order(sums, order), sum_in_order(moments, order)
+        logits = load_others(row_ptr, first + columns, 0, V, target_col) - base
+        if other_col is not None:
+            logits = tl.where(first + columns == other_col, float("-inf"), logits)
+        ref_logits = None
+        if ref_ptr is not None:
+            ref_logits = load_others(ref_ptr, first + columns, 0, V, target_col) - ref_base
+        sums = add_tile(sums, logits, ref_logits, scale, (0.0, 0.0), DIVERGENCE)
+    return each_in_order(sums, strided_order(THREADS, WIDTH), ref_ptr is not None)
 
 
 @triton.jit
@@ -196,3 +304,10 @@ def from_largest(largest, sum_others, moment_others, scale):
     moment_others = unit * tl.fma(shift, sum_others, moment_others)
     sum_others = unit * sum_others
     return anchor, tl.where(far, -sum_others, sum_others), moment_others, shift
+
+
+@triton.jit
+def split_anchor(anchor, sum_others):
+    """(what is subtracted from logits before they are scaled, and after) of a row."""
+    far = sum_others < 0
+    return tl.where(far, anchor, 0.0), tl.where(far, 0.0, anchor)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,65 +12,52 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rows:
-    """The logits of N tokens: row n is at offset `(n // T)·batch_stride + (n % T)·row_stride`.
+    """The logits of N tokens, and what their softmax is taken and compared with.
 
-    Strides count elements; the last axis is contiguous. A padded `[B, T, V]` batch, a view of one
-    such as `logits[:, :-1]`, and packed `[N, V]` rows (T = N) are all of this form.
-
-    Rows of a reference say by `interpolation` which divergence from them is the KL, see `exact_kl`.
+    Logits are a padded `[B, T, V]` batch, a view of one such as `logits[:, :-1]`, or packed
+    `[N, V]` rows; the last axis is contiguous.
     """
 
     logits: Tensor
-    N: int
-    V: int
-    rows_per_batch: int
-    batch_stride: int
-    row_stride: int
-    interpolation: float = 1.0
+    temperature: float = 1.0  # T, the logits are divided by it
+    ref_logits: Tensor | None = None  # of a reference policy, of the same shape: for the exact KL
+    interpolation: float = 1.0  # which divergence from the reference is the KL, see `exact_kl`
 
-    @classmethod
-    def of(cls, logits: Tensor, interpolation: float = 1.0) -> Rows:
-        """Reads the strides of `[N, V]` or `[B, T, V]`; evenly spaced rows count as packed."""
-        T, V = logits.shape[-2:]
-        N = logits.numel() // V
-        if logits.ndim == 2:
-            return cls(logits, N, V, max(N, 1), 0, logits.stride(0), interpolation)
-        batch_stride, row_stride = logits.stride()[:2]
-        if T == 1:
-            return cls(logits, N, V, max(N, 1), 0, batch_stride, interpolation)
-        if batch_stride == T * row_stride or logits.shape[0] == 1:
-            return cls(logits, N, V, max(N, 1), 0, row_stride, interpolation)
-        return cls(logits, N, V, max(T, 1), batch_stride, row_stride, interpolation)
+    @property
+    def V(self) -> int:
+        """Size of the vocabulary."""
+        return self.logits.shape[-1]
+
+    @property
+    def N(self) -> int:
+        """Number of rows."""
+        return self.logits.shape[:-1].numel()
 
     @property
     def divergence(self) -> str:
-        """The divergence from these rows: "reverse" or "forward" KL, "mixture" between them."""
+        """The divergence from the reference: "reverse" or "forward" KL, "mixture" between them."""
         return {0.0: "forward", 1.0: "reverse"}.get(self.interpolation, "mixture")
 
-    @property
-    def extent(self) -> int:
-        """Elements of memory from the first logit to the last."""
-        if not self.logits.numel():
-            return 0
-        sizes = zip(self.logits.shape, self.logits.stride(), strict=True)
-        return 1 + sum((n - 1) * stride for n, stride in sizes)
+    def for_gradient(self, row_gradients: RowGradients) -> Rows:
+        """The rows that a gradient is computed from: without reference where no KL is in it."""
+        return self if row_gradients.dkl is not None else replace(self, ref_logits=None)
 
-    def aligned_with(self, other: Rows) -> Rows:
-        """These rows, or a copy, with the same offsets from multiples of 16 bytes as `other`."""
-        size = self.logits.element_size()
-        width, each = 16 // size, min(self.rows_per_batch, other.rows_per_batch)
 
-        def place(rows: Rows) -> tuple[int, int, int]:
-            batch = rows.batch_stride if rows.rows_per_batch == each else each * rows.row_stride
-            return rows.logits.data_ptr() // size, batch, rows.row_stride
+def place_of(logits: Tensor) -> tuple[int, int, int]:
+    """(T, stride of batches, stride of rows) of logits, counted in elements.
 
-        if all((a - b) % width == 0 for a, b in zip(place(self), place(other), strict=True)):
-            return self
-        shape, strides = other.logits.shape, other.logits.stride()
-        memory = self.logits.new_empty(other.extent + width)
-        start = (place(other)[0] - memory.data_ptr() // size) % width
-        copy = memory.as_strided(shape, strides, start).copy_(self.logits)
-        return Rows.of(copy, self.interpolation)
+    Row n is at offset `(n // T)·batch_stride + (n % T)·row_stride`; T = N where rows are packed.
+    """
+    batch_stride, row_stride = (0, *logits.stride())[-3:-1]
+    return max(logits.shape[-2], 1), batch_stride, row_stride
+
+
+def extent(logits: Tensor) -> int:
+    """Elements of memory from the first logit to the last."""
+    if not logits.numel():
+        return 0
+    sizes = zip(logits.shape, logits.stride(), strict=True)
+    return 1 + sum((n - 1) * stride for n, stride in sizes)
 
 
 @dataclass(frozen=True)
@@ -110,18 +97,9 @@ class TokenVectors:
         return self._each(lambda vector: vector.double() if vector.is_floating_point() else vector)
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> TokenVectors:
-        def some(vector: Tensor | None) -> Tensor | None:
-            return None if vector is None else function(vector)
-
-        return TokenVectors(
-            function(self.target),
-            function(self.weight),
-            function(self.advantage),
-            some(self.old_logp),
-            some(self.ref_logp),
-            some(self.factor),
-            some(self.entropy_weight),
-        )
+        vectors = (getattr(self, field.name) for field in fields(TokenVectors))
+        some: list[Any] = [None if vector is None else function(vector) for vector in vectors]
+        return TokenVectors(*some)
 
     def row_gradients(
         self, dlogp: Tensor, dropped: Tensor, exact_beta: float | None
@@ -196,8 +174,8 @@ class RowStats(NamedTuple):
     logp: Tensor  # [N] nats
     entropy: Tensor  # [N] nats
     kl: Tensor | None  # [N] nats, the exact KL; None without `ref_logits`
-    # [k, N], from which the backend recomputes the softmax; its last row is the policy's part of a
-    # mixture's divergence, see `exact_kl`
+    # [k, N], from which the backend recomputes the softmax; its last row is what the gradient needs
+    # of the exact KL: itself, or `of_policy` of a mixture, see `exact_kl`
     state: Tensor
 
     def at(self, place: slice | Tensor) -> RowStats:
@@ -218,14 +196,3 @@ class RowLoss(NamedTuple):
     dlogp: Tensor  # dL/dlogp, times weight
     dropped: Tensor  # bool, left out because a term is not finite
     state: Tensor  # [k, N], as in RowStats
-
-    @classmethod
-    def empty(cls, N: int, device: torch.device, state: Tensor) -> RowLoss:
-        """Uninitialised vectors for N tokens."""
-        return cls._make((*_empty_vectors(len(cls._fields) - 2, N, device), state))
-
-
-def _empty_vectors(floats: int, N: int, device: torch.device) -> list[Tensor]:
-    """`floats` float32 vectors in one allocation, and a bool vector."""
-    vectors = torch.empty(floats, N, dtype=torch.float32, device=device)
-    return [*vectors.unbind(), torch.empty(N, dtype=torch.bool, device=device)]

@@ -7,7 +7,7 @@ an odd vocabulary) loads and stores are narrow. Each logit's gradient has the sa
 
 from .gradient_formula import gradient_of_others, row_factors
 from .language import tl, triton
-from .online_softmax import LN2
+from .online_softmax import LN2, split_anchor
 from .row_tiles import (
     boundary,
     is_whole,
@@ -51,15 +51,14 @@ def write_row_gradient(
         scale, derivatives, state, ref, beta, ENTROPY, DIVERGENCE
     )
     # logits too large to be scaled have the anchor subtracted first
-    far = sum_others < 0
-    base, anchor = tl.where(far, anchor, 0.0), tl.where(far, 0.0, anchor)
+    base, anchor = split_anchor(anchor, sum_others)
     lead = row_lead(row_ptr, WIDTH)
-    alike = (lead == row_lead(dlogits_ptr, WIDTH)) & (far == 0)
+    alike = (lead == row_lead(dlogits_ptr, WIDTH)) & ((sum_others < 0) == 0)
     ref_ptr, ref_base, ref_anchor = None, 0.0, 0.0
     if ref is not None:
-        ref_ptr, ref_far = ref[0], ref[2] < 0
-        alike &= ref_far == 0
-        ref_base, ref_anchor = tl.where(ref_far, ref[1], 0.0), tl.where(ref_far, 0.0, ref[1])
+        ref_ptr = ref[0]
+        alike &= (ref[2] < 0) == 0
+        ref_base, ref_anchor = split_anchor(ref[1], ref[2])
     sure = False
     sure_col, at_sure = target_col, at_target
     if ENTROPY:

@@ -17,18 +17,8 @@ its logits, an overflowing ratio) is dropped: no loss, no gradient.
 import torch
 
 from .language import tl
-from .launch import (
-    PAIR_REGISTERS,
-    READING_REGISTERS,
-    WRITING_REGISTERS,
-    divergence_of,
-    launch,
-    place_of,
-    row_keywords,
-    unspecialized,
-)
-from .online_softmax import LOG2E
-from .records import RowLoss, Rows, Terms, TokenVectors
+from .launch import READING_REGISTERS, WRITING_REGISTERS, launch, row_arguments, unspecialized
+from .records import RowLoss, Rows, Terms, TokenVectors, place_of
 from .row_gradient import write_row_gradient, write_row_zeros
 from .row_reading import read_row
 from .row_tiles import row_start, store_vectors
@@ -55,10 +45,8 @@ def _row_loss_kernel(
     rows_per_batch,
     batch_stride: tl.int64,
     row_stride: tl.int64,
-    ref_rows_per_batch,
     ref_batch_stride: tl.int64,
     ref_row_stride: tl.int64,
-    out_rows_per_batch,
     out_batch_stride: tl.int64,
     out_row_stride: tl.int64,
     scale,
@@ -76,15 +64,13 @@ def _row_loss_kernel(
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row_start(row, rows_per_batch, batch_stride, row_stride)
     if dlogits_ptr is not None:
-        out_ptr = dlogits_ptr + row_start(row, out_rows_per_batch, out_batch_stride, out_row_stride)
+        out_ptr = dlogits_ptr + row_start(row, rows_per_batch, out_batch_stride, out_row_stride)
     target = tl.load(target_ptr + row)
     weight = tl.load(weight_ptr + row)
     if (weight == 0) | (target < 0) | (target >= V):
         store_vectors(vectors_ptr, N, row, (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0))
         if ref_logits_ptr is not None:
-            store_vectors(vectors_ptr + 8 * N, N, row, (0.0, 1.0))
-            if DIVERGENCE == "mixture":
-                tl.store(vectors_ptr + 10 * N + row, 0.0)
+            store_vectors(vectors_ptr + 8 * N, N, row, (0.0, 1.0, 0.0))
         tl.store(dropped_ptr + row, False)
         if dlogits_ptr is not None:
             write_row_zeros(out_ptr, V, THREADS, WIDTH)
@@ -93,9 +79,7 @@ def _row_loss_kernel(
     target_col = target.to(tl.int32)
     ref_ptr = None
     if ref_logits_ptr is not None:
-        ref_ptr = ref_logits_ptr + row_start(
-            row, ref_rows_per_batch, ref_batch_stride, ref_row_stride
-        )
+        ref_ptr = ref_logits_ptr + row_start(row, rows_per_batch, ref_batch_stride, ref_row_stride)
     logp, entropy, row_kl, state, ref_state = read_row(
         row_ptr, ref_ptr, V, target_col, scale, interpolation, DIVERGENCE, THREADS, WIDTH, TILES
     )
@@ -106,10 +90,23 @@ def _row_loss_kernel(
         old_logp = tl.load(old_logp_ptr + row)
     log_ratio = logp - old_logp
     ratio = tl.exp(log_ratio)
+    ref, exact_kl, dkl = None, None, 0.0
+    if ref_logits_ptr is not None:
+        ref = (ref_ptr, ref_state[0], ref_state[1], ref_state[2], ref_state[3])
+        exact_kl = row_kl
+        if beta != 0:
+            dkl = beta * weight
+    bonus, dentropy = None, 0.0
+    if entropy_weight_ptr is not None:
+        entropy_weight = tl.load(entropy_weight_ptr + row)
+        bonus, dentropy = entropy_weight * entropy, -entropy_weight
     loss, dlogp, dlog_ratio, kl = token_terms(
         logp,
         log_ratio,
         tl.load(advantage_ptr + row),
+        weight,
+        exact_kl,
+        bonus,
         factor_ptr,
         ref_logp_ptr,
         row,
@@ -120,21 +117,7 @@ def _row_loss_kernel(
         KL,
         KL_TIMES_RATIO,
     )
-    dkl = 0.0
-    ref = None
-    if ref_logits_ptr is not None:
-        kl = row_kl
-        ref = (ref_ptr, ref_state[0], ref_state[1], ref_state[2], ref_state[3])
-        if beta != 0:
-            loss += beta * kl
-            dkl = beta * weight
     dlogp = weight * (dlogp + dlog_ratio)
-    loss = weight * loss
-    dentropy = 0.0
-    if entropy_weight_ptr is not None:
-        dentropy = -tl.load(entropy_weight_ptr + row)
-        loss += dentropy * entropy
-
     usable = is_finite(logp) & is_finite(log_ratio) & is_finite(ratio)
     usable = usable & is_finite(loss) & is_finite(dlogp)
     loss = tl.where(usable, loss, 0.0)
@@ -144,9 +127,8 @@ def _row_loss_kernel(
     vectors = (logp, entropy, ratio, kl, loss, dlogp, state[0], state[1])
     store_vectors(vectors_ptr, N, row, vectors)
     if ref_logits_ptr is not None:
-        store_vectors(vectors_ptr + 8 * N, N, row, (ref_state[0], ref_state[1]))
-        if DIVERGENCE == "mixture":
-            tl.store(vectors_ptr + 10 * N + row, ref_state[3])
+        values = (ref_state[0], ref_state[1], ref_state[3])
+        store_vectors(vectors_ptr + 8 * N, N, row, values)
     tl.store(dropped_ptr + row, usable == 0)
 
     if dlogits_ptr is not None:
@@ -174,38 +156,25 @@ def _row_loss_kernel(
 
 
 def row_loss(
-    rows: Rows,
-    tokens: TokenVectors,
-    temperature: float,
-    terms: Terms,
-    dlogits: torch.Tensor | None,
-    ref_rows: Rows | None = None,
+    rows: Rows, tokens: TokenVectors, terms: Terms, dlogits: torch.Tensor | None
 ) -> RowLoss:
     """Loss of every row, and the gradient of every logit into `dlogits`.
 
     Args:
-        rows: logits of N tokens, float32, bfloat16 or float16.
+        rows: float32, bfloat16 or float16.
         tokens: targets, weights, advantages and what else is given of each.
-        temperature: T, the logits are divided by it.
         terms: the objective's formulas.
         dlogits: written if given, of the logits' shape; may be the logits.
-        ref_rows: the reference policy's logits of the same tokens, for the exact KL, or None.
     """
-    N, device = rows.N, rows.logits.device
-    count = 8 if ref_rows is None else 11 if ref_rows.divergence == "mixture" else 10
-    vectors = torch.empty(count, N, dtype=torch.float32, device=device)
-    dropped = torch.empty(N, dtype=torch.bool, device=device)
-    registers = READING_REGISTERS
-    if ref_rows is not None:
-        ref_rows, registers = ref_rows.aligned_with(rows), PAIR_REGISTERS
-    elif dlogits is not None and rows.logits.element_size() == 2:
-        registers = WRITING_REGISTERS
+    count = 8 if rows.ref_logits is None else 11
+    vectors = tokens.weight.new_empty(count, rows.N)
+    dropped = vectors.new_empty(rows.N, dtype=torch.bool)
+    writes_half = dlogits is not None and rows.logits.element_size() == 2
+    _, *out_strides = place_of(rows.logits if dlogits is None else dlogits)
     launch(
         _row_loss_kernel,
-        N,
+        rows.N,
         on=rows.logits,
-        logits_ptr=rows.logits,
-        ref_logits_ptr=None if ref_rows is None else ref_rows.logits,
         target_ptr=tokens.target,
         weight_ptr=tokens.weight,
         advantage_ptr=tokens.advantage,
@@ -216,19 +185,14 @@ def row_loss(
         vectors_ptr=vectors,
         dropped_ptr=dropped,
         dlogits_ptr=dlogits,
-        N=N,
-        V=rows.V,
-        **place_of(rows),
-        **place_of(ref_rows, "ref_"),
-        **place_of(None if dlogits is None else Rows.of(dlogits), "out_"),
-        scale=LOG2E.value / temperature,
+        out_batch_stride=out_strides[0],
+        out_row_stride=out_strides[1],
         beta=terms.beta,
         surrogate_args=terms.surrogate_args,
         SURROGATE=terms.surrogate,
         KL=terms.kl,
         KL_TIMES_RATIO=terms.kl_times_ratio,
-        **divergence_of(ref_rows),
-        **row_keywords(rows, registers),
+        **row_arguments(rows, WRITING_REGISTERS if writes_half else READING_REGISTERS),
     )
     logp, entropy, ratio, kl, loss, dlogp = vectors[:6]
     return RowLoss(logp, entropy, ratio, kl, loss, dlogp, dropped, vectors[6:])

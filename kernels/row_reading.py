@@ -1,6 +1,6 @@
 """Reading a row of logits: what `row_stats` and `row_loss` have in common."""
 
-from .exact_kl import exact_kl, mixture_kl, row_softmax_pair
+from .exact_kl import exact_kl, mixture_kl
 from .language import tl, triton
 from .online_softmax import row_softmax
 from .token_statistics import target_gap, token_statistics
@@ -25,14 +25,9 @@ def read_row(
     mixture's `of_policy`. Without a reference, `ref_ptr` None, its part and the KL are 0. `beta` is
     the interpolation of a mixture.
     """
-    if ref_ptr is None:
-        anchor, sum_others, moment_others = row_softmax(
-            row_ptr, V, target_col, scale, THREADS, WIDTH, TILES
-        )
-    else:
-        anchor, sum_others, moment_others, ref_anchor, ref_sum, cross = row_softmax_pair(
-            row_ptr, ref_ptr, V, target_col, scale, DIVERGENCE, THREADS, WIDTH, TILES
-        )
+    anchor, sum_others, moment_others, ref_anchor, ref_sum, cross = row_softmax(
+        row_ptr, ref_ptr, V, target_col, scale, DIVERGENCE, THREADS, WIDTH, TILES
+    )
     z, logp, entropy = token_statistics(
         row_ptr, V, target_col, scale, anchor, sum_others, moment_others, THREADS, WIDTH
     )

@@ -7,8 +7,8 @@ reading that one number; neither the host waits nor memory moves.
 import torch
 
 from .language import tl
-from .launch import launch, place_of, row_keywords, unspecialized
-from .records import Rows
+from .launch import launch, row_layout, unspecialized
+from .records import place_of
 from .row_tiles import boundary, is_whole, load_part, load_whole, row_lead, row_start, tile_places
 
 
@@ -44,16 +44,19 @@ def _row_scale_kernel(
                 tl.store(row_ptr + at, scaled.to(dlogits_ptr.dtype.element_ty), mask=inside)
 
 
-def row_scale(rows: Rows, factor: torch.Tensor) -> torch.Tensor:
-    """Scales `rows` in place by the 0-dim tensor `factor`; moves nothing when it is 1."""
+def row_scale(dlogits: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Scales the rows in place by the 0-dim tensor `factor`; moves nothing when it is 1."""
+    rows_per_batch, batch_stride, row_stride = place_of(dlogits)
     launch(
         _row_scale_kernel,
-        rows.N,
-        on=rows.logits,
-        dlogits_ptr=rows.logits,
+        dlogits.shape[:-1].numel(),
+        on=dlogits,
+        dlogits_ptr=dlogits,
         factor_ptr=factor,
-        V=rows.V,
-        **place_of(rows),
-        **row_keywords(rows),
+        V=dlogits.shape[-1],
+        rows_per_batch=rows_per_batch,
+        batch_stride=batch_stride,
+        row_stride=row_stride,
+        **row_layout(dlogits),
     )
-    return rows.logits
+    return dlogits

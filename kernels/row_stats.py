@@ -10,8 +10,7 @@ rows; those are also read once. A row whose target lies outside [0, V) is not re
 import torch
 
 from .language import tl
-from .launch import PAIR_REGISTERS, divergence_of, launch, place_of, row_keywords, unspecialized
-from .online_softmax import LOG2E
+from .launch import launch, row_arguments, unspecialized
 from .records import Rows, RowStats
 from .row_reading import read_row
 from .row_tiles import row_start, store_vectors
@@ -28,7 +27,6 @@ def _row_stats_kernel(
     rows_per_batch,
     batch_stride: tl.int64,
     row_stride: tl.int64,
-    ref_rows_per_batch,
     ref_batch_stride: tl.int64,
     ref_row_stride: tl.int64,
     scale,
@@ -44,16 +42,12 @@ def _row_stats_kernel(
     if (target < 0) | (target >= V):
         store_vectors(vectors_ptr, N, row, (0.0, 0.0, 0.0, 1.0))
         if ref_logits_ptr is not None:
-            store_vectors(vectors_ptr + 4 * N, N, row, (0.0, 1.0, 0.0))
-            if DIVERGENCE == "mixture":
-                tl.store(vectors_ptr + 7 * N + row, 0.0)
+            store_vectors(vectors_ptr + 4 * N, N, row, (0.0, 1.0, 0.0, 0.0))
         return
 
     ref_ptr = None
     if ref_logits_ptr is not None:
-        ref_ptr = ref_logits_ptr + row_start(
-            row, ref_rows_per_batch, ref_batch_stride, ref_row_stride
-        )
+        ref_ptr = ref_logits_ptr + row_start(row, rows_per_batch, ref_batch_stride, ref_row_stride)
     logp, entropy, kl, state, ref_state = read_row(
         row_ptr,
         ref_ptr,
@@ -68,43 +62,27 @@ def _row_stats_kernel(
     )
     store_vectors(vectors_ptr, N, row, (logp, entropy, state[0], state[1]))
     if ref_logits_ptr is not None:
-        if DIVERGENCE == "mixture":
-            values = (ref_state[0], ref_state[1], ref_state[3], kl)
-            store_vectors(vectors_ptr + 4 * N, N, row, values)
-        else:
-            store_vectors(vectors_ptr + 4 * N, N, row, (ref_state[0], ref_state[1], kl))
+        values = (ref_state[0], ref_state[1], ref_state[3], kl)
+        store_vectors(vectors_ptr + 4 * N, N, row, values)
 
 
-def row_stats(
-    rows: Rows, target: torch.Tensor, temperature: float, ref_rows: Rows | None = None
-) -> RowStats:
+def row_stats(rows: Rows, target: torch.Tensor) -> RowStats:
     """Softmax statistics of every row at its target.
 
     Args:
-        rows: logits of N tokens, float32, bfloat16 or float16.
+        rows: float32, bfloat16 or float16.
         target: [N] int64; outside [0, V) means masked.
-        temperature: T, the logits are divided by it.
-        ref_rows: the reference policy's logits of the same tokens, for the exact KL, or None.
     """
-    ref = None if ref_rows is None else ref_rows.aligned_with(rows)
-    count = 4 if ref is None else 8 if ref.divergence == "mixture" else 7
-    vectors = torch.empty(count, rows.N, dtype=torch.float32, device=rows.logits.device)
+    alone = rows.ref_logits is None
+    vectors = target.new_empty(4 if alone else 8, rows.N, dtype=torch.float32)
     launch(
         _row_stats_kernel,
         rows.N,
         on=rows.logits,
-        logits_ptr=rows.logits,
-        ref_logits_ptr=None if ref is None else ref.logits,
         target_ptr=target,
         vectors_ptr=vectors,
-        N=rows.N,
-        V=rows.V,
-        **place_of(rows),
-        **place_of(ref, "ref_"),
-        scale=LOG2E.value / temperature,
-        **divergence_of(ref),
-        **row_keywords(rows, None if ref is None else PAIR_REGISTERS),
+        **row_arguments(rows),
     )
-    if ref is None:
+    if alone:
         return RowStats(vectors[0], vectors[1], None, vectors[2:])
-    return RowStats(vectors[0], vectors[1], vectors[-1], vectors[2:-1])
+    return RowStats(vectors[0], vectors[1], vectors[7], vectors[2:7])

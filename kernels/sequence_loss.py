@@ -25,7 +25,7 @@ from .launch import (
 )
 from .records import RowLoss, RowStats, SequenceTokens, Terms
 from .scalar_math import is_finite
-from .token_loss import vector_terms
+from .token_loss import token_terms
 
 
 @triton.jit
@@ -126,12 +126,21 @@ def _sequence_loss_kernel(
         log_ratio = clipped if LEVEL == "token" else tl.zeros([BLOCK], tl.float32) + mean
         advantage = tl.load(advantage_ptr + at, mask=valid, other=0.0)
         weight = tl.load(weight_ptr + at, mask=valid, other=0.0)
-        loss, dlogp, dlog_ratio, kl = vector_terms(
+        exact_kl, bonus = None, None
+        if exact_kl_ptr is not None:
+            exact_kl = tl.load(exact_kl_ptr + at, mask=valid, other=0.0)
+        if entropy_weight_ptr is not None:
+            entropy = tl.load(entropy_ptr + at, mask=valid, other=0.0)
+            bonus = tl.load(entropy_weight_ptr + at, mask=valid, other=0.0) * entropy
+        loss, dlogp, dlog_ratio, kl = token_terms(
             logp,
             log_ratio,
             advantage,
             weight,
-            (factor_ptr, ref_logp_ptr, exact_kl_ptr, entropy_ptr, entropy_weight_ptr),
+            exact_kl,
+            bonus,
+            factor_ptr,
+            ref_logp_ptr,
             at,
             valid,
             beta,
@@ -193,8 +202,8 @@ def sequence_loss(stats: RowStats, tokens: SequenceTokens, terms: Terms) -> RowL
         terms: the objective's formulas.
     """
     N = stats.logp.numel()
-    result = RowLoss.empty(N, stats.logp.device, stats.state)
-    result = result._replace(logp=stats.logp, entropy=stats.entropy)
+    ratio, kl, loss, dlogp = stats.logp.new_empty(4, N)
+    dropped = loss.new_empty(N, dtype=torch.bool)
     programs, width, sequence_id = tokens.sequences, tokens.width or N, tokens.sequence_id
     if terms.ratio_level == "token":
         programs, width, sequence_id = -(-N // SEQUENCE_BLOCK), SEQUENCE_BLOCK, None
@@ -217,11 +226,11 @@ def sequence_loss(stats: RowStats, tokens: SequenceTokens, terms: Terms) -> RowL
         sequence_ptr=sequence_id,
         first_ptr=first,
         last_ptr=last,
-        ratio_ptr=result.ratio,
-        kl_ptr=result.kl,
-        loss_ptr=result.loss,
-        dlogp_ptr=result.dlogp,
-        dropped_ptr=result.dropped,
+        ratio_ptr=ratio,
+        kl_ptr=kl,
+        loss_ptr=loss,
+        dlogp_ptr=dlogp,
+        dropped_ptr=dropped,
         N=N,
         T=width,
         S=tokens.sequences,
@@ -238,7 +247,7 @@ def sequence_loss(stats: RowStats, tokens: SequenceTokens, terms: Terms) -> RowL
         num_warps=SEQUENCE_WARPS,
         **at_most_registers(SEQUENCE_REGISTERS),
     )
-    return result
+    return RowLoss(stats.logp, stats.entropy, ratio, kl, loss, dlogp, dropped, stats.state)
 
 
 def find_spans(tokens: SequenceTokens) -> tuple[torch.Tensor, torch.Tensor]:

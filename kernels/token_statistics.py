@@ -88,7 +88,10 @@ def sums_below_sure(row_ptr, V, target_col, scale, THREADS: tl.constexpr, WIDTH:
     log p_w + H = −p_w·log 2·Σ 2^c·c.
     """
     largest, sure_col = largest_other(row_ptr, V, target_col, THREADS, WIDTH)
-    below, moment = sums_below(row_ptr, V, target_col, sure_col, largest, scale, THREADS, WIDTH)
+    below, moment, _, _ = sums_below(
+        (row_ptr, None), V, target_col, sure_col, (largest, largest), scale, "reverse",
+        THREADS, WIDTH,
+    )  # fmt: skip
     target_logit = tl.load(row_ptr + target_col).to(tl.float32)
     centred = tl.maximum((target_logit - largest) * scale, LOWEST)
     power = tl.exp2(centred)

@@ -47,7 +47,7 @@ def loss_of(logits: Tensor, target: Tensor, dlogits: Tensor | None) -> list[Tens
     """`row_loss` with an entropy term, in vectors."""
     ones = torch.ones(len(target), device=DEVICE)
     tokens = TokenVectors(target, ones, advantage=ones, entropy_weight=0.1 * ones)
-    found = triton_backend.row_loss(Rows.of(logits), tokens, 0.8, CLIP, dlogits)
+    found = triton_backend.row_loss(Rows(logits, 0.8), tokens, CLIP, dlogits)
     return [found.loss, found.logp, found.entropy, found.dlogp, found.dropped, found.state]
 
 
@@ -76,13 +76,13 @@ def test_every_alignment_has_the_same_bits(dtype: torch.dtype, V: int) -> None:
     logits[0, V // 2] = math.nan
     expected = torch.empty_like(logits)
     vectors = loss_of(logits, target, expected)
-    stats = triton_backend.row_stats(Rows.of(logits), target, 0.8)
+    stats = triton_backend.row_stats(Rows(logits, 0.8), target)
     factor = torch.tensor(-3.0, device=DEVICE)
     for lead in range(LEADS[dtype]):
         rows, memory = at_lead(logits, lead)
         before = marks(memory)
         out, beside = at_lead(logits, (3 * lead + 1) % LEADS[dtype])
-        found = triton_backend.row_stats(Rows.of(rows), target, 0.8)
+        found = triton_backend.row_stats(Rows(rows, 0.8), target)
         assert torch.equal(found.state.nan_to_num(), stats.state.nan_to_num())
         assert torch.equal(found.entropy.nan_to_num(), stats.entropy.nan_to_num())
         for dlogits in (out, rows):
@@ -90,7 +90,7 @@ def test_every_alignment_has_the_same_bits(dtype: torch.dtype, V: int) -> None:
             for one, other in zip(again, vectors, strict=True):
                 assert torch.equal(one.nan_to_num(), other.nan_to_num()), lead
             assert torch.equal(dlogits, expected), lead
-        triton_backend.row_scale(Rows.of(rows), factor)
+        triton_backend.row_scale(rows, factor)
         assert torch.equal(rows, (expected.float() * factor).to(dtype))
         assert marks(memory) == marks(beside) == before
 
@@ -105,9 +105,9 @@ def test_small_vocabularies() -> None:
         logits = torch.randn(1, V, device=DEVICE).expand(N, V).bfloat16()
         rows, _ = at_lead(logits, lead)
         dlogits, memory = at_lead(torch.full_like(logits, MARK), (lead + 2) % 8)
-        found = triton_backend.row_stats(Rows.of(rows), target, 1.0)
+        found = triton_backend.row_stats(Rows(rows), target)
         row_gradients = RowGradients(torch.ones(N, device=DEVICE), None, None)
-        triton_backend.row_dlogits(Rows.of(rows), target, 1.0, row_gradients, found, dlogits)
+        triton_backend.row_dlogits(Rows(rows), target, row_gradients, found, dlogits)
         log_p = torch.log_softmax(logits.double(), 1)
         logp = log_p.gather(1, target[:, None])[:, 0]
         assert torch.allclose(found.logp.double(), logp, rtol=1e-6, atol=1e-6)
@@ -130,7 +130,7 @@ def test_targets_at_the_edges_of_tiles(dtype: torch.dtype) -> None:
     expected = torch.log_softmax(row.double(), 1)[0, target]
     for lead in (0, 1, LEADS[dtype] - 1):
         rows, _ = at_lead(logits, lead)
-        logp = triton_backend.row_stats(Rows.of(rows), target, 1.0).logp
+        logp = triton_backend.row_stats(Rows(rows), target).logp
         assert torch.allclose(logp.double(), expected, rtol=3e-7, atol=0)
 
 
@@ -146,7 +146,7 @@ def test_the_exact_kl_of_rows_that_lie_differently(near: bool) -> None:
         # behind the first tile: of π alone, of π_ref alone, of both
         logits[0, 1400] = ref_logits[1, 1400] = logits[3, 1300] = ref_logits[3, 1300] = 90.0
         target[:] = 5
-    plain = triton_backend.row_stats(Rows.of(logits), target, 1.0)
+    plain = triton_backend.row_stats(Rows(logits), target)
     ones = torch.ones(4, device=DEVICE)
     tokens = TokenVectors(target, ones, advantage=ones)
     terms = Terms(surrogates.clip, (0.2, 0.2, math.inf), kl.k3, False, 0.5)
@@ -154,13 +154,13 @@ def test_the_exact_kl_of_rows_that_lie_differently(near: bool) -> None:
     expected = (p.exp() * (p - q)).sum(1).where(target >= 0, 0.0)
     first: list[Tensor] = []
     for lead, ref_lead in product((0, 5), (0, 3)):
-        rows, ref = at_lead(logits, lead)[0], Rows.of(at_lead(ref_logits, ref_lead)[0])
-        stats = triton_backend.row_stats(Rows.of(rows), target, 1.0, ref)
+        rows = Rows(at_lead(logits, lead)[0], 1.0, at_lead(ref_logits, ref_lead)[0])
+        stats = triton_backend.row_stats(rows, target)
         assert torch.equal(stats.logp, plain.logp)
         assert torch.equal(stats.entropy, plain.entropy)
         assert torch.allclose(stats.kl.double(), expected, rtol=2e-6, atol=2e-6)
         dlogits = torch.empty_like(logits)
-        loss = triton_backend.row_loss(Rows.of(rows), tokens, 1.0, terms, dlogits, ref).loss
+        loss = triton_backend.row_loss(rows, tokens, terms, dlogits).loss
         bits = [stats.kl, stats.state, loss, dlogits]
         first = first or bits
         assert all(torch.equal(*pair) for pair in zip(bits, first, strict=True))
@@ -177,13 +177,13 @@ def test_rows_far_from_their_anchor(far: float) -> None:
     log_p = torch.log_softmax(exact, 1)
     entropy = -(log_p.exp() * log_p).sum(1)
     (log_p[:, 5] + 0.1 * entropy).sum().backward()
-    stats = triton_backend.row_stats(Rows.of(logits), target, 1.0)
+    stats = triton_backend.row_stats(Rows(logits), target)
     assert torch.allclose(stats.logp.double(), log_p[:, 5], rtol=3e-7, atol=3e-7)
     assert torch.allclose(stats.entropy.double(), entropy, rtol=1e-6, atol=4e-6)
     dlogits = torch.empty_like(logits)
     ones = torch.ones(3, device=DEVICE)
     row_gradients = RowGradients(ones, 0.1 * ones, None)
-    triton_backend.row_dlogits(Rows.of(logits), target, 1.0, row_gradients, stats, dlogits)
+    triton_backend.row_dlogits(Rows(logits), target, row_gradients, stats, dlogits)
     assert torch.allclose(dlogits.double(), exact.grad, rtol=0, atol=3e-6)
 
 

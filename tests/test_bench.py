@@ -31,7 +31,6 @@ from bench.truth import WrongResult, find_truth, refuse_wrong
 from grpo_core import RECIPES, fused_loss, token_logp
 from grpo_core.kernels import launch
 from grpo_core.kernels.launch import Layout
-from grpo_core.kernels.records import Rows
 from grpo_core.loss.reference import reference_loss
 from grpo_core.trainer.measure import LiveBytes
 from tests.combinations import slow
@@ -628,9 +627,9 @@ def test_a_sweep_chooses_the_fastest_right_layout_and_writes_it_down(
     spec.loader.exec_module(module)
     written = {key: vars(tuning) for key, tuning in module.TUNED.items()}
     assert written == {key: vars(tuning) for key, tuning in table.items()}
-    rows = Rows.of(torch.empty(2, 2000, dtype=torch.bfloat16))
+    logits = torch.empty(2, 2000, dtype=torch.bfloat16)
     eight_warps = {"THREADS": 256, "num_warps": 8}
-    assert module.row_keywords(rows) == launch.row_keywords(rows) | eight_warps
+    assert module.row_layout(logits) == launch.row_layout(logits) | eight_warps
     # nothing but the table differs
     before, after = tune.TABLE.read_text(), copy.read_text()
     assert tune.rewrite_table(after, {}) == tune.rewrite_table(before, {})

@@ -45,12 +45,10 @@ def one_pass(
     dlogits = torch.full_like(logits, torch.nan)
     ones = torch.ones(len(target), device=logits.device)
     result = kernels.row_loss(
-        Rows.of(logits),
+        Rows(logits, temperature, ref_logits, beta),
         TokenVectors(target, ones, ones),
-        temperature,
         Terms(surrogates.zero, (), None, False, weight),
         dlogits,
-        Rows.of(ref_logits, beta),
     )
     return result, dlogits
 
@@ -64,12 +62,12 @@ def two_phases(
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The divergence by `row_stats`, its gradient by `row_dlogits`."""
-    rows, ref_rows = Rows.of(logits), Rows.of(ref_logits, beta)
-    stats = kernels.row_stats(rows, target, temperature, ref_rows)
+    rows = Rows(logits, temperature, ref_logits, beta)
+    stats = kernels.row_stats(rows, target)
     ones = torch.ones(len(target), device=logits.device)
     dlogits = torch.full_like(logits, torch.nan)
     row_gradients = RowGradients(0 * ones, None, ones)
-    kernels.row_dlogits(rows, target, temperature, row_gradients, stats, dlogits, ref_rows)
+    kernels.row_dlogits(rows, target, row_gradients, stats, dlogits)
     return stats.kl, dlogits
 
 

@@ -359,7 +359,7 @@ def test_small_sets_read_few_logits() -> None:
         kept=found,
     )._tokens
     logits = torch.randn(N, V)
-    rows.row_loss(Rows.of(logits), tokens, 1.0, tokens.terms, logits)
+    rows.row_loss(Rows(logits), tokens, tokens.terms, logits)
     # widths 16, 32 and V
     assert counted.calls == ["row_loss"] * 3
     assert counted.logits <= V + 32 * N

@@ -41,11 +41,12 @@ def one_pass(kernels: ModuleType, logits: Tensor, target: Tensor, **changes: Any
     N = target.numel()
     ones = torch.ones(N, device=logits.device)
     terms = Terms(surrogates.clip, (0.2, 0.2, math.inf), None, False, 0.0)
-    arguments = {"temperature": 1.0, "terms": terms, "dlogits": None}
+    arguments = {"terms": terms, "dlogits": None}
     vectors = {"target": target, "weight": ones, "advantage": ones}
     vectors |= {name: changes.pop(name) for name in VECTORS & changes.keys()}
     tokens = TokenVectors(**vectors)
-    return kernels.row_loss(Rows.of(logits), tokens, **(arguments | changes))
+    rows = Rows(logits, changes.pop("temperature", 1.0), changes.pop("ref_logits", None))
+    return kernels.row_loss(rows, tokens, **(arguments | changes))
 
 
 @paired(V=VOCABULARIES, dtype=DTYPES, temperature=[1.0, 0.7], backend=BACKENDS)
@@ -55,9 +56,7 @@ def test_statistics_of_ordinary_rows(
     """logp and entropy are no worse than float32 log_softmax, for targets at both ends too."""
     logits = (3 * torch.randn(5, V)).to(dtype)
     target = torch.tensor([0, V - 1, V // 2, V // 3, -100])
-    logp, entropy, *_ = kernels.row_stats(
-        Rows.of(logits.to(device)), target.to(device), temperature
-    )
+    logp, entropy, *_ = kernels.row_stats(Rows(logits.to(device), temperature), target.to(device))
     assert logp[4] == entropy[4] == 0
     readable = target[:4], logits[:4]
     truth = oracles.logp_and_entropy(readable[1], readable[0], temperature)
@@ -105,7 +104,7 @@ def test_a_row_has_the_same_bits_in_every_plan(
     view = logits[:, :-1]
     target = torch.randint(0, V, (B * T,), device=device)
     target[3] = -100
-    stats = kernels.row_stats(Rows.of(view), target, 1.0)
+    stats = kernels.row_stats(Rows(view), target)
     logp, entropy, *_ = stats
     weight = (target >= 0).float()
 
@@ -127,7 +126,7 @@ def test_a_row_has_the_same_bits_in_every_plan(
 
     second = torch.empty_like(packed)
     row_gradients = RowGradients(result.dlogp, None, None)
-    kernels.row_dlogits(Rows.of(packed), target, 1.0, row_gradients, stats, second)
+    kernels.row_dlogits(Rows(packed), target, row_gradients, stats, second)
     assert torch.equal(second.view(B, T, V), dlogits)
     one_pass(kernels, packed, target, weight=weight, dlogits=packed)
     assert torch.equal(packed, second)
@@ -180,10 +179,9 @@ def test_threads_do_not_change_a_bit_of_the_torch_backend() -> None:
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(kernels.row_stats(Rows.of(logits), target, 1.0)[:2])
+            results.append(kernels.row_stats(Rows(logits), target)[:2])
             rows = [
-                kernels.row_stats(Rows.of(logits[n : n + 1]), target[n : n + 1], 1.0)[:2]
-                for n in range(5)
+                kernels.row_stats(Rows(logits[n : n + 1]), target[n : n + 1])[:2] for n in range(5)
             ]
             results.append(tuple(torch.cat(vectors) for vectors in zip(*rows, strict=True)))
     finally:
@@ -267,7 +265,7 @@ def test_row_scale(kernels: ModuleType, device: str, factor: float, dtype: torch
     """Every logit of a strided view, and nothing between its rows."""
     gradient = torch.randn(2, 4, 1001).to(dtype).to(device)
     before = gradient.clone()
-    kernels.row_scale(Rows.of(gradient[:, 1:]), torch.tensor(factor, device=device))
+    kernels.row_scale(gradient[:, 1:], torch.tensor(factor, device=device))
     assert torch.equal(gradient[:, 1:], (before[:, 1:].float() * factor).to(dtype))
     assert torch.equal(gradient[:, :1], before[:, :1])
 
@@ -314,7 +312,7 @@ def with_reference(
         advantage=torch.zeros(target.numel(), device=logits.device),
         terms=terms,
         dlogits=dlogits,
-        ref_rows=Rows.of(ref_logits),
+        ref_logits=ref_logits,
     )
     return result, dlogits
 
@@ -326,8 +324,8 @@ def test_the_exact_kl_leaves_every_other_bit_alone(
     """logp and entropy are those without a reference; the KL of equal rows, and its gradient, 0."""
     logits = (3 * torch.randn(4, V)).to(dtype).to(device)
     target = torch.randint(0, V, (4,), device=device)
-    plain = kernels.row_stats(Rows.of(logits), target, 0.9)
-    stats = kernels.row_stats(Rows.of(logits), target, 0.9, Rows.of(logits.clone()))
+    plain = kernels.row_stats(Rows(logits, 0.9), target)
+    stats = kernels.row_stats(Rows(logits, 0.9, logits.clone()), target)
     assert plain.kl is None
     assert torch.equal(stats.logp, plain.logp)
     assert torch.equal(stats.entropy, plain.entropy)
@@ -425,7 +423,7 @@ def test_rows_that_are_sure_of_another_word(
     wide = torch.full((N, V + 3), 77.0).to(dtype)
     wide[:, 3:] = logits
     logits, target = logits.to(device), target.to(device)
-    stats = kernels.row_stats(Rows.of(logits), target, T)
+    stats = kernels.row_stats(Rows(logits, T), target)
     error = (stats.entropy.cpu().double() - entropy) / entropy
     digits = FLOOR * margins.clamp(min=1)
     assert (error.abs() < digits).all()
@@ -444,13 +442,13 @@ def test_rows_that_are_sure_of_another_word(
     assert torch.equal(result.entropy, stats.entropy)
     row_gradients = RowGradients(result.dlogp, -given["entropy_weight"], None)
     second = torch.empty_like(logits)
-    kernels.row_dlogits(Rows.of(logits), target, T, row_gradients, result, second)
+    kernels.row_dlogits(Rows(logits, T), target, row_gradients, result, second)
     assert torch.equal(second, dlogits)
     view = wide.to(device)[:, 3:]
     shifted = one_pass(kernels, view, target, dlogits=view, **given)
     assert torch.equal(shifted.entropy, stats.entropy)
     assert torch.equal(view, dlogits)
-    alone = kernels.row_stats(Rows.of(logits[2:3]), target[2:3], T)
+    alone = kernels.row_stats(Rows(logits[2:3], T), target[2:3])
     assert torch.equal(alone.entropy, stats.entropy[2:3])
 
 
@@ -475,7 +473,7 @@ def test_likely_words_far_above_the_start_of_the_row(kernels: ModuleType, device
     logits[:, -40:] += offset[:, None]
     target = torch.tensor([7, 4990, 4980, 3])
     truth = oracles.logp_and_entropy(logits, target, 1.0)
-    logp, entropy, *_ = kernels.row_stats(Rows.of(logits.to(device)), target.to(device), 1.0)
+    logp, entropy, *_ = kernels.row_stats(Rows(logits.to(device)), target.to(device))
     for ours, exact in zip((logp, entropy), truth, strict=True):
         assert ((ours.cpu().double() - exact) / exact).abs().max() < 64 * FLOOR
 
@@ -522,12 +520,12 @@ def test_rows_of_huge_logits(
     decided = torch.zeros(N, V).scatter(1, target[:, None], -1.0)
     decided[:, 200] = 1.0
     torch.testing.assert_close(dlogits[kept].float() * temperature, decided[kept], **near)
-    again = kernels.row_stats(Rows.of(logits.to(device)), target.to(device), temperature)
+    again = kernels.row_stats(Rows(logits.to(device), temperature), target.to(device))
     assert torch.equal(again.logp.cpu(), logp)
     second = torch.empty_like(logits, device=device)
     row_gradients = RowGradients(found.dlogp, -there["entropy_weight"], None)
     kernels.row_dlogits(
-        Rows.of(logits.to(device)), target.to(device), temperature, row_gradients, found, second
+        Rows(logits.to(device), temperature), target.to(device), row_gradients, found, second
     )
     usable = ~found.dropped.cpu()
     assert torch.equal(second.cpu()[usable], dlogits[usable])
@@ -547,7 +545,7 @@ def test_the_exact_kl_of_huge_logits(kernels: ModuleType, device: str) -> None:
         target.to(device),
         terms=terms,
         dlogits=dlogits,
-        ref_rows=Rows.of(ref.to(device)),
+        ref_logits=ref.to(device),
     )
     torch.testing.assert_close(found.logp.cpu(), torch.full((4,), -math.log(V)))
     torch.testing.assert_close(found.kl.cpu(), torch.zeros(4), rtol=0.0, atol=2e-6)

@@ -44,7 +44,7 @@ def test_no_bit_depends_on_how_a_row_is_read_again(way: str, dtype: torch.dtype)
     terms = Terms(surrogates.reinforce, (), None, False, 0.0)
     expected = torch.empty_like(logits)
     assert launch.choose_layout(V, dtype.itemsize).warps == 4
-    loss = row_loss(Rows.of(logits), tokens, 1.0, terms, expected)
+    loss = row_loss(Rows(logits), tokens, terms, expected)
     found = torch.full_like(logits, math.nan)
     assert torch.equal(second_reading(logits, target, found, WAYS[way]), loss.logp)
     assert torch.equal(found, expected)

@@ -317,4 +317,4 @@ def test_no_launch_takes_a_vector_with_gaps() -> None:
     target = torch.zeros(B, 2, dtype=torch.int64)[:, 0]
     expected = r"_row_stats_kernel: target_ptr: expected a contiguous tensor, got .* strides \(2,\)"
     with pytest.raises(ValueError, match=expected):
-        row_stats(Rows.of(torch.zeros(B, V)), target, 1.0)
+        row_stats(Rows(torch.zeros(B, V)), target)

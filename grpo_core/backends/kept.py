@@ -21,7 +21,16 @@ from torch import Tensor
 
 from grpo_core.backends.pytorch import put_rows
 from grpo_core.backends.wrapper import Kernels, WrappedBackend, kernels_at
-from grpo_core.kernels.records import RowGradients, RowLoss, Rows, RowStats, Terms, TokenVectors
+from grpo_core.kernels.records import (
+    RowGradients,
+    RowLoss,
+    Rows,
+    RowStats,
+    Terms,
+    TokenVectors,
+    extent,
+    place_of,
+)
 
 # gathered logits in a group, of 40 bytes each
 CPU_LOGITS, GPU_LOGITS = 2**20, 2**23
@@ -122,18 +131,13 @@ class KeptRows(WrappedBackend):
         sizes = self.sizes[place.cpu() if isinstance(place, Tensor) else place]
         return KeptRows(kernels_at(self.kernels, place), self.ids, self.spans[:, place], sizes)
 
-    def row_stats(
-        self, rows: Rows, target: Tensor, temperature: float, ref_rows: Rows | None = None
-    ) -> RowStats:
+    def row_stats(self, rows: Rows, target: Tensor) -> RowStats:
         """As of the backend inside; logp is −inf where the target was not kept."""
         out: Any = None
         places = self._places(target, rows.V)
-        for group in self._groups(rows):
+        for group, some, _ in self._gathered(rows, None):
             # the entropy is that of the set, whatever the target
-            some = places[group.at].clamp(min=0)
-            stats = group.kernels.row_stats(
-                group.gather(rows), some, temperature, group.gather(ref_rows)
-            )
+            stats = group.kernels.row_stats(some, places[group.at].clamp(min=0))
             out = group.fill(out, stats, rows.N)
         unkept = (places < 0) & (target >= 0) & (target < rows.V)
         return out._replace(logp=out.logp.masked_fill(unkept, -torch.inf))
@@ -142,46 +146,28 @@ class KeptRows(WrappedBackend):
         self,
         rows: Rows,
         target: Tensor,
-        temperature: float,
         row_gradients: RowGradients,
         stats: RowStats | RowLoss,
         dlogits: Tensor,
-        ref_rows: Rows | None = None,
     ) -> Tensor:
         places = self._places(target, rows.V)
-        ref_rows = None if row_gradients.dkl is None else ref_rows
         known = RowStats(stats.logp, stats.entropy, stats.kl, stats.state)
-        for group in self._groups(rows):
-            at, some, ref = group.at, group.gather(rows), group.gather(ref_rows)
-            # in place, unless dtypes differ
-            gradient = some.logits.to(dlogits.dtype)
+        for group, some, gradient in self._gathered(rows.for_gradient(row_gradients), dlogits):
+            at = group.at
             group.kernels.row_dlogits(
-                some, places[at], temperature, row_gradients.at(at), known.at(at), gradient, ref
+                some, places[at], row_gradients.at(at), known.at(at), gradient
             )
-            group.scatter(gradient, dlogits)
-        return self._zero_unread(dlogits)
+        return dlogits
 
     def row_loss(
-        self,
-        rows: Rows,
-        tokens: TokenVectors,
-        temperature: float,
-        terms: Terms,
-        dlogits: Tensor | None,
-        ref_rows: Rows | None = None,
+        self, rows: Rows, tokens: TokenVectors, terms: Terms, dlogits: Tensor | None
     ) -> RowLoss:
         out: Any = None
         places = self._places(tokens.target, rows.V)
-        for group in self._groups(rows):
-            at, some, ref = group.at, group.gather(rows), group.gather(ref_rows)
-            vectors = replace(tokens.at(at), target=places[at])
-            gradient = None if dlogits is None else some.logits.to(dlogits.dtype)
-            result = group.kernels.row_loss(some, vectors, temperature, terms, gradient, ref)
+        for group, some, gradient in self._gathered(rows, dlogits):
+            vectors = replace(tokens.at(group.at), target=places[group.at])
+            result = group.kernels.row_loss(some, vectors, terms, gradient)
             out = group.fill(out, result, rows.N)
-            if dlogits is not None:
-                group.scatter(gradient, dlogits)
-        if dlogits is not None:
-            self._zero_unread(dlogits)
         return out
 
     def zero_others(self, dlogits: Tensor, columns: slice) -> None:
@@ -200,11 +186,21 @@ class KeptRows(WrappedBackend):
         """[n] int64: the place of each target in its set; -1 where there is none."""
         return torch.where((target >= 0) & (target < V), self.spans[2], -1)
 
-    def _zero_unread(self, dlogits: Tensor) -> Tensor:
-        """Writes the gradient of the rows that no group has."""
-        unread = (self.sizes == 0).nonzero().squeeze(1)
-        put_rows(dlogits, unread.to(dlogits.device), 0.0)
-        return dlogits
+    def _gathered(
+        self, rows: Rows, dlogits: Tensor | None
+    ) -> Iterator[tuple[_Group, Rows, Tensor | None]]:
+        """Every group, its kept logits, and their gradient, which then goes to `dlogits`."""
+        for group in self._groups(rows):
+            some, gradient = group.gather(rows), None
+            if dlogits is not None:
+                # in place, unless dtypes differ
+                gradient = some.logits.to(dlogits.dtype)
+            yield group, some, gradient
+            if dlogits is not None:
+                group.scatter(gradient, dlogits)
+        if dlogits is not None:
+            unread = (self.sizes == 0).nonzero().squeeze(1)
+            put_rows(dlogits, unread.to(dlogits.device), 0.0)
 
     def _groups(self, rows: Rows) -> Iterator[_Group]:
         """Rows of one width, a few at a time; at least one group, which may be empty."""
@@ -240,28 +236,30 @@ class _Group(NamedTuple):
     columns: Tensor  # [g, W] int64, their vocabulary ids
     padding: Tensor  # [g, W] bool
 
-    def gather(self, rows: Any) -> Any:
-        """The kept logits as rows; None of None."""
-        if rows is None:
+    def gather(self, rows: Rows) -> Rows:
+        """The kept logits as rows."""
+        return replace(rows, logits=self._kept(rows.logits), ref_logits=self._kept(rows.ref_logits))
+
+    def _kept(self, logits: Any) -> Any:
+        if logits is None:
             return None
-        flat, places = self._flat(rows)
-        logits = flat[places].masked_fill_(self.padding, -torch.inf)
-        return Rows.of(logits, rows.interpolation)
+        flat, places = self._flat(logits)
+        return flat[places].masked_fill_(self.padding, -torch.inf)
 
     def scatter(self, gradient: Any, dlogits: Tensor) -> None:
         """Writes the rows of the gradient: 0, and `gradient` at the kept entries."""
         put_rows(dlogits, self.at, 0.0)
-        flat, places = self._flat(Rows.of(dlogits))
+        flat, places = self._flat(dlogits)
         # padding writes the last entry's number again
         flat[places] = gradient.gather(1, self.entries)
 
-    def _flat(self, rows: Rows) -> tuple[Tensor, Tensor]:
+    def _flat(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The memory of all rows as a vector, and the places of the kept entries in it."""
-        T = rows.rows_per_batch
-        starts = self.at // T * rows.batch_stride + self.at % T * rows.row_stride
+        T, batch_stride, row_stride = place_of(logits)
+        starts = self.at // T * batch_stride + self.at % T * row_stride
         # values that were not checked may lie outside
-        places = starts[:, None] + self.columns.clamp(0, rows.V - 1)
-        return rows.logits.as_strided((rows.extent,), (1,)), places
+        places = starts[:, None] + self.columns.clamp(0, logits.shape[-1] - 1)
+        return logits.as_strided((extent(logits),), (1,)), places
 
     def fill(self, out: Any, part: Any, N: int) -> Any:
         """Writes the vectors of these rows into those of all N rows, 0 elsewhere."""

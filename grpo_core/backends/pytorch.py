@@ -33,41 +33,32 @@ from grpo_core.kernels.records import (
 GROUP_BYTES = 2**22
 
 
-def row_stats(
-    rows: Rows, target: Tensor, temperature: float, ref_rows: Rows | None = None
-) -> RowStats:
+def row_stats(rows: Rows, target: Tensor) -> RowStats:
     """Softmax statistics of every row at its target; the state as in `online_softmax`."""
     vectors = torch.zeros(6, rows.N, dtype=torch.float32, device=target.device)
     for at in _groups(rows, _readable(target, rows.V)):
-        softmax = _Softmax.of(rows, target, temperature, ref_rows, at)
+        softmax = _Softmax.of(rows, target, at)
         vectors[:, at] = torch.stack([*softmax.statistics, *softmax.state]).float()
     logp, entropy, kl = vectors[:3]
-    return RowStats(logp, entropy, None if ref_rows is None else kl, vectors[3:])
+    return RowStats(logp, entropy, None if rows.ref_logits is None else kl, vectors[3:])
 
 
-def row_loss(
-    rows: Rows,
-    tokens: TokenVectors,
-    temperature: float,
-    terms: Terms,
-    dlogits: Tensor | None,
-    ref_rows: Rows | None = None,
-) -> RowLoss:
+def row_loss(rows: Rows, tokens: TokenVectors, terms: Terms, dlogits: Tensor | None) -> RowLoss:
     """Loss of every row, and the gradient of every logit into `dlogits`."""
     target = tokens.target
     vectors = torch.zeros(9, rows.N, dtype=torch.float32, device=target.device)
     dropped = torch.zeros_like(target, dtype=torch.bool)
-    exact_beta = None if ref_rows is None else terms.beta
+    exact_beta = None if rows.ref_logits is None else terms.beta
     wanted = (tokens.weight != 0) & _readable(target, rows.V)
     if dlogits is not None:
         put_rows(dlogits, (~wanted).nonzero().squeeze(1), 0.0)
     for at in _groups(rows, wanted):
         some = tokens.at(at)
-        softmax = _Softmax.of(rows, target, temperature, ref_rows, at)
+        softmax = _Softmax.of(rows, target, at)
         # as users see them, so that a ratio to what they were given is exactly 1
         logp, entropy, kl = (vector.float() for vector in softmax.statistics)
         log_ratio = logp - (logp if some.old_logp is None else some.old_logp)
-        exact_kl = None if ref_rows is None else kl
+        exact_kl = None if rows.ref_logits is None else kl
         token = token_loss(logp, log_ratio, some, entropy, exact_kl, terms)
         dlogp = token.dlogp + token.dlog_ratio
         values = (logp, entropy, log_ratio.exp(), token.kl, token.loss, dlogp)
@@ -83,18 +74,16 @@ def row_loss(
 def row_dlogits(
     rows: Rows,
     target: Tensor,
-    temperature: float,
     row_gradients: RowGradients,
     stats: RowStats | RowLoss,
     dlogits: Tensor,
-    ref_rows: Rows | None = None,
 ) -> Tensor:
     """Writes dL/dlogits into `dlogits`; the softmax is computed again from the logits."""
     wanted = row_gradients.any & _readable(target, rows.V)
-    ref_rows = None if row_gradients.dkl is None else ref_rows
+    rows = rows.for_gradient(row_gradients)
     put_rows(dlogits, (~wanted).nonzero().squeeze(1), 0.0)
     for at in _groups(rows, wanted):
-        softmax = _Softmax.of(rows, target, temperature, ref_rows, at)
+        softmax = _Softmax.of(rows, target, at)
         kl = None if stats.kl is None else stats.kl[at]
         put_rows(dlogits, at, softmax.gradient(row_gradients.at(at), stats.entropy[at], kl))
     return dlogits
@@ -127,18 +116,16 @@ class _Softmax:
     interpolation: float
 
     @classmethod
-    def of(
-        cls, rows: Rows, target: Tensor, temperature: float, ref_rows: Rows | None, at: Tensor
-    ) -> _Softmax:
+    def of(cls, rows: Rows, target: Tensor, at: Tensor) -> _Softmax:
         """The softmax of the rows `at` [n]."""
-        y = target[at, None]
+        y, temperature, interpolation = target[at, None], rows.temperature, 1.0
         log_p, log_others, state = _log_softmax(_take(rows.logits, at), y, temperature)
-        log_q, ref_log_others, interpolation = None, torch.zeros_like(log_others), 1.0
+        log_q, ref_log_others = None, torch.zeros_like(log_others)
         of_policy = torch.zeros_like(state[0])
-        if ref_rows is not None:
-            log_q, ref_log_others, _ = _log_softmax(_take(ref_rows.logits, at), y, temperature)
-            interpolation = ref_rows.interpolation
-            if ref_rows.divergence == "mixture":
+        if rows.ref_logits is not None:
+            log_q, ref_log_others, _ = _log_softmax(_take(rows.ref_logits, at), y, temperature)
+            interpolation = rows.interpolation
+            if rows.divergence == "mixture":
                 to_mixture = log_to_mixture(log_p, log_q, interpolation)
                 of_policy = weigh(log_p, to_mixture).scatter_(1, y, 0.0).sum(1)
         return cls(
@@ -278,9 +265,9 @@ def put_rows(logits: Tensor, at: Tensor, values: Tensor | float) -> None:
         logits[at // logits.shape[1], at % logits.shape[1]] = values
 
 
-def row_scale(rows: Rows, factor: Tensor) -> Tensor:
-    """Scales `rows` in place by the 0-dim tensor `factor`; moves nothing when it is 1."""
-    return rows.logits if factor == 1 else rows.logits.mul_(factor)
+def row_scale(dlogits: Tensor, factor: Tensor) -> Tensor:
+    """Scales the rows in place by the 0-dim tensor `factor`; moves nothing when it is 1."""
+    return dlogits if factor == 1 else dlogits.mul_(factor)
 
 
 def token_loss(

@@ -219,24 +219,22 @@ class ShardedBackend(WrappedBackend):
     def at(self, place: slice | Tensor) -> ShardedBackend:
         return self
 
-    def row_stats(
-        self, rows: Rows, target: Tensor, temperature: float, ref_rows: Rows | None = None
-    ) -> RowStats:
+    def row_stats(self, rows: Rows, target: Tensor) -> RowStats:
         """As of the whole rows; `OWN_ROWS` of the state are what `row_dlogits` reads of them."""
         column, rank = self.shards.columns(target), self.shards.rank
-        local = self.kernels.row_stats(rows, column, temperature, ref_rows)
-        vectors = [*_sums(rows, column, local), local.entropy]
-        if ref_rows is not None:
-            ref = self.kernels.row_stats(ref_rows, column, temperature)
-            vectors += [*_sums(ref_rows, column, ref), local.kl]
+        local, ref_logits = self.kernels.row_stats(rows, column), rows.ref_logits
+        vectors = [*_sums(rows.logits, column, local), local.entropy]
+        if ref_logits is not None:
+            ref = self.kernels.row_stats(Rows(ref_logits, rows.temperature), column)
+            vectors += [*_sums(ref_logits, column, ref), local.kl]
         found = self.shards.gather(torch.stack(vectors)).double().unbind(1)
         owner, read = self.shards.owner(target), column >= 0
-        log_p, log_share = _combine(temperature, *found[:3])
+        log_p, log_share = _combine(rows.temperature, *found[:3])
         share = log_share.exp()
         entropy = _sum(torch.where(share == 0, 0.0, share * (found[3] - log_share)))
         kl, of_reference = None, torch.zeros(3, *target.shape, device=target.device)
-        if ref_rows is not None:
-            log_q, ref_share = _combine(temperature, *found[4:7])
+        if ref_logits is not None:
+            log_q, ref_share = _combine(rows.temperature, *found[4:7])
             gap = torch.where(ref_share == -math.inf, math.inf, found[7] + log_share - ref_share)
             kl = _sum(torch.where(share == 0, 0.0, share * gap)).float().where(read, 0.0)
             of_reference = torch.stack([found[7][rank], ref_share[rank], log_q[rank]])
@@ -249,11 +247,9 @@ class ShardedBackend(WrappedBackend):
         self,
         rows: Rows,
         target: Tensor,
-        temperature: float,
         row_gradients: RowGradients,
         stats: RowStats | RowLoss,
         dlogits: Tensor,
-        ref_rows: Rows | None = None,
     ) -> Tensor:
         """This rank's columns of the gradient; no collective."""
         column, own, state = self.shards.columns(target), stats.state[:OWN_ROWS], stats.state
@@ -276,17 +272,17 @@ class ShardedBackend(WrappedBackend):
             for d in (of_share, dentropy, dkl)
         )
         inside = RowStats(stats.logp, own[1], own[3], state[OWN_ROWS:].contiguous())
-        self.kernels.row_dlogits(rows, column, temperature, local, inside, dlogits, ref_rows)
-        value = torch.where(moves, at_column / temperature, 0.0).to(dlogits.dtype)
+        self.kernels.row_dlogits(rows, column, local, inside, dlogits)
+        value = torch.where(moves, at_column / rows.temperature, 0.0).to(dlogits.dtype)
         shape = (*dlogits.shape[:-1], 1)
         dlogits.scatter_(-1, column.clamp(min=0).view(shape), value.view(shape))
         return dlogits
 
 
-def _sums(rows: Rows, column: Tensor, stats: RowStats) -> tuple[Tensor, Tensor, Tensor]:
+def _sums(logits: Tensor, column: Tensor, stats: RowStats) -> tuple[Tensor, Tensor, Tensor]:
     """[N] float32: the logit of each row's column, and anchor and sum of the others."""
-    at = column.clamp(min=0).view(*rows.logits.shape[:-1], 1)
-    return rows.logits.gather(-1, at).reshape(-1).float(), stats.state[0], stats.state[1]
+    at = column.clamp(min=0).view(*logits.shape[:-1], 1)
+    return logits.gather(-1, at).reshape(-1).float(), stats.state[0], stats.state[1]
 
 
 def _combine(

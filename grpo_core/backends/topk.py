@@ -53,11 +53,9 @@ class TopK(WrappedBackend):
         kernels = kernels_at(self.kernels, place)
         return TopK(kernels, self.ids[place], self.log_q[place], self.tail, self.interpolation)
 
-    def row_stats(
-        self, rows: Rows, target: Tensor, temperature: float, ref_rows: Rows | None = None
-    ) -> RowStats:
-        stats = self.kernels.row_stats(rows, target, temperature)
-        read, _, log_p, log_q, present = self._read(rows, target, temperature, stats)
+    def row_stats(self, rows: Rows, target: Tensor) -> RowStats:
+        stats = self.kernels.row_stats(rows, target)
+        read, _, log_p, log_q, present = self._read(rows, target, stats)
         value, _ = divergence(log_p, log_q, present, self.interpolation)
         return stats._replace(kl=torch.where(read, value.sum(1), 0.0).float())
 
@@ -65,17 +63,15 @@ class TopK(WrappedBackend):
         self,
         rows: Rows,
         target: Tensor,
-        temperature: float,
         row_gradients: RowGradients,
         stats: RowStats | RowLoss,
         dlogits: Tensor,
-        ref_rows: Rows | None = None,
     ) -> Tensor:
-        T, (dlogp, dentropy, dkl) = temperature, row_gradients
+        dlogp, dentropy, dkl = row_gradients
         if dkl is None:
-            return self.kernels.row_dlogits(rows, target, T, row_gradients, stats, dlogits)
+            return self.kernels.row_dlogits(rows, target, row_gradients, stats, dlogits)
         # before the gradient overwrites the logits
-        read, columns, log_p, log_q, present = self._read(rows, target, T, stats)
+        read, columns, log_p, log_q, present = self._read(rows, target, stats)
         _, u = divergence(log_p, log_q, present, self.interpolation)
         # a tail at its bound is a constant of the value
         u[:, -1:] *= log_p[:, -1:] > math.log(LEAST_TAIL) + 1e-9
@@ -90,16 +86,16 @@ class TopK(WrappedBackend):
             values -= dentropy[:, None] * weigh(log_p, log_p + stats.entropy[:, None])
         # a column that repeats the target's gets the target's gradient
         values = torch.where(columns == columns[:, -1:], values[:, -1:], values)
-        values = torch.where(moves, values / T, 0.0).to(dlogits.dtype)
+        values = torch.where(moves, values / rows.temperature, 0.0).to(dlogits.dtype)
 
         added = torch.where(moves[:, 0], dkl * of_others[:, 0], 0.0).float()
         others = RowGradients(dlogp - added, dentropy, None)
-        self.kernels.row_dlogits(rows, target, T, others, stats, dlogits)
+        self.kernels.row_dlogits(rows, target, others, stats, dlogits)
         shape = (*dlogits.shape[:-1], columns.shape[1])
         return dlogits.scatter_(-1, columns.view(shape), values.view(shape))
 
     def _read(
-        self, rows: Rows, target: Tensor, temperature: float, stats: RowStats | RowLoss
+        self, rows: Rows, target: Tensor, stats: RowStats | RowLoss
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """(rows that are read, columns [N, K + 1], log p, log q, present [N, K + 2]).
 
@@ -113,8 +109,8 @@ class TopK(WrappedBackend):
         columns = torch.cat([torch.where(others, self.ids, y), y], 1)
         shape = (*rows.logits.shape[:-1], columns.shape[1])
         logits = rows.logits.gather(-1, columns.view(shape)).view(columns.shape)
-        scaled, logp = logits.double() / temperature, stats.logp.double()[:, None]
-        anchor, total = natural_sums(stats.state, temperature)
+        scaled, logp = logits.double() / rows.temperature, stats.logp.double()[:, None]
+        anchor, total = natural_sums(stats.state, rows.temperature)
         lse = torch.logaddexp(anchor + total.log(), scaled[:, -1])[:, None]
         log_p = torch.cat([scaled[:, :-1] - lse, logp], 1)
         known, share = is_target.any(1, keepdim=True), -torch.expm1(logp)

@@ -37,39 +37,29 @@ class WrappedBackend:
         """The wrapper for some of the rows."""
         raise NotImplementedError
 
-    def row_stats(
-        self, rows: Rows, target: Tensor, temperature: float, ref_rows: Rows | None = None
-    ) -> RowStats:
+    def row_stats(self, rows: Rows, target: Tensor) -> RowStats:
         raise NotImplementedError
 
     def row_dlogits(
         self,
         rows: Rows,
         target: Tensor,
-        temperature: float,
         row_gradients: RowGradients,
         stats: RowStats | RowLoss,
         dlogits: Tensor,
-        ref_rows: Rows | None = None,
     ) -> Tensor:
         raise NotImplementedError
 
     def row_loss(
-        self,
-        rows: Rows,
-        tokens: TokenVectors,
-        temperature: float,
-        terms: Terms,
-        dlogits: Tensor | None,
-        ref_rows: Rows | None = None,
+        self, rows: Rows, tokens: TokenVectors, terms: Terms, dlogits: Tensor | None
     ) -> RowLoss:
-        return loss_in_two_readings(self, rows, tokens, temperature, terms, dlogits, ref_rows)
+        return loss_in_two_readings(self, rows, tokens, terms, dlogits)
 
     def sequence_loss(self, stats: RowStats, tokens: SequenceTokens, terms: Terms) -> RowLoss:
         return self.kernels.sequence_loss(stats, tokens, terms)
 
-    def row_scale(self, rows: Rows, factor: Tensor) -> Tensor:
-        return self.kernels.row_scale(rows, factor)
+    def row_scale(self, dlogits: Tensor, factor: Tensor) -> Tensor:
+        return self.kernels.row_scale(dlogits, factor)
 
 
 Kernels = ModuleType | WrappedBackend
@@ -82,17 +72,11 @@ def kernels_at(kernels: K, place: slice | Tensor) -> K:
 
 
 def loss_in_two_readings(
-    kernels: Any,
-    rows: Rows,
-    tokens: TokenVectors,
-    temperature: float,
-    terms: Terms,
-    dlogits: Tensor | None,
-    ref_rows: Rows | None,
+    kernels: Any, rows: Rows, tokens: TokenVectors, terms: Terms, dlogits: Tensor | None
 ) -> RowLoss:
     """`row_loss` by `row_stats` and `row_dlogits`; PyTorch evaluates the formula between them."""
     target = torch.where(tokens.weight != 0, tokens.target, -1)
-    stats = kernels.row_stats(rows, target, temperature, ref_rows)
+    stats = kernels.row_stats(rows, target)
     log_ratio = stats.logp - (stats.logp if tokens.old_logp is None else tokens.old_logp)
     token = token_loss(stats.logp, log_ratio, tokens, stats.entropy, stats.kl, terms)
     # a shard has some columns of a larger vocabulary
@@ -105,5 +89,5 @@ def loss_in_two_readings(
     if dlogits is not None:
         exact_beta = None if stats.kl is None else terms.beta
         row_gradients = tokens.row_gradients(dlogp, dropped, exact_beta)
-        kernels.row_dlogits(rows, target, temperature, row_gradients, stats, dlogits, ref_rows)
+        kernels.row_dlogits(rows, target, row_gradients, stats, dlogits)
     return RowLoss(stats.logp, stats.entropy, ratio, kl, loss, dlogp, dropped, stats.state)

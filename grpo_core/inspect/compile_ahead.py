@@ -210,7 +210,7 @@ def as_if_on(card: str) -> Iterator[list[Launch]]:
     with (
         patch.object(driver, "_active", device),
         patch.object(JITFunction, "run", compile_only),
-        # read by `choose_backend` and `row_keywords`
+        # read by `choose_backend` and `row_layout`
         patch.object(Tensor, "is_cuda", True),
         patch.object(torch.version, "hip", hip),
         patch("grpo_core.kernels.launch.architecture", lambda device: card),

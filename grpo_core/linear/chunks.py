@@ -51,7 +51,6 @@ def loss_over_chunks(work: Workspace, tokens: Tokens) -> LossRows:
     depends on other rows (sequence-level ratios, top entropy), these rows are a segment: one chunk
     of whole sequences, or several chunks, whose logits are then computed twice.
     """
-    T = work.call.temperature
     results = []
     scale = work.choose_loss_scale(tokens.largest_weight)
     scaled = tokens if scale is None else tokens.scale_weights(scale)
@@ -61,9 +60,8 @@ def loss_over_chunks(work: Workspace, tokens: Tokens) -> LossRows:
         kernels = work.kernels_of(place)
         if not tokens.needs_statistics:
             # one pass over the logits computes both the loss and dlogits
-            logits, ref_logits = work.make_logits(place)
-            some, dlogits = scaled.select(place), work.dlogits_of(place)
-            result = kernels.row_loss(logits, some, T, some.terms, dlogits, ref_logits)
+            rows, some = work.make_logits(place), scaled.select(place)
+            result = kernels.row_loss(rows, some, some.terms, work.dlogits_of(place))
             work.add_gradients(place, some.gradients(result))
             loss = result.loss if scale is None else result.loss / scale
             results.append(LossRows.of(result._replace(loss=loss), some))

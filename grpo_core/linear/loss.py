@@ -17,7 +17,6 @@ from torch import Tensor
 from grpo_core.backends import Backend
 from grpo_core.backends.kept import Kept
 from grpo_core.backends.sharded import announce_failure
-from grpo_core.kernels.records import Rows
 from grpo_core.linear.chunks import LossRows, loss_over_chunks, loss_with_frozen_head
 from grpo_core.linear.head import LinearHead, check_head, check_hidden, check_rows, local_shard
 from grpo_core.linear.logp import logp_from_hidden
@@ -281,7 +280,7 @@ class FusedLinearLoss(torch.autograd.Function):
         for k, tensor in enumerate(tensors):
             gradient = gradients[k]
             if gradient is not None and gradient.numel():
-                rows = Rows.of(gradient.view(-1, gradient.shape[-1]))
+                rows = gradient.view(-1, gradient.shape[-1])
                 ctx.call.kernels.row_scale(rows, grad_output)
                 gradients[k] = gradient.to(tensor.dtype)
         return None, None, *gradients

@@ -20,7 +20,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from grpo_core.kernels.records import Rows
 from grpo_core.linear.head import LinearHead
 from grpo_core.objective.validation import is_int
 
@@ -56,7 +55,7 @@ class HeadProducts:
     ) -> None:
         self.head, self.V, self.D, self.rows = head, head.V, head.D, rows
         hidden = hidden.detach()
-        self._hidden = Rows.of(hidden if hidden.stride(-1) == 1 else hidden.contiguous())
+        self._hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
         self._operand = autocast or torch.promote_types(hidden.dtype, head.weight.dtype)
         self.compute = self._operand if hidden.is_cuda else torch.float32
 
@@ -167,14 +166,16 @@ class HeadProducts:
                 matmul(dlow.t(), hidden, dlora_A, 1.0, 1.0)
 
 
-def take_rows(rows: Rows, place: slice | Tensor) -> Tensor:
+def take_rows(hidden: Tensor, place: slice | Tensor) -> Tensor:
     """Some rows `[n, D]`: a view of neighbours if all rows are evenly spaced, otherwise a copy."""
-    T = rows.rows_per_batch
-    if T >= rows.N:
-        return rows.logits.as_strided((rows.N, rows.V), (rows.row_stride, 1))[place]
+    if hidden.ndim == 2:
+        return hidden[place]
+    B, T, _ = hidden.shape
+    if 1 in (B, T) or hidden.stride(0) == T * hidden.stride(1):
+        return hidden.flatten(0, 1)[place]
     if isinstance(place, slice):
-        place = torch.arange(place.start, place.stop, device=rows.logits.device)
-    return rows.logits[place // T, place % T]
+        place = torch.arange(place.start, place.stop, device=hidden.device)
+    return hidden[place // T, place % T]
 
 
 def _finite(hidden: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from grpo_core.backends.kept import KeptRows
 from grpo_core.backends.pytorch import log_to_mixture, natural_sums, weigh
-from grpo_core.kernels.records import RowGradients, RowStats
+from grpo_core.kernels.records import RowGradients, Rows, RowStats
 from grpo_core.linear.chunks import LossRows, read_chunks
 from grpo_core.linear.matmuls import LEAST_ROWS, HeadProducts
 from grpo_core.linear.workspace import Workspace
@@ -33,11 +33,11 @@ def loss_over_slices(work: Workspace, tokens: Tokens) -> LossRows:
 
     def at_targets(chunk: slice) -> list[Tensor]:
         """Logits at the targets; of the reference also logp."""
-        target, (_, ref) = call.target[chunk], work.rows_of(chunk)
+        target, ref_logits = call.target[chunk], work.rows_of(chunk).ref_logits
         vectors = [gather_target_logits(work.logits, target)]
-        if ref is not None:
-            ref_logp = work.kernels_of(chunk).row_stats(ref, target, T).logp
-            vectors += [gather_target_logits(ref.logits, target), ref_logp]
+        if ref_logits is not None:
+            ref_logp = work.kernels_of(chunk).row_stats(Rows(ref_logits, T), target).logp
+            vectors += [gather_target_logits(ref_logits, target), ref_logp]
         return vectors
 
     stats, (target_logit, *of_reference) = read_chunks(work, extra_vectors=at_targets)

@@ -168,20 +168,24 @@ class Workspace:
         """The gradients multiplied by `scale`."""
         return row_gradients if self.scale is None else row_gradients.times(self.scale)
 
-    def make_logits(self, chunk: slice) -> tuple[Rows, Rows | None]:
+    def make_logits(self, chunk: slice) -> Rows:
         """Computes the logits of a chunk, and of its reference, in the buffers."""
         self.products.logits(chunk, self.logits)
         if self.reference is not None and self.ref_logits is not None:
             self.reference.logits(chunk, self.ref_logits)
         return self.rows_of(chunk)
 
-    def rows_of(self, chunk: slice) -> tuple[Rows, Rows | None]:
+    def rows_of(self, chunk: slice) -> Rows:
         """The chunk in the buffers, as kernels take it."""
-        n, ref, tokens = chunk.stop - chunk.start, self.ref_logits, self.call.tokens
-        rows = Rows.of(self.logits[:n])
+        n, ref, T, tokens = (
+            chunk.stop - chunk.start,
+            self.ref_logits,
+            self.call.temperature,
+            self.call.tokens,
+        )
         if ref is None or tokens is None:
-            return rows, None
-        return rows, Rows.of(ref[:n], tokens.objective.interpolation)
+            return Rows(self.logits[:n], T)
+        return Rows(self.logits[:n], T, ref[:n], tokens.objective.interpolation)
 
     def dlogits_of(self, chunk: slice) -> Tensor | None:
         """Where the gradient of the chunk in the buffers goes; None if there is none."""
@@ -193,19 +197,15 @@ class Workspace:
 
     def read_statistics(self, chunk: slice) -> RowStats:
         """Computes the logits of a chunk and reads their statistics."""
-        logits, ref_logits = self.make_logits(chunk)
-        target, T = self.call.target[chunk], self.call.temperature
-        return self.kernels_of(chunk).row_stats(logits, target, T, ref_logits)
+        rows = self.make_logits(chunk)
+        return self.kernels_of(chunk).row_stats(rows, self.call.target[chunk])
 
     def differentiate(
         self, chunk: slice, target: Tensor, row_gradients: RowGradients, stats: RowStats
     ) -> None:
         """Computes dlogits of the chunk in the buffers and adds its gradients."""
-        (logits, ref_logits), T = self.rows_of(chunk), self.call.temperature
-        dlogits = self.dlogits_of(chunk)
-        self.kernels_of(chunk).row_dlogits(
-            logits, target, T, row_gradients, stats, dlogits, ref_logits
-        )
+        rows, dlogits = self.rows_of(chunk), self.dlogits_of(chunk)
+        self.kernels_of(chunk).row_dlogits(rows, target, row_gradients, stats, dlogits)
         self.add_gradients(chunk, row_gradients)
 
     def add_gradients(self, chunk: slice, row_gradients: RowGradients) -> None:

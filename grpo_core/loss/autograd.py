@@ -30,12 +30,10 @@ class Call:
     inplace: bool
     kernels: Kernels
 
-    @property
-    def ref_rows(self) -> Rows | None:
-        """The reference policy's logits, for the exact KL."""
-        if self.ref_logits is None:
-            return None
-        return Rows.of(self.ref_logits, float(self.tokens.objective.interpolation))
+    def rows(self, logits: Tensor) -> Rows:
+        """The logits with what the call has of their softmax."""
+        interpolation = float(self.tokens.objective.interpolation)
+        return Rows(logits.detach(), self.temperature, self.ref_logits, interpolation)
 
     def allocate_gradient(self, logits: Tensor) -> Tensor:
         """The logits themselves, or a contiguous buffer of their shape."""
@@ -50,14 +48,13 @@ def evaluate(rows: Rows, call: Call, dlogits: Tensor | None) -> tuple[RowLoss, T
 
     A loss that depends on the statistics of other rows takes two phases, any other one pass.
     """
-    kernels, tokens, T, ref_rows = call.kernels, call.tokens, call.temperature, call.ref_rows
+    kernels, tokens = call.kernels, call.tokens
     if not tokens.needs_statistics:
-        return kernels.row_loss(rows, tokens, T, tokens.terms, dlogits, ref_rows), tokens
-    stats = kernels.row_stats(rows, tokens.target, T, ref_rows)
+        return kernels.row_loss(rows, tokens, tokens.terms, dlogits), tokens
+    stats = kernels.row_stats(rows, tokens.target)
     result, tokens = loss_of_statistics(stats, tokens, kernels)
     if dlogits is not None:
-        gradients = tokens.gradients(result)
-        kernels.row_dlogits(rows, tokens.target, T, gradients, stats, dlogits, ref_rows)
+        kernels.row_dlogits(rows, tokens.target, tokens.gradients(result), stats, dlogits)
     return result, tokens
 
 
@@ -112,18 +109,17 @@ class FusedLoss(torch.autograd.Function):
         dlogits, ctx.dlogits = ctx.dlogits, None
         if dlogits is not None:
             ctx.spent = call.inplace
-            return kernels.row_scale(Rows.of(dlogits), grad_output), None, None, None, None
+            return kernels.row_scale(dlogits, grad_output), None, None, None, None
         if ctx.spent:
             raise RuntimeError(
                 "fused_loss: a second backward needs the logits, which inplace=True has "
                 "overwritten; call fused_loss with inplace=False"
             )
         (logits,) = ctx.saved_tensors
-        rows = Rows.of(logits.detach())
+        rows = call.rows(logits)
         dlogits = call.allocate_gradient(rows.logits)
         row_gradients = ctx.tokens.gradients(ctx.result).times(grad_output)
-        target, T = ctx.tokens.target, call.temperature
-        kernels.row_dlogits(rows, target, T, row_gradients, ctx.result, dlogits, call.ref_rows)
+        kernels.row_dlogits(rows, ctx.tokens.target, row_gradients, ctx.result, dlogits)
         if call.inplace:
             increment_version(logits)
             ctx.spent = True

@@ -187,7 +187,7 @@ def loss_from_logits(logits: Tensor, inputs: LossInputs, inplace: bool = False) 
     )
     wants_gradient = logits.requires_grad and torch.is_grad_enabled()
     logits = make_readable(logits)
-    rows, dlogits = Rows.of(logits.detach()), None
+    rows, dlogits = call.rows(logits), None
     if wants_gradient and logits.dtype != torch.float16:
         dlogits = call.allocate_gradient(rows.logits)
     result, tokens = evaluate(rows, call, dlogits)
@@ -246,6 +246,7 @@ def logp_from_logits(logits: Tensor, inputs: RowInputs) -> TokenLogp:
     # a row whose target is masked or outside [0, V) is not read
     target = torch.where(present, target, IGNORE)
     kernels = inputs.kernels(logits, target, kept, shards)
-    stats = kernels.row_stats(Rows.of(make_readable(logits)), target, float(inputs.temperature))
+    rows = Rows(make_readable(logits), float(inputs.temperature))
+    stats = kernels.row_stats(rows, target)
     shape = inputs.target.shape
     return TokenLogp(stats.logp.view(shape), stats.entropy.view(shape))

@@ -7,7 +7,7 @@ mean. Read `rows.py` first, then `vectors.py`, the loops that a row's time goes 
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,16 @@ from grpo_core.backends.cpu.rows import kernels
 from grpo_core.backends.cpu.vectors import LOG2E
 from grpo_core.backends.pytorch import row_scale, sequence_loss
 from grpo_core.backends.wrapper import loss_in_two_readings
-from grpo_core.kernels.records import RowGradients, RowLoss, Rows, RowStats, Terms, TokenVectors
+from grpo_core.kernels.records import (
+    RowGradients,
+    RowLoss,
+    Rows,
+    RowStats,
+    Terms,
+    TokenVectors,
+    extent,
+    place_of,
+)
 
 __all__ = ["row_dlogits", "row_loss", "row_scale", "row_stats", "sequence_loss"]
 
@@ -29,43 +38,23 @@ WORDS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
 NOTHING = np.empty(0, np.float32)
 
 
-def row_stats(
-    rows: Rows, target: Tensor, temperature: float, ref_rows: Rows | None = None
-) -> RowStats:
+def row_stats(rows: Rows, target: Tensor) -> RowStats:
     """Softmax statistics of every row at its target; the state as in `online_softmax`."""
     vectors = target.new_zeros(8, rows.N, dtype=torch.float32)
-    run(
-        kernels().stats,
-        rows.N,
-        rows.V,
-        *_array(rows),
-        *_array(ref_rows),
-        rows.V,
-        LOG2E / temperature,
-        target.numpy(),
-        vectors.numpy(),
-        _interpolation(ref_rows),
-    )
+    arguments = (*_arguments(rows), target.numpy(), vectors.numpy())
+    run(kernels().stats, rows.N, rows.V, *arguments)
     logp, entropy, kl = vectors[:3]
-    return RowStats(logp, entropy, None if ref_rows is None else kl, vectors[3:])
+    return RowStats(logp, entropy, None if rows.ref_logits is None else kl, vectors[3:])
 
 
-def row_loss(
-    rows: Rows,
-    tokens: TokenVectors,
-    temperature: float,
-    terms: Terms,
-    dlogits: Tensor | None,
-    ref_rows: Rows | None = None,
-) -> RowLoss:
+def row_loss(rows: Rows, tokens: TokenVectors, terms: Terms, dlogits: Tensor | None) -> RowLoss:
     """Loss of every row, and the gradient of every logit into `dlogits`, in one pass."""
     surrogate = compile_surrogate(terms.surrogate, len(terms.surrogate_args))
     estimated = tokens.ref_logp is not None and terms.kl is not None
     kl_estimator = compile_kl(terms.kl) if estimated else None
     if surrogate is None or (estimated and kl_estimator is None):
         # PyTorch evaluates a formula that was not compiled
-        this = sys.modules[__name__]
-        return loss_in_two_readings(this, rows, tokens, temperature, terms, dlogits, ref_rows)
+        return loss_in_two_readings(sys.modules[__name__], rows, tokens, terms, dlogits)
     if dlogits is None:
         dlogits = rows.logits.new_empty(0, rows.V)
     vectors = tokens.weight.new_zeros(11, rows.N)
@@ -74,11 +63,8 @@ def row_loss(
         kernels().loss,
         rows.N,
         rows.V,
-        *_array(rows),
-        *_array(ref_rows),
-        *_array(_gradient_rows(rows, dlogits)),
-        rows.V,
-        LOG2E / temperature,
+        *_arguments(rows),
+        *_array(dlogits),
         tokens.target.numpy(),
         tokens.weight.numpy(),
         tokens.advantage.numpy(),
@@ -93,7 +79,6 @@ def row_loss(
         0 if kl_estimator is None else kl_estimator.address,
         bool(terms.kl_times_ratio),
         float(terms.beta),
-        _interpolation(ref_rows),
     )
     logp, entropy, ratio, kl, loss, dlogp = vectors[:6]
     return RowLoss(logp, entropy, ratio, kl, loss, dlogp, dropped, vectors[6:])
@@ -102,55 +87,37 @@ def row_loss(
 def row_dlogits(
     rows: Rows,
     target: Tensor,
-    temperature: float,
     row_gradients: RowGradients,
     stats: RowStats | RowLoss,
     dlogits: Tensor,
-    ref_rows: Rows | None = None,
 ) -> Tensor:
     """Writes dL/dlogits into `dlogits` from the statistics of each row; reads a row once."""
-    if row_gradients.dkl is None:
-        ref_rows = None
     run(
         kernels().gradient,
         rows.N,
         rows.V,
-        *_array(rows),
-        *_array(ref_rows),
-        *_array(_gradient_rows(rows, dlogits)),
-        rows.V,
-        LOG2E / temperature,
+        *_arguments(rows.for_gradient(row_gradients)),
+        *_array(dlogits),
         target.numpy(),
-        _vector(row_gradients.dlogp),
-        _vector(row_gradients.dentropy),
-        _vector(row_gradients.dkl),
+        *map(_vector, row_gradients),
         _vector(stats.entropy),
-        # read for an exact KL alone
-        _vector(stats.entropy if stats.kl is None else stats.kl),
         stats.state.contiguous().numpy(),
-        _interpolation(ref_rows),
     )
     return dlogits
 
 
-def _interpolation(ref_rows: Rows | None) -> float:
-    """Which divergence from the reference is the KL."""
-    return 1.0 if ref_rows is None else float(ref_rows.interpolation)
+def _arguments(rows: Rows) -> tuple[Any, ...]:
+    """What the three kernels have in common."""
+    interpolation = 1.0 if rows.ref_logits is None else float(rows.interpolation)
+    scale = LOG2E / rows.temperature
+    return *_array(rows.logits), *_array(rows.ref_logits), rows.V, scale, interpolation
 
 
-def _gradient_rows(rows: Rows, dlogits: Tensor) -> Rows:
-    """The gradient lies as the logits do, being them, or is contiguous."""
-    if dlogits.stride() == rows.logits.stride():
-        return replace(rows, logits=dlogits)
-    return Rows.of(dlogits)
-
-
-def _array(rows: Rows | None) -> tuple[np.ndarray | None, Place]:
+def _array(logits: Tensor | None) -> tuple[np.ndarray | None, Place]:
     """The memory from the first logit to the last as one array, and the place of rows in it."""
-    if rows is None:
+    if logits is None:
         return None, (1, 0, 0)
-    flat = _words(rows.logits.detach().as_strided((rows.extent,), (1,)))
-    return flat, (rows.rows_per_batch, rows.batch_stride, rows.row_stride)
+    return _words(logits.detach().as_strided((extent(logits),), (1,))), place_of(logits)
 
 
 def _words(flat: Tensor) -> np.ndarray:

@@ -50,10 +50,11 @@ SURE = 0.125
 
 
 @compiled
-def row_start(n, place):
-    """Index of the first logit of row n."""
+def row_slice(n, place, V):
+    """Where the logits of row n are."""
     rows_per_batch, batch_stride, row_stride = place
-    return (n // rows_per_batch) * batch_stride + (n % rows_per_batch) * row_stride
+    start = (n // rows_per_batch) * batch_stride + (n % rows_per_batch) * row_stride
+    return slice(start, start + V)
 
 
 @compiled
@@ -67,64 +68,52 @@ def rebase(old, new, scale, total, moment):
 
 
 @compiled
-def read_row(logits, start, V, target, scale, block):
-    """(anchor, Σ 2^c, Σ 2^c·c) of the other columns; the anchor is the largest logit of these."""
-    anchor, total, moment = LEAST, 0.0, 0.0
-    for first in range(0, V, BLOCK):
-        count = min(BLOCK, V - first)
-        # in halves: a core waits for few cache lines at a time
-        prefetch(logits, start + first + count, count // 2)
-        top = load_others(logits, start + first, count, target - first, block)
-        prefetch(logits, start + first + count + count // 2, count // 2)
-        if not top <= anchor:
-            total, moment = rebase(anchor, top, scale, total, moment)
-            anchor = top
-        powers, moments = sum_powers(block, count, anchor, np.float32(scale))
-        total += powers
-        moment += moments
-    return anchor, total, moment
+def read_sums(row, ref_row, target, scale, interpolation, blocks):
+    """(anchor, Σ 2^c, Σ 2^c·c) without the target, (anchor, Σ 2^c) of π_ref, Σ 2^c·(c − c_ref).
 
-
-@compiled
-def read_pair(
-    logits, start, ref_logits, ref_start, V, target, scale, interpolation, block, ref_block
-):
-    """What `read_row` returns, (anchor, Σ 2^c) of the reference, and Σ 2^c·(c − c_ref).
-
-    For the forward KL the last is Σ 2^c_ref·(c_ref − c), for a mixture 0.
+    An anchor is the largest logit of the other columns. For the forward KL the last sum is
+    Σ 2^c_ref·(c_ref − c), for a mixture and without a reference 0.
     """
+    block, ref_block, V, step = blocks[0], blocks[1], len(row), np.float32(scale)
     anchor, total, moment = LEAST, 0.0, 0.0
     ref_anchor, ref_total, gap = LEAST, 0.0, 0.0
     for first in range(0, V, BLOCK):
         count = min(BLOCK, V - first)
-        top = load_others(logits, start + first, count, target - first, block)
-        ref_top = load_others(ref_logits, ref_start + first, count, target - first, ref_block)
-        if not ref_top <= ref_anchor:
-            shift = (np.float64(ref_anchor) - np.float64(ref_top)) * scale
-            if interpolation == 0:
-                _, gap = rebase(ref_anchor, ref_top, scale, ref_total, gap)
-            else:
-                gap -= shift * total if total > 0 else 0.0
-            ref_total *= 2.0**shift
-            ref_anchor = ref_top
+        if ref_row is None:
+            # in halves: a core waits for few cache lines at a time
+            prefetch(row, first + count, count // 2)
+        top = load_others(row, first, count, target - first, block)
+        if ref_row is None:
+            prefetch(row, first + count + count // 2, count // 2)
+        else:
+            ref_top = load_others(ref_row, first, count, target - first, ref_block)
+            if not ref_top <= ref_anchor:
+                shift = (np.float64(ref_anchor) - np.float64(ref_top)) * scale
+                if interpolation == 0:
+                    _, gap = rebase(ref_anchor, ref_top, scale, ref_total, gap)
+                else:
+                    gap -= shift * total if total > 0 else 0.0
+                ref_total *= 2.0**shift
+                ref_anchor = ref_top
         if not top <= anchor:
-            if interpolation == 0:
+            if ref_row is not None and interpolation == 0:
                 shift = (np.float64(anchor) - np.float64(top)) * scale
                 gap -= shift * ref_total if ref_total > 0 else 0.0
-            else:
+            elif ref_row is not None:
                 _, gap = rebase(anchor, top, scale, total, gap)
             total, moment = rebase(anchor, top, scale, total, moment)
             anchor = top
-        powers, moments = sum_powers(block, count, anchor, np.float32(scale))
-        if interpolation == 1:
-            gap += sum_gaps(block, ref_block, count, anchor, ref_anchor, np.float32(scale))
-        elif interpolation == 0:
-            gap += sum_gaps(ref_block, block, count, ref_anchor, anchor, np.float32(scale))
-        else:
-            gap = 0.0
+        powers, moments = sum_powers(block, count, anchor, step)
         total += powers
         moment += moments
-        ref_total += sum_powers(ref_block, count, ref_anchor, np.float32(scale))[0]
+        if ref_row is not None:
+            if interpolation == 1:
+                gap += sum_gaps(block, ref_block, count, anchor, ref_anchor, step)
+            elif interpolation == 0:
+                gap += sum_gaps(ref_block, block, count, ref_anchor, anchor, step)
+            else:
+                gap = 0.0
+            ref_total += sum_powers(ref_block, count, ref_anchor, step)[0]
     return anchor, total, moment, ref_anchor, ref_total, gap
 
 
@@ -161,18 +150,15 @@ def target_to_mixture(logp, ref_logp, beta):
 
 
 @compiled
-def read_mixture(
-    logits, start, ref_logits, ref_start, V, target, scale, anchors, numbers, block, ref_block
-):
+def read_mixture(row, ref_row, target, scale, anchors, numbers, blocks):
     """The sums of `sum_mixtures` over the other columns."""
+    block, ref_block, V = blocks[0], blocks[1], len(row)
     both, of_policy = 0.0, 0.0
     for first in range(0, V, BLOCK):
         count = min(BLOCK, V - first)
-        load_others(logits, start + first, count, target - first, block)
-        load_others(ref_logits, ref_start + first, count, target - first, ref_block)
-        sums = sum_mixtures(
-            block, ref_block, count, anchors[0], anchors[1], np.float32(scale), numbers
-        )
+        load_others(row, first, count, target - first, block)
+        load_others(ref_row, first, count, target - first, ref_block)
+        sums = sum_mixtures(block, ref_block, count, anchors, np.float32(scale), numbers)
         both += sums[0]
         of_policy += sums[1]
     return both, of_policy
@@ -190,25 +176,25 @@ def sides(z):
 
 
 @compiled
-def target_gap(logits, start, target, scale, anchor, log_total):
+def target_gap(row, target, scale, anchor, log_total):
     """z = log Σ_{j≠y} exp(x_j/T) − x_y/T, nats; NaN for an infinite target logit."""
-    logit = np.float64(widen(logits[start + target]))
+    logit = np.float64(widen(row[target]))
     if logit == np.inf:
         return np.nan
     return log_total - (logit - np.float64(anchor)) * (scale * LN2)
 
 
 @compiled
-def read_below_sure(logits, start, V, target, scale, anchor, block):
+def read_below_sure(row, target, scale, anchor, block):
     """(w, Σ_{j≠w} 2^c, Σ_{j≠w} 2^c·c) of the likeliest other column w, c relative to it.
 
     p_w = 1/(1 + Σ 2^c) and H = log(1 + Σ 2^c) + (log p_w + H), where nothing cancels:
     log p_w + H = −p_w·log 2·Σ 2^c·c.
     """
-    sure, total, moment = -1, 0.0, 0.0
+    sure, total, moment, V = -1, 0.0, 0.0, len(row)
     for first in range(0, V, BLOCK):
         count = min(BLOCK, V - first)
-        load(logits, start + first, count, block)
+        load(row, first, count, block)
         if sure < 0:
             for j in range(count):
                 if block[j] == anchor and first + j != target:
@@ -252,103 +238,87 @@ def exact_kl_of(of_token, ref_of_token, total, log_ratio, gap):
 
 
 @compiled
-def read_statistics(
-    logits, start, ref_logits, ref_start, V, target, scale, interpolation, block, ref_block
-):
-    """(logp, entropy, KL, anchor, S, anchor and S of the reference, of_policy) of a row, float32.
+def read_statistics(row, ref_row, target, scale, interpolation, blocks):
+    """(logp, KL, entropy, anchor, S, anchor and S of the reference, of_kl) of a row, float32.
 
-    `of_policy` is KL(π ‖ m) of a mixture without the target's part.
+    `of_kl` is the KL, or KL(π ‖ m) of a mixture without the target's part.
     """
-    kl, ref_anchor, ref_total, of_policy = 0.0, LEAST, 0.0, 0.0
-    if ref_logits is not None:
-        anchor, total, moment, ref_anchor, ref_total, gap = read_pair(
-            logits, start, ref_logits, ref_start, V, target, scale, interpolation, block, ref_block
-        )
-    else:
-        anchor, total, moment = read_row(logits, start, V, target, scale, block)
+    kl, of_kl = 0.0, 0.0
+    anchor, total, moment, ref_anchor, ref_total, gap = read_sums(
+        row, ref_row, target, scale, interpolation, blocks
+    )
     log_total = math.log(total)
-    z = target_gap(logits, start, target, scale, anchor, log_total)
+    z = target_gap(row, target, scale, anchor, log_total)
     of_token = sides(z)
     entropy = entropy_of(of_token, total, log_total, moment)
     if z > 0 and entropy < SURE:
         # log S has rounded away all but the likeliest token
-        _, below, moment = read_below_sure(logits, start, V, target, scale, anchor, block)
+        _, below, moment = read_below_sure(row, target, scale, anchor, blocks[0])
         entropy = math.log1p(below) - LN2 * moment / (1 + below)
-    if ref_logits is not None:
+    if ref_row is not None:
         ref_log_total = math.log(ref_total)
-        ref_z = target_gap(ref_logits, ref_start, target, scale, ref_anchor, ref_log_total)
+        ref_z = target_gap(ref_row, target, scale, ref_anchor, ref_log_total)
         ref_of_token = sides(ref_z)
         if interpolation == 1:
             kl = exact_kl_of(of_token, ref_of_token, total, log_total - ref_log_total, gap)
         elif interpolation == 0:
             kl = exact_kl_of(ref_of_token, of_token, ref_total, ref_log_total - log_total, gap)
         else:
-            kl, of_policy = read_mixture(
-                logits, start, ref_logits, ref_start, V, target, scale, (anchor, ref_anchor),
-                mixture_numbers(of_token, ref_of_token, total, ref_total, interpolation),
-                block, ref_block,
-            )  # fmt: skip
-            kl, of_policy = LN2 * kl, LN2 * of_policy
+            numbers = mixture_numbers(of_token, ref_of_token, total, ref_total, interpolation)
+            anchors = (anchor, ref_anchor)
+            kl, of_kl = read_mixture(row, ref_row, target, scale, anchors, numbers, blocks)
+            kl, of_kl = LN2 * kl, LN2 * of_kl
             to_p, to_q = target_to_mixture(of_token[0], ref_of_token[0], interpolation)
             # not 0, or NaN
             if of_token[2] != 0:
                 kl += (1 - interpolation) * of_token[2] * to_p
             if ref_of_token[2] != 0:
                 kl += interpolation * ref_of_token[2] * to_q
+        if interpolation == 0 or interpolation == 1:
+            of_kl = kl
     return (
         np.float32(of_token[0]),
-        np.float32(entropy),
         np.float32(kl),
+        np.float32(entropy),
         anchor,
         np.float32(total),
         ref_anchor,
         np.float32(ref_total),
-        np.float32(of_policy),
+        np.float32(of_kl),
     )
 
 
 @compiled
 def weigh(block, ref_block, count, anchors, scale, factors, numbers):
     """Replaces each logit by its gradient; `numbers` = `mixture_numbers`, of which β counts."""
-    anchor, ref_anchor = anchors
-    factor, log_factor, gap_factor = factors
     _, _, shift, beta = numbers
     if beta == 1:
-        weigh_gaps(
-            block, ref_block, count, anchor, ref_anchor, scale, factor, log_factor, gap_factor
-        )
+        weigh_gaps(block, ref_block, count, anchors, scale, factors)
     elif beta == 0:
-        weigh_differences(
-            block, ref_block, count, anchor, ref_anchor, scale, factor, log_factor, gap_factor
-        )
+        weigh_differences(block, ref_block, count, anchors, scale, factors)
     else:
-        weigh_mixtures(
-            block, ref_block, count, anchor, ref_anchor, scale, factor, log_factor, gap_factor,
-            shift, beta,
-        )  # fmt: skip
+        weigh_mixtures(block, ref_block, count, anchors, scale, factors, shift, beta)
 
 
 @compiled
-def write_gradient(
-    logits, start, ref_logits, ref_start, out, out_start, V, target, scale, interpolation,
-    found, row_gradients, block, ref_block,
-):  # fmt: skip
+def write_gradient(row, ref_row, out, target, scale, interpolation, found, row_gradients, blocks):
     """dL/dlogits of a row, which may lie over the row.
 
-    `found` is what `read_statistics` returns, without logp; `row_gradients` = dL by (logp, entropy,
-    exact KL).
+    `found` is what `read_statistics` returns, without logp and KL; `row_gradients` = dL by (logp,
+    entropy, exact KL).
     """
-    entropy32, kl32, anchor, total, ref_anchor, ref_total, of_policy = found
-    entropy, kl = np.float64(entropy32), np.float64(kl32)
+    entropy32, anchor, total, ref_anchor, ref_total, of_kl32 = found
+    entropy, of_kl = np.float64(entropy32), np.float64(of_kl32)
     dlogp, dentropy, dkl = row_gradients
+    block, ref_block, V = blocks[0], blocks[1], len(row)
     inverse, step = scale * LN2, np.float32(scale)
     log_total = math.log(np.float64(total))
-    z = target_gap(logits, start, target, scale, anchor, log_total)
+    z = target_gap(row, target, scale, anchor, log_total)
     logp, log_share, p_target, share = sides(z)
-    forward = ref_logits is not None and interpolation == 0
+    forward = ref_row is not None and interpolation == 0
     if total == 0 or (share == 0 and not forward):
         # a certain target has no gradient, even where a forbidden token has an infinite KL
-        clear(out, out_start, V)
+        clear(out)
         return
     weight = inverse * share / np.float64(total)
     at_target, factor, log_factor, gap_factor = inverse * dlogp * share, -dlogp * weight, 0.0, 0.0
@@ -361,12 +331,12 @@ def write_gradient(
         of_entropy = -dentropy * weight * (log_share - log_total + entropy)
         log_factor = -dentropy * weight * LN2
         if z > 0 and entropy < SURE:
-            sure, below, moment = read_below_sure(logits, start, V, target, scale, anchor, block)
+            sure, below, moment = read_below_sure(row, target, scale, anchor, block)
             at_sure = inverse * dentropy * LN2 * moment / (1 + below) ** 2
     # a KL that is only measured may be infinite
-    if ref_logits is not None and dkl != 0:
+    if ref_row is not None and dkl != 0:
         ref_log_total = math.log(np.float64(ref_total))
-        ref_z = target_gap(ref_logits, ref_start, target, scale, ref_anchor, ref_log_total)
+        ref_z = target_gap(ref_row, target, scale, ref_anchor, ref_log_total)
         ref_logp, ref_log_share, ref_p_target, ref_share = sides(ref_z)
         if interpolation == 0:
             # of likely targets the small difference of what they leave to the others
@@ -384,21 +354,21 @@ def write_gradient(
             )  # fmt: skip
             to_p, _ = target_to_mixture(logp, ref_logp, interpolation)
             of_target = p_target * to_p if p_target > 0 else 0.0
-            at_target += inverse * dkl * (of_target * share - p_target * of_policy)
-            factor -= dkl * weight * (of_target + of_policy)
+            at_target += inverse * dkl * (of_target * share - p_target * of_kl)
+            factor -= dkl * weight * (of_target + of_kl)
             gap_factor = dkl * weight * LN2
         else:
             if p_target > 0:
-                at_target += inverse * dkl * p_target * (logp - ref_logp - kl)
+                at_target += inverse * dkl * p_target * (logp - ref_logp - of_kl)
             gap = log_share - ref_log_share - log_total + ref_log_total
-            factor += dkl * weight * (gap - kl)
+            factor += dkl * weight * (gap - of_kl)
             gap_factor = dkl * weight * LN2
         if sure >= 0 and interpolation == 1:
-            ref_logit = np.float64(widen(ref_logits[ref_start + sure]))
+            ref_logit = np.float64(widen(ref_row[sure]))
             at_sure -= gap_factor * (ref_logit - np.float64(ref_anchor)) * scale
         elif sure >= 0:
-            load(logits, start + sure, 1, block)
-            load(ref_logits, ref_start + sure, 1, ref_block)
+            load(row, sure, 1, block)
+            load(ref_row, sure, 1, ref_block)
             weigh(
                 block, ref_block, 1, (anchor, ref_anchor), step,
                 (np.float32(0.0), np.float32(0.0), np.float32(gap_factor)), numbers,
@@ -408,9 +378,9 @@ def write_gradient(
     factor += of_entropy
     for first in range(0, V, BLOCK):
         count = min(BLOCK, V - first)
-        load(logits, start + first, count, block)
-        if ref_logits is not None:
-            load(ref_logits, ref_start + first, count, ref_block)
+        load(row, first, count, block)
+        if ref_row is not None:
+            load(ref_row, first, count, ref_block)
             weigh(
                 block, ref_block, count, (anchor, ref_anchor), step,
                 (np.float32(factor), np.float32(log_factor), np.float32(gap_factor)), numbers,
@@ -423,7 +393,7 @@ def write_gradient(
             block[target - first] = np.float32(at_target)
         if first <= sure < first + count:
             block[sure - first] = np.float32(at_sure)
-        store(block, count, out, out_start + first)
+        store(block, count, out, first)
 
 
 @compiled
@@ -463,29 +433,25 @@ def token_loss(
 
 @compiled
 def loss_rows(
-    logits, place, ref_logits, ref_place, dlogits, out_place, V, scale,
+    logits, place, ref_logits, ref_place, V, scale, interpolation, dlogits, out_place,
     target, weight, advantage, old_logp, ref_logp, factor, entropy_weight, vectors, dropped,
-    surrogate, parameters, kl_estimator, kl_times_ratio, beta, interpolation,
-    blocks, counter, grain,
+    surrogate, parameters, kl_estimator, kl_times_ratio, beta, blocks, counter, grain,
 ):  # fmt: skip
     """One pass: statistics, the loss of the token and, where asked for, the gradient of the row.
 
     `vectors` [11, N] receives logp, entropy, ratio, KL, loss, dlogp and the state.
     """
     N = len(target)
-    block, ref_block = blocks[0], blocks[1]
     first = claim(counter, grain)
     while first < N:
         for n in range(first, min(first + grain, N)):
-            start, out_start = row_start(n, place), row_start(n, out_place)
-            ref_start, y = row_start(n, ref_place), target[n]
-            moves = False
+            row, ref_row = logits[row_slice(n, place, V)], ref_logits
+            if ref_logits is not None:
+                ref_row = ref_logits[row_slice(n, ref_place, V)]
+            out, y, moves = dlogits[row_slice(n, out_place, V)], target[n], False
             if weight[n] != 0 and 0 <= y < V:
-                found = read_statistics(
-                    logits, start, ref_logits, ref_start, V, y, scale, interpolation,
-                    block, ref_block,
-                )  # fmt: skip
-                logp, entropy, kl = np.float64(found[0]), np.float64(found[1]), np.float64(found[2])
+                found = read_statistics(row, ref_row, y, scale, interpolation, blocks)
+                logp, kl, entropy = np.float64(found[0]), np.float64(found[1]), np.float64(found[2])
                 log_ratio = logp - (np.float64(old_logp[n]) if len(old_logp) > 0 else logp)
                 bonus = np.float64(entropy_weight[n]) if len(entropy_weight) > 0 else 0.0
                 loss, dlogp, kl, usable = token_loss(
@@ -500,36 +466,34 @@ def loss_rows(
                 vectors[6, n], vectors[7, n] = found[3], -found[4]
                 vectors[8, n], vectors[9, n], vectors[10, n] = found[5], -found[6], found[7]
                 dropped[n] = not usable
-                dkl = np.float32(beta) * weight[n] if ref_logits is not None else 0.0
+                dkl = np.float32(beta) * weight[n] if ref_row is not None else 0.0
                 row_gradients = (np.float64(np.float32(dlogp)), -bonus, dkl)
                 moves = usable and (dlogp != 0 or bonus != 0 or dkl != 0)
                 if moves and len(dlogits) > 0:
                     write_gradient(
-                        logits, start, ref_logits, ref_start, dlogits, out_start, V, y, scale,
-                        interpolation, found[1:], row_gradients, block, ref_block,
-                    )  # fmt: skip
+                        row, ref_row, out, y, scale, interpolation, found[2:], row_gradients, blocks
+                    )
             if len(dlogits) > 0 and not moves:
-                clear(dlogits, out_start, V)
+                clear(out)
         first = claim(counter, grain)
 
 
 @compiled
 def stats_rows(
-    logits, place, ref_logits, ref_place, V, scale, target, vectors, interpolation,
+    logits, place, ref_logits, ref_place, V, scale, interpolation, target, vectors,
     blocks, counter, grain,
 ):  # fmt: skip
     """Statistics of every row: `vectors` [8, N] receives logp, entropy, KL and the state."""
     N = len(target)
-    block, ref_block = blocks[0], blocks[1]
     first = claim(counter, grain)
     while first < N:
         for n in range(first, min(first + grain, N)):
             if 0 <= target[n] < V:
-                found = read_statistics(
-                    logits, row_start(n, place), ref_logits, row_start(n, ref_place),
-                    V, target[n], scale, interpolation, block, ref_block,
-                )  # fmt: skip
-                vectors[0, n], vectors[1, n], vectors[2, n] = found[0], found[1], found[2]
+                row, ref_row = logits[row_slice(n, place, V)], ref_logits
+                if ref_logits is not None:
+                    ref_row = ref_logits[row_slice(n, ref_place, V)]
+                found = read_statistics(row, ref_row, target[n], scale, interpolation, blocks)
+                vectors[0, n], vectors[1, n], vectors[2, n] = found[0], found[2], found[1]
                 vectors[3, n], vectors[4, n] = found[3], -found[4]
                 vectors[5, n], vectors[6, n], vectors[7, n] = found[5], -found[6], found[7]
         first = claim(counter, grain)
@@ -537,34 +501,34 @@ def stats_rows(
 
 @compiled
 def gradient_rows(
-    logits, place, ref_logits, ref_place, dlogits, out_place, V, scale,
-    target, dlogp, dentropy, dkl, entropy, kl, state, interpolation, blocks, counter, grain,
+    logits, place, ref_logits, ref_place, V, scale, interpolation, dlogits, out_place,
+    target, dlogp, dentropy, dkl, entropy, state, blocks, counter, grain,
 ):  # fmt: skip
     """The gradient of every row from its statistics; rows without one become 0."""
     N = len(target)
-    block, ref_block = blocks[0], blocks[1]
     first = claim(counter, grain)
     while first < N:
         for n in range(first, min(first + grain, N)):
-            start, out_start = row_start(n, place), row_start(n, out_place)
+            row, ref_row = logits[row_slice(n, place, V)], ref_logits
+            if ref_logits is not None:
+                ref_row = ref_logits[row_slice(n, ref_place, V)]
+            out, y = dlogits[row_slice(n, out_place, V)], target[n]
             row_gradients = (
                 np.float64(dlogp[n]),
                 np.float64(dentropy[n]) if len(dentropy) > 0 else 0.0,
                 np.float64(dkl[n]) if len(dkl) > 0 else 0.0,
             )
-            if 0 <= target[n] < V and (
+            if 0 <= y < V and (
                 row_gradients[0] != 0 or row_gradients[1] != 0 or row_gradients[2] != 0
             ):
                 found = (
-                    entropy[n], kl[n], state[0, n], -state[1, n], state[2, n], -state[3, n],
-                    state[4, n],
+                    entropy[n], state[0, n], -state[1, n], state[2, n], -state[3, n], state[4, n]
                 )  # fmt: skip
                 write_gradient(
-                    logits, start, ref_logits, row_start(n, ref_place), dlogits, out_start,
-                    V, target[n], scale, interpolation, found, row_gradients, block, ref_block,
-                )  # fmt: skip
+                    row, ref_row, out, y, scale, interpolation, found, row_gradients, blocks
+                )
             else:
-                clear(dlogits, out_start, V)
+                clear(out)
         first = claim(counter, grain)
 
 

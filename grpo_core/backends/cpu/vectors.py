@@ -162,19 +162,19 @@ def whole(count):
 
 
 @compiled
-def load(logits, start, count, block):
-    """Converts `count` logits from `start` on into a block, the rest of its last step into −inf."""
+def load(row, start, count, block):
+    """Converts `count` logits of a row into a block, the rest of its last step into −inf."""
     widest()
     # an unsigned index does not count from the end, which LLVM could not vectorise
     start = np.uint64(start)
     for j in range(np.uint64(count)):
-        block[j] = widen(logits[start + j])
+        block[j] = widen(row[start + j])
     for j in range(count, whole(count)):
         block[j] = -np.inf
 
 
 @compiled
-def load_others(logits, start, count, target, block):
+def load_others(row, start, count, target, block):
     """Loads a block, the target in it as −inf; returns the largest of the others.
 
     The largest is NaN if any is, and at least `LEAST`.
@@ -182,7 +182,7 @@ def load_others(logits, start, count, target, block):
     widest()
     start, target, found = np.uint64(start), np.uint64(target), LEAST
     for j in range(np.uint64(count)):
-        logit = widen(logits[start + j])
+        logit = widen(row[start + j])
         logit = np.float32(-np.inf) if j == target else logit
         block[j] = logit
         found = larger(found, logit)
@@ -192,21 +192,20 @@ def load_others(logits, start, count, target, block):
 
 
 @compiled
-def store(block, count, logits, start):
-    """Rounds `count` numbers of a block into the logits from `start` on."""
+def store(block, count, row, start):
+    """Rounds `count` numbers of a block into the logits of a row from `start` on."""
     widest()
     start = np.uint64(start)
     for j in range(np.uint64(count)):
-        logits[start + j] = narrow(block[j], logits[start])
+        row[start + j] = narrow(block[j], row[start])
 
 
 @compiled
-def clear(logits, start, count):
-    """Makes `count` logits from `start` on 0."""
+def clear(row):
+    """Makes all logits of a row 0."""
     widest()
-    start = np.uint64(start)
-    for j in range(np.uint64(count)):
-        logits[start + j] = 0
+    for j in range(np.uint64(len(row))):
+        row[j] = 0
 
 
 @compiled
@@ -317,13 +316,13 @@ def log_to_mixture(power, ref_power, gap, beta):
 
 
 @compiled(fastmath={"reassoc", "contract"})
-def sum_mixtures(block, ref_block, count, anchor, ref_anchor, scale, numbers):
+def sum_mixtures(block, ref_block, count, anchors, scale, numbers):
     """(Σ (1 − β)·p·log₂ p/m + β·q·log₂ q/m, Σ p·log₂ p/m) of a block.
 
     `numbers` = (p per 2^c, q per 2^c_ref, log₂ of the second over the first, β).
     """
     widest()
-    share, ref_share, shift, beta = numbers
+    (anchor, ref_anchor), (share, ref_share, shift, beta) = anchors, numbers
     both = of_policy = np.float32(0.0)
     for j in range(whole(count)):
         power = exp2(centre(block[j], anchor, scale))
@@ -355,12 +354,13 @@ def weigh_powers(block, count, anchor, scale, factor, log_factor):
 
 
 @compiled(fastmath={"contract"})
-def weigh_gaps(block, ref_block, count, anchor, ref_anchor, scale, factor, log_factor, gap_factor):
+def weigh_gaps(block, ref_block, count, anchors, scale, factors):
     """Replaces each logit by (factor + log_factor·c + gap_factor·(c − c_ref))·2^c.
 
     With a gap_factor of 0 a token that the reference forbids counts like any other.
     """
     widest()
+    (anchor, ref_anchor), (factor, log_factor, gap_factor) = anchors, factors
     for j in range(whole(count)):
         c = centre(block[j], anchor, scale)
         power = exp2(c)
@@ -372,14 +372,13 @@ def weigh_gaps(block, ref_block, count, anchor, ref_anchor, scale, factor, log_f
 
 
 @compiled
-def weigh_differences(
-    block, ref_block, count, anchor, ref_anchor, scale, factor, log_factor, ref_factor
-):
+def weigh_differences(block, ref_block, count, anchors, scale, factors):
     """Replaces each logit by (factor + log_factor·c)·2^c − ref_factor·2^c_ref.
 
     Never contracted, so the difference of equal rows is exactly 0.
     """
     widest()
+    (anchor, ref_anchor), (factor, log_factor, ref_factor) = anchors, factors
     for j in range(whole(count)):
         c = centre(block[j], anchor, scale)
         ref_power = exp2(centre(ref_block[j], ref_anchor, scale))
@@ -387,11 +386,10 @@ def weigh_differences(
 
 
 @compiled(fastmath={"contract"})
-def weigh_mixtures(
-    block, ref_block, count, anchor, ref_anchor, scale, factor, log_factor, gap_factor, shift, beta
-):
+def weigh_mixtures(block, ref_block, count, anchors, scale, factors, shift, beta):
     """Replaces each logit by (factor + log_factor·c + gap_factor·log₂ p/m)·2^c."""
     widest()
+    (anchor, ref_anchor), (factor, log_factor, gap_factor) = anchors, factors
     for j in range(whole(count)):
         c = centre(block[j], anchor, scale)
         power, ref_power = exp2(c), exp2(centre(ref_block[j], ref_anchor, scale))
