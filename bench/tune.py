@@ -12,8 +12,8 @@ times are added. On a GPU the candidates of `bench.experiments.second_reading` a
 
 from __future__ import annotations
 
-import ast
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -174,20 +174,15 @@ def choose(trials: list[Trial]) -> dict[Key, Layout]:
 
 def rewrite_table(source: str, table: dict[Key, Layout]) -> str:
     """The text of kernels/launch.py with another `TUNED`."""
-    (place,) = (
-        node
-        for node in ast.parse(source).body
-        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "TUNED"
-    )
-    assert place.value is not None and place.end_lineno is not None
-    lines = source.splitlines(keepends=True)
-    head = lines[place.lineno - 1].split("=")[0] + "= {"
-    entries = [
+    entries = "".join(
         f'    ("{architecture}", "{dtype}", {bucket:_}): {tuning!r},\n'
         for (architecture, dtype, bucket), tuning in sorted(table.items())
-    ]
-    text = [head, "\n" if entries else "", *entries, "}\n"]
-    return "".join([*lines[: place.lineno - 1], *text, *lines[place.end_lineno :]])
+    )
+    text = f"{{\n{entries}}}" if entries else "{}"
+    place = re.compile(r"^(TUNED: [^\n]* = )(\{\}|\{\n.*?^\})$", re.M | re.S)
+    written, count = place.subn(lambda found: found[1] + text, source)
+    assert count == 1
+    return written
 
 
 def _line(trial: Trial, default: float) -> str:
@@ -223,23 +218,22 @@ def run_sweep(
         yield sweep(bucket, timer, now + (end - now) / (len(buckets) - index))
 
 
-def _pretend(call: Callable[[], object], tuning: Layout) -> float:
-    """A timer for machines that cannot time: eight warps are fastest."""
-    return 1e-3 * (1 + abs(tuning.warps - 8) / 8 + (tuning.num_stages or 3) / 100)
+def _seconds(call: Callable[[], object], tuning: Layout) -> float:
+    return median_seconds(call)
 
 
 def _measure(dry_run: bool, minutes: float) -> Iterator[dict[str, Any]]:
     """The record so far: on a GPU the ways to read a row a second time, then bucket by bucket."""
     record: dict[str, Any] = {"machine": describe(), "dry_run": dry_run, "trials": [], "chosen": []}
     if dry_run:
-        sweeps = run_sweep(DRY_VOCABULARIES, DTYPES[:1], DRY_N, "cpu", _pretend, DRY_MINUTES)
+        sweeps = run_sweep(DRY_VOCABULARIES, DTYPES[:1], DRY_N, "cpu", _seconds, DRY_MINUTES)
     else:
-        end, rows = time.monotonic() + 60 * minutes, torch.cuda.mem_get_info()[1] // ROW_BYTES
-        rows = min(N, rows)
+        end = time.monotonic() + 60 * minutes
+        rows = min(N, torch.cuda.mem_get_info()[1] // ROW_BYTES)
         record["second_reading"] = time_candidates(rows, V_EXPERIMENT, torch.bfloat16)
         yield record
-        left, timer = (end - time.monotonic()) / 60, lambda call, _: median_seconds(call)
-        sweeps = run_sweep(VOCABULARIES, DTYPES, rows, "cuda", timer, left)
+        left = (end - time.monotonic()) / 60
+        sweeps = run_sweep(VOCABULARIES, DTYPES, rows, "cuda", _seconds, left)
     for trials in sweeps:
         record["trials"] += map(asdict, trials)
         record["chosen"] += [[*key, asdict(tuning)] for key, tuning in choose(trials).items()]
