@@ -142,10 +142,11 @@ def hidden_trl(
     from trl.trainer import utils
 
     size, token = chunk or utils._CHUNKED_LOGPROB_CHUNK_SIZE, batch.token[batch.valid]
+    rows = hidden if batch.scored == len(hidden) else hidden[batch.valid]
     logp, entropy, *_ = (
         found.new_zeros(len(hidden)).masked_scatter(batch.valid, found)
         for found in utils._ChunkedLogProbFunction.apply(
-            hidden[batch.valid], lm_head, None, token, 1.0, size, None, 1.0, ("entropy",)
+            rows, lm_head, None, token, 1.0, size, None, 1.0, ("entropy",)
         )[:2]
     )
     return policy_loss(logp, batch, recipe), logp, entropy.detach()
