@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -48,40 +47,42 @@ TRAINED, FROZEN, LOGP = HIDDEN_CASES = (
 )
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """float32 rather than torch.float32."""
-    return str(dtype).removeprefix("torch.")
-
-
-class Padded(NamedTuple):
-    """Targets and the like as trainers of whole sequences hold them, without the masked rows."""
-
-    target: Tensor  # [B, T - 1] int64
-    old_logp: Tensor  # [B, T - 1] float32, nats
-    mask: Tensor  # [B, T - 1] int32
-    advantage: Tensor  # [B] float32
-
-
-@dataclass(frozen=True, eq=False)
 class Batch:
     """N rows of V logits, or of hidden states and an output matrix, in B sequences of T.
 
     The last row of a sequence is masked, as where logits are given whole and targets shifted.
+
+    Args:
+        inputs: logits [N, V]; or hidden states [N, D] and output matrix [V, D].
+        target: [B, T] int64, MASKED in the last row of a sequence.
+        old_logp: [B, T] float32, nats.
+        advantage: [B] float32.
     """
 
-    inputs: tuple[Tensor, ...]  # logits [N, V]; or hidden states [N, D] and output matrix [V, D]
-    pristine: Tensor  # the first input again, for contenders that overwrite it
-    target: Tensor  # [N] int64, MASKED in the last row of a sequence
-    token: Tensor  # [N] int64, the same, and any token where masked
-    mask: Tensor  # [N] float32
-    valid: Tensor  # [N] bool
-    old_logp: Tensor  # [N] float32, nats
-    advantage: Tensor  # [N] float32, constant over a sequence
-    sequence_id: Tensor  # [N] int64
-    padded: Padded
-    B: int
-    T: int
-    scored: int  # tokens that count
+    def __init__(
+        self, inputs: tuple[Tensor, ...], target: Tensor, old_logp: Tensor, advantage: Tensor
+    ) -> None:
+        self.B, self.T = B, T = target.shape
+        valid = target != MASKED
+        old_logp = old_logp * valid
+        self.inputs = inputs
+        # the first input again, for contenders that overwrite it
+        self.pristine = inputs[0] if len(inputs) > 1 else inputs[0].clone()
+        self.target = target.flatten()  # [N]
+        self.token = target.clamp(min=0).flatten()  # [N], any token where masked
+        self.mask, self.valid = valid.float().flatten(), valid.flatten()  # [N]
+        self.old_logp = old_logp.flatten()  # [N]
+        self.advantage = advantage[:, None].expand(B, T).flatten()  # [N]
+        self.sequence_id = torch.arange(B * T, device=target.device) // T  # [N]
+        # target, old_logp and mask [B, T - 1] without the masked rows and advantage [B], as
+        # trainers of whole sequences hold them
+        self.padded = (
+            target[:, :-1].contiguous(),
+            old_logp[:, :-1].contiguous(),
+            valid[:, :-1].int(),
+            advantage,
+        )
+        self.scored = int(valid.sum())
 
     @classmethod
     def draw(cls, N: int, V: int, dtype: torch.dtype, device: str, D: int = 0) -> Batch:
@@ -105,42 +106,7 @@ class Batch:
         drift -= drift[:, :-1].mean(1, keepdim=True)
         nth = torch.arange(B, device=device)
         drift += torch.where(nth % EVERY == EVERY - 1, SEQUENCE_OUTSIDE, SEQUENCE_INSIDE)[:, None]
-        return cls.with_old(inputs, target, (logp.view(B, T) - drift), normal(B))
-
-    @classmethod
-    def with_old(
-        cls, inputs: tuple[Tensor, ...], target: Tensor, old_logp: Tensor, advantage: Tensor
-    ) -> Batch:
-        """A batch of targets and old log-probabilities [B, T] and advantages [B]."""
-        B, T = target.shape
-        valid = target != MASKED
-        old_logp = old_logp * valid
-        return cls(
-            inputs=inputs,
-            pristine=inputs[0] if len(inputs) > 1 else inputs[0].clone(),
-            target=target.flatten(),
-            token=target.clamp(min=0).flatten(),
-            mask=valid.float().flatten(),
-            valid=valid.flatten(),
-            old_logp=old_logp.flatten(),
-            advantage=advantage[:, None].expand(B, T).flatten(),
-            sequence_id=torch.arange(B * T, device=target.device) // T,
-            padded=Padded(
-                target[:, :-1].contiguous(),
-                old_logp[:, :-1].contiguous(),
-                valid[:, :-1].int(),
-                advantage,
-            ),
-            B=B,
-            T=T,
-            scored=int(valid.sum()),
-        )
-
-    @property
-    def logits(self) -> Tensor:
-        """[N, V], of a batch of logits."""
-        (logits,) = self.inputs
-        return logits
+        return cls(inputs, target, logp.view(B, T) - drift, normal(B))
 
     def restore(self) -> None:
         """Undoes what a contender wrote over the logits."""

@@ -16,14 +16,16 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
 
-from bench.batch import CASES, HIDDEN_CASES, TRAINED, Batch, Case, Outcome, dtype_name
-from bench.budget import Budget
+from bench.batch import CASES, HIDDEN_CASES, Batch, Case, Outcome
+from bench.conftest import Budget
 from bench.contenders import Contender, contenders
 from bench.counted import published
 from bench.machine import DEVICE, clock, device_name
-from bench.meter import CompiledMeter, OperandMeter, ProductMeter, one_thread, peak_extra_bytes
+from bench.meter import CompiledMeter, Meter, one_thread, peak_extra_bytes
 from bench.truth import Truth, find_truth, refuse_wrong
+from grpo_core.verify.report import dtype_name
 
 # a call takes milliseconds on a GPU and up to seconds on a CPU
 ROUNDS = {"cuda": 30, "cpu": 5}
@@ -57,12 +59,6 @@ class Shape(NamedTuple):
     D: int
     dtype: torch.dtype
 
-    @property
-    def name(self) -> str:
-        """For people."""
-        sizes = (size for size in (self.N, self.V, self.D) if size)
-        return f"{dtype_name(self.dtype)}, {' x '.join(f'{size:,}' for size in sizes)}"
-
 
 class Job(NamedTuple):
     """What one benchmark measures."""
@@ -75,8 +71,10 @@ class Job(NamedTuple):
     @property
     def group(self) -> str:
         """The block of the table."""
+        *sizes, dtype = self.shape
         source = "from hidden states, " if self.case.from_hidden else ""
-        return f"{source}{self.case.name}, {self.shape.name}"
+        size = " x ".join(f"{size:,}" for size in sizes if size)
+        return f"{source}{self.case.name}, {dtype_name(dtype)}, {size}"
 
 
 def fitting_rows(V: int, wanted: int) -> int:
@@ -156,20 +154,27 @@ def test_loss(job: Job, benchmark: BenchmarkFixture, budget: Budget | None) -> N
     del outcome
     batch.restore()
     peak = peak_extra_bytes(call, DEVICE)
-    yardsticks = Yardsticks(batch, case)
+    steps = yardsticks(batch, case)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+
+    def measure() -> None:
+        for name, step in steps.items():
+            start = clock()
+            step()
+            seconds[name].append(clock() - start)
 
     def timed() -> None:
         # the result is freed within the round, as the clone is within its own
         call()
 
     start = clock()
-    yardsticks.measure()
+    measure()
     timed()
     rounds = ROUNDS[DEVICE]
     if budget:
         rounds = budget.rounds(contender.name, clock() - start, rounds)
-    benchmark.group, seconds = job.group, yardsticks.seconds
-    benchmark.pedantic(timed, setup=yardsticks.measure, rounds=rounds)
+    benchmark.group = job.group
+    benchmark.pedantic(timed, setup=measure, rounds=rounds)
     benchmark.extra_info.update(
         contender=contender.name,
         case=case.name,
@@ -188,7 +193,7 @@ def test_loss(job: Job, benchmark: BenchmarkFixture, budget: Budget | None) -> N
     if benchmark.stats is not None:
         times = benchmark.stats.stats.data
         # each round beside its own floor: neighbours on the machine come and go
-        floors = seconds["products" if case.from_hidden else "copy"][-len(times) :]
+        floors = [*seconds.values()][-1][-len(times) :]
         ratios = [time / floor for time, floor in zip(times, floors, strict=True)]
         # a copy of the logits reads and writes
         least = 1 if case.from_hidden else case.floor / 2
@@ -199,10 +204,7 @@ def count(
     contender: Contender, call: Callable[[], Outcome], batch: Batch, case: Case
 ) -> tuple[Outcome, dict[str, float | None]]:
     """The outcome of one call, and bytes per logit or products of its operations."""
-    logits = batch.pristine.numel()
-    products, compiled = ProductMeter(), CompiledMeter()
-    operands = OperandMeter(threshold=batch.pristine.nbytes // 2)
-    meter: Any = products if case.from_hidden else compiled if contender.compiled else operands
+    meter: Any = CompiledMeter() if contender.compiled else Meter(batch.pristine.nbytes // 2)
     with one_thread(), nullcontext() if contender.kernels else meter:
         try:
             outcome = call()
@@ -211,57 +213,33 @@ def count(
                 raise
             pytest.skip(f"torch.compile: {str(failure).splitlines()[0]}")
     if case.from_hidden:
-        rows, V = int(batch.valid.sum()), len(batch.inputs[1])
-        return outcome, {
-            "products": products.operations / (2 * rows * V * batch.inputs[0].shape[1])
-        }
+        product = 2 * batch.scored * batch.inputs[1].numel()
+        return outcome, {"products": meter.products / product}
     if contender.kernels:
         key = contender.name, case.name, dtype_name(batch.pristine.dtype)
         found = published().get(key, {})
         issued, large = found.get("issued"), found.get("distinct")
-    elif contender.compiled:
-        issued, large = compiled.accessed and compiled.accessed / logits, None
     else:
-        issued, large = operands.issued / logits, operands.large / logits
+        issued, large = (n / batch.pristine.numel() or None for n in (meter.issued, meter.large))
     return outcome, {"bytes_per_logit_issued": issued, "bytes_per_logit": large}
 
 
-class Products:
-    """The bare products of a case, on every row that counts, into memory already in use."""
-
-    def __init__(self, batch: Batch, case: Case) -> None:
-        hidden, self.lm_head = batch.inputs
-        self.count = case.floor
-        self.hidden = hidden[batch.valid]
-        self.logits = self.hidden.new_empty(len(self.hidden), len(self.lm_head))
-        self.dhidden = torch.empty_like(self.hidden)
-        self.dweight = torch.empty_like(self.lm_head) if case == TRAINED else None
-
-    def __call__(self) -> None:
-        """One, two or three products; the logits stand for their gradient."""
-        torch.mm(self.hidden, self.lm_head.t(), out=self.logits)
-        if self.count > 1:
-            torch.mm(self.logits, self.lm_head, out=self.dhidden)
-        if self.count > 2:
-            torch.mm(self.logits.t(), self.hidden, out=self.dweight)
-
-
-class Yardsticks:
-    """The least work of a case, timed before every round.
+def yardsticks(batch: Batch, case: Case) -> dict[str, Callable[[], object]]:
+    """The least work of a case; the last is the floor, and a copy restores the logits.
 
     A clone asks for fresh memory, which on a CPU costs more in page faults than in copying.
     """
+    if case.from_hidden:
+        return {"products": products(batch, case)}
+    return {"clone": batch.pristine.clone, "copy": batch.restore}
 
-    def __init__(self, batch: Batch, case: Case) -> None:
-        self.steps: dict[str, Callable[[], object]]
-        self.steps = {"clone": batch.pristine.clone, "copy": batch.restore}
-        if case.from_hidden:
-            self.steps = {"products": Products(batch, case)}
-        self.seconds: dict[str, list[float]] = {name: [] for name in self.steps}
 
-    def measure(self) -> None:
-        """Times each; the copy restores the logits for the round to come."""
-        for name, step in self.steps.items():
-            start = clock()
-            step()
-            self.seconds[name].append(clock() - start)
+def products(batch: Batch, case: Case) -> Callable[[], list[Tensor]]:
+    """The bare products of a case, on every row that counts, into memory already in use."""
+    hidden, lm_head = batch.inputs
+    hidden = hidden[batch.valid]
+    logits = hidden.new_empty(len(hidden), len(lm_head))
+    # the logits stand for their gradient
+    factors = [(hidden, lm_head.t()), (logits, lm_head), (logits.t(), hidden)][: case.floor]
+    sinks = [logits, *map(torch.empty_like, (hidden, lm_head)[: case.floor - 1])]
+    return lambda: [torch.mm(a, b, out=sink) for (a, b), sink in zip(factors, sinks, strict=True)]

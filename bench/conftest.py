@@ -3,15 +3,50 @@
 from __future__ import annotations
 
 import signal
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from bench.budget import SECONDS, Budget
 from bench.contenders import missing_peers
 from bench.machine import DEVICE, describe, device_name
 from bench.table import LEGEND, table
+
+# of the cases; starting Python and the table take the rest of three minutes
+SECONDS = 155.0
+
+
+class Budget:
+    """Decides whether a case may start and how many rounds it gets.
+
+    A case starts if what it takes at least fits: its checks and one round, estimated by the longest
+    case of its kind so far, of any kind where there was none.
+    """
+
+    def __init__(
+        self, seconds: float, cases: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.clock, self.left = clock, cases
+        self.case_started = clock()
+        self.end = self.case_started + seconds
+        self.least: dict[str, float] = {}
+
+    def start(self, kind: str) -> bool:
+        """Begins a case, unless it cannot be ended in time."""
+        self.case_started = now = self.clock()
+        self.left -= 1
+        return now + self.least.get(kind, max(self.least.values(), default=0.0)) <= self.end
+
+    def rounds(self, kind: str, seconds: float, wanted: int) -> int:
+        """How many rounds of so many seconds fit into the share of this case: at least one."""
+        now = self.clock()
+        self.least[kind] = max(self.least.get(kind, 0.0), now - self.case_started + seconds)
+        share = (self.end - self.case_started) / (self.left + 1)
+        fitting = (self.case_started + share - now) / max(seconds, 1e-9)
+        return int(max(1, min(wanted, fitting)))
+
 
 BUDGET = pytest.StashKey[Budget]()
 
@@ -29,6 +64,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Collects bench_*.py, and leaves the table to `pytest_terminal_summary`."""
     config.addinivalue_line("python_files", "bench_*.py")
     config.option.benchmark_quiet = True
+    # says what is measured
+    config.option.verbose = 1
     # gpu.sh stops a part by SIGINT, which a background job inherits as ignored
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -53,29 +90,6 @@ def _job(item: pytest.Item) -> Any:
 def budget(request: pytest.FixtureRequest) -> Budget | None:
     """The time that is left; None with --long."""
     return None if request.config.option.long else request.config.stash[BUDGET]
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> None:
-    """Says what is measured: one line, written anew on a terminal."""
-    job, reporter = _job(item), item.config.pluginmanager.getplugin("terminalreporter")
-    if job is None or reporter is None:
-        return
-    # instead of the file's name and a dot for every test
-    reporter.showfspath = False
-    seconds = item.config.stash[BUDGET].elapsed
-    line = f"{seconds:4.0f} s  {job.group}: {job.contender.name}"
-    if reporter.isatty:
-        reporter.rewrite(line, erase=True)
-    else:
-        reporter.ensure_newline()
-        reporter.write_line(line)
-
-
-def pytest_report_teststatus(report: Any) -> tuple[str, str, str] | None:
-    """No letter for a benchmark that went well or was left out."""
-    ours = "bench_loss.py" in report.nodeid and not report.failed
-    return (report.outcome, "", "") if ours and report.when == "call" else None
 
 
 def pytest_benchmark_update_machine_info(

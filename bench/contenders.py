@@ -33,15 +33,9 @@ def missing_peers() -> list[str]:
     return [f"{name} (no {of})" for of, name in PACKAGES.items() if not find_spec(of)]
 
 
-def clip_bounds(recipe: Recipe) -> tuple[float, float]:
-    """eps_low and eps_high."""
-    eps_low, eps_high, _ = RECIPES[recipe].surrogate.args
-    return eps_low, eps_high
-
-
 def policy_loss(logp: Tensor, batch: Batch, recipe: Recipe) -> Tensor:
     """The loss from log-probabilities, in the operations of TRL's GRPOTrainer._compute_loss."""
-    eps_low, eps_high = clip_bounds(recipe)
+    eps_low, eps_high, _ = RECIPES[recipe].surrogate.args
     shape = (batch.B, batch.T)
     mask, advantage = batch.mask.view(shape), batch.advantage.view(shape)[:, :1]
     log_ratio = (logp.float() - batch.old_logp).view(shape)
@@ -72,7 +66,7 @@ def liger(logits: Tensor, batch: Batch, recipe: Recipe, *, inplace: bool = False
     """Liger's Triton GRPO loss; it returns neither logp nor entropy."""
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
-    eps_low, eps_high = clip_bounds(recipe)
+    eps_low, eps_high, _ = RECIPES[recipe].surrogate.args
     target, old_logp, mask, advantage = batch.padded
     loss, _ = triton_grpo_loss(
         logits.view(batch.B, batch.T, -1),
@@ -126,7 +120,7 @@ def hidden_liger(hidden: Tensor, lm_head: Tensor, batch: Batch, recipe: Recipe) 
     """Liger's fused head; compiled, as its default is, on a GPU only."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
-    eps_low, eps_high = clip_bounds(recipe)
+    eps_low, eps_high, _ = RECIPES[recipe].surrogate.args
     target, old_logp, mask, advantage = batch.padded
     module = LigerFusedLinearGRPOLoss(
         beta=0.0,
@@ -145,14 +139,14 @@ def hidden_trl(
     hidden: Tensor, lm_head: Tensor, batch: Batch, recipe: Recipe, *, chunk: int | None = None
 ) -> Terms:
     """TRL's head for log-probability and entropy, of the rows that count, then its loss."""
-    from trl.kernels import ChunkedLogProbFunction
-    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+    from trl.trainer import utils
 
-    size, token = chunk or _CHUNKED_LOGPROB_CHUNK_SIZE, batch.token[batch.valid]
+    size, token = chunk or utils._CHUNKED_LOGPROB_CHUNK_SIZE, batch.token[batch.valid]
+    rows = hidden if batch.scored == len(hidden) else hidden[batch.valid]
     logp, entropy, *_ = (
         found.new_zeros(len(hidden)).masked_scatter(batch.valid, found)
-        for found in ChunkedLogProbFunction.apply(
-            hidden[batch.valid], lm_head, None, token, 1.0, size, None, 1.0, ("entropy",)
+        for found in utils._ChunkedLogProbFunction.apply(
+            rows, lm_head, None, token, 1.0, size, None, 1.0, ("entropy",)
         )[:2]
     )
     return policy_loss(logp, batch, recipe), logp, entropy.detach()
@@ -195,56 +189,51 @@ class Contender:
     dtypes: tuple[torch.dtype, ...] = ALL_DTYPES
 
     def call(self, batch: Batch, case: Case) -> Callable[[], Outcome]:
-        """The function to be timed."""
+        """The function to be timed: terms, and the gradients that a case asks for."""
         loss = self.loss
         if self.compiled:
             torch._dynamo.reset()
             loss = torch.compile(loss, dynamic=False)
-        return partial(_run, loss, batch, case)
 
+        def run() -> Outcome:
+            inputs = [
+                tensor.detach().requires_grad_(nth < case.gradients)
+                for nth, tensor in enumerate(batch.inputs)
+            ]
+            with torch.set_grad_enabled(case.gradients > 0):
+                terms = loss(*inputs, batch, case.recipe)
+            leaves = inputs[: case.gradients]
+            gradients = torch.autograd.grad(terms[0], leaves) if leaves else ()
+            return Outcome(*(None if one is None else one.detach() for one in terms), gradients)
 
-def _run(loss: Callable[..., Terms], batch: Batch, case: Case) -> Outcome:
-    """Loss, log-probability, entropy, and the gradients that a case asks for."""
-    inputs = [
-        tensor.detach().requires_grad_(nth < case.gradients)
-        for nth, tensor in enumerate(batch.inputs)
-    ]
-    with torch.set_grad_enabled(case.gradients > 0):
-        terms = loss(*inputs, batch, case.recipe)
-    gradients: tuple[Tensor, ...] = ()
-    if case.gradients:
-        gradients = torch.autograd.grad(terms[0], inputs[: case.gradients])
-    return Outcome(*(None if term is None else term.detach() for term in terms), gradients)
+        return run
 
 
 def contenders(machine: Machine, case: Case) -> list[Contender]:
     """Everything this machine can run; interpreted Triton can be counted and not timed."""
-    return _from_hidden(case) if case.from_hidden else _from_logits(machine, case)
-
-
-def _from_logits(machine: Machine, case: Case) -> list[Contender]:
+    if case.from_hidden:
+        return _from_hidden(case)
     found = [
         Contender("naive", naive),
         Contender("naive+entropy", partial(naive, with_entropy=True)),
         Contender("compiled", naive, compiled=True),
     ]
     triton = machine != "cpu" and find_spec("triton") is not None
-    # the two differ only where there is a gradient
-    ways = (False, True) if case.gradients else (False,)
-    if triton and find_spec("liger_kernel"):
-        for inplace in ways:
-            loss = partial(liger, inplace=inplace)
-            found.append(Contender("liger" + "-inplace" * inplace, loss, kernels=True))
+    options: dict[str, Any] = {}
+    if machine == "interpreter":
+        # on a GPU no values are checked, and so not where one is imitated
+        options = {"validate": False, "backend": "triton"}
+    kernels = {"ours-triton" if triton else "ours-cpu": partial(ours, **options)}
     if triton and find_spec("trl"):
-        found.append(Contender("trl", trl, kernels=True))
-    # on a GPU no values are checked, and so not where one is imitated
-    validate = False if machine == "interpreter" else None
-    for inplace in ways:
-        name = ("ours-triton" if triton else "ours-cpu") + "-inplace" * inplace
-        loss = partial(ours, inplace=inplace, validate=validate)
-        if machine == "interpreter":
-            loss = partial(loss, backend="triton")
+        kernels = {"trl": trl, **kernels}
+    if triton and find_spec("liger_kernel"):
+        kernels = {"liger": liger, **kernels}
+    for name, loss in kernels.items():
         found.append(Contender(name, loss, kernels=True))
+        # the two differ only where there is a gradient
+        if case.gradients and name != "trl":
+            inplace = partial(loss, inplace=True)
+            found.append(Contender(f"{name}-inplace", inplace, kernels=True))
     return found
 
 

@@ -3,7 +3,7 @@
     python -m bench.distill
 
 Peaks, products and bytes on the wire are counted. Times are ratios to the first way of a block,
-see `bench.cpu.ratio`; that of a sharded vocabulary is the median of the first rank's.
+see `bench.machine.ratio`; that of a sharded vocabulary is the median of the first rank's.
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.cpu import ratio
-from bench.machine import clock
-from bench.meter import ProductMeter, one_thread, peak_extra_bytes
+from bench.machine import clock, ratio
+from bench.meter import Meter, one_thread, peak_extra_bytes
 from grpo_core import RECIPES, Kept, fused_linear_loss, fused_loss
 from grpo_core.cli.options import Parser
 
 Way = Callable[[], tuple[Tensor, ...]]
 MIB = 2**20
-N, V, D, TEACHER_D, ROUNDS = 128, 32_000, 256, 256, 3
+N, V, D, ROUNDS = 128, 32_000, 256, 3
 BETAS = {"reverse KL": 1.0, "forward KL": 0.0, "JSD 0.5": 0.5}
 HEADER = f"{'':<40}{'x first':>9}{'peak MiB':>10}{'products':>10}{'wire bytes':>12}"
 
@@ -71,8 +70,7 @@ def our_divergence(x: Tensor, w: Tensor, y: Tensor, v: Tensor, beta: float) -> T
 def distillation(rows: int, vocabulary: int, beta: float) -> dict[str, Way]:
     """From hidden states to the loss and the gradients of hidden states and head."""
     torch.manual_seed(0)
-    x, w = torch.randn(rows, D), 0.1 * torch.randn(vocabulary, D)
-    y, v = torch.randn(rows, TEACHER_D), 0.1 * torch.randn(vocabulary, TEACHER_D)
+    (x, w), (y, v) = ((torch.randn(rows, D), 0.1 * torch.randn(vocabulary, D)) for _ in range(2))
     ways = {"torch": plain_divergence, "ours": our_divergence}
     if find_spec("trl"):
         ways["trl"] = trl_divergence
@@ -104,23 +102,24 @@ def kept_sets(rows: int, vocabulary: int, size: int) -> dict[str, Way]:
     return {name: partial(gradients, way, logits) for name, way in ways.items()}
 
 
-def measure(title: str, ways: dict[str, Way], size: int) -> list[str]:
-    """A block: `size` is what one product multiplies and adds, 0 without products."""
-    found = {name: way() for name, way in ways.items()}
-    right = found.pop(next(iter(ways)))
-    for name, values in found.items():
-        if "no kept" not in name:
-            for a, b in zip(values, right, strict=True):
-                if not torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max())):
-                    raise ValueError(f"{title}: {name}: expected torch's result")
+def costs(way: Way, product: int) -> str:
+    """Peak and products of a way; `product` is what one multiplies and adds, 0 without products."""
+    with Meter() as meter, one_thread():
+        way()
+    products = f"{meter.products / product:.2f}" if product else "-"
+    return f"{peak_extra_bytes(way, 'cpu') / MIB:>10.1f}{products:>10}"
+
+
+def measure(title: str, ways: dict[str, Way], product: int) -> list[str]:
+    """A block of the table; the first way is right and gives the unit of time."""
     lines, first = ["", title], next(iter(ways.values()))
+    right = first()
     for name, way in ways.items():
-        with ProductMeter() as meter, one_thread():
-            way()
+        for a, b in zip(way(), right, strict=True) if "no kept" not in name else ():
+            if not torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max())):
+                raise ValueError(f"{title}: {name}: expected torch's result")
         time = 1.0 if way is first else ratio(way, first, ROUNDS)
-        products = f"{meter.operations / size:.2f}" if size else "-"
-        peak = peak_extra_bytes(way, "cpu") / MIB
-        lines.append(f"  {name:<38}{time:>9.2f}{peak:>10.1f}{products:>10}{'-':>12}")
+        lines.append(f"  {name:<38}{time:>9.2f}{costs(way, product)}{'-':>12}")
     return lines
 
 
@@ -150,18 +149,14 @@ def rank(nth: int, folder: str, ranks: int, rows: int, vocabulary: int) -> None:
 
     way = partial(gradients, loss, x, w[first:last])
     way()
-    wire = sum(sent)
-    with ProductMeter() as meter:
-        way()
-    seconds = []
+    wire, seconds = sum(sent), []
     for _ in range(ROUNDS):
         dist.barrier()
         start = clock()
         way()
         seconds.append(clock() - start)
-    peak = peak_extra_bytes(way, "cpu") / MIB
-    products = meter.operations / (2 * rows * vocabulary * D)
-    line = f"{peak:>10.1f}{products:>10.2f}{wire:>12,}"
+    # every process takes part in both calls
+    line = f"{costs(way, 2 * rows * vocabulary * D)}{wire:>12,}"
     if nth == 0:
         Path(folder, "line").write_text(f"{median(seconds)} {line}")
     dist.destroy_process_group()
@@ -169,32 +164,27 @@ def rank(nth: int, folder: str, ranks: int, rows: int, vocabulary: int) -> None:
 
 def sharded(rows: int, vocabulary: int) -> list[str]:
     """R = 1 and 2, per rank."""
-    lines, first = ["", "vocabulary-parallel, dapo from hidden states, per rank"], 0.0
+    lines, found = ["", "vocabulary-parallel, dapo from hidden states, per rank"], []
     for ranks in (1, 2):
         with tempfile.TemporaryDirectory() as folder:
             torch.multiprocessing.spawn(rank, (folder, ranks, rows, vocabulary), nprocs=ranks)
             seconds, line = Path(folder, "line").read_text().split(" ", 1)
-        first = first or float(seconds)
-        lines.append(f"  {f'R = {ranks}':<38}{float(seconds) / first:>9.2f}{line}")
+        found.append(float(seconds))
+        lines.append(f"  {f'R = {ranks}':<38}{found[-1] / found[0]:>9.2f}{line}")
     return lines
-
-
-def table(rows: int = N, vocabulary: int = V, sizes: tuple[int, ...] = (20, 1000, V)) -> list[str]:
-    """All blocks."""
-    lines = [HEADER]
-    for name, beta in BETAS.items():
-        lines += measure(f"{name}", distillation(rows, vocabulary, beta), 2 * rows * vocabulary * D)
-    for size in sizes:
-        lines += measure(f"kept, K = {size:,}", kept_sets(rows, vocabulary, size), 0)
-    return lines + sharded(rows, vocabulary)
 
 
 def main() -> None:
     """Prints the table."""
     parser = Parser("bench.distill", description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=N, help="rows of logits (default: %(default)s)")
-    given = parser.parse_args()
-    print("\n".join(table(given.rows)))
+    rows = parser.parse_args().rows
+    print(HEADER)
+    for name, beta in BETAS.items():
+        print("\n".join(measure(name, distillation(rows, V, beta), 2 * rows * V * D)))
+    for size in (20, 1000, V):
+        print("\n".join(measure(f"kept, K = {size:,}", kept_sets(rows, V, size), 0)))
+    print("\n".join(sharded(rows, V)))
 
 
 if __name__ == "__main__":

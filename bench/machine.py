@@ -12,6 +12,7 @@ import re
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from statistics import median
 
 import torch
 
@@ -78,6 +79,25 @@ def median_seconds(call: Callable[[], object]) -> float:
     start = clock()
     call()
     return clock() - start
+
+
+def ratio(
+    ours: Callable[[], object],
+    other: Callable[[], object],
+    rounds: int,
+    prepare: Callable[[], object] = lambda: None,
+) -> float:
+    """Median over the rounds of time of `ours` over time of `other`, after one call of each."""
+    found = []
+    for _ in range(rounds + 1):
+        seconds = []
+        for call in (ours, other):
+            prepare()
+            start = clock()
+            call()
+            seconds.append(clock() - start)
+        found.append(seconds[0] / seconds[1])
+    return median(found[1:])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ matrix products differs a little), so what is longer is read off the line.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -19,9 +18,11 @@ from torch import Tensor
 
 from bench.batch import TRAINED, Batch, Recipe, Terms
 from bench.contenders import Contender, hidden_naive, hidden_ours, ours
-from bench.machine import DEVICE, device_name, versions
+from bench.machine import DEVICE
 from bench.meter import peak_extra_bytes
+from bench.table import with_table
 from grpo_core.cli.options import Parser
+from grpo_core.runs.report import markdown
 
 # (V, D) of output matrices of public models
 HEADS = {
@@ -35,11 +36,8 @@ COUNTED = (512, 768, 1024)
 SHOWN = (1_024, 4_096, 16_384)
 # of a count: what the row kernels' scratch differs by
 TOLERANCE = 0.01
-RESULTS = Path(__file__).parent / "results"
-HEADER = (
-    "| vocabulary x hidden size | tokens | logits | naive | in place | from hidden states |",
-    "|---|---:|---:|---:|---:|---:|",
-)
+DOCUMENT = Path(__file__).parents[1] / "docs/training.md"
+HEADER = ("vocabulary x hidden size", "tokens", "logits", "naive", "in place", "from hidden states")
 
 
 def from_logits(hidden: Tensor, lm_head: Tensor, batch: Batch, recipe: Recipe) -> Terms:
@@ -73,34 +71,28 @@ def on_line(name: str, counts: dict[int, int], tokens: int) -> float:
     return low + slope * (tokens - few)
 
 
-def rows_of(V: int, D: int) -> list[str]:
+def rows_of(V: int, D: int) -> list[tuple[str, ...]]:
     """A head's rows of the table, GiB."""
     counts = {tokens: peaks(V, D, tokens) for tokens in COUNTED}
-    model, rows = HEADS.get((V, D), ""), []
+    by_path = {path: {tokens: counts[tokens][path] for tokens in COUNTED} for path in PATHS}
+    rows = []
     for tokens in SHOWN:
-        sizes = [2 * tokens * V]
-        sizes += [on_line(name, {n: counts[n][name] for n in COUNTED}, tokens) for name in PATHS]
-        cells = " | ".join(f"{size / 2**30:.2f}" for size in sizes)
-        shown = f"{model}: {V:,} x {D:,}" if tokens == SHOWN[0] else ""
-        rows.append(f"| {shown} | {tokens:,} | {cells} |")
+        sizes = [2 * tokens * V, *(on_line(path, by_path[path], tokens) for path in PATHS)]
+        shown = "" if rows else f"{HEADS.get((V, D), '')}: {V:,} x {D:,}"
+        rows.append((shown, f"{tokens:,}", *(f"{size / 2**30:.2f}" for size in sizes)))
     return rows
 
 
 def main() -> None:
-    """Counts, and prints the table; that of all heads goes into a file."""
+    """Counts, and prints the table; on a CPU that of all heads goes into docs/training.md."""
     parser = Parser("bench.memory", description=__doc__.splitlines()[0])
     parser.add_argument("--head", type=int, nargs=2, metavar=("V", "D"), help="only this one")
     given = parser.parse_args()
-    table = list(HEADER)
-    for V, D in [given.head] if given.head else HEADS:
-        rows = rows_of(V, D)
-        print("\n".join(rows), flush=True)
-        table += rows
-    if not given.head:
-        made = json.dumps({k: versions()[k] for k in ("torch", "triton")})
-        text = f"GiB at the peak, {device_name()}, {made}.\n\n" + "\n".join(table) + "\n"
-        name = "memory.md" if DEVICE == "cpu" else "memory-gpu.md"
-        (RESULTS / name).write_text(text, "utf-8")
+    heads = [given.head] if given.head else HEADS
+    table = markdown([HEADER, *(row for V, D in heads for row in rows_of(V, D))])
+    print(table, end="")
+    if DEVICE == "cpu" and not given.head:
+        DOCUMENT.write_text(with_table(DOCUMENT, "bench.memory", table), "utf-8")
 
 
 if __name__ == "__main__":

@@ -22,9 +22,11 @@ from typing import Any, NamedTuple
 from bench.batch import CASES, FROZEN, LOGP, TRAINED, Case
 from bench.counted import RESULTS, published
 from bench.experiments.second_reading import CANDIDATES
+from bench.table import with_table
 from grpo_core.cli.options import Parser
 from grpo_core.kernels.launch import LOAD_BYTES, REGISTERS, choose_layout
 from grpo_core.linear.matmuls import GPU_BYTES, SLICE_BYTES, _rows_within
+from grpo_core.runs.report import markdown
 
 ONE_PASS, TWO_PHASES, FORWARD = CASES
 N, V, D = 8192, 151_936, 4096
@@ -228,7 +230,6 @@ class Figure(NamedTuple):
     value: Callable[[Model], float]
     part: str
     key: tuple[Any, ...]
-    outside: str  # what it means
 
     @property
     def unit(self) -> str:
@@ -242,89 +243,68 @@ def _at(contender: str, case: Case = ONE_PASS, V: int = V, what: Any = None) -> 
 
 
 OURS, INPLACE, FAST, SPREAD = "ours-triton", "ours-triton-inplace", "ours-fast", (0.95, 1, 1.05)
-CARD = "another card, or a shared one: judge the rest by *x floor*"
-HOST = "below: vectors and host (compare *tune*), or latency (*profile*)"
-LONE = "below: phases of a lone program do not overlap; above: the cache holds all rows"
-KEPT = "not above the last line: the cache does not decide"
-MORE = "better: it moves fewer bytes than were counted; worse: bytes are not its limit"
-HEAT = "above: clocks fall under load, and all lines from hidden states with them"
-SUMS = "above: the logits' slices, or a sum of dweight that nothing hides"
-WAIT = "below: waits between four launches"
-ODD = "below 151,936: loads at odd addresses cost more than counted"
-BEST = "its place among the ways, not its height, decides what moves into kernels/"
 # all logits, and 36 bytes of each through operations of PyTorch
 NAIVE = Head(3, SCORED, 6, 36, summed=False)
-_both, _others = partial(partial, Model.ours, case=ONE_PASS), partial(partial, Model.others)
-_head = partial(partial, Model.head)
+ODD_V, SMALL_V = 151_669, 32_000
 FIGURES = [
-    Figure("copying", lambda m: m.card.copy * SPREAD[m.likely], "ceilings", ("copy_",), CARD),
-    Figure("reading", lambda m: m.card.read * SPREAD[m.likely], "ceilings", ("read",), CARD),
-    Figure("forward", partial(Model.ours, case=FORWARD), "head", _at(OURS, FORWARD), HOST),
-    Figure("both", _both(), "head", _at(OURS), LONE),
-    Figure("both, in place", _both(inplace=True), "head", _at(INPLACE), KEPT),
-    Figure("both, Liger", _others(contender="liger"), "head", _at("liger"), MORE),
-    Figure("both, TRL", _others(contender="trl"), "head", _at("trl"), MORE),
-    Figure("both, naive", _others(contender="naive"), "head", _at("naive"), MORE),
-    Figure(
-        "three products", lambda m: m.products(3), "head", _at(FAST, TRAINED, V, "products"), HEAT
+    Figure("copying", lambda m: m.card.copy * SPREAD[m.likely], "ceilings", ("copy_",)),
+    Figure("reading", lambda m: m.card.read * SPREAD[m.likely], "ceilings", ("read",)),
+    Figure("forward", lambda m: m.ours(FORWARD), "head", _at(OURS, FORWARD)),
+    Figure("both", lambda m: m.ours(ONE_PASS), "head", _at(OURS)),
+    Figure("both, in place", lambda m: m.ours(ONE_PASS, inplace=True), "head", _at(INPLACE)),
+    Figure("both, Liger", lambda m: m.others("liger"), "head", _at("liger")),
+    Figure("both, TRL", lambda m: m.others("trl"), "head", _at("trl")),
+    Figure("both, naive", lambda m: m.others("naive"), "head", _at("naive")),
+    Figure("three products", lambda m: m.products(3), "head", _at(FAST, TRAINED, what="products")),
+    Figure("hidden states, naive", lambda m: m.head(NAIVE), "head", _at("naive", TRAINED)),
+    Figure("hidden states, trained head", lambda m: m.head(today(3)), "head", _at(FAST, TRAINED)),
+    Figure("hidden states, frozen head", lambda m: m.head(today(2)), "hidden", _at("ours", FROZEN)),
+    Figure("hidden states, logp", lambda m: m.head(today(1)), "hidden", _at("ours", LOGP)),
+    Figure("both, GSPO", lambda m: m.ours(TWO_PHASES), "bench", _at(OURS, TWO_PHASES)),
+    Figure("both, V = 32,000", lambda m: m.ours(ONE_PASS, SMALL_V), "bench", _at(OURS, V=SMALL_V)),
+    Figure("both, V = 151,669", lambda m: m.ours(ONE_PASS, ODD_V), "bench", _at(OURS, V=ODD_V)),
+    Figure("both, compiled", lambda m: m.others("compiled"), "peers", _at("compiled")),
+    *(
+        Figure(f"again: {name}", partial(Model.again, name=name), "tune", (name,))
+        for name in CANDIDATES
     ),
-    Figure("hidden states, naive", _head(head=NAIVE), "head", _at("naive", TRAINED), MORE),
-    Figure("hidden states, trained head", _head(head=today(3)), "head", _at(FAST, TRAINED), SUMS),
-    Figure("hidden states, frozen head", _head(head=today(2)), "hidden", _at("ours", FROZEN), SUMS),
-    Figure("hidden states, logp", _head(head=today(1)), "hidden", _at("ours", LOGP), SUMS),
-    Figure(
-        "both, GSPO", partial(Model.ours, case=TWO_PHASES), "bench", _at(OURS, TWO_PHASES), WAIT
-    ),
-    Figure("both, V = 32,000", _both(V=32_000), "bench", _at(OURS, V=32_000), HOST),
-    Figure("both, V = 151,669", _both(V=151_669), "bench", _at(OURS, V=151_669), ODD),
-    Figure("both, compiled", _others(contender="compiled"), "peers", _at("compiled"), MORE),
-]
-FIGURES += [
-    Figure(f"again: {name}", partial(Model.again, name=name), "tune", (name,), BEST)
-    for name in CANDIDATES
 ]
 
 
 def measured(folder: Path, figure: Figure) -> float | None:
     """The figure as a part of `gpu.sh` has left it; None if it has not."""
     file = folder / f"{figure.part}.json"
-    if not file.exists():
-        return None
-    record, (name, *key) = json.loads(file.read_text()), figure.key
+    record, (name, *key) = json.loads(file.read_text()) if file.exists() else {}, figure.key
     if record.get("dry_run"):
         return None
-    if figure.part == "ceilings":
-        some = (one for one in record["ceilings"] if name in one["name"])
-        return max((1e-12 * one["moved_bytes"] / one["seconds"] for one in some), default=None)
     if figure.part == "tune":
         return record.get("second_reading", {}).get(name, {}).get("TB/s")
+    if figure.part == "ceilings":
+        some = (one for one in record.get("ceilings", ()) if name in one["name"])
+        return max((1e-12 * one["moved_bytes"] / one["seconds"] for one in some), default=None)
     case, V, what = key
-    for run in record["benchmarks"]:
-        info = run["extra_info"]
+    for run in record.get("benchmarks", ()):
+        info, seconds = run["extra_info"], run["stats"]["median"]
         if [info[k] for k in ("contender", "case", "V")] == [name, case, V] and info["D"] in (0, D):
-            if what == "products":
-                return 1e3 * info["products_seconds"]
-            seconds = run["stats"]["median"]
-            return 1e3 * seconds if what == "ms" else 2e-12 * what * info["N"] * V / seconds
+            if figure.unit == "ms":
+                return 1e3 * (info["products_seconds"] if what == "products" else seconds)
+            return 2e-12 * what * info["N"] * V / seconds
     return None
 
 
-def predictions(card: Card = H200, folder: Path | None = None) -> list[str]:
+def predictions(card: Card = H200, folder: Path | None = None) -> str:
     """The table of figures; with a folder, what was measured beside them."""
-    lines = ["| figure | predicted | range | part | outside of it |", "|---|---:|---:|---|---|"]
-    if folder:
-        lines = [line + end for line, end in zip(lines, (" measured |", "---|"), strict=True)]
+    rows = [["figure", "part", "predicted", "range", *["measured"] * bool(folder)]]
     for figure in FIGURES:
         values = [figure.value(Model(card, likely)) for likely in range(3)]
         low, high = min(values), max(values)
-        cells = [figure.name, f"{values[1]:.2f} {figure.unit}", f"{low:.2f} to {high:.2f}"]
-        cells += [figure.part, figure.outside]
+        range_ = f"{low:.2f} to {high:.2f}"
+        rows.append([figure.name, figure.part, f"{values[1]:.2f} {figure.unit}", range_])
         if folder:
             found = measured(folder, figure)
             shown = "-" if found is None else f"{found:.2f}"
-            cells.append(shown if found is None or low <= found <= high else f"{shown} outside")
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+            rows[-1].append(shown if found is None or low <= found <= high else f"{shown} outside")
+    return markdown(rows)
 
 
 # card, rows, vocabulary, hidden size
@@ -336,31 +316,28 @@ SHAPES = (
 )
 
 
-def comparison() -> list[str]:
+def comparison() -> str:
     """The table of ways from hidden states, milliseconds; launches are those of the first shape."""
     names = [f"{card.name}: {n:,} x {D:,} x {V:,}" for card, n, V, D in SHAPES]
-    lines = [f"| | products | bytes | launches | {' | '.join(names)} |", "|---|" + "---:|" * 7]
+    rows = [["", "products", "bytes", "launches", *names]]
     of_shapes, (_, n, V, D) = [designs(*shape) for shape in SHAPES], SHAPES[0]
     for name, first in of_shapes[0].items():
-        cells = [name, str(first.products), str(first.beside + first.row_kernel)]
         launches = first.products + 1 + first.sliced * (4 * V * D // SLICE_BYTES)
-        cells.append(str(math.ceil(n / first.rows) * launches))
+        counts = (
+            first.products,
+            first.beside + first.row_kernel,
+            math.ceil(n / first.rows) * launches,
+        )
+        rows.append([name, *map(str, counts)])
         for (card, *size), ways in zip(SHAPES, of_shapes, strict=True):
             most, likely, least = (Model(card, k).head(ways[name], *size) for k in range(3))
-            cells.append(f"{likely:.1f} ({least:.1f} to {most:.1f})")
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+            rows[-1].append(f"{likely:.1f} ({least:.1f} to {most:.1f})")
+    return markdown(rows)
 
 
-# where a table belongs, and between what
+# where a table belongs, and the command in its markers
+COMMAND = "bench.predict --write"
 PLACES = {RESULTS / "OPEN.md": predictions, RESULTS.parents[1] / "docs/performance.md": comparison}
-START, END = "<!-- python -m bench.predict --write -->\n", "<!-- end -->\n"
-
-
-def with_table(path: Path) -> str:
-    """The text of a document with its table as it is now."""
-    before, _, rest = path.read_text().partition(START)
-    return before + START + "\n".join(PLACES[path]()) + "\n" + END + rest.partition(END)[2]
 
 
 def main() -> None:
@@ -369,10 +346,9 @@ def main() -> None:
     parser.add_argument("--found", type=Path, metavar="FOLDER", help="results of bench/gpu.sh")
     parser.add_argument("--write", action="store_true", help="the tables into their documents")
     given = parser.parse_args()
-    for path in PLACES if given.write else ():
-        path.write_text(with_table(path))
-    lines = predictions(folder=given.found)
-    print("\n".join(lines if given.found else [*lines, "", *comparison()]))
+    for path, table in PLACES.items() if given.write else ():
+        path.write_text(with_table(path, COMMAND, table()))
+    print(predictions(folder=given.found), end="" if given.found else f"\n{comparison()}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The table of a run, for at most 100 columns: a block per case and size, a line per contender."""
+"""The table of a run, a block per case and size, in 100 columns; and tables in documents."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -11,18 +12,19 @@ MIB = 2**20
 LEGEND = """
 vs naive  how many times fewer of 'x floor' than naive takes
 x clone   median over that of logits.clone(), which pays for fresh memory
-x floor   time over that of the least work, timed before every round; median of the ratios. From
-          logits: to read them once, in two phases twice, and to write a gradient once, at the speed
-          of a copy into memory already in use. From hidden states: the bare matrix products, 3 with
-          a trained head, 2 with a frozen one, 1 for logp
+x floor   time over that of the least work, timed before every round; median of the ratios
 peak      MiB held at one time beyond those before the call, gradients included
 x logits  the same over the size of the logits
-work      from logits, bytes moved per logit: operands as large as the logits of every operation, as
-          inductor counts all for compiled, for Triton kernels each address once per program; from
-          hidden states, matrix products of 2 * rows * V * D operations. ours-cpu is not seen: a
-          row is read once from memory and once from cache, and written once
+work      from logits bytes moved per logit, from hidden states products: see bench/README.md
 off       largest error of loss, logp, entropy and gradients against float64, of the norm of each
 """.splitlines()
+
+
+def with_table(path: Path, command: str, text: str) -> str:
+    """A document with another text between the markers of the command that writes it."""
+    start, end = f"<!-- python -m {command} -->\n", "<!-- end -->\n"
+    before, rest = path.read_text("utf-8").split(start)
+    return before + start + text + end + rest.split(end, 1)[1]
 
 
 def table(runs: Iterable[Run]) -> list[str]:

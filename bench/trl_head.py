@@ -16,21 +16,21 @@ kernels: they allocate nothing, and memory does not depend on what they would ha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 from trl.kernels import chunked_logprob
-from trl.trainer import utils
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
-from bench.batch import FROZEN, TRAINED, Batch, Recipe, Terms
-from bench.contenders import Contender, hidden_ours, policy_loss
+from bench.batch import FROZEN, TRAINED, Batch, Outcome, Recipe, Terms
+from bench.contenders import Contender, hidden_ours, hidden_trl, policy_loss
 from bench.machine import DEVICE
-from bench.meter import ProductMeter, one_thread, peak_extra_bytes
+from bench.meter import Meter, one_thread, peak_extra_bytes
 from grpo_core import linear_token_logp
 from grpo_core.cli.options import Parser
 from grpo_core.integrations.trl import patch_log_probs
@@ -45,64 +45,42 @@ def _all_logits(hidden: Tensor, lm_head: Tensor, batch: Batch, recipe: Recipe) -
     return policy_loss(logp, batch, recipe), logp, entropy
 
 
-def _at_hook(hidden: Tensor, lm_head: Tensor, batch: Batch, recipe: Recipe) -> Terms:
-    """Whatever function is at TRL's hook."""
-    size, outputs = utils._CHUNKED_LOGPROB_CHUNK_SIZE, ("log_probs", "entropy")
-    given = (hidden, lm_head, None, batch.target, 1.0, size, None, 1.0, outputs)
-    logp, entropy, *_ = utils._ChunkedLogProbFunction.apply(*given)
-    return policy_loss(logp, batch, recipe), logp, entropy
-
-
 def _patched(hidden: Tensor, lm_head: Tensor, batch: Batch, recipe: Recipe) -> Terms:
     """Our function at TRL's hook."""
     with patch_log_probs():
-        return _at_hook(hidden, lm_head, batch, recipe)
+        return hidden_trl(hidden, lm_head, batch, recipe)
 
 
 WAYS = {
     "logits": _all_logits,
-    "stock": _at_hook,
+    "stock": hidden_trl,
     "safe": _patched,
     "fast": partial(hidden_ours, all_logp=True),
 }
 
 
-class Figures(NamedTuple):
-    """What a step takes."""
-
-    peak: int  # bytes beyond the inputs, gradients included
-    products: float  # of 2·n·V·D operations
-
-
-class Step:
+def draw(n: int, V: int, D: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Batch:
     """A micro-batch of `n` tokens, `V` vocabulary entries and hidden size `D`."""
+    drawn, place = Batch.draw(n, V, dtype, device, D), torch.arange(n, device=device)
+    # no token is clipped and no advantage is 0: such a token would cost the safe way less
+    logp = linear_token_logp(*drawn.inputs, drawn.token).logp + 0.01 * place.sin()
+    return Batch(drawn.inputs, drawn.token[:, None], logp[:, None], (place + 1.0).cos())
 
-    def __init__(
-        self, n: int, V: int, D: int, device: str, dtype: torch.dtype = torch.float32
-    ) -> None:
-        self.device, self.product = device, 2 * n * V * D
-        drawn = Batch.draw(n, V, dtype, device, D)
-        place = torch.arange(n, device=device)
-        # no token is clipped and no advantage is 0: such a token would cost the safe way less
-        logp = linear_token_logp(*drawn.inputs, drawn.token).logp + 0.01 * place.sin()
-        advantage = (place + 1.0).cos()
-        self.batch = Batch.with_old(drawn.inputs, drawn.token[:, None], logp[:, None], advantage)
 
-    def gradients(self, way: str, trained: bool) -> tuple[Tensor, ...]:
-        """(loss, dhidden, dweight or nothing) of a step."""
-        case = TRAINED if trained else FROZEN
-        outcome = Contender(way, WAYS[way]).call(self.batch, case)()
-        assert outcome.loss is not None
-        return outcome.loss, *outcome.gradients
+def step(way: str, batch: Batch, trained: bool) -> Callable[[], Outcome]:
+    """Forward and backward of a way."""
+    return Contender(way, WAYS[way]).call(batch, TRAINED if trained else FROZEN)
 
-    def figures(self, way: str, trained: bool) -> Figures:
-        """Peak and products of a step."""
-        call = partial(self.gradients, way, trained)
-        # the first call allocates what later ones use again
-        with ProductMeter() as meter, one_thread():
-            call()
-        with _as_on_a_gpu() if self.device == "cpu" else nullcontext():
-            return Figures(peak_extra_bytes(call, self.device), meter.operations / self.product)
+
+def figures(way: str, batch: Batch, trained: bool) -> tuple[int, float]:
+    """Peak bytes beyond the inputs, gradients included, and products of 2·n·V·D operations."""
+    call, (hidden, lm_head) = step(way, batch, trained), batch.inputs
+    # the first call allocates what later ones use again
+    with Meter() as meter, one_thread():
+        call()
+    with nullcontext() if hidden.is_cuda else _as_on_a_gpu():
+        peak = peak_extra_bytes(call, hidden.device.type)
+    return peak, meter.products / (2 * len(hidden) * lm_head.numel())
 
 
 def _as_on_a_gpu() -> AbstractContextManager[object]:
@@ -122,13 +100,13 @@ def main() -> None:
     parser.add_argument("--device", default=DEVICE)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     given = parser.parse_args()
-    step = Step(given.n, given.V, given.D, given.device, getattr(torch, given.dtype))
+    batch = draw(given.n, given.V, given.D, given.device, getattr(torch, given.dtype))
     print(f"n = {given.n:,}, V = {given.V:,}, D = {given.D:,}, {given.dtype}, {given.device}\n")
     print("| head | way | peak beyond the inputs, MiB | products of 2·n·V·D |")
     print("|---|---|---:|---:|")
     for head in ("trained", "frozen"):
         for way in WAYS:
-            peak, products = step.figures(way, head == "trained")
+            peak, products = figures(way, batch, head == "trained")
             print(f"| {head} | {way} | {peak / 2**20:,.0f} | {products:.3g} |", flush=True)
 
 

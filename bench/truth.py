@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,8 +16,8 @@ SAMPLE_ROWS = 4
 SAMPLE_TOKENS = 64
 # of the norm of what is right: float32 roundings of a log-probability near 12 nats
 ROUNDING = 2e-5
-# the same from hidden states: logits that were rounded to 16 bits
-ALLOWED = {torch.float32: ROUNDING, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+# the same from hidden states in 16 bits, whose logits were rounded
+ROUNDED = 5e-2
 
 
 class WrongResult(AssertionError):
@@ -33,25 +32,23 @@ class Truth(NamedTuple):
     tokens: Tensor  # [W] int64, rows of the output matrix whose gradient is compared
     values: dict[str, Tensor]  # loss, logp [R], entropy [R], dlogits; or dhidden and dweight
     size: Tensor  # 0-dim, what the loss is a sum of
-    dtype: torch.dtype  # of the inputs
+    limit: float  # of errors, beside the rounding of dlogits to its dtype
 
 
 def find_truth(batch: Batch, recipe: Recipe = "dapo") -> Truth:
     """A sequence at a time."""
-    from_hidden = len(batch.inputs) > 1
-    device = batch.target.device
-    spaced, sampled = torch.arange(batch.T), range(batch.B)
+    from_hidden, device = len(batch.inputs) > 1, batch.target.device
     tokens = batch.token[:0]
     if from_hidden:
+        sampled, spaced = [*range(batch.B)], torch.arange(batch.T, device=device)
         hidden, lm_head = (tensor.double() for tensor in batch.inputs)
         V = len(lm_head)
         tokens = torch.linspace(0, V - 1, min(SAMPLE_TOKENS, V), device=device).long()
         tokens = torch.cat([tokens, batch.token[:SAMPLE_TOKENS]]).unique()
         dweight = lm_head.new_zeros(len(tokens), lm_head.shape[1])
     else:
-        spaced = torch.linspace(0, batch.T - 1, min(SAMPLE_ROWS, batch.T)).long()
         sampled = sorted({0, batch.B - 1})
-    spaced = spaced.to(device)
+        spaced = torch.linspace(0, batch.T - 1, min(SAMPLE_ROWS, batch.T), device=device).long()
     losses, vectors = [], []
     for nth in range(batch.B):
         rows = slice(nth * batch.T, (nth + 1) * batch.T)
@@ -76,8 +73,8 @@ def find_truth(batch: Batch, recipe: Recipe = "dapo") -> Truth:
     logp, entropy, gradient = (torch.cat(part) for part in zip(*vectors, strict=True))
     values = {"loss": torch.stack(losses).sum(), "logp": logp, "entropy": entropy}
     values |= {"dhidden": gradient, "dweight": dweight} if from_hidden else {"dlogits": gradient}
-    size, dtype = batch.advantage.abs().mean(), batch.inputs[0].dtype
-    return Truth(rows, batch.valid[rows], tokens, values, size, dtype)
+    limit = ROUNDED if from_hidden and batch.inputs[0].dtype != torch.float32 else ROUNDING
+    return Truth(rows, batch.valid[rows], tokens, values, batch.advantage.abs().mean(), limit)
 
 
 def refuse_wrong(name: str, outcome: Outcome, truth: Truth) -> dict[str, float]:
@@ -86,13 +83,22 @@ def refuse_wrong(name: str, outcome: Outcome, truth: Truth) -> dict[str, float]:
     Raises:
         WrongResult: one is more than a rounding; it names the contender and the quantity.
     """
+    values = {"loss": outcome.loss, "logp": outcome.logp, "entropy": outcome.entropy}
+    names = [name for name in truth.values if name not in values]
     found = {}
-    for what, value, right in _pairs(outcome, truth):
-        norm = truth.size if what == "loss" else right.norm()
-        found[what] = float((value.double() - right).norm() / norm)
-        limit = ROUNDING if "dlogits" in truth.values else ALLOWED[truth.dtype]
+    for what, value in (values | dict(zip(names, outcome.gradients, strict=False))).items():
+        if value is None:
+            continue
+        right, limit = truth.values[what], truth.limit
+        if what in ("logp", "entropy"):
+            value, right = value[truth.rows][truth.scored], right[truth.scored]
+        elif what != "loss":
+            at = truth.tokens if what == "dweight" else truth.rows
+            value = value.view(-1, value.shape[-1])[at]
         if what == "dlogits":
             limit += torch.finfo(value.dtype).eps
+        norm = truth.size if what == "loss" else right.norm()
+        found[what] = float((value.double() - right).norm() / norm)
         # a NaN is wrong as well
         if not found[what] <= limit:
             raise WrongResult(
@@ -100,17 +106,3 @@ def refuse_wrong(name: str, outcome: Outcome, truth: Truth) -> dict[str, float]:
                 f"its size where {limit:.1e} is allowed"
             )
     return found
-
-
-def _pairs(outcome: Outcome, truth: Truth) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(quantity, what was found, what is right) of everything that a contender returned."""
-    right = truth.values
-    if outcome.loss is not None:
-        yield "loss", outcome.loss, right["loss"]
-    for what, vector in (("logp", outcome.logp), ("entropy", outcome.entropy)):
-        if vector is not None:
-            yield what, vector[truth.rows][truth.scored], right[what][truth.scored]
-    for nth, gradient in enumerate(outcome.gradients):
-        what = "dweight" if nth else "dhidden" if "dhidden" in right else "dlogits"
-        at = truth.tokens if nth else truth.rows
-        yield what, gradient.view(-1, gradient.shape[-1])[at], right[what]

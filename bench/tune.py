@@ -12,11 +12,11 @@ times are added. On a GPU the candidates of `bench.experiments.second_reading` a
 
 from __future__ import annotations
 
-import ast
 import json
+import re
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -53,20 +53,19 @@ DRY_VOCABULARIES, DRY_N = (2_000, 2_001), 2
 NOISE = 0.02
 TABLE = Path(launch.__file__).resolve()
 
-
 Key = tuple[str, str, int]
 Timer = Callable[[Callable[[], object], Layout], float]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Trial:
     """One layout on one vocabulary: seconds of each plan, or why not; `nbytes` of its logits."""
 
     key: Key
     V: int
     tuning: Layout
-    seconds: dict[str, float]
     nbytes: int
+    seconds: dict[str, float] = field(default_factory=dict)
     failure: str = ""
 
     @property
@@ -83,6 +82,7 @@ class Plans:
         for row in self.logits:
             row.copy_(2 * torch.randn(V, device=device))
         self.V, self.key = V, launch.tuning_key(self.logits.device, dtype, V)
+        self.default = launch.choose_layout(V, dtype.itemsize)
         self.dlogits = dlogits = torch.empty_like(self.logits)
         rows, target = Rows(self.logits), torch.randint(V, (N,), device=device)
         # every row counts and has a gradient
@@ -91,27 +91,24 @@ class Plans:
         surrogate = RECIPES["dapo"].surrogate
         terms = Terms(surrogate.function, surrogate.args, None, False, 0.0)
         stats = triton_backend.row_stats(rows, target)
+        gradients = RowGradients(weight, None, None)
 
         def one_pass() -> tuple[Tensor, ...]:
             found = triton_backend.row_loss(rows, tokens, terms, dlogits)
             return found.logp, found.loss, found.dlogp, dlogits
 
-        def gradient() -> tuple[Tensor, ...]:
-            row_gradients = RowGradients(weight, None, None)
-            return (triton_backend.row_dlogits(rows, target, row_gradients, stats, dlogits),)
-
         self.calls: dict[str, Callable[[], tuple[Tensor, ...]]] = {
             "statistics": lambda: triton_backend.row_stats(rows, target)[:2],
             "one pass": one_pass,
-            "gradient": gradient,
+            "gradient": lambda: (
+                triton_backend.row_dlogits(rows, target, gradients, stats, dlogits),
+            ),
         }
 
 
 def try_out(plans: Plans, tuning: Layout, timer: Timer) -> Trial:
     """Checks a layout against the default one, then times it."""
-    seconds: dict[str, float] = {}
-    trial = Trial(plans.key, plans.V, tuning, seconds, plans.logits.nbytes)
-    default, logp = launch.choose_layout(plans.V, plans.logits.element_size()), None
+    trial, logp = Trial(plans.key, plans.V, tuning, plans.logits.nbytes), None
     for name, call in plans.calls.items():
         with patch.dict(launch.TUNED, clear=True):
             expected = [tensor.clone() for tensor in call()]
@@ -123,14 +120,14 @@ def try_out(plans: Plans, tuning: Layout, timer: Timer) -> Trial:
             except (TritonError, RuntimeError) as failure:
                 why = f"{type(failure).__name__}: {' '.join(str(failure).split())[:100]}"
                 return replace(trial, failure=why)
-            same = torch.equal if tuning.warps == default.warps else _equal_to_rounding
+            same = torch.equal if tuning.warps == plans.default.warps else _equal_to_rounding
             if not all(map(same, found, expected)):
                 return replace(trial, failure=f"{name}: another result")
             if name != "gradient":
                 logp = found[0] if logp is None else logp
                 if not torch.equal(logp, found[0]):
                     return replace(trial, failure=f"{name}: logp of other bits")
-            seconds[name] = timer(call, tuning)
+            trial.seconds[name] = timer(call, tuning)
     return trial
 
 
@@ -141,54 +138,51 @@ def _equal_to_rounding(found: Tensor, expected: Tensor) -> bool:
     return torch.allclose(found, expected, rtol=relative, atol=absolute)
 
 
-def sweep(bucket: list[Plans], timer: Timer, deadline: float) -> Iterator[Trial]:
+def totals(trials: list[Trial]) -> dict[Layout, float]:
+    """Seconds of every layout over the vocabularies of a bucket; the default comes first."""
+    found: dict[Layout, float] = {}
+    for trial in trials:
+        found[trial.tuning] = found.get(trial.tuning, 0.0) + trial.total
+    return found
+
+
+def sweep(bucket: list[Plans], timer: Timer, deadline: float) -> list[Trial]:
     """Trials of a bucket's vocabularies: the default, then one axis after another."""
-    tried: dict[Layout, float] = {}
-
-    def attempts(candidates: Iterable[Layout]) -> Iterator[Trial]:
-        for candidate in candidates:
-            if candidate in tried or time.monotonic() > deadline:
+    default, trials = bucket[0].default, []
+    # the default's warps are tried before all else
+    for axis, values in [("warps", (default.warps,)), *AXES.items()]:
+        tried = totals(trials)
+        best = min(tried, key=tried.__getitem__, default=default)
+        for candidate in (replace(best, **{axis: value}) for value in values):
+            if candidate in tried:
                 continue
-            trials = [try_out(plans, candidate, timer) for plans in bucket]
-            tried[candidate] = sum(trial.total for trial in trials)
-            yield from trials
-
-    yield from attempts([launch.choose_layout(bucket[0].V, bucket[0].logits.element_size())])
-    for axis in AXES:
-        best = min(tried, key=tried.__getitem__)
-        yield from attempts([replace(best, **{axis: value}) for value in AXES[axis]])
+            if trials and time.monotonic() > deadline:
+                print(f"{bucket[0].key}: out of time, some layouts were not tried")
+                return trials
+            trials += [try_out(plans, candidate, timer) for plans in bucket]
+            for trial, first in zip(trials[-len(bucket) :], trials, strict=False):
+                print(_line(trial, first.total), flush=True)
+    return trials
 
 
 def choose(trials: list[Trial]) -> dict[Key, Layout]:
-    """The layout of each bucket that is faster than its default, which is tried first."""
-    chosen = {}
-    for key in dict.fromkeys(trial.key for trial in trials):
-        totals: dict[Layout, float] = {}
-        for trial in trials:
-            if trial.key == key:
-                totals[trial.tuning] = totals.get(trial.tuning, 0.0) + trial.total
-        default, best = next(iter(totals)), min(totals, key=totals.__getitem__)
-        if totals[best] < (1 - NOISE) * totals[default]:
-            chosen[key] = best
-    return chosen
+    """The layout of a bucket that is faster than its default, which is tried first."""
+    found = totals(trials)
+    default, best = next(iter(found)), min(found, key=found.__getitem__)
+    return {trials[0].key: best} if found[best] < (1 - NOISE) * found[default] else {}
 
 
 def rewrite_table(source: str, table: dict[Key, Layout]) -> str:
     """The text of kernels/launch.py with another `TUNED`."""
-    (place,) = (
-        node
-        for node in ast.parse(source).body
-        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "TUNED"
-    )
-    assert place.value is not None and place.end_lineno is not None
-    lines = source.splitlines(keepends=True)
-    head = lines[place.lineno - 1].split("=")[0] + "= {"
-    entries = [
+    entries = "".join(
         f'    ("{architecture}", "{dtype}", {bucket:_}): {tuning!r},\n'
         for (architecture, dtype, bucket), tuning in sorted(table.items())
-    ]
-    text = [head, "\n" if entries else "", *entries, "}\n"]
-    return "".join([*lines[: place.lineno - 1], *text, *lines[place.end_lineno :]])
+    )
+    text = f"{{\n{entries}}}" if entries else "{}"
+    place = re.compile(r"^(TUNED: [^\n]* = )(\{\}|\{\n.*?^\})$", re.M | re.S)
+    written, count = place.subn(lambda found: found[1] + text, source)
+    assert count == 1
+    return written
 
 
 def _line(trial: Trial, default: float) -> str:
@@ -220,39 +214,29 @@ def run_sweep(
         for _, members in groupby(sorted(vocabularies, reverse=True), key=launch.tuning_bucket)
     ]
     for index, (dtype, members) in enumerate(buckets):
-        bucket = [Plans(rows, V, dtype, device) for V in members]
-        defaults: dict[int, float] = {}
-        trials, now = [], time.monotonic()
-        deadline = now + (end - now) / (len(buckets) - index)
-        for trial in sweep(bucket, timer, deadline):
-            print(_line(trial, defaults.setdefault(trial.V, trial.total)), flush=True)
-            trials.append(trial)
-        if time.monotonic() > deadline:
-            print(f"{dtype}, {members}: out of time, some layouts were not tried")
-        yield trials
+        bucket, now = [Plans(rows, V, dtype, device) for V in members], time.monotonic()
+        yield sweep(bucket, timer, now + (end - now) / (len(buckets) - index))
 
 
-def _pretend(call: Callable[[], object], tuning: Layout) -> float:
-    """A timer for machines that cannot time: eight warps are fastest."""
-    return 1e-3 * (1 + abs(tuning.warps - 8) / 8 + (tuning.num_stages or 3) / 100)
+def _seconds(call: Callable[[], object], tuning: Layout) -> float:
+    return median_seconds(call)
 
 
 def _measure(dry_run: bool, minutes: float) -> Iterator[dict[str, Any]]:
     """The record so far: on a GPU the ways to read a row a second time, then bucket by bucket."""
     record: dict[str, Any] = {"machine": describe(), "dry_run": dry_run, "trials": [], "chosen": []}
-    end, trials = time.monotonic() + 60 * minutes, []
     if dry_run:
-        given: Any = (DRY_VOCABULARIES, DTYPES[:1], DRY_N, "cpu", _pretend, DRY_MINUTES)
+        sweeps = run_sweep(DRY_VOCABULARIES, DTYPES[:1], DRY_N, "cpu", _seconds, DRY_MINUTES)
     else:
+        end = time.monotonic() + 60 * minutes
         rows = min(N, torch.cuda.mem_get_info()[1] // ROW_BYTES)
         record["second_reading"] = time_candidates(rows, V_EXPERIMENT, torch.bfloat16)
         yield record
-        left, timer = (end - time.monotonic()) / 60, lambda call, _: median_seconds(call)
-        given = (VOCABULARIES, DTYPES, rows, "cuda", timer, left)
-    for some in run_sweep(*given):
-        trials += some
-        record["trials"] = [asdict(trial) for trial in trials]
-        record["chosen"] = [[*key, asdict(tuning)] for key, tuning in choose(trials).items()]
+        left = (end - time.monotonic()) / 60
+        sweeps = run_sweep(VOCABULARIES, DTYPES, rows, "cuda", _seconds, left)
+    for trials in sweeps:
+        record["trials"] += map(asdict, trials)
+        record["chosen"] += [[*key, asdict(tuning)] for key, tuning in choose(trials).items()]
         yield record
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.accuracy.document import DOCUMENT, END, MODERATE, START, Table, tables, write
+from bench.accuracy.document import DOCUMENT, MODERATE, tables, write
 from bench.accuracy.measure import MARGINS, OF_ANOTHER, OURS, QUANTITIES, Measured, measure
-from bench.batch import dtype_name
 from grpo_core import fused_loss
 from grpo_core.loss.reference import reference_loss
 from grpo_core.verify.accuracy import FLOOR
@@ -20,19 +19,14 @@ from tests.conftest import HAS_GPU, HAS_TRITON
 FLOAT16_LIMIT = 18
 
 
-def read(path: Path = DOCUMENT) -> list[Table]:
-    """The tables that a document shows."""
-    text = path.read_text()
-    shown = text[text.index(START) + len(START) : text.index(END)]
-    found = []
-    for block in shown.split("### ")[1:]:
+def read(path: Path = DOCUMENT) -> dict[str, dict[str, tuple[str, ...]]]:
+    """The tables that a document shows: title -> contender -> cells; "" -> columns."""
+    text = path.read_text().partition("<!-- python -m bench.accuracy -->\n")[2]
+    found = {}
+    for block in text.partition("<!-- end -->")[0].split("### ")[1:]:
         title, _, header, _, *lines = block.strip().splitlines()
-        rows = {}
-        for line in lines:
-            name, *cells = (cell.strip().strip("*") for cell in line.strip("|").split("|"))
-            rows[name] = tuple(cells)
-        columns = tuple(cell.strip() for cell in header.strip("|").split("|")[1:])
-        found.append(Table(title, columns, rows))
+        cells = ([cell.strip() for cell in line[1:-1].split("|")] for line in (header, *lines))
+        found[title] = {name.strip("*"): tuple(row) for name, *row in cells}
     return found
 
 
@@ -49,26 +43,30 @@ def allowed(quantity: str, dtype: torch.dtype, margin: float) -> float:
 
 def test_the_document_has_the_tables_of_the_script() -> None:
     """Titles, columns and rows; not the digits, which follow from the machine."""
-    shown = [(table.title, table.columns, tuple(table.rows)) for table in read()]
-    assert shown == [(table.title, table.columns, tuple(table.rows)) for table in tables([])]
-    assert all("–" not in cells for table in read() for cells in table.rows.values())
+    ours = {
+        title: [rows[0], *(row[0].strip("*") for row in rows[1:])]
+        for title, rows in tables([]).items()
+    }
+    assert ours == {
+        title: [("", *rows[""]), *(name for name in rows if name)] for title, rows in read().items()
+    }
+    assert all("–" not in cells for rows in read().values() for cells in rows.values())
 
 
-@pytest.mark.parametrize("table", read(), ids=lambda table: table.title)
-def test_ours_is_exact_to_float32_rounding(table: Table) -> None:
+@pytest.mark.parametrize("title", read())
+def test_ours_is_exact_to_float32_rounding(title: str) -> None:
     """In every column of every table that a float16 can express."""
-    quantity = "dlogits" if table.title.startswith("Gradient") else ""
-    for place, column in enumerate(table.columns):
+    rows = read()[title]
+    quantity = "dlogits" if title.startswith("Gradient") else ""
+    for place, column in enumerate(rows[""]):
         by_margin = column.isdigit()
         margin = float(column) if by_margin else MODERATE
-        name = (
-            table.title.split(", ")[1].removesuffix(" logits") if by_margin else column.split()[0]
-        )
+        name = title.split(", ")[1].removesuffix(" logits") if by_margin else column.split()[0]
         dtype = getattr(torch, name)
         if quantity and dtype == torch.float16 and margin > FLOAT16_LIMIT:
             continue
         for ours in OURS:
-            assert number(table.rows[ours][place]) <= allowed(quantity, dtype, margin), column
+            assert number(rows[ours][place]) <= allowed(quantity, dtype, margin), column
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -114,10 +112,9 @@ def test_what_is_written_is_read_again(tmp_path) -> None:
     assert text.startswith("before\n")
     assert text.endswith("<!-- end -->\nafter\n")
     assert "old" not in text
-    found = {table.title: table for table in read(path)}
-    cells = found[f"Log-probability, {dtype_name(torch.bfloat16)} logits"].rows[OURS[0]]
+    cells = read(path)["Log-probability, bfloat16 logits"][OURS[0]]
     assert cells[:3] == ("–", "2.0e-7", "–")
-    entropy = found["Entropy, bfloat16 logits"].rows[OURS[0]]
+    entropy = read(path)["Entropy, bfloat16 logits"][OURS[0]]
     assert number(entropy[1]) == math.inf
 
 

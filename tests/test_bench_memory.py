@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from bench.batch import TRAINED, Batch
 from bench.contenders import Contender, hidden_naive
-from bench.memory import RESULTS, on_line
+from bench.memory import DOCUMENT, HEADS, SHOWN, on_line
 from bench.meter import peak_extra_bytes
-
-DOCUMENT = Path(__file__).parent.parent / "docs/training.md"
+from bench.table import with_table
 
 
 def test_plain_pytorch_holds_twelve_bytes_a_logit() -> None:
@@ -25,10 +22,13 @@ def test_plain_pytorch_holds_twelve_bytes_a_logit() -> None:
     assert (found[1] - found[0]) / (128 * V) == pytest.approx(12, rel=0.02)
 
 
-def test_the_published_table_is_the_documents() -> None:
-    table = (RESULTS / "memory.md").read_text("utf-8").partition("\n\n")[2]
-    assert table.count("\n") > 4
-    assert table in DOCUMENT.read_text("utf-8")
+def test_the_document_has_the_table_of_the_script() -> None:
+    text = DOCUMENT.read_text("utf-8")
+    assert text == with_table(
+        DOCUMENT, "bench.memory", text[text.index("| vocabulary") : text.index("<!-- end")]
+    )
+    for (V, D), name in HEADS.items():
+        assert f"| {name}: {V:,} x {D:,} | {SHOWN[0]:,} | {2 * SHOWN[0] * V / 2**30:.2f} | " in text
 
 
 def test_counts_that_are_on_no_line_are_refused() -> None:

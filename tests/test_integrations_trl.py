@@ -29,7 +29,7 @@ from transformers import TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import grpo_trainer
 
-from bench.trl_head import WAYS, Step
+from bench import trl_head
 from grpo_core import Objective, clip
 from grpo_core.integrations import trl_hook, trl_loss
 from grpo_core.integrations.presets.trl import AGGREGATIONS
@@ -574,15 +574,18 @@ def test_generate_and_the_plain_forward_are_untouched(tmp_path: Path) -> None:
 
 def test_memory_and_products() -> None:
     """What docs/integrations.md says, at smaller sizes; and all four ways compute the same."""
-    step = Step(16, 3000, 4, "cpu")
+    batch, ways = trl_head.draw(16, 3000, 4), trl_head.WAYS
     for trained, wanted in ((True, (3, 4, 4, 3)), (False, (2, 3, 2, 2))):
-        assert tuple(step.figures(way, trained).products for way in WAYS) == wanted
-    exact, *others = (step.gradients(way, True) for way in WAYS)
+        assert tuple(trl_head.figures(way, batch, trained)[1] for way in ways) == wanted
+    exact, *others = (trl_head.step(way, batch, True)() for way in ways)
     for made in others:
-        pairs = zip(made, exact, strict=True)
+        assert torch.allclose(made.loss, exact.loss, rtol=1e-4, atol=1e-6)
+        pairs = zip(made.gradients, exact.gradients, strict=True)
         assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in pairs)
-    larger = Step(128, 40_000, 8, "cpu")
-    logits, safe, fast = (larger.figures(way, True).peak for way in ("logits", "safe", "fast"))
+    larger = trl_head.draw(128, 40_000, 8)
+    logits, safe, fast = (
+        trl_head.figures(way, larger, True)[0] for way in ("logits", "safe", "fast")
+    )
     assert max(safe, fast) < 0.6 * logits
 
 

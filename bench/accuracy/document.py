@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -18,12 +17,13 @@ from bench.accuracy.measure import (
     UNSAID,
     Measured,
 )
-from bench.batch import dtype_name
+from bench.table import with_table
 from grpo_core.runs.plots import INK, QUIET, STYLE
+from grpo_core.runs.report import Rows, markdown
+from grpo_core.verify.report import dtype_name
 
 DOCUMENT = Path(__file__).parents[2] / "docs/accuracy.md"
 PICTURE = DOCUMENT.parent / "images/accuracy.png"
-START, END = "<!-- python -m bench.accuracy -->\n", "<!-- end -->"
 # nats; the columns of the tables
 SHOWN = (0, 5, 10, 15, 17, 20, 25, 30)
 # beyond, public kernels have nothing left, with an offset or without
@@ -50,57 +50,44 @@ LINES = {
 }
 
 
-class Table(NamedTuple):
-    """Relative errors, a row per contender."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: dict[str, tuple[str, ...]]
-
-    def as_markdown(self) -> str:
-        """As docs/accuracy.md shows it."""
-        lines = [f"### {self.title}", "", f"| | {' | '.join(self.columns)} |"]
-        lines.append("|---|" + "---:|" * len(self.columns))
-        for name, cells in self.rows.items():
-            bold = "**" if name in OURS else ""
-            lines.append(f"| {bold}{name}{bold} | {' | '.join(cells)} |")
-        return "\n".join(lines)
-
-
-def tables(found: Sequence[Measured]) -> Iterator[Table]:
-    """Every table, with the same rows and columns whatever was measured."""
+def tables(found: Sequence[Measured]) -> dict[str, Rows]:
+    """Title -> header and a row per contender, the same whatever was measured."""
+    shown = {}
     for quantity in BY_MARGIN:
         for dtype in DTYPES:
-            here = [f for f in found if f.dtype == dtype and f.offset == 0]
-            columns = {f"{m}": [f for f in here if f.margin == m] for m in SHOWN}
+            columns = {str(m): _some(found, dtype, 0, m) for m in SHOWN}
             title = f"{TITLES[quantity].capitalize()}, {dtype_name(dtype)} logits"
-            yield _table(quantity, title, columns)
+            shown[title] = _rows(quantity, columns)
     for quantity in QUANTITIES:
         columns = {
-            f"{dtype_name(dtype)}{f' {offset:+}'.replace('-', '−') if offset else ''}": [
-                f for f in found if f.dtype == dtype and f.offset == offset
-            ]
+            f"{dtype_name(dtype)}{f' {offset:+}'.replace('-', '−') if offset else ''}": _some(
+                found, dtype, offset
+            )
             for dtype in DTYPES
             for offset in OFFSETS
         }
         by_margin = quantity in BY_MARGIN
         limit = f", margins up to {MODERATE:g} nats" if by_margin else ""
         title = f"{TITLES[quantity].capitalize()}, logits with an offset{limit}"
-        yield _table(quantity, title, columns, MODERATE if by_margin else float("inf"))
+        shown[title] = _rows(quantity, columns, MODERATE if by_margin else float("inf"))
+    return shown
 
 
 def write(found: Sequence[Measured], path: Path = DOCUMENT) -> None:
     """Replaces what is between the markers."""
-    text = path.read_text()
-    before, rest = text.split(START)
-    after = rest[rest.index(END) :]
-    body = "\n\n".join(table.as_markdown() for table in tables(found))
-    path.write_text(f"{before}{START}\n{body}\n\n{after}")
+    shown = (f"### {title}\n\n{markdown(rows)}\n" for title, rows in tables(found).items())
+    path.write_text(with_table(path, "bench.accuracy", "\n" + "".join(shown)))
 
 
-def _table(
-    quantity: str, title: str, columns: dict[str, list[Measured]], limit: float = float("inf")
-) -> Table:
+def _some(
+    found: Sequence[Measured], dtype: torch.dtype, offset: int, margin: int | None = None
+) -> list[Measured]:
+    """The measurements of a column."""
+    here = [f for f in found if (f.dtype, f.offset) == (dtype, offset)]
+    return [f for f in here if margin in (None, f.margin)]
+
+
+def _rows(quantity: str, columns: dict[str, list[Measured]], limit: float = float("inf")) -> Rows:
     """A row per contender that returns the quantity: its worst error up to a margin."""
 
     def cell(name: str, some: list[Measured]) -> str:
@@ -118,12 +105,13 @@ def _table(
         return f"{mantissa}e{int(exponent)}"
 
     returned = "entropy" if quantity == OF_ANOTHER else quantity
-    rows = {
-        name: tuple(cell(name, some) for some in columns.values())
-        for name in CONTENDERS
-        if returned not in UNSAID.get(name, ())
-    }
-    return Table(title, tuple(columns), rows)
+    rows = [("", *columns)]
+    for name in CONTENDERS:
+        if returned not in UNSAID.get(name, ()):
+            bold = "**" if name in OURS else ""
+            cells = (cell(name, some) for some in columns.values())
+            rows.append((f"{bold}{name}{bold}", *cells))
+    return rows
 
 
 def plot(found: Sequence[Measured], path: Path = PICTURE) -> None:

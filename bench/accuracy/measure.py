@@ -47,7 +47,7 @@ def _liger(logits: Tensor, batch: Batch, recipe: Any) -> Answer:
     """Its log-probabilities come from a kernel of their own."""
     from liger_kernel.transformers.grpo_loss import fused_selective_log_softmax
 
-    logp = fused_selective_log_softmax(logits.detach()[None], batch.padded.target, 1.0)[0]
+    logp = fused_selective_log_softmax(logits.detach()[None], batch.padded[0], 1.0)[0]
     return liger(logits, batch, recipe)[0], pad(logp, (0, 1)), None
 
 
@@ -127,7 +127,7 @@ def _answer(
     """All that a contender computes, its gradient included; a masked row ends the sequence."""
     leaf = torch.cat((logits, logits[-1:])).requires_grad_()
     target, old_logp = pad(target, (0, 1), value=MASKED)[None], pad(old_logp, (0, 1))[None]
-    batch = Batch.with_old((leaf.detach(),), target, old_logp, torch.ones(1))
+    batch = Batch((leaf.detach(),), target, old_logp, torch.ones(1))
     value, *rest = loss(leaf, batch, "dapo")
     (loss_scale(logits.dtype) * value).backward()
     assert leaf.grad is not None
@@ -135,7 +135,7 @@ def _answer(
     if len(rest) < 3 and found["logp"] is not None:
         found["ratio"] = (found["logp"].float() - batch.old_logp).exp()
     if found["entropy"] is not None:
-        other = Batch.with_old(batch.inputs, (target + 1) % V, old_logp, batch.padded.advantage)
+        other = Batch(batch.inputs, (target + 1) % V, old_logp, torch.ones(1))
         found[OF_ANOTHER] = loss(leaf, other, "dapo")[2]
     found = {name: one.detach()[:-1] for name, one in found.items() if one is not None}
     return found | {"dlogits": leaf.grad[:-1], "loss": value.detach()[None]}

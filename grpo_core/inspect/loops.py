@@ -65,15 +65,19 @@ class Block:
     labels: list[str] = field(default_factory=list)
     instructions: list[Instruction] = field(default_factory=list)
 
+    @property
+    def last(self) -> Instruction:
+        """The last instruction, which may jump."""
+        return self.instructions[-1] if self.instructions else Instruction("")
+
     def issued(self, jumps: bool) -> list[Instruction]:
         """The instructions if the block is left by its jump, or without.
 
         The value of the jump's predicate is then known: accesses with it are unmasked, or void.
         """
-        last = self.instructions[-1] if self.instructions else Instruction("")
-        if not last.targets or not last.guard:
+        last, guard = self.last, self.last.guard
+        if not last.targets or not guard:
             return self.instructions
-        guard = last.guard
         # with a second predicate as an operand, not jumping does not determine the first
         holds = guard if jumps else "unknown" if "," in last.operands else _negated(guard)
         result: list[Instruction] = []
@@ -91,8 +95,7 @@ class Block:
 
 def loops(code: Iterable[str | Instruction]) -> list[Loop]:
     """Every loop that touches global memory, in the order of the code."""
-    blocks = _blocks(code)
-    successors = _successors(blocks)
+    blocks, successors = _graph(code)
     order = _order(successors)
     bodies = _natural_loops(successors, order)
     result = []
@@ -105,10 +108,18 @@ def loops(code: Iterable[str | Instruction]) -> list[Loop]:
             if after in body
         }
         path = _common_path(head, steps, order)
-        waits = sum(i.waits for block in own for i in blocks[block].instructions)
-        loop = _counted(path, waits)
-        if loop.loads or loop.stores:
-            result.append(loop)
+        loads, stores = [i for i in path if i.loads], [i for i in path if i.stores]
+        if not loads and not stores:
+            continue
+        # masked accesses only if there are no others
+        loop = Loop(
+            opcodes=Counter(i.opcode for i in path),
+            loads=tuple(i.loads for i in [i for i in loads if not i.guard] or loads),
+            stores=tuple(i.stores for i in [i for i in stores if not i.guard] or stores),
+            special=sum(i.special for i in path),
+            waits=sum(i.waits for block in own for i in blocks[block].instructions),
+        )
+        result.append(loop)
     return result
 
 
@@ -117,8 +128,8 @@ def _negated(guard: str) -> str:
     return guard[1:] if guard.startswith("!") else f"!{guard}"
 
 
-def _blocks(code: Iterable[str | Instruction]) -> list[Block]:
-    """Cuts the code at labels and after jumps."""
+def _graph(code: Iterable[str | Instruction]) -> tuple[list[Block], list[list[int]]]:
+    """(the code cut at labels and after jumps, the successors of each block)."""
     blocks = [Block()]
     for item in code:
         if isinstance(item, str):
@@ -129,20 +140,14 @@ def _blocks(code: Iterable[str | Instruction]) -> list[Block]:
         blocks[-1].instructions.append(item)
         if item.targets or not item.falls_through:
             blocks.append(Block())
-    return blocks
-
-
-def _successors(blocks: list[Block]) -> list[list[int]]:
-    """The successors of each block."""
     at = {label: index for index, block in enumerate(blocks) for label in block.labels}
-    result = []
+    successors = []
     for index, block in enumerate(blocks):
-        last = block.instructions[-1] if block.instructions else Instruction("")
-        after = [at[label] for label in last.targets if label in at]
-        if last.falls_through and index + 1 < len(blocks):
+        after = [at[label] for label in block.last.targets if label in at]
+        if block.last.falls_through and index + 1 < len(blocks):
             after.append(index + 1)
-        result.append(after)
-    return result
+        successors.append(after)
+    return blocks, successors
 
 
 def _order(successors: list[list[int]]) -> list[int]:
@@ -210,16 +215,3 @@ def _common_path(
             elif arrival not in reached or way[0] > reached[arrival][0]:
                 reached[arrival] = way
     return max(rounds, key=lambda way: way[0])[1]
-
-
-def _counted(path: list[Instruction], waits: int) -> Loop:
-    """Counts a path; masked accesses only if there are no others."""
-    loads = [i for i in path if i.loads]
-    stores = [i for i in path if i.stores]
-    return Loop(
-        opcodes=Counter(i.opcode for i in path),
-        loads=tuple(i.loads for i in [i for i in loads if not i.guard] or loads),
-        stores=tuple(i.stores for i in [i for i in stores if not i.guard] or stores),
-        special=sum(i.special for i in path),
-        waits=waits,
-    )

@@ -21,8 +21,7 @@ from grpo_core.objective.objective import Objective
 
 # a few float32 rounding errors of a number of size 1
 FLOOR = 8 * torch.finfo(torch.float32).eps
-VECTORS = ("loss", "logp", "entropy", "ratio", "kl")
-QUANTITIES = (*VECTORS, "dlogits")
+QUANTITIES = ("loss", "logp", "entropy", "ratio", "kl", "dlogits")
 
 
 class Comparison(NamedTuple):
@@ -44,6 +43,11 @@ class Result(NamedTuple):
 
     out: LossOutput
     dlogits: Tensor
+
+    def quantity(self, name: str) -> Tensor:
+        """One of QUANTITIES."""
+        value: Tensor = self.dlogits if name == "dlogits" else getattr(self.out, name)
+        return value.detach()
 
 
 class ExactTokens(NamedTuple):
@@ -74,7 +78,9 @@ def compare(
     assert ours.shape == truth.shape, f"{quantity}: {list(ours.shape)}, not {list(truth.shape)}"
     largest = float(truth.abs().nan_to_num(posinf=0).amax()) if truth.numel() else 0.0
     error, honest = worst(ours, truth), worst(baseline, truth)
-    share = _share(error, honest + FLOOR * terms * max(size, largest))
+    allowed = honest + FLOOR * terms * max(size, largest)
+    # both may be 0
+    share = error / allowed if allowed else math.inf if error else 0.0
     unit = largest if size == 0 and largest else 1.0
     return Comparison(quantity, error / unit, honest / unit, share)
 
@@ -92,13 +98,12 @@ def compare_losses(
     sums = ("loss",) if objective.is_token_level else ("loss", "ratio")
     # the exponential of a sum is no more accurate than the sum
     terms = longest if objective.ratio_level == "sequence_sum" else 1
-    comparisons = []
-    for name in VECTORS:
-        value, honest, exact = (getattr(r.out, name).detach() for r in (ours, baseline, truth))
-        size, steps = (largest, terms) if name in sums else (1.0, 1)
-        comparisons.append(compare(name, value, honest, exact, size=size, terms=steps))
-    value, honest, exact = (r.dlogits for r in (ours, baseline, truth))
-    return [*comparisons, compare("dlogits", value, honest, exact, size=0.0, terms=terms)]
+    rules = dict.fromkeys(QUANTITIES, (1.0, 1)) | dict.fromkeys(sums, (largest, terms))
+    rules["dlogits"] = (0.0, terms)
+    return [
+        compare(name, *(r.quantity(name) for r in (ours, baseline, truth)), size=size, terms=steps)
+        for name, (size, steps) in rules.items()
+    ]
 
 
 def compare_confident(
@@ -132,8 +137,3 @@ def exact_tokens(logits: Tensor, target: Tensor) -> ExactTokens:
     entropy = -(log_pi.exp() * log_pi).sum(1)
     slope = (-others / (1 + sum_others)).scatter(1, at, sum_others / (1 + sum_others))
     return ExactTokens(logp.squeeze(1), entropy, slope)
-
-
-def _share(error: float, allowed: float) -> float:
-    """error / allowed, where both may be 0."""
-    return error / allowed if allowed else math.inf if error else 0.0

@@ -124,27 +124,22 @@ def check_confident(setup: Setup, dtype: torch.dtype, V: int) -> Iterator[Check]
     logits = set_margins(logits, target, torch.linspace(0, LARGEST_MARGIN, N))
     logits, target = logits.to(setup.device, dtype), target.to(setup.device)
     given: dict[str, Any] = {
-        "objective": RECIPES["gpg"],
+        "target": target,
         "advantage": torch.ones(N, device=setup.device),
         "sequence_id": torch.arange(N, device=setup.device),
     }
-
-    def run(loss: Callable, **options: Any) -> dict[str, Tensor]:
-        leaf = logits.clone().requires_grad_()
-        out = loss(leaf, target, **given, **options)
-        (loss_scale(dtype) * out.loss).backward()
-        return {"logp": out.logp, "entropy": out.entropy, "dlogits": leaf.grad}
-
-    exact = exact_tokens(logits, target)
-    ours, honest = run(fused_loss, backend=setup.backend), run(reference_loss)
-    unit = loss_scale(dtype) / N
-    where = f"0 to {LARGEST_MARGIN:g} nats"
+    batch = Batch(Case("confident", "packed"), logits, given)
+    honest = _run(reference_loss, batch, logits, RECIPES["gpg"], given)
+    ours = _run(fused_loss, batch, logits, RECIPES["gpg"], given | {"backend": setup.backend})
+    exact, unit = exact_tokens(logits, target), loss_scale(dtype) / N
     for name, truth, size in (
         ("logp", exact.logp, 1.0),
         ("entropy", exact.entropy, 1.0),
         ("dlogits", -exact.slope * unit, unit),
     ):
-        comparison = compare_confident(name, ours[name], honest[name], truth, size)
+        values = ours.quantity(name), honest.quantity(name)
+        comparison = compare_confident(name, *values, truth, size)
+        where = f"0 to {LARGEST_MARGIN:g} nats"
         yield Check("confident", "", dtype, where, V, comparison)
 
 

@@ -123,7 +123,14 @@ def draw_batch(case: Case, dtype: torch.dtype, V: int, sizes: Sizes, device: str
     buffer = 2 * normal(B, T + (case.layout == "view"), V)
     logits = buffer[:, :T]
     target = torch.randint(V, (B, T), generator=generator)
-    _shape_rows(case.rows, logits, target, generator)
+    if case.rows == "confident":
+        margins = torch.linspace(0, LARGEST_MARGIN, target.numel()).view_as(target)
+        logits.copy_(set_margins(logits, target, margins))
+    elif case.rows.startswith("offset"):
+        logits.add_(OFFSET if "+" in case.rows else -OFFSET)
+    elif case.rows == "−inf logits":
+        forbidden = torch.rand(logits.shape, generator=generator) < 0.3
+        logits.masked_fill_(forbidden.scatter(-1, target[..., None], False), -math.inf)
     buffer = buffer.to(dtype)
     mask = torch.rand(B, T, generator=generator) < 0.9
     logp = torch.log_softmax(buffer[:, :T].double() / TEMPERATURE, -1)
@@ -156,15 +163,3 @@ def set_margins(logits: Tensor, target: Tensor, margins: Tensor) -> Tensor:
     at = target[..., None]
     others = logits.scatter(-1, at, -math.inf).logsumexp(-1)
     return logits.scatter(-1, at, (others + margins)[..., None])
-
-
-def _shape_rows(rows: str, logits: Tensor, target: Tensor, generator: torch.Generator) -> None:
-    """Changes random logits to a kind of rows, in place."""
-    if rows == "confident":
-        margins = torch.linspace(0, LARGEST_MARGIN, target.numel()).view_as(target)
-        logits.copy_(set_margins(logits, target, margins))
-    elif rows.startswith("offset"):
-        logits.add_(OFFSET if "+" in rows else -OFFSET)
-    elif rows == "−inf logits":
-        forbidden = torch.rand(logits.shape, generator=generator) < 0.3
-        logits.masked_fill_(forbidden.scatter(-1, target[..., None], False), -math.inf)

@@ -2,44 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import product
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from grpo_core.verify.accuracy import QUANTITIES
 from grpo_core.verify.checks import Check
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# width of the place of a worst error; longer text is cut
-PLACE_WIDTH = 44
 FAILURES_SHOWN = 8
 LEGEND = """\
-PyTorch: float32 log_softmax, gather, autograd. allowed: PyTorch's error and a few float32 roundings
+PyTorch: float32 log_softmax, gather, autograd. Allowed: its error and a few float32 roundings.
 Rows: ordinary, confident (0 to 30 nats), offset by ±1000, a third of the logits at −inf.
 Layouts: padded with masks, views, packed, in place, on policy."""
 
 
 def report_lines(checks: Sequence[Check]) -> Iterator[str]:
-    """All tables."""
+    """All tables, and the worst failures in full."""
     losses, confident, bits = (
         [check for check in checks if check.part == part]
         for part in ("losses", "confident", "bits")
     )
-    dtypes = [dtype for dtype in DTYPES if _select(losses, dtype)]
-    names = [dtype_name(dtype) for dtype in dtypes]
-    errors = f"{'':19}{'ours':>9}{'PyTorch':>10}{'allowed':>9}   worst at"
-    yield from ("", "Error against float64, worst of all recipes (dlogits: of the largest)", errors)
-    yield from _quantities(losses, dtypes)
-    yield from ("", "Gradient of each recipe, ours and PyTorch's (ok: every quantity is)")
-    yield f"{'':30}" + "".join(f"{name:>12}{'PyTorch':>9}" for name in names)
-    yield from _recipes(losses, dtypes)
-    yield from ("", "Confident tokens, 0 to 30 nats: errors relative to each number", errors)
-    yield from _quantities(confident, dtypes)
-    yield from ("", "Bit for bit: numbers compared, and those that differ")
-    yield f"{'':38}" + "".join(f"{name:>14}" for name in names)
-    yield from _bits(bits, dtypes)
-    yield from _failures([check for check in (*losses, *confident) if not check.ok])
+    title = "Error against float64, worst of all recipes (dlogits: of the largest)"
+    yield from _table(title, losses, _quantity, _errors)
+    title = "Gradient of each recipe, ours and PyTorch's (ok: every quantity is)"
+    yield from _table(title, losses, lambda check: check.recipe, _errors)
+    title = "Confident tokens, 0 to 30 nats: errors relative to each number"
+    yield from _table(title, confident, _quantity, _errors)
+    title = "Bit for bit: numbers that differ, and all that were compared"
+    yield from _table(title, bits, _quantity, _counts, head="all")
+    failed = [check for check in (*losses, *confident) if not check.ok]
+    if failed:
+        yield from ("", "Failed")
+    for one in sorted(failed, key=_share, reverse=True)[:FAILURES_SHOWN]:
+        quantity, error, baseline, share = one.comparison
+        yield (
+            f"  {quantity}, {dtype_name(one.dtype)}: {_number(error)}, PyTorch "
+            f"{_number(baseline)}, {share:.2f} times what is allowed"
+        )
+        yield f"    {', '.join(filter(None, (one.recipe, one.case)))}, V = {one.V:,}"
     yield ""
 
 
@@ -48,78 +48,51 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _quantities(checks: Sequence[Check], dtypes: Iterable[torch.dtype]) -> Iterator[str]:
-    """A line per quantity and dtype."""
-    for name, dtype in product(QUANTITIES, dtypes):
-        if not (these := _select(checks, dtype, name)):
-            continue
-        worst = _worst(these)
-        _, error, baseline, share = worst.comparison
-        place = f"{worst.V:,}, " + ", ".join(filter(None, (worst.case, worst.recipe)))
-        if len(place) > PLACE_WIDTH:
-            place = place[: PLACE_WIDTH - 1] + "…"
-        yield (
-            f"  {name:<8}{dtype_name(dtype):<9}{_number(error):>9}{_number(baseline):>10}"
-            f"{share:>9.0%}   {place:<{PLACE_WIDTH}} {_verdict(these)}"
-        )
+def _table(
+    title: str,
+    checks: Sequence[Check],
+    name_of: Callable[[Check], str],
+    cell: Callable[[Sequence[Check]], str],
+    head: str = "PyTorch",
+) -> Iterator[str]:
+    """A line for each name, two columns for each dtype."""
+    dtypes = [dtype for dtype in DTYPES if any(check.dtype == dtype for check in checks)]
+    names = list(dict.fromkeys(map(name_of, checks)))
+    width = max(map(len, names), default=0)
+    yield from ("", title)
+    heads = (f"{dtype_name(dtype):>10}{head:>10}" for dtype in dtypes)
+    yield " " * (2 + width) + "".join(heads)
+    for name in names:
+        these = [check for check in checks if name_of(check) == name]
+        cells = (cell([check for check in these if check.dtype == dtype]) for dtype in dtypes)
+        verdict = "ok" if all(check.ok for check in these) else "FAIL"
+        yield f"  {name:<{width}}{''.join(cells)}  {verdict}"
 
 
-def _recipes(checks: Sequence[Check], dtypes: Iterable[torch.dtype]) -> Iterator[str]:
-    """A line per recipe, two columns per dtype."""
-    for recipe in dict.fromkeys(check.recipe for check in checks):
-        these = [check for check in checks if check.recipe == recipe]
-        line = f"  {recipe:<28}"
-        for dtype in dtypes:
-            _, error, baseline, _ = _worst(_select(these, dtype, "dlogits")).comparison
-            line += f"{_number(error):>12}{_number(baseline):>9}"
-        yield f"{line}   {_verdict(these)}"
+def _quantity(check: Check) -> str:
+    """The quantity or the claim."""
+    return check.comparison.quantity
 
 
-def _bits(checks: Sequence[Check], dtypes: Iterable[torch.dtype]) -> Iterator[str]:
-    """A line per claim, a column per dtype."""
-    for claim in dict.fromkeys(check.comparison.quantity for check in checks):
-        line, these = f"  {claim:<36}", []
-        for dtype in dtypes:
-            these += (of_dtype := _select(checks, dtype, claim))
-            different = sum(int(check.comparison.error) for check in of_dtype)
-            numbers = sum(int(check.comparison.baseline) for check in of_dtype)
-            cell = f"{different:,} of {numbers:,}" if different else f"{numbers:,}"
-            line += f"{cell:>14}"
-        yield f"{line}   {_verdict(these)}"
+def _share(check: Check) -> float:
+    """The share of the allowed error."""
+    return check.comparison.share
 
 
-def _failures(failed: Sequence[Check]) -> Iterator[str]:
-    """The worst failures in full."""
-    if failed:
-        yield from ("", "Failed")
-    for one in sorted(failed, key=lambda check: -check.comparison.share)[:FAILURES_SHOWN]:
-        quantity, error, baseline, share = one.comparison
-        yield (
-            f"  {quantity}, {dtype_name(one.dtype)}: {_number(error)}, PyTorch "
-            f"{_number(baseline)}, {share:.2f} times what is allowed"
-        )
-        yield f"    {', '.join(filter(None, (one.recipe, one.case)))}, V = {one.V:,}"
+def _errors(checks: Sequence[Check]) -> str:
+    """Ours with the largest share, and PyTorch's; of the gradient if that is among them."""
+    gradients = [check for check in checks if _quantity(check) == "dlogits"]
+    _, error, baseline, _ = max(gradients or checks, key=_share).comparison
+    return f"{_number(error):>10}{_number(baseline):>10}"
 
 
-def _select(checks: Sequence[Check], dtype: torch.dtype, quantity: str = "") -> list[Check]:
-    """The checks of a dtype, and of a quantity or claim if one is given."""
-    return [
-        check
-        for check in checks
-        if check.dtype == dtype and quantity in ("", check.comparison.quantity)
-    ]
-
-
-def _worst(checks: Sequence[Check]) -> Check:
-    """The check with the largest share of the allowed error."""
-    return max(checks, key=lambda check: check.comparison.share)
+def _counts(checks: Sequence[Check]) -> str:
+    """Numbers that differ, and all."""
+    different, numbers = (sum(int(check.comparison[field]) for check in checks) for field in (1, 2))
+    return f"{different:>10,}{numbers:>10,}"
 
 
 def _number(error: float) -> str:
     """Two digits: 1.2e-7."""
     mantissa, _, exponent = f"{error:.1e}".partition("e")
     return f"{mantissa}e{int(exponent)}" if exponent not in ("", "+00") else mantissa
-
-
-def _verdict(checks: Iterable[Check]) -> str:
-    return "ok" if all(check.ok for check in checks) else "FAIL"
