@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from bench.accuracy.divergences import DIVERGENCES, KEPT, MEASURED, OVER_KEPT
 from bench.accuracy.measure import (
     CONTENDERS,
     DTYPES,
@@ -87,6 +88,17 @@ def tables(found: Sequence[Measured]) -> Iterator[Table]:
         limit = f", margins up to {MODERATE:g} nats" if by_margin else ""
         title = f"{TITLES[quantity].capitalize()}, logits with an offset{limit}"
         yield _table(quantity, title, columns, MODERATE if by_margin else float("inf"))
+    yield from _divergences(found)
+
+
+def _divergences(found: Sequence[Measured]) -> Iterator[Table]:
+    """By margin, of float32 logits."""
+    columns = {f"{m}": [f for f in found if f.margin == m] for m in SHOWN}
+    for quantity in MEASURED:
+        rows = OVER_KEPT if quantity == KEPT else DIVERGENCES
+        for key in (quantity, f"gradient of the {quantity}"):
+            title = f"{key[0].upper()}{key[1:]}, float32 logits"
+            yield _table(key, title, columns, names=rows)
 
 
 def write(found: Sequence[Measured], path: Path = DOCUMENT) -> None:
@@ -99,7 +111,11 @@ def write(found: Sequence[Measured], path: Path = DOCUMENT) -> None:
 
 
 def _table(
-    quantity: str, title: str, columns: dict[str, list[Measured]], limit: float = float("inf")
+    quantity: str,
+    title: str,
+    columns: dict[str, list[Measured]],
+    limit: float = float("inf"),
+    names: Iterable[str] = tuple(CONTENDERS),
 ) -> Table:
     """A row per contender that returns the quantity: its worst error up to a margin."""
 
@@ -120,7 +136,7 @@ def _table(
     returned = "entropy" if quantity == OF_ANOTHER else quantity
     rows = {
         name: tuple(cell(name, some) for some in columns.values())
-        for name in CONTENDERS
+        for name in names
         if returned not in UNSAID.get(name, ())
     }
     return Table(title, tuple(columns), rows)
@@ -142,6 +158,7 @@ def plot(found: Sequence[Measured], path: Path = PICTURE) -> None:
                     (f.margin, float(f.errors["dlogits"].amax()))
                     for f in found
                     if (f.contender, f.dtype, f.offset) == (name, dtype, 0)
+                    and "dlogits" in f.errors
                 ]
                 front = 3 if name.startswith("ours") else 2
                 style = {"color": colour, "linestyle": dashes, "linewidth": width}
