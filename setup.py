@@ -33,6 +33,7 @@ setup(
         "lora": ["peft"],
         "tasks": ["math-verify", "reasoning-gym"],
         "vllm": ["vllm>=0.28"],
+        "ray": ["ray"],
         "trl": ["trl>=1.15,<1.17"],
         "bench": ["pytest", "pytest-benchmark"],
         "test": [
@@ -46,6 +47,7 @@ setup(
             "pytest-benchmark",
             "pytest-timeout",
             "pytest-xdist",
+            "ray",
             "reasoning-gym",
             "rich",
             "ruff",
