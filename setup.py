@@ -36,6 +36,7 @@ setup(
         "lora": ["peft"],
         "tasks": ["math-verify", "reasoning-gym"],
         "vllm": ["vllm>=0.28"],
+        "ray": ["ray"],
         "trl": ["trl>=1.15,<1.17"],
         "bench": ["pytest", "pytest-benchmark"],
         "test": [
@@ -49,6 +50,7 @@ setup(
             "pytest-benchmark",
             "pytest-timeout",
             "pytest-xdist",
+            "ray",
             "reasoning-gym",
             "rich",
             "ruff",

@@ -2,6 +2,7 @@
 
     python -m bench.memory                  # all heads; some minutes on one core
     python -m bench.memory --head 151936 1024
+    python -m bench.memory --model 7b --ranks 64    # a whole step with FSDP2, see `bench.ranks`
 
 From hidden states [T, D] to the gradients of both factors, in bfloat16: forward and backward, the
 returned gradients included. On a CPU every allocation is counted; on a GPU its allocator counts.
@@ -20,6 +21,7 @@ from bench.batch import TRAINED, Batch, Recipe, Terms
 from bench.contenders import Contender, hidden_naive, hidden_ours, ours
 from bench.machine import DEVICE
 from bench.meter import peak_extra_bytes
+from bench.ranks import MODELS, report
 from bench.table import with_table
 from grpo_core.cli.options import Parser
 from grpo_core.runs.report import markdown
@@ -87,7 +89,12 @@ def main() -> None:
     """Counts, and prints the table; on a CPU that of all heads goes into docs/training.md."""
     parser = Parser("bench.memory", description=__doc__.splitlines()[0])
     parser.add_argument("--head", type=int, nargs=2, metavar=("V", "D"), help="only this one")
+    parser.add_argument("--model", choices=MODELS, help="a step of this model instead")
+    parser.add_argument("--ranks", type=int, default=8, help="of --model")
     given = parser.parse_args()
+    if given.model:
+        print(report(given.model, given.ranks))
+        return
     heads = [given.head] if given.head else HEADS
     table = markdown([HEADER, *(row for V, D in heads for row in rows_of(V, D))])
     print(table, end="")

@@ -8,6 +8,7 @@ import warnings
 # before the first import of a kernel: on every machine the tables are those of the interpreter
 os.environ["TRITON_INTERPRET"] = "1"
 
+from bench.accuracy.divergences import measure_divergences
 from bench.accuracy.document import DOCUMENT, PICTURE, plot, write
 from bench.accuracy.measure import measure
 from bench.machine import versions
@@ -29,7 +30,7 @@ def main() -> None:
     # numpy reports what IEEE arithmetic defines
     warnings.filterwarnings("ignore", ".*encountered in.*", RuntimeWarning, "triton")
     round_as_hardware_does()
-    measured = list(measure())
+    measured = [*measure(), *measure_divergences()]
     write(measured)
     plot(measured)
     print(f"wrote {DOCUMENT} and {PICTURE}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
+from bench.accuracy.divergences import DIVERGENCES, KEPT, MEASURED, OVER_KEPT
 from bench.accuracy.measure import (
     CONTENDERS,
     DTYPES,
@@ -70,6 +71,12 @@ def tables(found: Sequence[Measured]) -> dict[str, Rows]:
         limit = f", margins up to {MODERATE:g} nats" if by_margin else ""
         title = f"{TITLES[quantity].capitalize()}, logits with an offset{limit}"
         shown[title] = _rows(quantity, columns, MODERATE if by_margin else float("inf"))
+    columns = {f"{m}": _some(found, torch.float32, 0, m) for m in SHOWN}
+    for quantity in MEASURED:
+        names = OVER_KEPT if quantity == KEPT else DIVERGENCES
+        for key in (quantity, f"gradient of the {quantity}"):
+            title = f"{key[0].upper()}{key[1:]}, float32 logits"
+            shown[title] = _rows(key, columns, names=names)
     return shown
 
 
@@ -87,7 +94,12 @@ def _some(
     return [f for f in here if margin in (None, f.margin)]
 
 
-def _rows(quantity: str, columns: dict[str, list[Measured]], limit: float = float("inf")) -> Rows:
+def _rows(
+    quantity: str,
+    columns: dict[str, list[Measured]],
+    limit: float = float("inf"),
+    names: Iterable[str] = tuple(CONTENDERS),
+) -> Rows:
     """A row per contender that returns the quantity: its worst error up to a margin."""
 
     def cell(name: str, some: list[Measured]) -> str:
@@ -106,7 +118,7 @@ def _rows(quantity: str, columns: dict[str, list[Measured]], limit: float = floa
 
     returned = "entropy" if quantity == OF_ANOTHER else quantity
     rows = [("", *columns)]
-    for name in CONTENDERS:
+    for name in names:
         if returned not in UNSAID.get(name, ()):
             bold = "**" if name in OURS else ""
             cells = (cell(name, some) for some in columns.values())
@@ -130,6 +142,7 @@ def plot(found: Sequence[Measured], path: Path = PICTURE) -> None:
                     (f.margin, float(f.errors["dlogits"].amax()))
                     for f in found
                     if (f.contender, f.dtype, f.offset) == (name, dtype, 0)
+                    and "dlogits" in f.errors
                 ]
                 front = 3 if name.startswith("ours") else 2
                 style = {"color": colour, "linestyle": dashes, "linewidth": width}

@@ -116,7 +116,7 @@ def measure(
         for name in names:
             answer = _answer(CONTENDERS[name], logits, target, old_logp)
             errors = {
-                quantity: _relative(value, truth[quantity]) for quantity, value in answer.items()
+                quantity: relative(value, truth[quantity]) for quantity, value in answer.items()
             }
             yield Measured(name, dtype, offset, margin, found, errors)
 
@@ -141,7 +141,7 @@ def _answer(
     return found | {"dlogits": leaf.grad[:-1], "loss": value.detach()[None]}
 
 
-def _relative(value: Tensor, truth: Tensor) -> Tensor:
+def relative(value: Tensor, truth: Tensor) -> Tensor:
     """|error| over |truth|; of a gradient each row's largest over its largest."""
     error, size = (value.double() - truth).abs(), truth.abs()
     return error.amax(1) / size.amax(1) if truth.ndim == 2 else error / size
