@@ -4,9 +4,9 @@
 - Finished completions leave the batch: their tokens are padding whatever the model computes.
 - New keys and values are written behind those before, which are not copied for every token.
 
-`generate` still samples from scores [S, V], so that torch's generator draws the same numbers. Rows
-of a float32 product on a CPU do not depend on the number of rows, from `MIN_ROWS` on; elsewhere
-they may, and log-probabilities then differ by rounding.
+`generate` still samples from scores [S, V], so that torch's generator draws the same numbers. On a
+CPU a row of a float32 product does not depend on the number of rows, from `MIN_ROWS` on. Where it
+does, as on a GPU, log-probabilities differ by the rounding of float32.
 """
 
 from __future__ import annotations
@@ -37,13 +37,17 @@ def fewer_rows(
     """Context for one call of `model.generate` with these prompts, padded left.
 
     It has no effect on models whose cache has other layers than keys and values of single tokens,
-    such as Mamba, or whose forward gets other matrices than those of S rows.
+    such as Mamba, or whose forward gets other matrices than those of S rows; nor on weights of less
+    than float32, whose products depend on the number of rows enough to change tokens.
 
     Args:
         model: a causal language model, with an adapter or not.
         prompts: S lists of token ids.
         ends: token ids that end a completion.
     """
+    if model.dtype.itemsize < torch.float32.itemsize:
+        yield
+        return
     rows = _Rows(prompts, torch.tensor(ends, device=model.device))
     base = unwrap_peft(model)
     before = base.register_forward_pre_hook(rows.before, with_kwargs=True)
