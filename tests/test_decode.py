@@ -53,6 +53,12 @@ def small(family: str = "Llama", **changes: Any) -> PreTrainedModel:
     return getattr(transformers, f"{family}ForCausalLM")(config).eval()
 
 
+def with_adapter(model: PreTrainedModel) -> Any:
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)
+    return peft.get_peft_model(model, settings)
+
+
 @contextmanager
 def nothing(*_: Any) -> Iterator[None]:
     """The context that leaves `generate` as it is."""
@@ -75,14 +81,14 @@ def by_generate(
         return drawn(model, sampling, seed)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "adapter"])
 def test_completions_are_those_of_generate(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small(family)
+    model = with_adapter(small()) if family == "adapter" else small(family)
     expected, number = by_generate(monkeypatch, model, Sampling(24), 1)
     got, next_number = drawn(model, Sampling(24), 1)
     assert torch.equal(got.completion, expected.completion)
     assert torch.equal(got.completion_mask, expected.completion_mask)
-    # experts compute the rows of their tokens, which may be fewer than MIN_ROWS
+    # products of experts, with fewer tokens than MIN_ROWS, and of a low rank round otherwise
     torch.testing.assert_close(got.sampler_logp, expected.sampler_logp, rtol=0, atol=1e-5)
     assert number == next_number
 
@@ -92,17 +98,8 @@ def test_completions_are_those_of_generate(family: str, monkeypatch: pytest.Monk
     [Sampling(24), Sampling(24, 0.7, top_p=0.8), Sampling(24, 0.0)],
     ids=["plain", "filtered", "greedy"],
 )
-@pytest.mark.parametrize("wrapped", ["plain", "fused head", "adapter"])
-def test_bits_are_those_of_generate(
-    sampling: Sampling, wrapped: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = small()
-    if wrapped == "fused head":
-        with_fused_head(model)
-    if wrapped == "adapter":
-        peft = pytest.importorskip("peft")
-        settings = peft.LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False)
-        model = peft.get_peft_model(model, settings)
+def test_bits_are_those_of_generate(sampling: Sampling, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_fused_head(small())
     for seed in range(3):
         expected, number = by_generate(monkeypatch, model, sampling, seed)
         got, next_number = drawn(model, sampling, seed)
@@ -125,8 +122,10 @@ def computed_tokens(model: PreTrainedModel, sampling: Sampling) -> tuple[Rollout
     return found, counts
 
 
-def test_prompts_are_read_once_and_finished_completions_leave() -> None:
-    found, counts = computed_tokens(small(), Sampling(24))
+@pytest.mark.parametrize("wrapped", ["fused head", "adapter"])
+def test_prompts_are_read_once_and_finished_completions_leave(wrapped: str) -> None:
+    model = with_adapter(small()) if wrapped == "adapter" else with_fused_head(small())
+    found, counts = computed_tokens(model, Sampling(24))
     assert counts[0] == 6 * 12
     left = found.completion_mask.sum(0).tolist()
     ended = torch.isin(found.completion, torch.tensor(ENDS)) & found.completion_mask

@@ -5,8 +5,8 @@
 - New keys and values are written behind those before, which are not copied for every token.
 
 `generate` still samples from scores [S, V], so that torch's generator draws the same numbers. On a
-CPU a row of a float32 product does not depend on the number of rows, from `MIN_ROWS` on. Where it
-does, as on a GPU, log-probabilities differ by the rounding of float32.
+CPU a row of a float32 product does not depend on the number of rows, from `MIN_ROWS` on, so that
+log-probabilities are the same bits. Where it does (a low rank, a GPU), they differ by rounding.
 """
 
 from __future__ import annotations
