@@ -1,8 +1,8 @@
 """`model.generate` with fewer computations: the same completions from fewer rows of the batch.
 
-- A prompt that occurs several times is read once; its keys and values are then repeated.
-- Finished completions leave the batch: their tokens are padding whatever the model computes.
-- New keys and values are written behind those before, which are not copied for every token.
+A prompt that occurs several times is read once, and its keys and values are repeated. Finished
+completions leave the batch: their tokens are padding whatever the model computes. New keys and
+values are written behind those before, which are not copied for every token.
 
 `generate` still samples from scores [S, V], so that torch's generator draws the same numbers. On a
 CPU a row of a float32 product does not depend on the number of rows, from `MIN_ROWS` on, so that
@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from grpo_core.trainer.sharding import unwrap_peft
 
-# fewer rows take hardly less time, and MKL rounds their products in another way
+# fewer rows take hardly less time, and MKL rounds their products differently
 MIN_ROWS = 16
 # finished rows leave together, since the keys and values of the others are then copied
 SHARE_LEFT = 0.75
@@ -36,39 +37,20 @@ def fewer_rows(
 ) -> Iterator[None]:
     """Context for one call of `model.generate` with these prompts, padded left.
 
-    It has no effect on models whose cache has other layers than keys and values of single tokens,
-    such as Mamba, or whose forward gets other matrices than those of S rows; nor on weights of less
-    than float32, whose products depend on the number of rows enough to change tokens.
-
-    Args:
-        model: a causal language model, with an adapter or not.
-        prompts: S lists of token ids.
-        ends: token ids that end a completion.
+    It has no effect where the cache holds other things than keys and values, as Mamba's, where the
+    forward gets other matrices than those of S rows, and on weights of less than float32, whose
+    products depend on the number of rows enough to change tokens.
     """
-    if model.dtype.itemsize < torch.float32.itemsize:
+    rows, base = _Rows(prompts, torch.tensor(ends, device=model.device)), unwrap_peft(model)
+    with (
+        base.register_forward_pre_hook(rows.before, with_kwargs=True),
+        base.register_forward_hook(rows.after, with_kwargs=True),
+    ):
         yield
-        return
-    rows = _Rows(prompts, torch.tensor(ends, device=model.device))
-    base = unwrap_peft(model)
-    before = base.register_forward_pre_hook(rows.before, with_kwargs=True)
-    after = base.register_forward_hook(rows.after, with_kwargs=True)
-    try:
-        yield
-    finally:
-        before.remove()
-        after.remove()
 
 
 class _Rows:
-    """Hooks around a forward: which rows of the batch it computes, and where each row's result is.
-
-    Attributes:
-        rows: the rows that the next forward computes, in order.
-        place: [S] int64, the position in `rows` of each row; 0 of finished rows that have left.
-        finished: [S] bool.
-        is_known: whether the model can compute fewer rows; None before its first forward.
-        has_read_prompts: whether that forward is done.
-    """
+    """Hooks around a forward, which computes `rows`; row s gets the logits at `place[s]`."""
 
     def __init__(self, prompts: Sequence[Sequence[int]], ends: Tensor) -> None:
         number: dict[tuple[int, ...], int] = {}
@@ -76,83 +58,69 @@ class _Rows:
         self.place = torch.tensor(place, device=ends.device)
         self.rows = torch.tensor([place.index(n) for n in number.values()], device=ends.device)
         self.finished = torch.zeros(len(place), dtype=torch.bool, device=ends.device)
-        self.ends = ends
-        self.is_known: bool | None = None
-        self.has_read_prompts = False
+        self.ends, self.forwards, self.is_known = ends, 0, False
 
-    def before(
-        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """The arguments of the rows to compute."""
         S = len(self.place)
-        if self.is_known is None:
-            self.is_known = _is_known(kwargs, S)
+        if not self.forwards:
+            self.is_known = _is_known(module, kwargs, S)
             if self.is_known and "logits_to_keep" in kwargs:
                 # enough rows for the head as well; the last ones are read
                 kwargs["logits_to_keep"] = -(-min(MIN_ROWS, S) // len(self.rows))
         elif self.is_known:
             self.leave(kwargs["input_ids"][:, -1], kwargs["past_key_values"])
-        if not self.is_known or len(self.rows) == S:
-            return None
-        is_matrix = {name: isinstance(v, Tensor) and v.ndim == 2 for name, v in kwargs.items()}
-        return args, {n: v[self.rows] if is_matrix[n] else v for n, v in kwargs.items()}
+        self.forwards += 1
+        if self.is_known and len(self.rows) < S:
+            for name, value in kwargs.items():
+                if isinstance(value, Tensor) and value.ndim == 2:
+                    kwargs[name] = value[self.rows]
+        return args, kwargs
 
     def leave(self, token: Tensor, cache: DynamicCache) -> None:
-        """Takes finished rows out of the batch, once they are many.
-
-        Args:
-            token: [S] int64, the last tokens.
-            cache: keys and values of `rows`.
-        """
+        """Takes finished rows out of batch and cache once they are many; `token`: the last, [S]."""
         self.finished |= torch.isin(token, self.ends)
         finished = self.finished[self.rows]
         count = max(int((~finished).sum()), MIN_ROWS)
-        if count > SHARE_LEFT * len(finished):
-            return
-        # the unfinished ones, or some more
-        kept = finished.long().argsort(stable=True)[:count].sort().values
-        cache.reorder_cache(kept)
-        self.rows = self.rows[kept]
-        self.place = torch.zeros_like(self.place)
-        self.place[self.rows] = torch.arange(count, device=kept.device)
+        if count <= SHARE_LEFT * len(finished):
+            # the unfinished ones, and finished ones up to MIN_ROWS
+            kept = finished.long().argsort(stable=True)[:count]
+            cache.reorder_cache(kept)
+            self.rows = self.rows[kept]
+            # of a row that has left any logits will do
+            self.place = torch.zeros_like(self.place)
+            self.place[self.rows] = torch.arange(count, device=kept.device)
 
-    def after(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        """The logits of all rows, [S, 1, V]."""
+    def after(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        """Gives `generate` the logits of all rows, [S, 1, V]."""
         if not self.is_known:
-            return output
+            return
         S, cache = len(self.place), output.past_key_values
-        output.logits = output.logits[:, -1:]
-        if len(self.rows) < S:
-            output.logits = output.logits[self.place]
-        if not self.has_read_prompts:
+        last = output.logits[:, -1:]
+        output.logits = last[self.place] if len(self.rows) < S else last
+        if self.forwards == 1:
             # from now on each row has its own tokens
-            if len(self.rows) < S:
-                cache.reorder_cache(self.place)
-            cache.layers = [_with_buffer(layer) for layer in cache.layers]
+            cache.reorder_cache(self.place)
+            for n, layer in enumerate(cache.layers):
+                if type(layer) is DynamicLayer:
+                    cache.layers[n] = BufferedLayer(layer)
             self.rows = self.place = torch.arange(S, device=self.place.device)
-            self.has_read_prompts = True
-        return output
 
 
-def _is_known(kwargs: dict[str, Any], S: int) -> bool:
+def _is_known(model: PreTrainedModel, kwargs: dict[str, Any], S: int) -> bool:
     """Whether all that a forward reads of the rows are matrices of S rows, keys and values."""
     cache = kwargs.get("past_key_values")
     shapes = [value.shape for value in kwargs.values() if isinstance(value, Tensor)]
-    known = {DynamicLayer, DynamicSlidingWindowLayer}
     return (
-        type(cache) is DynamicCache
-        and {type(layer) for layer in cache.layers} <= known
+        model.dtype.itemsize >= torch.float32.itemsize
+        and type(cache) is DynamicCache
+        and {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
         and all(len(shape) < 2 or (len(shape) == 2 and shape[0] == S) for shape in shapes)
     )
 
 
-def _with_buffer(layer: Any) -> Any:
-    """Keys and values of all tokens in a buffer; those of a window as they are."""
-    return BufferedLayer(layer) if type(layer) is DynamicLayer else layer
-
-
 class BufferedLayer(DynamicLayer):
-    """Keys and values [S, heads, T, D], which are the beginning of buffers with room for more."""
+    """Keys and values [S, heads, T, D] of a layer, at the beginning of buffers with more room."""
 
     def __init__(self, layer: DynamicLayer) -> None:
         super().__init__()
@@ -161,27 +129,15 @@ class BufferedLayer(DynamicLayer):
         self.buffers: list[Tensor] = []
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Replaces the rows by those of the given numbers."""
         super().reorder_cache(beam_idx)
         self.buffers = []
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Appends keys and values [S, heads, tokens, D]; returns those of all tokens."""
-        start = self.keys.shape[-2]
-        end = start + key_states.shape[-2]
-        if not self.buffers or end > self.buffers[0].shape[-2]:
-            self.buffers = [_longer(held, end + ROOM) for held in (self.keys, self.values)]
-        keys, values = self.buffers
-        keys[..., start:end, :] = key_states
-        values[..., start:end, :] = value_states
-        self.keys, self.values = keys[..., :end, :], values[..., :end, :]
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
+        """Appends keys and values; returns those of all tokens."""
+        start, new = self.keys.shape[-2], key_states.shape[-2]
+        if not self.buffers or start + new > self.buffers[0].shape[-2]:
+            self.buffers = [pad(held, (0, 0, 0, new + ROOM)) for held in (self.keys, self.values)]
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer.narrow(-2, start, new).copy_(states)
+        self.keys, self.values = (held.narrow(-2, 0, start + new) for held in self.buffers)
         return self.keys, self.values
-
-
-def _longer(held: Tensor, length: int) -> Tensor:
-    """A buffer [..., length, D] that begins with the given keys or values."""
-    buffer = held.new_empty((*held.shape[:-2], length, held.shape[-1]))
-    buffer[..., : held.shape[-2], :] = held
-    return buffer
