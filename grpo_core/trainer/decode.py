@@ -77,7 +77,7 @@ class _Rows:
                     kwargs[name] = value[self.rows]
         return args, kwargs
 
-    def leave(self, token: Tensor, cache: DynamicCache) -> None:
+    def leave(self, token: Tensor, cache: Any) -> None:
         """Takes finished rows out of batch and cache once they are many; `token`: the last, [S]."""
         self.finished |= torch.isin(token, self.ends)
         finished = self.finished[self.rows]
@@ -122,13 +122,16 @@ def _is_known(model: PreTrainedModel, kwargs: dict[str, Any], S: int) -> bool:
 class BufferedLayer(DynamicLayer):
     """Keys and values [S, heads, T, D] of a layer, at the beginning of buffers with more room."""
 
-    def __init__(self, layer: DynamicLayer) -> None:
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, layer: Any) -> None:
         super().__init__()
         self.lazy_initialization(layer.keys, layer.values)
         self.keys, self.values = layer.keys, layer.values
         self.buffers: list[Tensor] = []
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)
         self.buffers = []
 
