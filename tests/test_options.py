@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from grpo_core import RECIPES, logp_loss
+from grpo_core.cli.command import SPIN_COUNT
 from grpo_core.cli.options import (
     RECIPE_NAMES,
     check_package,
@@ -106,6 +107,49 @@ for command in sys.argv[1:]:
         [sys.executable, "-c", code, *commands], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("work", "given", "expected"),
+    [
+        ("command.prepare(0)", {}, str(SPIN_COUNT)),
+        ("command.prepare(0)", {"GOMP_SPINCOUNT": "77"}, "77"),
+        ("command.prepare(0)", {"OMP_WAIT_POLICY": "active"}, "None"),
+        ("import torch; command.prepare(0)", {}, "None"),
+        ("import grpo_core, torch", {}, "None"),
+    ],
+    ids=["command", "count given", "policy given", "torch loaded before", "library"],
+)
+def test_threads_of_a_command_sleep_early(
+    work: str, given: dict[str, str], expected: str, tmp_path: Path
+) -> None:
+    """What the environment says when torch is loaded, and to the processes that follow."""
+    look = "import os\nprint(os.environ.get('GOMP_SPINCOUNT'))\n"
+    (tmp_path / "torch.py").write_text(look, "utf-8")
+    (tmp_path / "transformers").mkdir()
+    logging = "class logging:\n    disable_progress_bar = staticmethod(lambda: None)\n"
+    (tmp_path / "transformers/utils.py").write_text(logging, "utf-8")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+    code += f"from grpo_core.cli import command; {work}\n{look}"
+    unset = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
+    plain = {name: value for name, value in os.environ.items() if name not in unset}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=plain | given, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [expected] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="libgomp")
+def test_libgomp_reads_how_long_to_spin() -> None:
+    code = "from grpo_core.cli import command; command.prepare(0)"
+    unset = {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
+    plain = {name: value for name, value in os.environ.items() if name not in unset}
+    show = plain | {"OMP_DISPLAY_ENV": "verbose"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=show, capture_output=True, text=True, check=True
+    )
+    assert f"GOMP_SPINCOUNT = '{SPIN_COUNT}'" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,9 @@ from typing import ParamSpec
 from grpo_core.cli.options import Parser, add_options, is_first_process, read_yaml
 
 P = ParamSpec("P")
+# how often libgomp's threads look for work before they sleep; its own default is 300,000. Costs
+# nothing on idle cores and halves a step where another process keeps one busy, see docs/training.md
+SPIN_COUNT = 10_000
 
 
 def interruptible(main: Callable[P, int]) -> Callable[P, int]:
@@ -103,8 +106,12 @@ def training_command(name: str, kind: type, module: str) -> Callable[..., int]:
 def prepare(threads: int) -> None:
     """Imports torch, sets its CPU threads (0: its own choice), and silences transformers.
 
+    Threads that wait for each other spin `SPIN_COUNT` times, unless the environment says otherwise.
     Progress bars and warnings for developers would break up the console.
     """
+    # libgomp reads it once, when torch loads it
+    if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
     import torch
     from transformers.utils import logging
 

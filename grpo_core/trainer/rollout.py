@@ -29,6 +29,7 @@ from transformers import (
 
 from grpo_core.backends.kept import Kept
 from grpo_core.cli.options import check_at_least, check_filters
+from grpo_core.trainer.decode import fewer_rows
 from grpo_core.trainer.generation import (
     check_context,
     evaluation_mode,
@@ -224,6 +225,7 @@ def rollout(
     with (
         evaluation_mode(model),
         unsharded_params(model),
+        fewer_rows(model, prompts, ends),
         plain_generation(model, sampling.max_new_tokens, sample=sampling.temperature > 0) as config,
     ):
         ids = model.generate(  # type: ignore[operator]
