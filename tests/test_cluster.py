@@ -1,12 +1,8 @@
-"""Past one machine: counted bytes of FSDP2, and the trainer as a Ray job."""
+"""Past one machine: counted bytes of FSDP2."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bench.ranks import FLOAT32, MODELS, Size, memory, report, size_of, wire
-from grpo_core.runs.demo import decimals
 from grpo_core.trainer.sharding import shard_model
 from tests.tiny_models import tiny
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -86,35 +79,3 @@ def test_the_report(name: str) -> None:
     text = report(name, 64)
     assert "8 ranks | 64 ranks" in text and text.count("**sum**") == 2
     assert max(map(len, text.splitlines())) <= 100
-
-
-@pytest.mark.slow
-def test_a_ray_job_trains(tmp_path: Path) -> None:
-    """Two ranks on a local Ray, sharded; then a job whose ranks fail."""
-    pytest.importorskip("ray")
-    tokenizer = decimals.build_tokenizer()
-    decimals.build_model(tokenizer, seed=0).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    lines = [
-        json.dumps({"prompt": pair.question, "answer": pair.answer})
-        for pair in decimals.held_out_pairs(20)
-    ]
-    (tmp_path / "data.jsonl").write_text("\n".join(lines))
-
-    def job(*more: str) -> subprocess.CompletedProcess[str]:
-        given = {"model": "model", "data": "data.jsonl", "output": "run"}
-        options = [word for key, value in given.items() for word in (f"--{key}", tmp_path / value)]
-        options += ["--rewards", "format", "--steps", "2", "--prompts", "4", "--held_out", "4"]
-        options += ["--max_new_tokens", "4", "--shard", "fsdp", *more]
-        command = [sys.executable, ROOT / "examples/ray_cluster.py", "--ranks", "2", "--"]
-        return subprocess.run(
-            [*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=300
-        )
-
-    done = job()
-    assert done.returncode == 0, done.stderr
-    records = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in records] == [0, 1, 2]
-    assert (tmp_path / "run/model/config.json").exists()
-    refused = job()
-    assert refused.returncode != 0 and "output" in refused.stdout + refused.stderr

@@ -300,7 +300,8 @@ def test_vllm_plays_episodes(engine: Any) -> None:  # noqa: F811
         metrics = trainer.step()
         assert metrics["sampler_mismatch_max"] < 1e-4 and metrics["turns"] > 1
     seeds = [params.seed for params in engine.worker.asked]
-    assert len(seeds) == len(set(seeds)) > 16
+    # one of two servers gets half of them
+    assert len(seeds) == len(set(seeds)) > 8
 
 
 def test_rewards_of_all_turns_are_summed_and_added_to_the_others() -> None:

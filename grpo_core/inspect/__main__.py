@@ -45,7 +45,7 @@ LIMITS = {
     "forward, exact KL": 8.5,
     "forward, forward KL": 8.5,
     "forward, Jensen-Shannon": 7.0,
-    "gradient": 6.0,
+    "gradient": 6.1,
     "gradient, entropy": 8.0,
     "gradient, exact KL": 7.0,
     "gradient, exact KL, entropy": 8.0,

@@ -86,15 +86,19 @@ class RowInputs:
 
         The target is int64 with a stride of 1. Of the logits only shape, dtype and device are used.
         """
-        check_concrete(target=self.target, mask=self.mask, kept=self.kept)
-        check_unsharded(shards, kept=self.kept)
-        target = check_target(whole_logits(logits, shards), self.target, self.mask, self.validate)
+        target = self.read_target(logits, shards)
         V = logits.shape[-1] if shards is None else shards.V
-        # `reshape` would keep a column of a matrix as a view
-        target = target.reshape(-1).contiguous()
         unmasked = find_unmasked(target, self.mask)
         present = unmasked & (target >= 0) & (target < V)
         return target, unmasked, present, check_kept(self.kept, logits, present, self.validate)
+
+    def read_target(self, logits: Tensor, shards: Shards | None) -> Tensor:
+        """The target alone, [N] int64 with a stride of 1; it and the mask are checked."""
+        check_concrete(target=self.target, mask=self.mask, kept=self.kept)
+        check_unsharded(shards, kept=self.kept)
+        target = check_target(whole_logits(logits, shards), self.target, self.mask, self.validate)
+        # `reshape` would keep a column of a matrix as a view
+        return target.reshape(-1).contiguous()
 
     def kernels(
         self,
