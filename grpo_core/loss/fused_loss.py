@@ -242,9 +242,12 @@ def token_logp(
 def logp_from_logits(logits: Tensor, inputs: RowInputs) -> TokenLogp:
     """`token_logp` outside of `torch.compile`."""
     shards = inputs.shards(logits)
-    target, _, present, kept = inputs.read(logits, shards)
-    # a row whose target is masked or outside [0, V) is not read
-    target = torch.where(present, target, IGNORE)
+    # a row whose target is outside [0, V) is not read
+    target, kept = inputs.flat_target(logits, shards), None
+    if inputs.kept is not None:
+        *_, kept = inputs.read(logits, shards)
+    if inputs.mask is not None:
+        target = torch.where(inputs.mask.reshape(-1) != 0, target, IGNORE)
     kernels = inputs.kernels(logits, target, kept, shards)
     rows = Rows(make_readable(logits), float(inputs.temperature))
     stats = kernels.row_stats(rows, target)

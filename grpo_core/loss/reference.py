@@ -174,6 +174,9 @@ def _topk_kl(log_p: Tensor, ids: Tensor, log_q: Tensor, spec: Objective) -> Tens
     ids, log_q = (x.reshape(len(log_p), -1) for x in (ids.long(), log_q.to(log_p.dtype)))
     V = log_p.shape[1]
     present = (ids >= 0) & (ids < V) & (log_q > -torch.inf)
+    if spec.interpolation:
+        # finite, so that a forbidden entry has a gradient of 0
+        log_p = log_p.clamp(min=-1e30)
     log_p = torch.nn.functional.pad(log_p, (0, 1))
     places = torch.where(present, ids, V)
     p_tail = log_p.exp().scatter(1, places, 0.0)[:, :V].sum(1, keepdim=True)
