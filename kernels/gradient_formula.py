@@ -36,7 +36,8 @@ def gradient_of_others(
             dlogits = tl.fma(power, factor, weighted_gap(gap_factor * power, centred, ref_centred))
         elif DIVERGENCE == "forward":
             # two products, so that the difference of equal rows is exactly 0
-            dlogits = power * factor - tl.exp2(ref_centred) * gap_factor
+            ref_power = tl.where(gap_factor != 0, tl.exp2(ref_centred), 0.0)
+            dlogits = power * factor - ref_power * gap_factor
         else:
             to_p = log_p_to_mixture(ref_centred - centred + shift, beta)
             dlogits = power * tl.fma(gap_factor, to_p, factor)
@@ -72,26 +73,28 @@ def row_factors(
             ref_logp, ref_log_others = log_sides(ref_z)
             spread = log_others - ref_log_others - (tl.log2(total) - tl.log2(tl.abs(ref_sum))) * LN2
             spread -= kl
-            of_target = p_target * (logp - ref_logp - kl)
-            # a KL that is only measured may be infinite
-            at_target += tl.where((dkl != 0) & (p_target > 0), dkl * of_target, 0.0)
-            factor += tl.where((dkl != 0) & (p_others > 0), dkl * share * spread, 0.0)
+            of_target = tl.where(p_target > 0, p_target * (logp - ref_logp - kl), 0.0)
+            of_others = tl.where(p_others > 0, dkl * share * spread, 0.0)
             gap_factor = dkl * share * (LN2 * LN2) * scale
         elif DIVERGENCE == "forward":
             _, ref_share, _ = mixture_shares(sum_others, z, ref_sum, ref_z)
             ref_others, ref_target = sigmoid2(ref_z), sigmoid2(-ref_z)
             # of likely targets the small difference of what they leave to the others
             likely = tl.minimum(p_target, ref_target) > 0.5
-            at_target += dkl * tl.where(likely, ref_others - p_others, p_target - ref_target)
-            factor += dkl * share
+            of_target = tl.where(likely, ref_others - p_others, p_target - ref_target)
+            of_others = dkl * share
             gap_factor = dkl * ref_share * (scale * LN2)
         else:
             # `kl` is of_policy, KL(p ‖ m) without the target's part
             _, _, shift = mixture_shares(sum_others, z, ref_sum, ref_z)
             to_p, _ = target_to_mixture(z, ref_z, beta)
-            of_target = tl.where(p_target > 0, p_target * to_p, 0.0)
             dkl = dkl * (1 - beta)
-            at_target += dkl * (of_target * p_others - p_target * kl)
-            factor -= dkl * share * (of_target + kl)
+            of_mixture = tl.where(p_target > 0, p_target * to_p, 0.0)
+            of_target = of_mixture * p_others - p_target * kl
+            of_others = -dkl * share * (of_mixture + kl)
             gap_factor = dkl * share * (LN2 * LN2) * scale
+        # a KL that has no part in the gradient may be infinite or NaN
+        at_target += tl.where(dkl != 0, dkl * of_target, 0.0)
+        factor += tl.where(dkl != 0, of_others, 0.0)
+        gap_factor = tl.where(dkl != 0, gap_factor, 0.0)
     return at_target * (scale * LN2), factor, of_entropy, log_factor, gap_factor, shift

@@ -114,6 +114,24 @@ def test_every_teacher(
     assert out.metrics["clip_fraction"] == 0 and out.metrics["tokens"] == 13
 
 
+@paired(beta=BETAS, plan=["fast", "lean"], bad=[torch.nan, torch.inf])
+def test_a_teacher_of_masked_tokens_may_hold_anything(beta: float, plan: str, bad: float) -> None:
+    hidden, given = batch()
+    given["nll_weight"] = 0.1 * (given["mask"] == 0)
+    given["target"] = given["target"].clamp(min=0)
+    head, (states, teacher) = LinearHead(torch.randn(V, D)), make_teacher("wider")
+    broken, found = states.masked_fill((given["mask"] == 0)[..., None], bad), []
+    for ref_hidden in (states, broken):
+        leaf, own = leaves(head, hidden, lambda x: x, False)
+        objective = RECIPES["opd"].replace(interpolation=beta)
+        teaching = {"ref_hidden": ref_hidden, "ref_lm_head": teacher, "objective": objective}
+        out = fused_linear_loss(own, leaf, plan=plan, backend=CPU_BACKEND, **teaching, **given)
+        out.loss.backward()
+        found.append((out.loss, own.grad, leaf.weight.grad))
+    for clean, same in zip(*found, strict=True):
+        assert torch.equal(clean, same)
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_products_are_counted(beta: float) -> None:
     """3 of the student and 1 of the teacher, in one pass; a frozen head 2 + 1, lean 4 + 1 or 2."""

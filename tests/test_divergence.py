@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_core import RECIPES, fused_loss
+from grpo_core import RECIPES, LossOutput, fused_loss
 from grpo_core.backends import choose_backend
 from grpo_core.kernels import surrogates
 from grpo_core.kernels.records import RowGradients, RowLoss, Rows, Terms, TokenVectors
+from grpo_core.loss.reference import reference_loss
 from tests import oracles
 from tests.combinations import paired
 from tests.conftest import BACKENDS
@@ -227,6 +228,58 @@ def test_a_nan_of_the_teacher_drops_its_row(kernels: ModuleType, device: str, be
     result, dlogits = one_pass(kernels, logits, ref_logits, target, beta)
     assert result.dropped.tolist() == [False, True, False]
     assert torch.equal(dlogits[1], torch.zeros_like(dlogits[1]))
+
+
+def read_beside(
+    loss: Any, beta: float, weight: float, ref_logits: Tensor, **options: Any
+) -> tuple[LossOutput, Tensor]:
+    """Four rows, of which the last two have cross-entropy alone; the loss and its gradient."""
+    device = ref_logits.device
+    generator = torch.Generator().manual_seed(1)
+    leaf = torch.randn(ref_logits.shape, generator=generator).to(device).requires_grad_()
+    objective = RECIPES["grpo"].replace(kl="exact", beta=weight, interpolation=beta)
+    given: dict[str, Any] = {"mask": torch.tensor([1, 1, 0, 0], device=device)}
+    if weight:
+        given["nll_weight"] = torch.tensor([0.0, 0.0, 0.3, 0.2], device=device)
+    out = loss(
+        leaf,
+        torch.tensor([1, 2, 3, 4], device=device),
+        objective=objective,
+        advantage=torch.tensor([1.0, -1.0, 1.0, 1.0], device=device),
+        ref_logits=ref_logits,
+        sequence_id=torch.arange(4, device=device),
+        **given,
+        **options,
+    )
+    out.loss.backward()
+    return out, leaf.grad  # type: ignore[return-value]
+
+
+@paired(beta=BETAS, bad=[torch.nan, torch.inf, -torch.inf], backend=BACKENDS)
+def test_a_kl_without_weight_is_not_in_the_gradient(
+    backend: str, device: str, beta: float, bad: float
+) -> None:
+    """A KL that is measured alone, and that of a masked token with `nll_weight`."""
+    clean = torch.randn(4, 40, device=device)
+    for weight, row, column in ((0.0, 1, 7), (0.0, 1, 2), (0.5, 2, 7), (0.5, 2, 3)):
+        broken = clean.clone()
+        broken[row, column] = bad
+        for loss, options in ((fused_loss, {"backend": backend}), (reference_loss, {})):
+            out, gradient = read_beside(loss, beta, weight, broken, **options)
+            expected, exact = read_beside(loss, beta, weight, clean, **options)
+            assert torch.equal(gradient, exact) and torch.equal(out.loss, expected.loss)
+            assert not out._dropped.any()
+
+
+@paired(beta=BETAS, backend=BACKENDS)
+def test_the_reference_loss_drops_the_same_rows(backend: str, device: str, beta: float) -> None:
+    broken = torch.randn(4, 40, device=device)
+    broken[1, 7] = torch.nan
+    parts = [read_beside(fused_loss, beta, 0.5, broken, backend=backend)]
+    parts += [read_beside(reference_loss, beta, 0.5, broken)]
+    (ours, gradient), (exact, truth) = parts
+    assert ours._dropped.tolist() == exact._dropped.tolist() == [False, True, False, False]
+    assert torch.allclose(gradient, truth, rtol=1e-4, atol=1e-6)
 
 
 @paired(beta=BETAS, level=["token", "sequence"], backend=BACKENDS)

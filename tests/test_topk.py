@@ -230,6 +230,22 @@ def test_confident_tokens(backend: str, device: str, kl: Any, t: float, certain:
 
 
 @pytest.mark.parametrize(("kl", "t"), FORMS)
+def test_a_token_that_the_student_forbids(backend: str, device: str, kl: Any, t: float) -> None:
+    """It has no gradient, and the row is dropped where the divergence is infinite."""
+    given = batch(torch.float32)
+    ids, target = given["ref_topk"][0], given["target"]
+    forbidden = ids[..., 0].clamp(0, V - 1)
+    forbidden = torch.where(forbidden == target, (target + 1) % V, forbidden)
+    given["logits"] = given["logits"].scatter(-1, forbidden[..., None], -math.inf)
+    given["objective"] = DAPO.replace(kl=kl, interpolation=t)
+    out, gradient = run(fused_loss, moved(given, device), backend=backend)
+    exact, truth = run(reference_loss, given | {"logits": given["logits"].double()})
+    assert torch.equal(out._dropped.cpu(), exact._dropped)
+    assert bool(exact._dropped.any()) == (t == FORWARD)
+    assert torch.allclose(gradient.cpu().double(), truth, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kl", "t"), FORMS)
 def test_packed_rows_and_a_second_backward(backend: str, device: str, kl: Any, t: float) -> None:
     spec = DAPO.replace(kl=kl, interpolation=t)
     given = moved(batch(torch.float32), device)

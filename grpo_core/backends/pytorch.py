@@ -161,7 +161,9 @@ class _Softmax:
             surprise = weigh(self.log_p, self.log_p + entropy[:, None])
             dlogits -= row_gradients.dentropy.double()[:, None] * surprise
         if row_gradients.dkl is not None and self.log_q is not None and kl is not None:
-            dlogits += row_gradients.dkl.double()[:, None] * self._dkl(self.log_q, kl)
+            dkl = row_gradients.dkl.double()[:, None]
+            # a KL that has no part in the gradient may be infinite or NaN
+            dlogits += torch.where(dkl == 0, 0.0, dkl * self._dkl(self.log_q, kl))
         still = ~row_gradients.any[:, None]
         if self.interpolation != 0:
             # a token that the policy all but forbids has a gradient of the forward KL

@@ -263,8 +263,12 @@ class ShardedBackend(WrappedBackend):
             at_column = at_column - torch.where(p == 0, 0.0, dentropy * p * (log_p + stats.entropy))
             of_share = of_share + dentropy * (log_share + stats.entropy - entropy)
         if dkl is not None and stats.kl is not None:
-            at_column += torch.where(p == 0, 0.0, dkl * p * (log_p - log_q - stats.kl))
-            of_share = of_share - dkl * (log_share - ref_share + kl - stats.kl)
+            # a KL that has no part in the gradient may be infinite or NaN
+            gap = torch.where(dkl == 0, 0.0, log_p - log_q - stats.kl)
+            at_column += torch.where(p == 0, 0.0, dkl * p * gap)
+            of_share = of_share - dkl * torch.where(
+                dkl == 0, 0.0, log_share - ref_share + kl - stats.kl
+            )
         moves = row_gradients.any & (column >= 0)
         here = moves & (share != 0)
         local = RowGradients._make(

@@ -153,6 +153,12 @@ class SoftmaxRows:
             # KL(p ‖ m), of the target and of the others
             to_mixture = log_to_mixture(stats.logp, ref_logp, interpolation)
             self.kl = weigh(stats.logp, to_mixture) + stats.state[-1]
+        if row_gradients.dkl is not None and self.ref_lse is not None and self.kl is not None:
+            # a KL that has no part in the gradient may be infinite or NaN
+            self.without_kl = row_gradients.dkl == 0
+            self.kl, self.ref_lse = (
+                x.masked_fill(self.without_kl, 0.0) for x in (self.kl, self.ref_lse)
+            )
         self.target_gradient = _gradient_at_target(row_gradients, stats, ref_logp, interpolation)
 
     def dlogits(
@@ -174,6 +180,7 @@ class SoftmaxRows:
             if dkl is not None:
                 assert ref_logits is not None and self.ref_lse is not None and self.kl is not None
                 log_q, beta = ref_logits.div_(T).sub_(self.ref_lse[chunk, None]), self.interpolation
+                log_q.masked_fill_(self.without_kl[chunk, None], 0.0)
                 if beta == 1:
                     term = log_q.neg_().add_(log_p).sub_(self.kl[chunk, None])
                     factor = term.mul_(dkl[:, None]).add_(factor)
@@ -217,5 +224,6 @@ def _gradient_at_target(
         else:
             of_target = weigh(logp, log_to_mixture(logp, ref_logp.double(), beta))
             term = (1 - beta) * (-of_target * torch.expm1(logp) - p * stats.state[-1])
+        possible = possible & (row_gradients.dkl != 0)
         value = value + torch.where(possible, row_gradients.dkl.double() * term, 0.0)
     return value.float()

@@ -28,7 +28,7 @@ from grpo_core.loss.compile import logp_in_graph, loss_in_graph, register_functi
 from grpo_core.loss.inputs import LossInputs, find_shared_objective
 from grpo_core.loss.outputs import LossOutput as LossOutput
 from grpo_core.loss.outputs import TokenLogp as TokenLogp
-from grpo_core.loss.row_inputs import RowInputs, check_kept
+from grpo_core.loss.row_inputs import RowInputs
 from grpo_core.loss.tokens import IGNORE
 from grpo_core.objective.objective import Objective
 
@@ -242,13 +242,12 @@ def token_logp(
 def logp_from_logits(logits: Tensor, inputs: RowInputs) -> TokenLogp:
     """`token_logp` outside of `torch.compile`."""
     shards = inputs.shards(logits)
-    # the fewest launches: a row whose target is outside [0, V) is not read
-    target, kept = inputs.read_target(logits, shards), None
+    # a row whose target is outside [0, V) is not read
+    target, kept = inputs.flat_target(logits, shards), None
+    if inputs.kept is not None:
+        *_, kept = inputs.read(logits, shards)
     if inputs.mask is not None:
         target = torch.where(inputs.mask.reshape(-1) != 0, target, IGNORE)
-    if inputs.kept is not None:
-        present = (target >= 0) & (target < logits.shape[-1])
-        kept = check_kept(inputs.kept, logits, present, inputs.validate)
     kernels = inputs.kernels(logits, target, kept, shards)
     rows = Rows(make_readable(logits), float(inputs.temperature))
     stats = kernels.row_stats(rows, target)

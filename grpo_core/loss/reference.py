@@ -64,6 +64,8 @@ def reference_loss(
         outside[tokens.kept.rows(torch.arange(len(ids), device=ids.device)), ids] = False
         rows = rows.masked_fill(outside, -torch.inf)
         ref = None if ref is None else ref.masked_fill(outside, -torch.inf)
+    if ref is not None and tokens.nll_weight is not None:
+        ref = torch.where(tokens.valid[:, None], ref, rows.detach())
     reference = ref if inputs.ref_topk is None else inputs.ref_topk
     loss, vectors, finite, tokens = _evaluate(rows, reference, tokens)
     kept = tokens.read & finite
@@ -161,7 +163,8 @@ def _exact_kl(log_p: Tensor, log_q: Tensor, interpolation: float = 1.0) -> Tenso
         log_m = torch.logaddexp(*parts)
         kls = (_exact_kl(log, log_m) for log in (log_p, log_q))
         return sum(w * kl for w, kl in zip(weights, kls, strict=True))  # type: ignore[return-value]
-    possible = log_p.exp() > 0
+    # not 0, or NaN
+    possible = log_p.exp() != 0
     gap = torch.where(possible, log_p - log_q, 0.0)
     return (torch.where(possible, log_p.exp(), 0.0) * gap).sum(1)
 
@@ -171,6 +174,9 @@ def _topk_kl(log_p: Tensor, ids: Tensor, log_q: Tensor, spec: Objective) -> Tens
     ids, log_q = (x.reshape(len(log_p), -1) for x in (ids.long(), log_q.to(log_p.dtype)))
     V = log_p.shape[1]
     present = (ids >= 0) & (ids < V) & (log_q > -torch.inf)
+    if spec.interpolation:
+        # finite, so that a forbidden entry has a gradient of 0
+        log_p = log_p.clamp(min=-1e30)
     log_p = torch.nn.functional.pad(log_p, (0, 1))
     places = torch.where(present, ids, V)
     p_tail = log_p.exp().scatter(1, places, 0.0)[:, :V].sum(1, keepdim=True)

@@ -79,26 +79,23 @@ class RowInputs:
             self.check_logits(logits)
         return find_shards(self.group, self.vocabulary_start, logits, same | self.same)
 
-    def read(
-        self, logits: Tensor, shards: Shards | None
-    ) -> tuple[Tensor, Tensor, Tensor, Kept | None]:
-        """(target, whether unmasked, whether also in [0, V): [N] each; the kept ids), checked.
-
-        The target is int64 with a stride of 1. Of the logits only shape, dtype and device are used.
-        """
-        target = self.read_target(logits, shards)
-        V = logits.shape[-1] if shards is None else shards.V
-        unmasked = find_unmasked(target, self.mask)
-        present = unmasked & (target >= 0) & (target < V)
-        return target, unmasked, present, check_kept(self.kept, logits, present, self.validate)
-
-    def read_target(self, logits: Tensor, shards: Shards | None) -> Tensor:
-        """The target alone, [N] int64 with a stride of 1; it and the mask are checked."""
+    def flat_target(self, logits: Tensor, shards: Shards | None) -> Tensor:
+        """[N] int64 with a stride of 1, checked; of the logits only shape and device are used."""
         check_concrete(target=self.target, mask=self.mask, kept=self.kept)
         check_unsharded(shards, kept=self.kept)
         target = check_target(whole_logits(logits, shards), self.target, self.mask, self.validate)
         # `reshape` would keep a column of a matrix as a view
         return target.reshape(-1).contiguous()
+
+    def read(
+        self, logits: Tensor, shards: Shards | None
+    ) -> tuple[Tensor, Tensor, Tensor, Kept | None]:
+        """(`flat_target`, whether unmasked, whether also in [0, V): [N] each; the kept ids)."""
+        target = self.flat_target(logits, shards)
+        V = logits.shape[-1] if shards is None else shards.V
+        unmasked = find_unmasked(target, self.mask)
+        present = unmasked & (target >= 0) & (target < V)
+        return target, unmasked, present, check_kept(self.kept, logits, present, self.validate)
 
     def kernels(
         self,

@@ -333,7 +333,7 @@ def write_gradient(row, ref_row, out, target, scale, interpolation, found, row_g
         if z > 0 and entropy < SURE:
             sure, below, moment = read_below_sure(row, target, scale, anchor, block)
             at_sure = inverse * dentropy * LN2 * moment / (1 + below) ** 2
-    # a KL that is only measured may be infinite
+    # a KL that has no part in the gradient may be infinite or NaN
     if ref_row is not None and dkl != 0:
         ref_log_total = math.log(np.float64(ref_total))
         ref_z = target_gap(ref_row, target, scale, ref_anchor, ref_log_total)
@@ -379,7 +379,7 @@ def write_gradient(row, ref_row, out, target, scale, interpolation, found, row_g
     for first in range(0, V, BLOCK):
         count = min(BLOCK, V - first)
         load(row, first, count, block)
-        if ref_row is not None:
+        if ref_row is not None and dkl != 0:
             load(ref_row, first, count, ref_block)
             weigh(
                 block, ref_block, count, (anchor, ref_anchor), step,
