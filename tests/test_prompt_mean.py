@@ -23,9 +23,10 @@ from tests.micro import MAX_NEW_TOKENS, draw_problems, micro_model, share_of_sev
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*ran into max_new_tokens"),
     pytest.mark.filterwarnings("ignore:.*had equal rewards"),
+    pytest.mark.filterwarnings("ignore:.*no reward applies"),
 ]
 
-P, G, RATE = 5, 4, 0.1
+P, G, RATE = 5, 4, 0.03
 SCALERL = RECIPES["scalerl"]
 # the weights of the other terms are those of the policy term
 WITH_KL = SCALERL.replace(beta=0.3, kl="k3", entropy_coef=0.2)
@@ -99,11 +100,14 @@ def logp_and_entropy(model: nn.Module, prompt: list[int], ids: list[int]) -> tup
     return log_p[range(len(ids)), ids], -(log_p.exp() * log_p).sum(-1)
 
 
-def oracle(settings: TrainerConfig, split: Sequence[Sequence[int]]) -> nn.Module:
-    """The updates in float64, one completion after the other; `split` are minibatches of groups."""
+def oracle(settings: TrainerConfig, split: Sequence[Sequence[int]]) -> tuple[nn.Module, list[int]]:
+    """The updates in float64, one completion after the other, and the groups in each.
+
+    `split` are minibatches of groups.
+    """
     start, drawn = micro_model().double(), given()
     model, A = copy.deepcopy(start), advantages([g for part in split for g in part])
-    completions, spec = drawn.completions(), settings.objective
+    completions, spec, counts = drawn.completions(), settings.objective, []
     for part in [*split] * settings.epochs:
         means = []
         for g in part:
@@ -122,12 +126,13 @@ def oracle(settings: TrainerConfig, split: Sequence[Sequence[int]]) -> nn.Module
                 tokens.append(spec.beta * kl - gain - spec.entropy_coef * entropy)
             if tokens:
                 means.append(torch.cat(tokens).mean())
+        counts.append(len(means))
         model.zero_grad()
         torch.stack(means).mean().backward()
         with torch.no_grad():
             for weight in model.parameters():
                 weight -= RATE * weight.grad  # type: ignore[operator]
-    return model
+    return model, counts[: len(split)]
 
 
 VARIED = [g for g in GROUPS if g != 3]
@@ -153,7 +158,7 @@ VARIED = [g for g in GROUPS if g != 3]
 )
 def test_updates_are_those_of_the_formula(changes: dict[str, Any], split: Any) -> None:
     run, metrics = trained(**changes)
-    expected = oracle(run.config, split)
+    expected, counts = oracle(run.config, split)
     assert metrics["skipped_updates"] == 0
     moved = 0.0
     for mine, other, start in zip(
@@ -164,7 +169,7 @@ def test_updates_are_those_of_the_formula(changes: dict[str, Any], split: Any) -
     assert moved > 1e-2
     shares = [[float((1 / part.group_rows).sum()) for part in parts] for parts in run.dealt]
     # of each group 1 in all; a microbatch has a part of some
-    assert [sum(each) for each in shares] == pytest.approx([len(part) for part in split])
+    assert [sum(each) for each in shares] == pytest.approx(counts)
     if run.config.tokens_per_microbatch:
         assert any(abs(share - round(share)) > 0.1 for each in shares for share in each)
     else:
@@ -229,7 +234,7 @@ def test_a_bad_normalizer_of_a_token_is_named() -> None:
     divisor = torch.ones(2, 3)
     divisor[1, 1] = 0
     given = {"objective": "dapo", "advantage": torch.ones(2), "normalizer": divisor}
-    with pytest.raises(ValueError, match="normalizer: expected finite numbers > 0, got 0.0 at row"):
+    with pytest.raises(ValueError, match=r"finite numbers > 0, got 0\.0 at row 4"):
         fused_loss(logits, target, **given)
     # unchecked, its weight is 0
     leaf = logits.clone().requires_grad_()
