@@ -143,7 +143,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
         "temperature: expected a finite Python number >= 0.0001, got nan",
     ),
     ({"normalizer": 0}, "normalizer: expected a finite number > 0, got 0"),
-    ({"normalizer": (2,)}, "normalizer: expected shape [], got [2]"),
+    ({"normalizer": (2,)}, "normalizer: expected shape [] or [4, 3], got [2]"),
     ({"normalizer": torch.tensor(0.0)}, "normalizer: expected a finite number > 0, got 0.0"),
     ({"normalizer": torch.tensor(-3)}, "normalizer: expected a finite number > 0, got -3"),
     ({"normalizer": torch.tensor(torch.nan)}, "normalizer: expected a finite number > 0, got nan"),

@@ -71,7 +71,6 @@ FEW = ("dapo", "gspo")
         *(
             pytest.param(recipe, id=name, marks=() if name in FEW else pytest.mark.slow)
             for name, recipe in RECIPES.items()
-            if not recipe.averages_prompts
         ),
     ],
 )
@@ -91,11 +90,6 @@ def test_every_loss_trains_the_same_model(objective: Any) -> None:
         for other in others:
             # 8 AdamW updates of up to 1e-3 each; float32 rounding moves them by a thirtieth of one
             torch.testing.assert_close(other, naive, rtol=0, atol=3e-5)
-
-
-def test_an_aggregation_over_groups_is_refused() -> None:
-    with pytest.raises(ValueError, match="objective: expected an aggregation of tokens or sequenc"):
-        Trainer(micro_model(), draw_problems, share_of_sevens, config(objective=RECIPES["scalerl"]))
 
 
 def test_a_model_that_caps_its_logits_trains_from_hidden_states_only() -> None:
@@ -320,7 +314,7 @@ def test_an_adapter_switched_off_is_the_reference() -> None:
 
 @pytest.mark.parametrize("loss", ["fused", pytest.param("logits", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "name", ["dapo", "gspo", *slow("grpo", "dr_grpo", "luspo", "vespo", "rloo")]
+    "name", ["dapo", "gspo", *slow("grpo", "dr_grpo", "luspo", "scalerl", "vespo", "rloo")]
 )
 def test_parts_of_a_minibatch_make_the_same_update(name: str, loss: str) -> None:
     """Divisors are those of the whole; a part has at most so many places, and whole sequences."""

@@ -70,6 +70,8 @@ CASES: dict[str, tuple[dict[str, Any], Sequence[int], dict[str, Any]]] = {
     "token sum": ({"objective": DAPO.replace(aggregation="token_sum")}, LENGTHS, {"rate": 1e-3}),
     "constant length": ({"objective": RECIPES["dr_grpo"]}, LENGTHS, {}),
     "sequences": ({"objective": RECIPES["gspo"]}, LENGTHS, {}),
+    "prompts": ({"objective": RECIPES["scalerl"]}, LENGTHS, {}),
+    "unequal, prompts": (PARTS | {"objective": RECIPES["scalerl"]}, UNEQUAL, {}),
     "batch statistics": ({"objective": RECIPES["reinforce_plus_plus"]}, LENGTHS, {}),
     "leave one out": (
         {"objective": DAPO.replace(advantage=Estimator("leave_one_out", None))},
@@ -109,6 +111,8 @@ UNWRAPPED = (
     "token sum",
     "constant length",
     "sequences",
+    "prompts",
+    "unequal, prompts",
     "batch statistics",
     "leave one out",
     "entropy",

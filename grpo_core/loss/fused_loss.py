@@ -105,8 +105,9 @@ def fused_loss(
             0.05 / their number there, 0 elsewhere. The logits are then read twice.
         sequence_id: [N] integers in [0, N), for packed logits: the sequence of each row; it also
             indexes `rewards`.
-        normalizer: what the sum is divided by, a number or 0-dim tensor; None means this call's
-            own count, see `aggregation`. Under gradient accumulation give the global count of what
+        normalizer: what the sum is divided by, a number or 0-dim tensor; or shaped like target,
+            what each token's weight is divided by. None means this call's own count, see
+            `aggregation`. Under gradient accumulation give the global count of what
             the aggregation counts: tokens, sequences, or sequences · length. Put a factor c of the
             loss here, as n / c: `(c * loss).backward()` rounds a bfloat16 gradient
             twice unless c is a power of two (at most 2⁻⁷ of an element instead of 2⁻⁸).

@@ -103,7 +103,8 @@ class LossInputs(RowInputs):
             return vector.detach().to(dtype).reshape(-1).contiguous()
 
         old_logp, ref_logp = flatten("old_logp"), flatten("ref_logp")
-        sampler_logp, normalizer = flatten("sampler_logp"), self._check_normalizer(logits)
+        sampler_logp = flatten("sampler_logp")
+        normalizer = self._check_normalizer(logits, unmasked, dtype)
         sequence_id = self._check_sequences(logits, unmasked)
         if self.rewards is not None:
             advantage = estimate_advantages(
@@ -268,8 +269,10 @@ class LossInputs(RowInputs):
                     raise_first(name, expected, vector, given & bad)
         return torch.where(given & inside, weight, 0.0)
 
-    def _check_normalizer(self, logits: Tensor) -> Tensor | float | None:
-        """The divisor as a constant: None, a number > 0 or a real 0-dim tensor."""
+    def _check_normalizer(
+        self, logits: Tensor, unmasked: Tensor, dtype: torch.dtype
+    ) -> Tensor | float | None:
+        """The divisor as a constant: None, a number > 0, a real 0-dim tensor, or [N] of `dtype`."""
         spec, normalizer, packed = self.objective, self.normalizer, logits.ndim == 2
         if packed and spec.entropy_coef and spec.entropy_aggregation == "constant_length":
             raise ValueError(
@@ -283,10 +286,20 @@ class LossInputs(RowInputs):
                 )
             return None
         if isinstance(normalizer, Tensor):
-            device = None if normalizer.device.type == "cpu" else logits.device
-            check_mask("normalizer", normalizer, (), device=device)
+            on_host = normalizer.device.type == "cpu" and not normalizer.ndim
+            device = None if on_host else logits.device
+            check_mask("normalizer", normalizer, (), tuple(logits.shape[:-1]), device=device)
+            normalizer = normalizer.detach()
+            if normalizer.ndim:
+                vector = normalizer.reshape(-1).to(dtype)
+                if must_validate(self.validate, vector):
+                    bad = unmasked & ~((vector > 0) & vector.isfinite())
+                    if bad.any():
+                        raise_first("normalizer", "finite numbers > 0", vector, bad)
+                # unchecked, a bad row gets weight 0; so does a masked one, whatever it has
+                return torch.where(vector > 0, vector, torch.inf)
             if not must_validate(self.validate, normalizer):
-                return normalizer.detach()
+                return normalizer
             normalizer = normalizer.item()
         check_number("a finite number > 0", normalizer=normalizer)
         return normalizer

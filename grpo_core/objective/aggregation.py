@@ -11,6 +11,7 @@
 
 A masked token has weight 0. With the global count as `normalizer`, the sum over micro-batches and
 over data-parallel ranks is the loss of the whole batch; for prompt_mean only if no group is split.
+Groups are split by token_sum with a normalizer [N]: tokens of the token's group · number of groups.
 
 Source: sequence_mean: GRPO (arXiv 2402.03300); token_mean: DAPO (2503.14476); constant_length:
 Dr. GRPO (2503.20783); prompt_mean: ScaleRL (2510.13786).
@@ -47,7 +48,7 @@ def token_weights(
         aggregation: a row of the table above.
         sequences: upper bound on the number of sequences.
         width: padded length of a sequence, tokens; the default length of constant_length.
-        normalizer: the divisor; None means the table's.
+        normalizer: the divisor, a number or [N]; None means the table's.
         dtype: of the result.
 
     Returns:

@@ -94,6 +94,8 @@ class Batch:
     sampler_logp: Tensor  # [N] float32, nats
     old_logp: Tensor | None = None  # [N] float32, nats
     ref_logp: Tensor | None = None  # [N] float32, nats
+    # of prompt_mean: rows of the group in the whole minibatch
+    group_rows: Tensor | None = None  # [N] int64
     # critic of PPO: its values at the time of the rollout, and their targets
     value: Tensor | None = None  # [N] float32
     returns: Tensor | None = None  # [N] float32
@@ -170,7 +172,8 @@ class Batch:
             kept=self.rows.kept and self.rows.kept.select(self.rows.column[:0]),
         )
         none = self.advantage[:0]
-        return Batch(rows=rows, advantage=none, sampler_logp=none, is_filler=True)
+        group_rows = None if self.group_rows is None else self.group_rows[:0]
+        return Batch(rows, none, sampler_logp=none, group_rows=group_rows, is_filler=True)
 
 
 def pack(

@@ -98,9 +98,13 @@ def check_ranks(config: TrainerConfig) -> None:
             "shard: expected a process group for 'fsdp': start with torchrun, or call "
             "torch.distributed.init_process_group before"
         )
-    if world() == 1:
-        return
     ranks, prompts, objective = world(), config.prompts_per_step, config.objective
+    if objective.aggregation == "prompt_mean" and config.minibatches > prompts // ranks:
+        expected = f"at most {prompts // ranks}, the prompts of a step on each rank"
+        got = f"{config.minibatches}, which would split groups of prompt_mean"
+        raise ValueError(f"minibatches: expected {expected}, got {got}")
+    if ranks == 1:
+        return
     completions = prompts * config.group_size // ranks
     if prompts % ranks:
         expected = f"a multiple of {ranks}, the number of ranks"
@@ -158,6 +162,10 @@ def loss_divisor(parts: Sequence[Batch], objective: Objective, longest: int) -> 
         return None if world() == 1 else 1 / world()
     if aggregation == "constant_length":
         count = sum(len(part.rows.ids) for part in parts if not part.is_filler) * longest
+    elif aggregation == "prompt_mean":
+        # the shares of a group's rows, in whichever parts, add up to 1
+        group_rows = torch.cat([p.group_rows for p in parts if p.group_rows is not None])
+        count = round(float(group_rows.double().reciprocal().sum()))
     elif len(parts) == 1 and world() == 1:
         return None
     elif aggregation == "token_mean":

@@ -58,15 +58,21 @@ def packed_loss(
         divisor: see `distributed.loss_divisor`.
         reference: the reference policy; its distributions are used by kl="exact" only.
     """
-    rows = part.rows
+    rows, objective = part.rows, config.objective
+    normalizer: Tensor | float | None = divisor
+    if part.group_rows is not None and divisor is not None:
+        # prompt_mean, also of groups that microbatches split
+        objective = objective.replace(aggregation="token_sum")
+        normalizer = divisor * part.group_rows
     terms: dict[str, Any] = {
-        "objective": config.objective,
+        "objective": objective,
         "advantage": part.advantage,
         "old_logp": part.old_logp,
         "ref_logp": part.ref_logp,
         "kept": rows.kept,
-        "sequence_id": rows.sequence,
-        "normalizer": divisor,
+        # numbered without those that have no row, since ids are below N
+        "sequence_id": rows.sequence.diff(prepend=rows.sequence[:1]).ne(0).cumsum(0),
+        "normalizer": normalizer,
         "temperature": config.sampling.temperature,
     }
     if config.objective.factor.needs_sampler:

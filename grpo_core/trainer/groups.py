@@ -133,13 +133,24 @@ def group_advantages(rewards: Tensor, config: TrainerConfig) -> Tensor:
 def split_minibatches(
     packed: Batch, rewards: Tensor, order: Tensor, config: TrainerConfig
 ) -> list[Batch]:
-    """Splits the kept of S sequences, in this order, into minibatches; an empty one is a filler."""
-    kept = _is_kept(rewards, config)
+    """Splits the kept of S sequences, in this order, into minibatches; an empty one is a filler.
+
+    For prompt_mean minibatches take whole groups, in the order of their first sequences.
+    """
+    kept, size = _is_kept(rewards, config), 1
+    if config.objective.aggregation == "prompt_mean":
+        size, group = config.group_size, packed.rows.sequence // config.group_size
+        counts = torch.bincount(group[kept[packed.rows.sequence]], minlength=len(kept))
+        packed = replace(packed, group_rows=counts[group])
+    units = order[order % size == 0] // size
     if config.dynamic_sampling == "off":
         # split first: every rank then has the same sizes, whichever rewards are NaN
-        parts = [part[kept[part]] for part in order.chunk(config.minibatches)]
+        split = units.chunk(config.minibatches)
     else:
-        parts = list(order[kept[order]].tensor_split(config.minibatches))
+        split = units[kept.view(-1, size).any(1)[units]].tensor_split(config.minibatches)
+    members = torch.arange(size, device=order.device)
+    parts = [(part[:, None] * size + members).flatten() for part in split]
+    parts = [part[kept[part]] for part in parts]
     return [packed.select(part) if len(part) else packed.filler() for part in parts]
 
 

@@ -121,10 +121,10 @@ class Trainer:
         environment: Episodes | None = None,
     ) -> None:
         check_ranks(config)
-        if config.objective.averages_prompts:
-            got = "'prompt_mean', whose groups minibatches would split"
+        if config.objective.entropy_aggregation == "prompt_mean":
+            got = "'prompt_mean', whose groups microbatches would split"
             raise ValueError(
-                f"objective: expected an aggregation of tokens or sequences, got {got}"
+                f"objective.entropy_aggregation: expected one of tokens or sequences, got {got}"
             )
         if problems := getattr(draw_problems, "problems", None):
             longest = max(len(problem.prompt) for problem in problems)
