@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -233,6 +234,12 @@ def test_several_servers_share_the_prompts(vllm: None, tmp_path: Path) -> None:
             sync.draw([[5]], Sampling(2), 0)
 
 
+@pytest.mark.parametrize("url", ["", "http://a:1,", "http://a:1, http://a:1/"])
+def test_a_server_given_twice_is_refused(url: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="rollout_url: expected one or several that differ, got"):
+        VllmServer(url, micro_model(), folder=str(tmp_path))
+
+
 def test_weights_have_the_dtype_of_the_server(vllm: None, tmp_path: Path) -> None:
     half = micro_model(seed=9).bfloat16()
     workers = [Worker(half, "nccl"), Worker(micro_model(), "nccl")]
@@ -282,6 +289,9 @@ def test_files_come_in_pieces_and_go(
     engine: Any = VllmEngine(path, micro_model(), folder=str(folder))
     engine.worker, left = LLM.made.worker, folder / "grpo_core-1-0.safetensors.part"
     left.write_text("of a run that was killed")
+    os.utime(left, (0, 0))
+    other = folder / "grpo_core-2-0.safetensors"
+    other.write_text("of a run beside this one")
     monkeypatch.setattr(vllm_files, "PIECE_BYTES", 1000)
     seen = []
     monkeypatch.setattr(
@@ -291,7 +301,7 @@ def test_files_come_in_pieces_and_go(
     )
     EngineSync(micro_model(), engine).draw([[5]], Sampling(2), 0)
     assert same_weights(engine, micro_model())
-    assert len(seen) > 3 and set(seen) == {1} and not [*folder.iterdir()]
+    assert len(seen) > 3 and set(seen) == {2} and [*folder.iterdir()] == [other]
 
 
 def spied(call: Any, before: Any) -> Any:

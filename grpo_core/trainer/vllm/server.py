@@ -159,6 +159,9 @@ class VllmServer(Vllm):
     ) -> None:
         self.transfer = Nccl() if folder is None else Folder(folder)
         self.client = servers = Servers([Server(each.strip()) for each in url.split(",")])
+        urls = [each.url for each in servers.servers]
+        if not all(urls) or len({*urls}) < len(urls):
+            raise ValueError(f"rollout_url: expected one or several that differ, got {url!r}")
         backend = self.transfer.backend
         found = {check_server(each, backend, longest, keeps) for each in servers.servers}
         if len(found) > 1:
