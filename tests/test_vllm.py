@@ -127,8 +127,8 @@ def test_seeds_come_from_torchs_generator_and_differ_within_a_group(engine: Any)
     for _ in range(2):
         torch.manual_seed(4)
         drawn.append(rollouts.draw([[5, 6]] * 6, Sampling(MAX_NEW_TOKENS), 0))
-        # a connection that breaks is tried once more, with the same seed
-        engine.worker.drops = 1
+        # a connection that breaks is tried again, with the same seed
+        engine.worker.drops = 2
     assert torch.equal(drawn[0].completion, drawn[1].completion)
     assert torch.equal(drawn[0].sampler_logp, drawn[1].sampler_logp)
     assert len({tuple(ids) for ids in drawn[0].completions()}) > 3
@@ -232,6 +232,9 @@ def test_several_servers_share_the_prompts(vllm: None, tmp_path: Path) -> None:
         workers[1].version = "default"
         with pytest.raises(RuntimeError, match="of step 0, got version None"):
             sync.draw([[5]], Sampling(2), 0)
+        workers[1].name = "larger"
+        with pytest.raises(ValueError, match=r"of one model, got \['larger', 'micro'\]"):
+            VllmServer(f"{first},{second}", micro_model(), folder=str(tmp_path))
 
 
 @pytest.mark.parametrize("url", ["", "http://a:1,", "http://a:1, http://a:1/"])
