@@ -262,8 +262,9 @@ class Worker:
     calls: list[str] = field(default_factory=list)
     # raised by the next update, once
     fails: Exception | None = None
-    # connections that the server drops without an answer
+    # connections that the server drops without an answer, or with a part of one
     drops: int = 0
+    name: str = "micro"
     # started with return_sampling_mask
     keeps: bool = False
     # tells no masks all the same, as batch-sharded sampling does

@@ -29,7 +29,7 @@ def server(
     }
     gets: dict[str, Callable[[], Any]] = {
         "/server_info": lambda: {"vllm_config": config},
-        "/v1/models": lambda: {"data": [{"id": "micro", "max_model_len": worker.longest}]},
+        "/v1/models": lambda: {"data": [{"id": worker.name, "max_model_len": worker.longest}]},
         "/weight_info": lambda: {"weight_version": worker.call("get_weight_version")},
         "/get_world_size": lambda: {"world_size": 1},
         "/is_paused": lambda: {"is_paused": worker.paused},
@@ -79,6 +79,11 @@ def server(
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if worker.drops and "completions" in self.path:
                 worker.drops -= 1
+                if worker.drops % 2:
+                    # an answer that breaks off
+                    self.send_response(200)
+                    self.send_header("Content-Length", "9")
+                    self.end_headers()
                 return
             path, _, query = self.path.partition("?")
             # running requests are not aborted, new ones wait

@@ -145,25 +145,47 @@ def test_it_is_the_loop_written_out_by_hand(waiting: bool) -> None:
 
 
 def test_the_ratio_is_to_the_sampler() -> None:
-    """Its log-probabilities are half a nat too low; nothing else is computed for the ratio."""
+    """Its log-probabilities are 0.4 nats too low; nothing else is computed for the ratio."""
     for k in range(2):
-        run = trainer(begun(off=-0.5), minibatches=1, epochs=1, model=micro_model())
+        run = trainer(begun(off=-0.4), minibatches=1, epochs=1, model=micro_model())
         assert run.config.old_logp == "sampler"
         metrics = [run.step() for _ in range(k + 1)][-1]
         assert "sampler_mismatch" not in metrics
         if k == 0:
-            assert metrics["ratio_min"] == pytest.approx(math.exp(0.5), rel=1e-4)
-            assert metrics["ratio_max"] == pytest.approx(math.exp(0.5), rel=1e-4)
+            assert metrics["ratio_min"] == pytest.approx(math.exp(0.4), rel=1e-4)
+            assert metrics["ratio_max"] == pytest.approx(math.exp(0.4), rel=1e-4)
         else:
             # weights that have moved since
             assert metrics["ratio_max"] - metrics["ratio_min"] > 0.1
 
 
+def test_an_engine_without_a_part_of_the_weights_is_refused_at_the_start() -> None:
+    """By one more forward, of the first completions alone, which draws no random numbers."""
+    run = trainer(begun(skips="lm_head"))
+    with pytest.raises(RuntimeError, match=r"sampler_mismatch: .* the head of tied embeddings"):
+        run.step()
+    assert run.steps_done == 0
+    # also in turn with the training
+    sync = trainer(begun(skips="lm_head"), asynchronous=0, old_logp="sampler")
+    with pytest.raises(RuntimeError, match=r"sampler_mismatch: .* the head of tied embeddings"):
+        sync.step()
+    runs = [trainer(begun()) for _ in range(2)]
+    runs[1].sampler.is_checked = True
+    for _ in range(2):
+        first, second = (without_times([run.step()]) for run in runs)
+        assert first == second
+    assert runs[0].sampler.is_checked and same_weights(runs[0].model, runs[1].model)
+    # completions by other weights than the trainer's say nothing
+    runs[0].sampler.is_checked, runs[0].sampler.engine.off = False, -0.6
+    runs[0].step()
+    runs[0].step()
+
+
 def test_a_correction_without_a_ratio_compares_with_the_sampler() -> None:
     factor = PolicyFactor(SamplerCorrection(high=5.0), current=True)
     objective = RECIPES["gpg"].replace(factor=factor)
-    metrics = trainer(begun(off=-0.5), objective=objective, model=micro_model(), epochs=1).step()
-    assert metrics["factor_mean"] == pytest.approx(math.exp(0.5), rel=0.1)
+    metrics = trainer(begun(off=-0.4), objective=objective, model=micro_model(), epochs=1).step()
+    assert metrics["factor_mean"] == pytest.approx(math.exp(0.4), rel=0.1)
     plain = RECIPES["dapo"].replace(factor=PolicyFactor(SamplerCorrection()))
     with pytest.raises(ValueError, match=r"objective\.factor: expected current=True with asynchr"):
         trainer(begun(), objective=plain)
@@ -277,6 +299,53 @@ def test_an_evaluation_waits_and_has_the_newest_weights() -> None:
     assert run.draw([[3, 4]], SAMPLING)
 
 
+def test_no_weights_are_sent_before_the_rollouts_of_all_ranks_have_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rank 0 would send while another one still samples."""
+    run = trainer(engine := begun())
+    run.step()
+    waited: list[tuple[bool, list[int]]] = []
+
+    def barrier() -> None:
+        waited.append((run.ahead.round.done(), list(engine.updates)))
+
+    monkeypatch.setattr("grpo_core.trainer.ahead.barrier", barrier)
+    run.draw([[3, 4]], SAMPLING)
+    assert waited == [(True, [0])] and engine.updates == [0, 1]
+
+
+def test_an_end_drops_the_round_that_it_breaks_off() -> None:
+    """The end of the second process is not the error of a later step."""
+    gate = threading.Event()
+    run = trainer(begun(hold=gate.wait))
+    run.ahead.begin(0)
+    pending = run.ahead.round
+
+    class Ended:
+        def close(self) -> None:
+            gate.set()
+            pending.result()
+
+    run.sampler.worker = Ended()
+    run.ahead.close()
+    assert run.ahead.round is None
+
+
+def test_a_resume_starts_the_second_process_which_takes_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also before a last step, for which nothing is sampled."""
+    first = trainer(begun(), tmp_path, steps=3)
+    first.console.step = lambda record, *_: stop() if record["step"] == 3 else None
+    with pytest.raises(Stopped):
+        first.train()
+    started = []
+    monkeypatch.setattr("grpo_core.trainer.worker.Worker.start", lambda self: started.append(self))
+    second = trainer(None, tmp_path, steps=3)
+    assert second.resume() == 2 and started == [second.sampler.worker]
+
+
 def test_without_the_option_nothing_runs_ahead() -> None:
     for engine in (None, CopyEngine(micro_model(seed=9))):
         run = trainer(engine, asynchronous=0)
@@ -299,6 +368,8 @@ def test_options_of_the_commands() -> None:
     given: dict[str, Any] = {"model": "m", "data": "d.jsonl", "asynchronous": 1}
     assert RunConfig(**given).trainer(SAMPLING).old_logp == "sampler"
     assert DemoConfig(asynchronous=1).trainer(SAMPLING).old_logp == "sampler"
+    with pytest.raises(ValueError, match="asynchronous: expected 0 with --environment, got 1"):
+        RunConfig(**given, environment="calculator.py:Calculator")
     with pytest.raises(ValueError, match="rollout_sleep: expected False with --asynchronous 1"):
         RunConfig(**given, rollout_sleep=True)
     given["sampler_correction"] = "truncate"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -126,8 +127,8 @@ def test_seeds_come_from_torchs_generator_and_differ_within_a_group(engine: Any)
     for _ in range(2):
         torch.manual_seed(4)
         drawn.append(rollouts.draw([[5, 6]] * 6, Sampling(MAX_NEW_TOKENS), 0))
-        # a connection that breaks is tried once more, with the same seed
-        engine.worker.drops = 1
+        # a connection that breaks is tried again, with the same seed
+        engine.worker.drops = 2
     assert torch.equal(drawn[0].completion, drawn[1].completion)
     assert torch.equal(drawn[0].sampler_logp, drawn[1].sampler_logp)
     assert len({tuple(ids) for ids in drawn[0].completions()}) > 3
@@ -231,6 +232,15 @@ def test_several_servers_share_the_prompts(vllm: None, tmp_path: Path) -> None:
         workers[1].version = "default"
         with pytest.raises(RuntimeError, match="of step 0, got version None"):
             sync.draw([[5]], Sampling(2), 0)
+        workers[1].name = "larger"
+        with pytest.raises(ValueError, match=r"of one model, got \['larger', 'micro'\]"):
+            VllmServer(f"{first},{second}", micro_model(), folder=str(tmp_path))
+
+
+@pytest.mark.parametrize("url", ["", "http://a:1,", "http://a:1, http://a:1/"])
+def test_a_server_given_twice_is_refused(url: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="rollout_url: expected one or several that differ, got"):
+        VllmServer(url, micro_model(), folder=str(tmp_path))
 
 
 def test_weights_have_the_dtype_of_the_server(vllm: None, tmp_path: Path) -> None:
@@ -282,6 +292,9 @@ def test_files_come_in_pieces_and_go(
     engine: Any = VllmEngine(path, micro_model(), folder=str(folder))
     engine.worker, left = LLM.made.worker, folder / "grpo_core-1-0.safetensors.part"
     left.write_text("of a run that was killed")
+    os.utime(left, (0, 0))
+    other = folder / "grpo_core-2-0.safetensors"
+    other.write_text("of a run beside this one")
     monkeypatch.setattr(vllm_files, "PIECE_BYTES", 1000)
     seen = []
     monkeypatch.setattr(
@@ -291,7 +304,7 @@ def test_files_come_in_pieces_and_go(
     )
     EngineSync(micro_model(), engine).draw([[5]], Sampling(2), 0)
     assert same_weights(engine, micro_model())
-    assert len(seen) > 3 and set(seen) == {1} and not [*folder.iterdir()]
+    assert len(seen) > 3 and set(seen) == {2} and [*folder.iterdir()] == [other]
 
 
 def spied(call: Any, before: Any) -> Any:

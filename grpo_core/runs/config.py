@@ -227,6 +227,8 @@ class RunConfig(LearningOptions):
         require(self.rollout_memory <= 1, "rollout_memory", "at most 1", self.rollout_memory)
         is_awake = not (self.asynchronous and self.rollout_sleep)
         require(is_awake, "rollout_sleep", "False with --asynchronous 1", self.rollout_sleep)
+        has_single_turns = not (self.asynchronous and self.environment)
+        require(has_single_turns, "asynchronous", "0 with --environment", self.asynchronous)
         expected = "a folder with --rollout_weights folder, else none"
         is_right = (self.rollout_weights == "folder") == bool(self.rollout_folder)
         require(is_right, "rollout_folder", expected, self.rollout_folder or "none")

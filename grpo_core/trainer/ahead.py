@@ -10,14 +10,14 @@ from __future__ import annotations
 from concurrent.futures import Future, wait
 from dataclasses import asdict
 from functools import partial
-from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from grpo_core.backends.kept import Kept
-from grpo_core.trainer.distributed import all_gather_object, rank, world
+from grpo_core.trainer.distributed import all_gather_object, barrier, rank, world
+from grpo_core.trainer.engine import in_background
 from grpo_core.trainer.groups import Round
 from grpo_core.trainer.rollout import Rollout
 
@@ -49,17 +49,8 @@ class Ahead:
         sample = partial(trainer.sampler.begin, version=trainer.steps_done)
         sampler = sample if sampled is None else lambda *_: lambda: sampled
         finish = trainer.begin_round(step, sample=sampler)
-        future = self.round = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(finish())
-            # raised by `take`
-            except BaseException as error:
-                future.set_exception(error)
-
-        # the end of the program does not wait for a daemon
-        Thread(target=run, daemon=True).start()
+        # an error is raised by `take`
+        self.round = in_background(finish)
 
     def take(self) -> Round:
         """Waits for the round of this step; the first step begins it here."""
@@ -70,15 +61,18 @@ class Ahead:
         return future.result()
 
     def settle(self) -> None:
-        """Waits until nothing runs in the background."""
-        wait([self.round] if self.round else [])
+        """Waits until nothing runs in the background of any rank; all ranks call it together."""
+        if self.round:
+            wait([self.round])
+            # rank 0 may update the engine next
+            barrier()
 
     def close(self) -> None:
         """Ends the second process, and drops a round that is not complete."""
-        if worker := self.trainer.sampler.worker:
-            worker.close()
         if self.round and not self.round.done():
             self.round = None
+        if worker := self.trainer.sampler.worker:
+            worker.close()
 
     def state(self) -> list[dict[str, Any]] | None:
         """The completions of every rank's round, for a checkpoint; all ranks call it together.
@@ -97,6 +91,9 @@ class Ahead:
         self.settle()
         self.round = None
         if states:
+            if worker := self.trainer.sampler.worker:
+                # a step has as many threads as in a run that was not stopped
+                worker.start()
             named = _on(self.trainer.model.device, states[rank()])
             kept = named.pop("kept")
             self.begin(self.trainer.steps_done, Rollout(**named, kept=kept and Kept(**kept)))

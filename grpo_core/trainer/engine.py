@@ -8,8 +8,10 @@ sends them. Completions carry the version they were sampled with; any other vers
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import partial
-from typing import Any, Protocol
+from threading import Thread
+from typing import Any, Protocol, TypeVar
 
 from transformers import PreTrainedModel
 
@@ -19,6 +21,8 @@ from grpo_core.trainer.monitor import MISMATCH_REFUSED, warn
 from grpo_core.trainer.rollout import Rollout, Sampling, rollout
 from grpo_core.trainer.weights import ModelWeights
 from grpo_core.trainer.worker import Worker
+
+T = TypeVar("T")
 
 
 class Engine(Protocol):
@@ -157,3 +161,17 @@ class EngineSync:
         if any_failed:
             raise RuntimeError("engine: rank 0 could not send the weights")
         self.version = version
+
+
+def in_background(call: Callable[[], T]) -> Future[T]:
+    """Calls in a daemon thread, for which the end of the program does not wait."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return future

@@ -43,7 +43,7 @@ from grpo_core.trainer.distributed import (
 from grpo_core.trainer.engine import Engine, EngineSync
 from grpo_core.trainer.environment import Episodes, complete
 from grpo_core.trainer.forward import packed_logp, packed_loss, reference_logp, reference_of
-from grpo_core.trainer.generation import check_context, special_tokens
+from grpo_core.trainer.generation import check_context, evaluation_mode, special_tokens
 from grpo_core.trainer.groups import (
     Round,
     group_advantages,
@@ -126,6 +126,9 @@ class Trainer:
             raise ValueError(
                 f"objective.entropy_aggregation: expected one of tokens or sequences, got {got}"
             )
+        if environment is not None and config.asynchronous:
+            expected = "0 with an environment, whose turns are sampled one after the other"
+            raise ValueError(f"asynchronous: expected {expected}, got {config.asynchronous}")
         if problems := getattr(draw_problems, "problems", None):
             longest = max(len(problem.prompt) for problem in problems)
             check_context(model.config, longest, config.sampling.max_new_tokens)
@@ -153,9 +156,6 @@ class Trainer:
         self.policy = wrap_policy(model, config.shard)
         self.padding_free = is_padding_free(model, config.padding_free, config.autocast)
         self.optimizer = adamw(model.parameters(), config.learning_rate)
-        if environment is not None and config.asynchronous:
-            expected = "0 with an environment, whose turns are sampled one after the other"
-            raise ValueError(f"asynchronous: expected {expected}, got {config.asynchronous}")
         self.environment = environment
         self.sampler = EngineSync(model, engine, bool(config.asynchronous))
         self.ahead = Ahead(self)
@@ -213,7 +213,8 @@ class Trainer:
                 rewards = drawn.rewards.to(device)
                 minibatches = self.minibatches(drawn.rollout, rewards, drawn.order)
                 mismatch = sampler_mismatch([part for parts in minibatches for part in parts])
-                self.sampler.check(mismatch.get("sampler_mismatch"), config.sampling)
+                if drawn.rollout.weight_version == self.steps_done:
+                    self.check_engine(minibatches, mismatch)
 
             # loss, backward, optimizer
             learning_rate = set_learning_rate(self.optimizer, config, self.steps_done)
@@ -328,6 +329,22 @@ class Trainer:
         # the exact KL compares whole distributions, when the loss of a microbatch is computed
         ref_logp = None if exact else ref_logp
         return replace(part, advantage=advantage, old_logp=old_logp, ref_logp=ref_logp)
+
+    def check_engine(self, minibatches: list[list[Batch]], mismatch: Metrics) -> None:
+        """Refuses an engine by its first completions with these weights, see `EngineSync.check`."""
+        if self.sampler.is_checked:
+            return
+        if self.config.old_logp == "sampler":
+            # computed for this alone; dropout would draw random numbers
+            with evaluation_mode(self.model):
+                mismatch = sampler_mismatch(
+                    [
+                        replace(part, old_logp=packed_logp(self.model, part.rows, self.config))
+                        for parts in minibatches
+                        for part in parts
+                    ]
+                )
+        self.sampler.check(mismatch.get("sampler_mismatch"), self.config.sampling)
 
     def update(self, parts: Sequence[Batch], clock: Clock) -> Metrics:
         """Loss, backward and optimizer step of a minibatch.

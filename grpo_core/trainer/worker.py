@@ -61,7 +61,7 @@ class Worker:
         Raises:
             ConnectionError: the process has ended, or could not sample.
         """
-        self._start()
+        self.start()
         version, device = self.version, self.model.device
         states = [torch.get_rng_state()]
         if device.type == "cuda":
@@ -80,7 +80,7 @@ class Worker:
 
     def update_weights(self, weights: ModelWeights, version: int) -> None:
         """Shares the weights of the trainer's model as they are, with an adapter unmerged."""
-        self._start()
+        self.start()
         for weight, view in _places(self.model, self._shared):
             view.copy_(weight)
         self.version = version
@@ -90,7 +90,7 @@ class Worker:
         if self._end is not None:
             self._end()
 
-    def _start(self) -> None:
+    def start(self) -> None:
         """Starts the process, unless it was started."""
         if self._end is not None and self._end.still_active():
             return

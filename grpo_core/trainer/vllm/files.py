@@ -7,7 +7,9 @@ its name when it is complete, and is deleted once vLLM has read it.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -21,6 +23,8 @@ from grpo_core.trainer.weights import ModelWeights
 
 # of a piece, unless a weight is larger
 PIECE_BYTES = 256 << 20
+# seconds after which nothing reads a file; a request of `server` ends earlier
+OLD_AGE = 3600.0
 # unique names, since a client of a network file system may know an old file by its name
 NAME = "grpo_core-{}-{}.safetensors"
 
@@ -40,9 +44,11 @@ class Folder:
 
     def send(self, client: Any, weights: ModelWeights) -> None:
         """Writes weights, and has vLLM read them, piece by piece."""
-        # what an update that failed has left
+        # what updates that failed have left; newer files may be those of another run
         for old in self.path.glob(NAME.format("*", "*") + "*"):
-            old.unlink()
+            with suppress(FileNotFoundError):
+                if time.time() - old.stat().st_mtime > OLD_AGE:
+                    old.unlink()
         update = uuid4().hex
         for number, piece in enumerate(pieces(weights)):
             file = self.path / NAME.format(update, number)

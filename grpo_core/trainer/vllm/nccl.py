@@ -7,12 +7,13 @@ cannot share a GPU, since NCCL allows one rank per GPU. Not run, see `tests/fake
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from itertools import accumulate
 from typing import Any
 
 from torch import Tensor
 
+from grpo_core.trainer.engine import in_background
 from grpo_core.trainer.vllm.common import dtype_name, vllm_module
 from grpo_core.trainer.weights import ModelWeights
 
@@ -66,15 +67,11 @@ class Nccl:
 
 def both_sides(request: Callable[[], Any], act: Callable[[Future[Any]], Any]) -> Any:
     """The result of `act` in this thread, during a request to the server in another one."""
-    threads = ThreadPoolExecutor(1)
-    try:
-        answer = threads.submit(request)
-        result = act(answer)
-        answer.result()
-        return result
-    finally:
-        # after an error the server may not answer
-        threads.shutdown(wait=False)
+    # after an error the server may not answer
+    answer = in_background(request)
+    result = act(answer)
+    answer.result()
+    return result
 
 
 def while_receiving(weights: ModelWeights, received: Future[Any]) -> Iterator[tuple[str, Tensor]]:

@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from http.client import HTTPException
 from typing import Any
 
 import torch
@@ -68,7 +69,8 @@ class Server:
                 message += "; was the server started with VLLM_SERVER_DEV_MODE=1"
                 message += " and --enable-scale-out?" if "inference/" in route else "?"
             raise ConnectionError(f"{url}: status {error.code}, {message}") from error
-        except OSError as error:
+        # an answer that breaks off is no OSError
+        except (OSError, HTTPException) as error:
             if retries:
                 time.sleep(0.5)
                 return self._ask(route, data, timeout, retries - 1)
@@ -159,12 +161,17 @@ class VllmServer(Vllm):
     ) -> None:
         self.transfer = Nccl() if folder is None else Folder(folder)
         self.client = servers = Servers([Server(each.strip()) for each in url.split(",")])
+        urls = [each.url for each in servers.servers]
+        if not all(urls) or len({*urls}) < len(urls):
+            raise ValueError(f"rollout_url: expected one or several that differ, got {url!r}")
         backend = self.transfer.backend
         found = {check_server(each, backend, longest, keeps) for each in servers.servers}
         if len(found) > 1:
             raise ValueError(f"rollout_url: expected servers of one dtype, got {sorted(found)}")
         super().__init__(model, getattr(torch, found.pop()), keeps)
         names = servers.each(lambda server: server.get("v1/models")["data"][0]["id"])
+        if len({*names}) > 1:
+            raise ValueError(f"rollout_url: expected servers of one model, got {sorted({*names})}")
         self.name: str = names[0]
         if is_main():
             # of a trainer that has died during an update
