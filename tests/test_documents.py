@@ -54,6 +54,8 @@ OTHERS = {
     "--no-deps",
     "--benchmark-only",
     "--rows",
+    "--return-sampling-mask",
+    "--enable-scale-out",
 }
 COMMANDS = ["train", "reinforce", "compare", "recipes", "plot", "show", "inspect", "verify"]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)

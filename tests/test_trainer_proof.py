@@ -1,6 +1,6 @@
 """What convinces of a trainer: controls that must stay flat, identities that hold to the last bit.
 
-Which test holds which claim stands in docs/training.md, "How it is checked".
+Which test holds which claim stands in docs/testing.md, "The trainer".
 """
 
 from __future__ import annotations
@@ -287,8 +287,8 @@ def test_a_reward_is_scored_once_and_its_mean_is_the_record() -> None:
 
 
 def test_every_test_that_the_document_names_exists() -> None:
-    """The map of claims in docs/training.md."""
-    text = (TESTS.parent / "docs/training.md").read_text("utf-8")
+    """The claims in docs/testing.md."""
+    text = (TESTS.parent / "docs/testing.md").read_text("utf-8")
     named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", text)
     assert len(named) > 30
     for file, name in named:
@@ -297,11 +297,12 @@ def test_every_test_that_the_document_names_exists() -> None:
 
 def test_every_option_that_the_document_names_exists(tmp_path: Path) -> None:
     """On the command lines of a run, and in a YAML file, which is read."""
-    text = (TESTS.parent / "docs/training.md").read_text("utf-8")
+    pages = [TESTS.parent / "docs" / name for name in ("training.md", "rollouts.md")]
+    text = "".join(page.read_text("utf-8") for page in pages)
     blocks = "".join(re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL))
     lines = re.findall(r"grpo_core\.reinforce (.*)", blocks.replace("\\\n", " "))
     named = {name for line in lines for name in re.findall(r"--(\w+)", line)}
-    assert named >= {"model", "data", "shard"}
+    assert named >= {"model", "data", "shard", "rollout", "environment"}
     assert named <= RunConfig.__dataclass_fields__.keys()
     (yaml,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
     (tmp_path / "run.yaml").write_text(yaml)

@@ -19,7 +19,7 @@ from grpo_core.cli.options import Parser, add_options, is_first_process, read_ya
 
 P = ParamSpec("P")
 # how often libgomp's threads look for work before they sleep; its own default is 300,000. Costs
-# nothing on idle cores and halves a step where another process keeps one busy, see docs/training.md
+# nothing on idle cores, and less than a second of waits otherwise, see docs/training.md
 SPIN_COUNT = 10_000
 
 

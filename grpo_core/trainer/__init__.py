@@ -1,9 +1,10 @@
 """The trainer: rollout, score, advantage, pack, loss, backward, optimizer.
 
 Read `trainer` first: `step` and `update` show these stages in order. `rollout` (with `decode`) and
-`engine` sample completions, `rewards` and `rules` score them, `groups` computes advantages, `batch`
-packs rows, `forward` calls the model. `loop` repeats the step, `checkpoint` saves a run, `signals`
-stop it. `distributed` and `sharding` are for several ranks; `monitor`, `samples`, `console` log.
+`engine` sample completions, `environment` those of several turns, `ahead` and `worker` those of the
+next step. `rewards` and `rules` score them, `groups` computes advantages, `batch` packs rows,
+`forward` calls the model. `loop` repeats the step, `checkpoint` saves a run, `signals` stop it.
+`distributed` and `sharding` are for several ranks; `monitor`, `samples`, `console` log.
 """
 
 from typing import TYPE_CHECKING
