@@ -18,8 +18,8 @@ from typing import ParamSpec
 from grpo_core.cli.options import Parser, add_options, is_first_process, read_yaml
 
 P = ParamSpec("P")
-# how often libgomp's threads look for work before they sleep; its own default is 300,000. Costs
-# nothing on idle cores, and less than a second of waits otherwise, see docs/training.md
+# how often libgomp's threads look for work before they sleep; its own default is 300,000. On idle
+# cores both are as fast; beside another process this one is, see docs/training.md
 SPIN_COUNT = 10_000
 
 
