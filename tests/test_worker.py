@@ -19,7 +19,7 @@ from grpo_core.trainer import worker as module
 from grpo_core.trainer.rewards import RewardError
 from grpo_core.trainer.rollout import Sampling, rollout
 from grpo_core.trainer.weights import ModelWeights
-from grpo_core.trainer.worker import Worker
+from grpo_core.trainer.worker import Worker, _shares
 from tests.compiled import ROOT
 from tests.engines import BegunEngine
 from tests.micro import MAX_NEW_TOKENS, micro_model
@@ -108,13 +108,18 @@ def test_the_death_of_the_process_is_said_and_another_can_start(worker: Worker) 
     assert worker._process.exitcode == -signal.SIGKILL
     before = torch.get_num_threads()
     assert_samples_as_here(worker, 3, SAMPLINGS[1])
-    assert torch.get_num_threads() == max(1, before - before // 2) == threads
+    assert torch.get_num_threads() == _shares(before)[0] == threads
     os.kill(worker._process.pid, signal.SIGKILL)
     for _ in range(2):
         with pytest.raises(ConnectionError, match="has ended with exit code -9"):
             worker.generate(PROMPTS, SAMPLINGS[0])
     worker.close()
     assert torch.get_num_threads() == before
+
+
+def test_shares_of_the_threads() -> None:
+    expected = {1: (1, 1), 2: (2, 1), 3: (3, 1), 4: (2, 2), 5: (3, 2), 16: (8, 8)}
+    assert {threads: _shares(threads) for threads in expected} == expected
 
 
 def test_weights_that_shared_memory_cannot_hold_are_refused(monkeypatch: Any) -> None:
