@@ -33,17 +33,25 @@ def pairwise(choices: dict[str, list[Any]], seed: int = 0) -> list[dict[str, Any
     return cases
 
 
-def paired(**choices: Any) -> pytest.MarkDecorator:
+def paired(interpreted: Collection[Any] = (), /, **choices: Any) -> pytest.MarkDecorator:
     """Parametrizes a test by the combinations of `pairwise`; all others are `rare`.
 
-    With `backend` among them that fixture takes its values from here.
+    With `backend` among them that fixture takes its values from here. Where kernels are
+    interpreted, combinations with none of `interpreted` are `rare`, if any are given.
     """
     axes = {name: list(values) for name, values in choices.items()}
     places = {name: list(range(len(values))) for name, values in axes.items()}
     common = {tuple(case.values()) for case in pairwise(places)}
+
+    def is_rare(place: tuple[int, ...], row: tuple[Any, ...]) -> bool:
+        by_interpreter = any(is_interpreted(value) for value in row if value in BACKENDS)
+        left_out = interpreted and by_interpreter and not any(value in interpreted for value in row)
+        return bool(left_out) or place not in common
+
+    rows = zip(product(*places.values()), product(*axes.values()), strict=True)
     cases = [
-        pytest.param(*row, marks=() if place in common else pytest.mark.rare)
-        for place, row in zip(product(*places.values()), product(*axes.values()), strict=True)
+        pytest.param(*row, marks=pytest.mark.rare if is_rare(place, row) else ())
+        for place, row in rows
     ]
     return pytest.mark.parametrize(list(axes), cases, indirect=[n for n in axes if n == "backend"])
 

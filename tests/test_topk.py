@@ -15,7 +15,8 @@ from grpo_core import RECIPES, LinearHead, Objective, fused_linear_loss, fused_l
 from grpo_core.loss.reference import reference_loss
 from tests import oracles
 from tests import test_linear_loss as linear
-from tests.conftest import CPU_BACKEND, HAS_GPU
+from tests.combinations import paired
+from tests.conftest import BACKENDS, CPU_BACKEND, HAS_GPU
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -134,13 +135,17 @@ def near(ours: Tensor, honest: Tensor, truth: Tensor, name: str) -> None:
     assert error <= theirs + 2e-6 * size, (name, error, theirs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("level", ["dapo", "gspo"])
-@pytest.mark.parametrize(("kl", "t"), FORMS)
+@paired(
+    form=FORMS,
+    level=["dapo", "gspo"],
+    dtype=[torch.float32, torch.bfloat16, torch.float16],
+    backend=BACKENDS,
+)
 def test_the_formula(
-    backend: str, device: str, kl: Any, t: float, level: str, dtype: torch.dtype
+    backend: str, device: str, form: tuple[Any, float], level: str, dtype: torch.dtype
 ) -> None:
     """Loss, KL and whole gradient, with a clipped policy term and an entropy bonus."""
+    kl, t = form
     spec = RECIPES[level].replace(kl=kl, interpolation=t, beta=0.5, entropy_coef=0.1)
     given = batch(dtype)
     exact = given["logits"].double().requires_grad_()
@@ -164,9 +169,9 @@ def test_the_formula(
         ).logp)  # fmt: skip
 
 
-@pytest.mark.parametrize("K", [1, 2, 20, V])
-@pytest.mark.parametrize(("kl", "t"), FORMS)
-def test_any_number_of_tokens(backend: str, device: str, kl: Any, t: float, K: int) -> None:
+@paired(form=FORMS, K=[1, 2, 20, V], backend=BACKENDS)
+def test_any_number_of_tokens(backend: str, device: str, form: tuple[Any, float], K: int) -> None:
+    kl, t = form
     spec = DAPO.replace(kl=kl, interpolation=t)
     given = batch(torch.float32, K)
     exact = given["logits"].double().requires_grad_()

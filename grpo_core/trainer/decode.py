@@ -109,7 +109,7 @@ class _Rows:
 
 def _is_known(model: PreTrainedModel, kwargs: dict[str, Any], S: int) -> bool:
     """Whether all that a forward reads of the rows are matrices of S rows, keys and values."""
-    cache = kwargs.get("past_key_values")
+    cache: Any = kwargs.get("past_key_values")
     shapes = [value.shape for value in kwargs.values() if isinstance(value, Tensor)]
     return (
         model.dtype.itemsize >= torch.float32.itemsize
