@@ -86,8 +86,17 @@ def test_ours_is_exact_to_float32_rounding(title: str) -> None:
             assert number(rows[ours][place]) <= allowed(quantity, dtype, margin), column
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("offset", [0, -1000])
+@pytest.mark.parametrize(
+    ("dtype", "offset"),
+    [
+        (torch.float32, 0),
+        (torch.bfloat16, -1000),
+        (torch.float16, 0),
+        pytest.param(torch.float32, -1000, marks=pytest.mark.rare),
+        pytest.param(torch.bfloat16, 0, marks=pytest.mark.rare),
+        pytest.param(torch.float16, -1000, marks=pytest.mark.rare),
+    ],
+)
 @EACH_OF_OURS
 def test_it_still_is(name: str, dtype: torch.dtype, offset: int) -> None:
     """Measured again, at a few margins."""
