@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from copy import deepcopy
@@ -19,12 +21,12 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from grpo_core.reinforce import main
-from grpo_core.trainer.engine import EngineSync
+from grpo_core.trainer.engine import EngineSync, in_background
 from grpo_core.trainer.rollout import Sampling, rollout
 from grpo_core.trainer.vllm import engine as vllm_engine
 from grpo_core.trainer.vllm import files as vllm_files
 from grpo_core.trainer.vllm import server as vllm_server
-from grpo_core.trainer.vllm.common import Completion, check_ends
+from grpo_core.trainer.vllm.common import Completion, check_ends, in_threads
 from grpo_core.trainer.vllm.engine import VllmEngine
 from grpo_core.trainer.vllm.server import VllmServer
 from grpo_core.trainer.weights import ModelWeights
@@ -235,6 +237,52 @@ def test_several_servers_share_the_prompts(vllm: None, tmp_path: Path) -> None:
         workers[1].name = "larger"
         with pytest.raises(ValueError, match=r"of one model, got \['larger', 'micro'\]"):
             VllmServer(f"{first},{second}", micro_model(), folder=str(tmp_path))
+
+
+def test_the_end_of_the_program_waits_for_no_completion(vllm: None, tmp_path: Path) -> None:
+    """Nor does a second Ctrl-C: Python ends while daemon threads run."""
+    worker = Worker(micro_model(seed=9), "grpo_folder")
+    with server(worker) as url:
+        sync = EngineSync(micro_model(), VllmServer(url, micro_model(), folder=str(tmp_path)))
+        receive = sync.begin(PROMPTS, Sampling(4), 0)
+        worker.pause()
+        before, end = threading.enumerate(), time.monotonic() + 60
+        waiting = in_background(receive)
+        # a thread for each request, on either side
+        while len(started := {*threading.enumerate()} - {*before}) < 2 * len(PROMPTS):
+            assert time.monotonic() < end
+        assert all(thread.daemon for thread in started) and not waiting.done()
+        worker.resume()
+        assert len(waiting.result(60).completions()) == len(PROMPTS)
+
+
+def test_calls_in_threads() -> None:
+    """Results in order, by no more threads than allowed; after an error no second calls."""
+    running, most, begun = [], [], []
+
+    def call(number: int) -> int:
+        running.append(number)
+        most.append(len(running))
+        # the first ones end last
+        threading.Event().wait(0.02 / (1 + number))
+        running.remove(number)
+        return number**2
+
+    def fail(number: int) -> None:
+        begun.append(number)
+        raise ValueError(f"number {number}")
+
+    assert in_threads(call, 4, range(12)) == [number**2 for number in range(12)]
+    assert 1 < max(most) <= 4
+    with pytest.raises(ValueError, match="number 0"):
+        in_threads(fail, 1, range(12))
+    assert begun == [0]
+    # a server that fails does not keep others from being asked
+    begun.clear()
+    with pytest.raises(ValueError, match="number 0"):
+        in_threads(fail, 4, range(12))
+    assert sorted(begun) == [0, 1, 2, 3]
+    assert in_threads(call, 4, []) == []
 
 
 @pytest.mark.parametrize("url", ["", "http://a:1,", "http://a:1, http://a:1/"])
