@@ -165,12 +165,16 @@ def test_a_server_that_dies_during_a_rollout_ahead(
 def test_ctrl_c_saves_the_rollout_ahead(
     server: RealServer, files: Path, tmp_path: Path, whole: list[dict[str, Any]]
 ) -> None:
+    """Also for a server that was started anew."""
     words = over(server.url, files, tmp_path, *AHEAD, "--checkpoint_every", "100")
     run = Command(words)
     run.wait_for(3)
     run.interrupt()
     assert run.wait() == 128 + signal.SIGINT
     assert len(records(tmp_path / "run")) < 15 and "Traceback" not in run.output()
+    # the completions come from the checkpoint, all weights from the trainer
+    server.stop()
+    server.start()
     run = Command([*words, "--resume", "True"])
     assert run.wait() == 0, run.output()
     found = check_steps(tmp_path / "run", 15)
