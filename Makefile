@@ -25,6 +25,7 @@ test-openrlhf: .venv-openrlhf/.ready  ## with the real OpenRLHF 0.11.2, in an en
 	OMP_NUM_THREADS=1 .venv-openrlhf/bin/python -m pytest tests/openrlhf
 
 test-vllm: .venv-vllm/.ready  ## with the real vLLM 0.32.0 for CPUs, in an environment of its own; 3 GB
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/test_vllm_names.py
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -v tests/vllm
 
 bench: $(VENV)/.bench         ## what the kernels save, on this machine, in three minutes

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from copy import deepcopy
@@ -24,7 +27,7 @@ from grpo_core.trainer.rollout import Sampling, rollout
 from grpo_core.trainer.vllm import engine as vllm_engine
 from grpo_core.trainer.vllm import files as vllm_files
 from grpo_core.trainer.vllm import server as vllm_server
-from grpo_core.trainer.vllm.common import Completion, check_ends
+from grpo_core.trainer.vllm.common import Completion, check_ends, in_threads
 from grpo_core.trainer.vllm.engine import VllmEngine
 from grpo_core.trainer.vllm.server import VllmServer
 from grpo_core.trainer.weights import ModelWeights
@@ -235,6 +238,91 @@ def test_several_servers_share_the_prompts(vllm: None, tmp_path: Path) -> None:
         workers[1].name = "larger"
         with pytest.raises(ValueError, match=r"of one model, got \['larger', 'micro'\]"):
             VllmServer(f"{first},{second}", micro_model(), folder=str(tmp_path))
+
+
+@pytest.mark.slow
+def test_the_end_of_the_program_waits_for_no_answer() -> None:
+    """As after a second Ctrl-C."""
+    program = (
+        "import sys, time\n"
+        "from grpo_core.trainer.engine import in_background\n"
+        "from grpo_core.trainer.vllm.server import Server, Servers\n"
+        "in_background(lambda: Servers([Server(sys.argv[1])]).post('pause', {}))\n"
+        "sys.stdin.readline()\n"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        words = [sys.executable, "-c", program, url]
+        with (
+            subprocess.Popen(words, stdin=subprocess.PIPE) as process,
+            silent.accept()[0] as connection,
+        ):
+            assert connection.recv(4) == b"POST"
+            try:
+                process.communicate(b"\n", timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        assert process.returncode == 0
+
+
+def test_calls_in_threads() -> None:
+    """Results in order, by no more threads than allowed; after an error no second calls."""
+    running, most, begun = [], [], []
+
+    def call(number: int) -> int:
+        running.append(number)
+        most.append(len(running))
+        # the first ones end last
+        threading.Event().wait(0.02 / (1 + number))
+        running.remove(number)
+        return number**2
+
+    def fail(number: int) -> None:
+        begun.append(number)
+        raise ValueError(f"number {number}")
+
+    def fail_first(number: int) -> None:
+        if number == 0:
+            fail(number)
+        begun.append(number)
+        threading.Event().wait(0.05)
+
+    assert in_threads(call, 4, range(12)) == [number**2 for number in range(12)]
+    assert 1 < max(most) <= 4
+    with pytest.raises(ValueError, match="number 0"):
+        in_threads(fail, 1, range(12))
+    assert begun == [0]
+    # another thread goes on with what it has begun
+    begun.clear()
+    with pytest.raises(ValueError, match="number 0"):
+        in_threads(fail_first, 2, range(12))
+    assert {*begun} >= {0, 1} and len(begun) < 12
+    # a server that fails does not keep others from being asked
+    begun.clear()
+    with pytest.raises(ValueError, match="number 0"):
+        in_threads(fail, 4, range(12))
+    assert sorted(begun) == [0, 1, 2, 3]
+    assert in_threads(call, 4, []) == []
+
+
+def test_one_of_two_servers_is_gone(vllm: None, tmp_path: Path) -> None:
+    """The error names it, the other one is left as it should be, and a new one gets all weights."""
+    model, path = micro_model(), str(tmp_path)
+    workers = [Worker(micro_model(seed=9), "grpo_folder") for _ in range(3)]
+    with server(workers[0]) as first, ExitStack() as gone:
+        second = gone.enter_context(server(workers[1]))
+        sync = EngineSync(model, VllmServer(f"{first},{second}", model, folder=path))
+        sync.draw(PROMPTS, Sampling(2), 0)
+        gone.close()
+        for version in (0, 1):
+            with pytest.raises(ConnectionError, match=rf"^{second}/.*is the server up"):
+                sync.draw(PROMPTS, Sampling(2), version)
+            assert not workers[0].active and not workers[0].paused
+            assert workers[0].version.endswith("/0")
+        with server(workers[2]) as third:
+            sync = EngineSync(model, VllmServer(f"{first},{third}", model, folder=path))
+            sync.draw(PROMPTS, Sampling(2), 1)
+            assert workers[0].version == workers[2].version != workers[1].version
 
 
 @pytest.mark.parametrize("url", ["", "http://a:1,", "http://a:1, http://a:1/"])

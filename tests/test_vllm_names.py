@@ -116,11 +116,12 @@ def test_the_backend_of_the_plugin() -> None:
     base = functions(class_of(text(f"{folder}/base.py"), "WeightTransferEngine"))
     ours = Path(server.__file__).with_name("folder.py").read_text("utf-8")
     mine = functions(class_of(ours, "FolderEngine"))
-    mine.pop("_heads")
     assert len(mine) == 5 and {name: base[name] for name in mine} == mine
     assert functions(text(f"{folder}/factory.py"))["register_engine"][:2] == ["cls", "name"]
     reload = text("model_executor/model_loader/reload/layerwise.py")
     assert functions(reload)["initialize_layerwise_reload"] == ["model"]
+    # it passes its arguments on
+    assert functions(reload)["finalize_layerwise_reload"] == []
     assert functions(reload)["finalize_layerwise_processing"] == ["model", "model_config"]
     embedding = text("model_executor/layers/vocab_parallel_embedding.py")
     method = functions(class_of(embedding, "UnquantizedEmbeddingMethod"))

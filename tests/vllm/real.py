@@ -126,6 +126,19 @@ class RealServer:
         """Status and answer of a GET, or of a POST with a body."""
         return ask(self.url + route, body, timeout)
 
+    def freeze(self) -> None:
+        """Stops all its processes during a completion; connections are accepted all the same."""
+        assert self.process is not None
+        # keys and values are not discarded while completions run
+        while self.ask("/reset_prefix_cache", {})[1]["success"]:
+            pass
+        os.killpg(self.process.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Ends `freeze`."""
+        assert self.process is not None
+        os.killpg(self.process.pid, signal.SIGCONT)
+
     def stop(self) -> None:
         """Kills all its processes."""
         if self.process is None:
@@ -179,6 +192,13 @@ def options(files: Path, output: Path, *more: str) -> list[str]:
     return [*(w for name, value in given.items() for w in (f"--{name}", str(value))), *more]
 
 
+def over(url: str, files: Path, folder: Path, *more: str) -> list[str]:
+    """The same over servers, in the folder."""
+    engine = ["--rollout", "vllm-server", "--rollout_url", url]
+    engine += ["--rollout_weights", "folder", "--rollout_folder", str(folder / "weights")]
+    return options(files, folder / "run", *engine, *more)
+
+
 class Command:
     """`python -m grpo_core.reinforce`, with its output in a file beside the run."""
 
@@ -212,6 +232,10 @@ class Command:
         self.kill()
         raise AssertionError(f"{steps} steps were expected:\n{self.output()}")
 
+    def interrupt(self) -> None:
+        """Ctrl-C."""
+        self.process.send_signal(signal.SIGINT)
+
     def kill(self) -> None:
         """Kills it, and an engine that it has started."""
         with contextlib.suppress(ProcessLookupError):
@@ -232,11 +256,24 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 def mismatch(model: Any, prompts: list[list[int]], drawn: Any, temperature: float) -> float:
     """Largest difference between the engine's log-probabilities and the model's, nats."""
-    worst = 0.0
-    told = drawn.sampler_logp
-    for prompt, ids, logp in zip(prompts, drawn.completions(), told, strict=True):
+    return max(
+        (
+            difference.abs().max().item()
+            for difference in differences(model, prompts, drawn, temperature)
+        ),
+        default=0.0,
+    )
+
+
+def differences(
+    model: Any, prompts: Any, drawn: Any, temperature: float = 1.0
+) -> list[torch.Tensor]:
+    """log π_model - log π_engine of the sampled tokens of each completion, nats."""
+    found = []
+    columns = drawn.completions(), drawn.sampler_logp, drawn.is_sampled
+    for prompt, ids, logp, sampled in zip(prompts, *columns, strict=True):
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+            logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
         expected = (logits / temperature).log_softmax(-1)[range(len(ids)), ids]
-        worst = max(worst, (expected - logp[: len(ids)]).abs().max().item())
-    return worst
+        found.append((expected - logp[: len(ids)])[sampled[: len(ids)]])
+    return found

@@ -9,17 +9,10 @@ from typing import Any
 import pytest
 
 from tests.vllm.protocol import Talk
-from tests.vllm.real import Command, RealServer, model_like, options, records
+from tests.vllm.real import Command, RealServer, model_like, over, records
 
 pytestmark = pytest.mark.timeout(3000)
 LIMIT = 1e-5  # nats, mean over a step's tokens
-
-
-def over(server: RealServer, files: Path, folder: Path, *more: str) -> list[str]:
-    """Options of a run in the folder."""
-    engine = ["--rollout", "vllm-server", "--rollout_url", server.url]
-    engine += ["--rollout_weights", "folder", "--rollout_folder", str(folder / "weights")]
-    return options(files, folder / "run", *engine, *more)
 
 
 def check_steps(found: list[dict[str, Any]], steps: int) -> None:
@@ -31,7 +24,7 @@ def check_steps(found: list[dict[str, Any]], steps: int) -> None:
 def test_it_learns(
     server: RealServer, files: Path, tmp_path: Path, figure: Callable[[str], None]
 ) -> None:
-    run = Command(over(server, files, tmp_path, "--held_out", "4", "--evaluate_every", "15"))
+    run = Command(over(server.url, files, tmp_path, "--held_out", "4", "--evaluate_every", "15"))
     assert run.wait() == 0, run.output()
     found = records(tmp_path / "run")
     check_steps(found, 15)
@@ -45,7 +38,7 @@ def test_it_learns(
 
 def test_a_trainer_that_is_killed_goes_on(server: RealServer, files: Path, tmp_path: Path) -> None:
     """Also if that was within an update, which stands open and paused."""
-    words = over(server, files, tmp_path, "--steps", "8")
+    words = over(server.url, files, tmp_path, "--steps", "8")
     run = Command(words)
     run.wait_for(2)
     run.kill()
@@ -62,7 +55,7 @@ def test_a_trainer_that_is_killed_goes_on(server: RealServer, files: Path, tmp_p
 
 def test_a_server_that_is_killed(server: RealServer, files: Path, tmp_path: Path) -> None:
     """The trainer says so in a line and ends; with a new server it goes on."""
-    words = over(server, files, tmp_path, "--steps", "12")
+    words = over(server.url, files, tmp_path, "--steps", "12")
     run = Command(words)
     run.wait_for(2)
     server.stop()
@@ -78,7 +71,7 @@ def test_a_server_that_is_killed(server: RealServer, files: Path, tmp_path: Path
 def test_what_does_not_fit_the_server_is_refused_before_the_run(
     server: RealServer, files: Path, tmp_path: Path
 ) -> None:
-    run = Command(over(server, files, tmp_path, "--max_new_tokens", "30"))
+    run = Command(over(server.url, files, tmp_path, "--max_new_tokens", "30"))
     assert run.wait() == 2
     assert "--max_new_tokens: expected at most 40 tokens" in run.output()
     assert not records(tmp_path / "run")

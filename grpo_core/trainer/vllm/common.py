@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, wait
 from contextlib import suppress
 from functools import partial
 from importlib import import_module
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 
 from grpo_core.cli.options import check_package
 from grpo_core.trainer.distributed import all_gather_object
+from grpo_core.trainer.engine import in_background
 from grpo_core.trainer.generation import special_tokens
 from grpo_core.trainer.rollout import Rollout, Sampling, make_rollout
 from grpo_core.trainer.weights import ModelWeights
@@ -207,6 +209,34 @@ def check_ends(completions: Sequence[Completion], ends: Sequence[int]) -> None:
                 f"completion: expected one of the end tokens {list(ends)}, or the length limit, "
                 f"got finish_reason {reason!r} after token {last}"
             )
+
+
+def in_threads(call: Callable[..., Any], count: int, *arguments: Sequence[Any]) -> list[Any]:
+    """Results of a function for each of the arguments, by at most `count` threads.
+
+    After an error or Ctrl-C nothing is begun but the first call of each thread. Ctrl-C and the end
+    of the program do not wait for calls that run, as they do for those of an executor.
+    """
+    calls = list(zip(*arguments, strict=True))
+    results: list[Any] = [None] * len(calls)
+    # all threads share the later numbers: to advance is atomic
+    first, later = range(len(calls))[:count], iter(range(len(calls))[count:])
+
+    def work(number: int | None) -> None:
+        while number is not None:
+            results[number] = call(*calls[number])
+            number = next(later, None)
+
+    threads = [in_background(partial(work, number)) for number in first]
+    try:
+        wait(threads, return_when=FIRST_EXCEPTION)
+    finally:
+        for _ in later:
+            pass
+    wait(threads)
+    for thread in threads:
+        thread.result()
+    return results
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -16,7 +16,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.client import HTTPException
 from typing import Any
@@ -25,7 +24,7 @@ import torch
 from transformers import PreTrainedModel
 
 from grpo_core.trainer.distributed import is_main
-from grpo_core.trainer.vllm.common import Completion, Vllm
+from grpo_core.trainer.vllm.common import Completion, Vllm, in_threads
 from grpo_core.trainer.vllm.files import Folder
 from grpo_core.trainer.vllm.nccl import Nccl
 
@@ -90,8 +89,7 @@ class Servers:
 
     def each(self, call: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
         """What a function returns for each server, and its arguments, at the same time."""
-        with ThreadPoolExecutor(len(self.servers)) as threads:
-            return list(threads.map(call, self.servers, *arguments))
+        return in_threads(call, len(self.servers), self.servers, *arguments)
 
     def post(self, route: str, body: dict[str, Any], timeout: float = TIMEOUT) -> list[Any]:
         """The answers to a POST."""
@@ -205,8 +203,7 @@ class VllmServer(Vllm):
             return Completion(ids, logp, choice["finish_reason"], kept)
 
         def ask_for_all(server: Server, part: slice) -> list[Completion]:
-            with ThreadPoolExecutor(CONCURRENCY) as threads:
-                return list(threads.map(partial(ask, server), prompts[part], seeds[part]))
+            return in_threads(partial(ask, server), CONCURRENCY, prompts[part], seeds[part])
 
         count, total = len(self.client.servers), len(prompts)
         parts = [slice(total * n // count, total * (n + 1) // count) for n in range(count)]
