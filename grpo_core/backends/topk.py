@@ -10,7 +10,8 @@ u_i = p_i·∂g/∂p_i and U = Σ_i u_i,
 
 The last line has the form of a policy gradient, so the backend writes it as a part of dL/dlogp. The
 K tokens and the target are then overwritten by their whole gradient, rounded once. A row is read
-twice and written once; N·(K + 1) logits are gathered from it and computed with in float64.
+twice and written once; N·(K + 1) logits are gathered from it and computed with in float64. A row in
+which p > 1/2 for one of the K tokens, and not for the target, is read twice more.
 
 Source: TRL 1.16, `distillation_add_tail`; verl's `forward_kl_topk` is kl="topk", interpolation 0.
 """
@@ -113,8 +114,16 @@ class TopK(WrappedBackend):
         anchor, total = natural_sums(stats.state, rows.temperature)
         lse = torch.logaddexp(anchor + total.log(), scaled[:, -1])[:, None]
         log_p = torch.cat([scaled[:, :-1] - lse, logp], 1)
-        known, share = is_target.any(1, keepdim=True), -torch.expm1(logp)
-        p_others = share - torch.where(others, log_p[:, :-1].exp(), 0.0).sum(1, keepdim=True)
+        # where one of the other tokens leads, the sums without it have the digits
+        top, place = torch.where(others, log_p[:, :-1], -math.inf).max(1, keepdim=True)
+        leads = read[:, None] & (top > -math.log(2))
+        leader = torch.where(leads, columns.gather(1, place), -1)[:, 0]
+        exact = self.kernels.row_stats(rows, leader).logp.double()[:, None]
+        log_p[:, :-1] += torch.where(leads, exact - top, 0.0)
+        counted = others.scatter(1, place, others.gather(1, place) & ~leads)
+        known, share = is_target.any(1, keepdim=True), -torch.expm1(torch.where(leads, exact, logp))
+        p_others = share - torch.where(counted, log_p[:, :-1].exp(), 0.0).sum(1, keepdim=True)
+        p_others -= torch.where(leads, logp.exp(), 0.0)
         p_others = torch.maximum(p_others, share * TAIL_ROUNDING).clamp(min=LEAST_TAIL)
         p_tail = p_others + torch.where(known, 0.0, logp.exp())
         log_q = torch.where(is_target, self.log_q, -math.inf).amax(1, keepdim=True)

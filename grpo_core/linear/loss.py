@@ -237,7 +237,7 @@ def _check_reference(
     spec = inputs.objective
     if ref_hidden is None:
         if ref_lm_head is not None:
-            raise ValueError("ref_lm_head: expected None without ref_hidden")
+            raise ValueError("ref_lm_head: expected None without ref_hidden, got one")
         if spec.kl == "exact" and spec.beta:
             raise ValueError(
                 f"ref_hidden: expected a tensor for kl = 'exact' and beta = {spec.beta}, got None"
@@ -246,7 +246,8 @@ def _check_reference(
     if inputs.ref_logp is not None:
         raise ValueError("ref_hidden: expected None with ref_logp, got both")
     if spec.reference == "ref_topk":
-        raise ValueError(f"ref_hidden: expected None for kl = {spec.kl!r}, which takes ref_topk")
+        what = f"None for kl = {spec.kl!r}, which takes ref_topk"
+        raise ValueError(f"ref_hidden: expected {what}, got one")
     check_hidden("ref_hidden", ref_hidden, hidden)
     ref = check_head("ref_lm_head", head if ref_lm_head is None else ref_lm_head, ref_hidden)
     if spec.kl == "exact" and ref.V != head.V:

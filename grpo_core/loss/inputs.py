@@ -196,7 +196,7 @@ class LossInputs(RowInputs):
             ("ref_logits", f"; use kl='exact', or give {policy}"),
         ):
             if other != name and getattr(self, other) is not None:
-                raise ValueError(f"{other}: expected None for kl = {spec.kl!r}{instead}")
+                raise ValueError(f"{other}: expected None for kl = {spec.kl!r}{instead}, got one")
         if spec.factor.needs_sampler and self.sampler_logp is None:
             part = "sampler" if spec.factor.sampler is not None else "rejections"
             raise ValueError(f"sampler_logp: expected a tensor for factor.{part}, got None")

@@ -189,7 +189,7 @@ def check_topk(pair: object, logits: Tensor, unmasked: Tensor, validate: bool | 
     logp = check_floats("ref_topk", pair[1], tuple(ids.shape), device=logits.device)
     if not must_validate(validate, logits):
         return
-    ids, logp = ids.reshape(len(unmasked), -1), logp.reshape(len(unmasked), -1)
+    ids, logp = (x.reshape(-1, ids.shape[-1]) for x in (ids, logp))
     order = ids.sort(1).values
     repeated = torch.zeros_like(ids, dtype=torch.bool)
     repeated[:, 1:] = (order[:, 1:] == order[:, :-1]) & (order[:, 1:] >= 0)
