@@ -37,10 +37,11 @@ REGISTERS = 65536
 # a row of at most so many bytes is in the caches when it is read again: with three programs of 8
 # warps to a processor, and with one of 16
 SHORT_ROW, LONG_ROW = 100 * 2**10, 380 * 2**10
-# of a thread, at most: left alone the assembler spills to use fewer; for two rows at a time
-READING_REGISTERS, WRITING_REGISTERS, PAIR_REGISTERS = 64, 80, 128
-# tokens, warps and registers of a thread in `sequence_loss`: two tokens to a thread
-SEQUENCE_BLOCK, SEQUENCE_WARPS, SEQUENCE_REGISTERS = 512, 8, 64
+# warps that a processor must have room for, see `most_registers`: of kernels that read a row, that
+# write one as well, that read two
+READING_WARPS, WRITING_WARPS, PAIR_WARPS = 32, 24, 16
+# tokens and warps of a program in `sequence_loss`: two tokens to a thread
+SEQUENCE_BLOCK, SEQUENCE_WARPS = 512, 8
 # the tensors whose strides a kernel takes
 STRIDED = ("logits_ptr", "ref_logits_ptr", "dlogits_ptr")
 
@@ -53,7 +54,7 @@ class Layout:
         warps: of 32 threads, which share the row; they decide the order of summation.
         tiles: loaded in one step, a load of 16 bytes to a thread each.
         num_stages: of the compiler's software pipeline; None leaves it to the compiler.
-        registers: of a thread, at most (NVIDIA); None leaves it to the kernel.
+        registers: of a thread, at most (NVIDIA); None: as the kernel's warps allow.
     """
 
     warps: int
@@ -96,15 +97,15 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def row_arguments(rows: Rows, registers: int | None = None) -> dict[str, Any]:
+def row_arguments(rows: Rows, warps: int | None = None) -> dict[str, Any]:
     """What the kernels of rows have in common, as keywords of a launch.
 
     Args:
-        registers: as for `row_layout`, without a reference.
+        warps: as for `row_layout`, without a reference.
     """
     ref, T = rows.ref_logits, rows.temperature
     if ref is not None:
-        ref, registers = aligned(ref, rows.logits), PAIR_REGISTERS
+        ref, warps = aligned(ref, rows.logits), PAIR_WARPS
     rows_per_batch, batch_stride, row_stride = place_of(rows.logits)
     _, ref_batch_stride, ref_row_stride = place_of(rows.logits if ref is None else ref)
     kind = "reverse" if ref is None else rows.divergence
@@ -121,7 +122,7 @@ def row_arguments(rows: Rows, registers: int | None = None) -> dict[str, Any]:
         "scale": math.log2(math.e) / T,
         "interpolation": rows.interpolation if kind == "mixture" else None,
         "DIVERGENCE": kind,
-        **row_layout(rows.logits, registers),
+        **row_layout(rows.logits, warps),
     }
 
 
@@ -141,11 +142,11 @@ def aligned(logits: Tensor, other: Tensor) -> Tensor:
     return memory.as_strided(other.shape, other.stride(), start).copy_(logits)
 
 
-def row_layout(logits: Tensor, registers: int | None = None) -> dict[str, Any]:
+def row_layout(logits: Tensor, warps: int | None = None) -> dict[str, Any]:
     """The layout of a row kernel as keywords of its launch.
 
     Args:
-        registers: of a thread, what the kernel needs at most unless the layout says otherwise.
+        warps: as for `most_registers`, unless the layout has a limit; None sets none.
     """
     itemsize, V = logits.element_size(), logits.shape[-1]
     key = tuning_key(logits.device, logits.dtype, V)
@@ -161,9 +162,22 @@ def row_layout(logits: Tensor, registers: int | None = None) -> dict[str, Any]:
     }
     if layout.num_stages is not None:
         keywords["num_stages"] = layout.num_stages
-    if most := layout.registers or registers:
-        keywords |= at_most_registers(min(most, REGISTERS // threads))
+    if layout.registers is not None:
+        keywords |= at_most_registers(min(layout.registers, REGISTERS // threads))
+    elif warps is not None:
+        keywords |= at_most_registers(most_registers(warps, layout.warps))
     return keywords
+
+
+def most_registers(warps: int, of_program: int) -> int:
+    """Registers of a thread with which a processor holds so many warps, in whole programs.
+
+    A limit has to be set: left alone the assembler spills to use fewer. Programs of 16 warps get
+    64, 128 and 128 for 32, 24 and 16 warps, those of 8 warps 64, 80 and 128.
+    """
+    threads = 32 * of_program * max(1, warps // of_program)
+    # threads get them by the eight
+    return REGISTERS // threads // 8 * 8
 
 
 def at_most_registers(most: int) -> dict[str, Any]:

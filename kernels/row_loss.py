@@ -17,7 +17,7 @@ its logits, an overflowing ratio) is dropped: no loss, no gradient.
 import torch
 
 from .language import tl
-from .launch import READING_REGISTERS, WRITING_REGISTERS, launch, row_arguments, unspecialized
+from .launch import READING_WARPS, WRITING_WARPS, launch, row_arguments, unspecialized
 from .records import RowLoss, Rows, Terms, TokenVectors, place_of
 from .row_gradient import write_row_gradient, write_row_zeros
 from .row_reading import read_row
@@ -192,7 +192,7 @@ def row_loss(
         SURROGATE=terms.surrogate,
         KL=terms.kl,
         KL_TIMES_RATIO=terms.kl_times_ratio,
-        **row_arguments(rows, WRITING_REGISTERS if writes_half else READING_REGISTERS),
+        **row_arguments(rows, WRITING_WARPS if writes_half else READING_WARPS),
     )
     logp, entropy, ratio, kl, loss, dlogp = vectors[:6]
     return RowLoss(logp, entropy, ratio, kl, loss, dlogp, dropped, vectors[6:])

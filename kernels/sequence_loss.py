@@ -17,10 +17,11 @@ import torch
 from .language import tl, triton
 from .launch import (
     SEQUENCE_BLOCK,
-    SEQUENCE_REGISTERS,
     SEQUENCE_WARPS,
+    WRITING_WARPS,
     at_most_registers,
     launch,
+    most_registers,
     unspecialized,
 )
 from .records import RowLoss, RowStats, SequenceTokens, Terms
@@ -245,7 +246,7 @@ def sequence_loss(stats: RowStats, tokens: SequenceTokens, terms: Terms) -> RowL
         CLIPPED=terms.token_clip is not None,
         BLOCK=SEQUENCE_BLOCK,
         num_warps=SEQUENCE_WARPS,
-        **at_most_registers(SEQUENCE_REGISTERS),
+        **at_most_registers(most_registers(WRITING_WARPS, SEQUENCE_WARPS)),
     )
     return RowLoss(stats.logp, stats.entropy, ratio, kl, loss, dlogp, dropped, stats.state)
 
