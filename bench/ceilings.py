@@ -47,7 +47,13 @@ def measure(device: str, elements: int) -> Iterator[tuple[str, int, float]]:
         name = f"{block:,} elements, {warps} warps"
         sums = torch.empty(elements // (block * TILES), device=device)
         read = partial(
-            _read_kernel[(len(sums),)], source, sums, BLOCK=block, TILES=TILES, num_warps=warps
+            _read_kernel[(len(sums),)],
+            source,
+            sums,
+            BLOCK=block,
+            TILES=TILES,
+            num_warps=warps,
+            enable_fp_fusion=False,
         )
         read()
         expected = source.view(sums.numel(), -1).double().sum(1).float()

@@ -17,7 +17,8 @@ def _copy_twice_kernel(source_ptr, sink_ptr, V, BLOCK: tl.constexpr):
 def copy_twice(source: torch.Tensor, sink: torch.Tensor) -> None:
     """Copies `[N, V]`, reading it twice."""
     N, V = source.shape
-    _copy_twice_kernel[(N,)](source, sink, V, BLOCK=triton.next_power_of_2(V))
+    block = triton.next_power_of_2(V)
+    _copy_twice_kernel[(N,)](source, sink, V, BLOCK=block, enable_fp_fusion=False)
 
 
 @triton.jit
@@ -30,7 +31,8 @@ def _add_up_kernel(source_ptr, total_ptr, V, BLOCK: tl.constexpr):
 def add_up(source: torch.Tensor, total: torch.Tensor) -> None:
     """Adds `[N, V]` to a single number."""
     N, V = source.shape
-    _add_up_kernel[(N,)](source, total, V, BLOCK=triton.next_power_of_2(V))
+    block = triton.next_power_of_2(V)
+    _add_up_kernel[(N,)](source, total, V, BLOCK=block, enable_fp_fusion=False)
 
 
 @triton.jit
@@ -46,5 +48,11 @@ def _copy_in_tiles_kernel(source_ptr, sink_ptr, V, TOGETHER: tl.constexpr, BLOCK
 def copy_in_tiles(source: torch.Tensor, sink: torch.Tensor, together: bool) -> None:
     """Copies 2ˣ of `[V]`, 1,024 at a time; `together` adds to each the sum of its tile."""
     _copy_in_tiles_kernel[(1,)](
-        source, sink, source.numel(), TOGETHER=together, BLOCK=1024, num_warps=4
+        source,
+        sink,
+        source.numel(),
+        TOGETHER=together,
+        BLOCK=1024,
+        num_warps=4,
+        enable_fp_fusion=False,
     )

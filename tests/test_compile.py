@@ -10,15 +10,15 @@ from tests.compiled import ROOT, Record, inspected
 from tests.conftest import HAS_TRITON
 from tests.test_formulas import KLS, SURROGATES
 
-CARDS = ("sm_80", "sm_90", "sm_100", "gfx942")
+CARDS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 # one vocabulary stands for all of its length: no kernel is compiled for the alignment of its rows
 LAYOUTS = {
     "long": ("--vocabulary", "151669"),
     "float32": ("--vocabulary", "151669", "--dtype", "float32"),
     "formulas": ("--vocabulary", "8000", "--all"),
 }
-# everything on a card of each vendor; what other cards compile differs in little
-COMMON = {("sm_90", "long"), ("gfx942", "long")}
+# what other cards compile differs in little
+COMMON = {("sm_90", "long")}
 CASES = [
     pytest.param(card, layout, marks=() if (card, layout) in COMMON else pytest.mark.rare)
     for card in CARDS
@@ -66,12 +66,16 @@ def test_no_limit_is_exceeded(card: str, layout: str) -> None:
     check_table(found.printed, found.records[0])
 
 
-@pytest.mark.parametrize(("card", "layout"), [("sm_80", "float32"), ("sm_100", "long")])
+@pytest.mark.parametrize(
+    ("card", "layout"),
+    [("sm_80", "float32"), ("sm_100", "long"), ("sm_120", "long"), ("gfx942", "long")],
+)
 def test_tight_kernels_exceed_no_limit_elsewhere(card: str, layout: str) -> None:
     found = inspected(card, *LAYOUTS[layout], "--gate", command=("-c", TIGHT))
     assert found.status == 0, found.printed
     assert {"row_loss", "row_dlogits"} <= {record["kernel"] for record in found.records}
-    check_counts_are_those_of_one_tile(found.records)
+    if not card.startswith("gfx"):
+        check_counts_are_those_of_one_tile(found.records)
 
 
 def test_every_formula_compiles() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ pytest.importorskip("triton")
 
 from grpo_core import fused_loss, token_logp
 from tests.combinations import slow
+from tests.compiled import ROOT
 from tests.conftest import HAS_GPU
 from tests.launches import launches
 from tests.test_fused_loss import OBJECTIVES
@@ -105,3 +109,23 @@ def test_the_counter_sees_what_torch_launches() -> None:
         vector = torch.zeros(6)
         float((vector.view(2, 3)[0] + 1).sum())
     assert names == ["zeros", "add", "sum", "synchronisation: _local_scalar_dense"]
+
+
+def launches_of(path: Path) -> Iterator[ast.Call]:
+    """The calls `..._kernel[grid](...)` of a file, also those inside `partial(...)`."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Call):
+            called = node.args[0] if ast.unparse(node.func) == "partial" else node.func
+            if isinstance(called, ast.Subscript) and ast.unparse(called.value).endswith("kernel"):
+                yield node
+
+
+@pytest.mark.parametrize("folder", ["kernels", "bench", "tests"])
+def test_every_launch_says_whether_products_and_sums_are_contracted(folder: str) -> None:
+    """Else Triton contracts them, and one formula has other bits in another kernel."""
+    launched = [
+        (path, call) for path in (ROOT / folder).rglob("*.py") for call in launches_of(path)
+    ]
+    assert launched
+    for path, call in launched:
+        assert "enable_fp_fusion" in {k.arg for k in call.keywords}, f"{path}:{call.lineno}"
