@@ -63,8 +63,6 @@ def _row_loss_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row_start(row, rows_per_batch, batch_stride, row_stride)
-    if dlogits_ptr is not None:
-        out_ptr = dlogits_ptr + row_start(row, rows_per_batch, out_batch_stride, out_row_stride)
     target = tl.load(target_ptr + row)
     weight = tl.load(weight_ptr + row)
     if (weight == 0) | (target < 0) | (target >= V):
@@ -73,6 +71,7 @@ def _row_loss_kernel(
             store_vectors(vectors_ptr + 8 * N, N, row, (0.0, 1.0, 0.0))
         tl.store(dropped_ptr + row, False)
         if dlogits_ptr is not None:
+            out_ptr = dlogits_ptr + row_start(row, rows_per_batch, out_batch_stride, out_row_stride)
             write_row_zeros(out_ptr, V, THREADS, WIDTH)
         return
 
@@ -132,6 +131,7 @@ def _row_loss_kernel(
     tl.store(dropped_ptr + row, usable == 0)
 
     if dlogits_ptr is not None:
+        out_ptr = dlogits_ptr + row_start(row, rows_per_batch, out_batch_stride, out_row_stride)
         if (dlogp != 0) | (dentropy != 0) | (dkl != 0):
             write_row_gradient(
                 row_ptr,
