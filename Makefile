@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test quick test-all test-verl test-openrlhf test-vllm bench lint clean
+.PHONY: demo test quick test-all test-triton test-verl test-openrlhf test-vllm bench lint clean
 
 demo: $(VENV)/.train          ## train base, R1-Zero, SFT and R1 on the demo task
 	$(BIN)/python -m grpo_core.train
@@ -17,6 +17,9 @@ test-all: $(VENV)/.test       ## the test-suite and rare combinations
 
 quick: $(VENV)/.test          ## the suite without its slow part
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup -m "not slow and not rare"
+
+test-triton: .venv-triton/.ready  ## kernels with Triton 3.9, in an environment of its own; 2 GB
+	OMP_NUM_THREADS=1 .venv-triton/bin/python -m pytest -m "rare or not rare" tests/test_compile.py tests/test_row_kernels.py tests/test_sequence_loss.py tests/test_warnings.py
 
 test-verl: .venv-verl/.ready  ## with the real verl 0.9.1, in an environment of its own; 2 GB
 	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest tests/verl
@@ -38,6 +41,13 @@ $(VENV)/bin/python:
 
 $(VENV)/.%: $(VENV)/bin/python setup.py constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	touch $@
+
+# torch asks for the Triton of its release
+.venv-triton/.ready: setup.py constraints.txt
+	$(PYTHON) -m venv .venv-triton
+	.venv-triton/bin/pip install --quiet --constraint constraints.txt --editable ".[test]"
+	.venv-triton/bin/pip install --quiet --no-deps triton==3.9.0
 	touch $@
 
 .venv-verl/.ready: tests/verl/requirements.txt
@@ -62,4 +72,4 @@ $(VENV)/.%: $(VENV)/bin/python setup.py constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-verl .venv-openrlhf .venv-vllm build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) .venv-triton .venv-verl .venv-openrlhf .venv-vllm build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .benchmarks
