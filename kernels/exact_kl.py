@@ -58,14 +58,13 @@ def mixture_kl(
     share, ref_share, shift = mixture_shares(state[1], z, ref_state[1], ref_z)
     base, anchor = split_anchor(state[0], state[1])
     ref_base, ref_anchor = split_anchor(ref_state[0], ref_state[1])
-    places = tile_places(THREADS, WIDTH)
     lead = row_lead(row_ptr, WIDTH)
     end, target_place = V + lead, target_col + lead
     row_ptr, ref_ptr = boundary(row_ptr, lead), boundary(ref_ptr, lead)
     both = tl.zeros([THREADS, WIDTH], tl.float32)
     of_policy = tl.zeros([THREADS, WIDTH], tl.float32)
     for first in range(0, end, THREADS * WIDTH):
-        other = first + places != target_place
+        other = tile_places(THREADS, WIDTH, first) != target_place
         logits = load_tile(row_ptr, first, lead, end, THREADS, WIDTH) - base
         ref_logits = load_tile(ref_ptr, first, lead, end, THREADS, WIDTH) - ref_base
         centred = tl.fma(tl.where(other, logits, float("-inf")), scale, -anchor)

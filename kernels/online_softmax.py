@@ -171,7 +171,7 @@ def add_both(
             ref_logits = load_whole(ref_ptr + first + shift, THREADS, WIDTH)
     else:
         lead, end, target_place = ends
-        other = first + tile_places(THREADS, WIDTH) != target_place
+        other = tile_places(THREADS, WIDTH, first) != target_place
         logits = load_tile(row_ptr, first, lead, end, THREADS, WIDTH)
         if ref_ptr is not None:
             ref_logits = load_tile(ref_ptr, first, lead, end, THREADS, WIDTH)

@@ -124,7 +124,8 @@ def write_wide(
                 if is_whole(start, tile, lead, end):
                     write_tiles(pointers, start + places, factors, ENTROPY, DIVERGENCE, tile, 1)
                 else:
-                    write_part(pointers, start + places, lead, end, factors, ENTROPY, DIVERGENCE)
+                    at = tile_places(THREADS, WIDTH, start)
+                    write_part(pointers, at, lead, end, factors, ENTROPY, DIVERGENCE)
 
 
 @triton.jit

@@ -131,7 +131,6 @@ def _row_loss_kernel(
     tl.store(dropped_ptr + row, usable == 0)
 
     if dlogits_ptr is not None:
-        # as late as possible: a register less while the row is read
         out_ptr = dlogits_ptr + row_start(row, rows_per_batch, out_batch_stride, out_row_stride)
         if (dlogp != 0) | (dentropy != 0) | (dkl != 0):
             write_row_gradient(

@@ -32,9 +32,13 @@ def boundary(row_ptr, lead):
 
 
 @triton.jit
-def tile_places(THREADS: tl.constexpr, WIDTH: tl.constexpr):
-    """Places of a tile's logits, counted from its first: a thread's are neighbours."""
-    return tl.arange(0, THREADS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+def tile_places(THREADS: tl.constexpr, WIDTH: tl.constexpr, first=0):
+    """Places of the logits of the tile that begins at `first`: a thread's are neighbours.
+
+    `first` is added before the places within a thread, which would else be held in registers
+    through the loop over the tiles.
+    """
+    return (first + tl.arange(0, THREADS) * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
 
 
 @triton.jit
@@ -80,7 +84,7 @@ def load_tile(row_ptr, first, lead, end, THREADS: tl.constexpr, WIDTH: tl.conste
     if is_whole(first, THREADS * WIDTH, lead, end):
         logits = load_whole(row_ptr + first, THREADS, WIDTH)
     else:
-        logits = load_part(row_ptr, first + tile_places(THREADS, WIDTH), lead, end)
+        logits = load_part(row_ptr, tile_places(THREADS, WIDTH, first), lead, end)
     return logits
 
 

@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("triton")
 
 from grpo_core import fused_loss, token_logp
+from grpo_core.kernels.launch import most_registers
 from tests.combinations import slow
 from tests.compiled import ROOT
 from tests.conftest import HAS_GPU
@@ -129,3 +130,14 @@ def test_every_launch_says_whether_products_and_sums_are_contracted(folder: str)
     assert launched
     for path, call in launched:
         assert "enable_fp_fusion" in {k.arg for k in call.keywords}, f"{path}:{call.lineno}"
+
+
+@pytest.mark.parametrize(
+    ("warps", "of_program", "registers"),
+    [(32, 8, 64), (32, 16, 64), (24, 4, 80), (24, 8, 80), (24, 16, 128), (16, 8, 128)],
+)
+def test_a_limit_leaves_room_for_whole_programs(
+    warps: int, of_program: int, registers: int
+) -> None:
+    """By hand, of 65,536: 24 warps are 6, 3 and 1 programs of 4, 8 and 16; steps of 8 registers."""
+    assert most_registers(warps, of_program) == registers

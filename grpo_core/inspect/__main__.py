@@ -56,6 +56,10 @@ LIMITS = {
     # a logarithm of 12 multiply-adds to a pair of logits
     "gradient, Jensen-Shannon": 24.0,
 }
+# What a card may need beyond these limits: (registers spilled outside of the loops, instructions).
+# For sm_120 the assembler of some versions stores a few values of a row from its first reading to
+# its second, and moves registers where the two ways through a step join.
+LEEWAY = {"sm_120": (16, 0.25)}
 
 
 @interruptible
@@ -135,8 +139,8 @@ def exceeded(kernels: Iterable[Compiled]) -> Iterator[str]:
     """A line for every limit that is exceeded or cannot be checked."""
     for kernel in kernels:
         where = f"{kernel.card} {kernel.dtype} V={kernel.vocabulary} {kernel.name}"
-        allowed = SPILLS_ONCE if kernel.rows_read == 2 and kernel.loops else 0
-        if (kernel.spills or 0) > allowed:
+        spills, more = LEEWAY.get(kernel.card, (0, 0.0))
+        if (kernel.spills or 0) > spills or any(loop.spills for loop in kernel.loops or []):
             yield f"{where}: {kernel.spills} registers spilled"
         if not kernel.card.startswith("sm_"):
             continue
@@ -158,7 +162,7 @@ def exceeded(kernels: Iterable[Compiled]) -> Iterator[str]:
             if min(loop.stores, default=WIDE) < WIDE:
                 yield f"{where}: the {loop.role} loop stores {min(loop.stores)} bytes at a time"
             count = 2 * loop.instructions / sum(loop.loads)
-            if count > (most := limit(kernel, loop)):
+            if count > (most := limit(kernel, loop) + more):
                 yield f"{where}: {count:.2f} instructions in the {loop.role} loop, limit {most}"
 
 

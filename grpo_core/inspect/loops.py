@@ -31,13 +31,14 @@ WIDE = 16
 
 @dataclass(frozen=True)
 class Loop:
-    """One iteration of the common path of a loop; `waits` counts the whole loop."""
+    """One iteration of the common path; `waits` and `spills` count the whole loop."""
 
     opcodes: Counter[str]
     loads: tuple[int, ...]  # bytes of each
     stores: tuple[int, ...]
     special: int
     waits: int
+    spills: int = 0
 
     @property
     def instructions(self) -> int:
@@ -118,6 +119,7 @@ def loops(code: Iterable[str | Instruction]) -> list[Loop]:
             stores=tuple(i.stores for i in [i for i in stores if not i.guard] or stores),
             special=sum(i.special for i in path),
             waits=sum(i.waits for block in own for i in blocks[block].instructions),
+            spills=sum(i.spills for block in own for i in blocks[block].instructions),
         )
         result.append(loop)
     return result

@@ -22,6 +22,7 @@ class Instruction:
         loads, stores: bytes of global memory per thread.
         special: whether a special-function unit executes it (MUFU: exp2, log2, 1/x).
         waits: whether threads wait for each other or exchange registers.
+        spills: whether it stores or loads a spilled register.
     """
 
     opcode: str
@@ -33,6 +34,7 @@ class Instruction:
     stores: int = 0
     special: bool = False
     waits: bool = False
+    spills: bool = False
 
 
 def sass(text: str) -> Iterator[str | Instruction]:
@@ -57,6 +59,7 @@ def sass(text: str) -> Iterator[str | Instruction]:
                 stores=width if name == "STG" else 0,
                 special=name == "MUFU",
                 waits=name in ("BAR", "SHFL", "REDUX", "CREDUX"),
+                spills=name in ("LDL", "STL"),
             )
         elif label := LABEL.match(line):
             yield label[1]
