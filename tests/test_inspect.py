@@ -186,20 +186,11 @@ class TestGate:
         from grpo_core.inspect.__main__ import exceeded
 
         assert not list(exceeded([self.kernel()]))
-        # an address of the second loop, once a row
-        assert not list(exceeded([self.kernel(spills=2, rows_read=2)]))
 
     @pytest.mark.parametrize(
         ("changes", "of_loop", "complaint"),
         [
             ({"spills": 2}, {}, "2 registers spilled"),
-            ({"spills": 17, "rows_read": 2}, {}, "17 registers spilled"),
-            ({"spills": 2, "rows_read": 2, "card": "gfx942", "loops": []}, {}, "2 registers"),
-            (
-                {"spills": 2, "rows_read": 2},
-                {"opcodes": Counter({"FFMA": 40, "LDL.64": 1})},
-                "registers spilled in the gradient loop",
-            ),
             ({"registers": 129}, {}, "129 registers, more than 128"),
             ({"spills": None}, {}, "a tool is missing"),
             ({"loops": []}, {}, "no loop over the vocabulary was found"),

@@ -26,23 +26,6 @@ assert logits.grad.abs().sum() > 0
 print(grpo_core.__file__)
 """
 
-CURRENT = """
-import torch
-from grpo_core import fused_linear_loss, fused_loss, token_logp
-from tests.micro import micro_model
-from tests.test_checkpoint import trainer
-x, h, w = (torch.randn(shape, requires_grad=True) for shape in ((2, 3, 9), (2, 3, 4), (9, 4)))
-target = torch.ones(2, 3, dtype=torch.int64)
-given = {"objective": "grpo", "ref_logp": torch.zeros(2, 3)}
-given |= {"rewards": torch.arange(2.0), "group_size": 2}
-def step(x):
-    return fused_loss(x, target, **given).loss
-(step(x) + fused_linear_loss(h, w, target, **given).loss).backward()
-torch.compile(step, backend="aot_eager", fullgraph=True)(x).backward()
-token_logp(x, target)
-trainer(None, micro_model()).step()
-"""
-
 
 def clean_environment() -> dict[str, str]:
     """This process's, without what leads to the checkout."""
@@ -253,11 +236,3 @@ print("ok")
 def test_without_triton_the_torch_backend_does_everything() -> None:
     """As on macOS and Windows."""
     assert python("-c", WITHOUT_TRITON, cwd=ROOT).strip() == "ok"
-
-
-@pytest.mark.slow
-def test_nothing_that_a_user_calls_is_deprecated() -> None:
-    """Losses, a graph of torch.compile, a step of the trainer: no warning of what will go."""
-    kinds = ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning")
-    strict = [option for kind in kinds for option in ("-W", f"error::{kind}")]
-    python(*strict, "-c", CURRENT, cwd=ROOT)

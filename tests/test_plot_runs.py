@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from grpo_core.plot import main
-from grpo_core.runs.plots import points, read_histories, reward_panels
+from grpo_core.runs.plots import BARS, draw_methods, points, read_histories, reward_panels
 
 
 def write_run(directory: Path, steps: int, **more: Any) -> Path:
@@ -79,3 +79,24 @@ def test_held_out_figures_of_any_reward_and_of_several_answers(tmp_path: Path) -
     (figure,) = panels["Accuracy, held out"].curves
     assert [step for step, _ in points(history, figure)] == [0, 5, 10]
     assert main([str(run)]) == 0
+
+
+def test_the_bars_of_a_method_lie_on_one_line(tmp_path: Path, monkeypatch: Any) -> None:
+    """Also where the first and the last method have no bar in some panels."""
+    Figure = pytest.importorskip("matplotlib.figure").Figure
+    limits = []
+    save = Figure.savefig
+
+    def savefig(self: Any, *args: Any, **options: Any) -> None:
+        limits.extend(ax.get_ylim() for ax in self.axes)
+        save(self, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    figures = {"accuracy": 0.5, "traps": 0.4, "held": 0, "peak_mib": 0, "seconds": 0}
+    trained = figures | {"held": 1e6, "peak_mib": 80, "seconds": 3}
+    outcomes = [
+        {"method": name, **values}
+        for name, values in (("base", figures), ("SFT", trained), ("small base", figures))
+    ]
+    draw_methods(outcomes, tmp_path / "compare.png")
+    assert len(limits) == len(BARS) and len(set(limits)) == 1

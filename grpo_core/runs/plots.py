@@ -159,6 +159,8 @@ def draw_methods(outcomes: Sequence[Record], output: Path) -> None:
                 ax.text(end, place, form.format(middle), va="center", fontsize=9)
             ax.set_yticks(range(len(methods)), methods if ax is axes[0] else [])
             ax.set_xlim(0, 1.25 * largest or 1)
+            # also where methods without a bar lie at the ends
+            ax.set_ylim(-0.6, len(methods) - 0.4)
             ax.grid(axis="y", visible=False)
 
 
