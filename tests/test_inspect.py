@@ -215,7 +215,7 @@ class TestGate:
         assert line.startswith(changes.get("card", "sm_90")) and complaint in line
 
     def test_another_assembler_has_leeway(self) -> None:
-        """A few values of a row beside the loops, and an instruction to four logits."""
+        """A few values of a row beside the loops, and three instructions to eight logits."""
         from grpo_core.inspect.__main__ import exceeded
 
         loop = Loop(Counter(FFMA=49), loads=(16,), stores=(16,), special=8, waits=0)
