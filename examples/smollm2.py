@@ -120,7 +120,9 @@ def compare_peaks(start: Path) -> None:
     print(f"{'activations':14}" + "".join(f"{name:>9}" for name in (*LOSSES, "saved")))
     for name in ("kept", "recomputed"):
         if name == "recomputed":
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # newer versions deprecate the older name
+            old = model.gradient_checkpointing_enable
+            getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
             model.train()
         peaks = [peak(model, loss) / 2**20 for loss in LOSSES]
         saved = peaks[0] - peaks[-1]
