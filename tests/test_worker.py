@@ -103,6 +103,7 @@ def test_signals_to_the_group_and_errors_leave_it_alive(worker: Worker) -> None:
 
 def test_the_death_of_the_process_is_said_and_another_can_start(worker: Worker) -> None:
     """Each process gets its part of the threads."""
+    worker.start()
     threads = torch.get_num_threads()
     worker.close()
     assert worker._process.exitcode == -signal.SIGKILL
