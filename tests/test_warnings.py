@@ -18,7 +18,7 @@ from tests.micro import MAX_NEW_TOKENS, draw_problems, micro_model, share_of_sev
 
 BACKEND = "triton" if HAS_TRITON else "cpu"
 DEVICE = "cuda" if HAS_GPU else "cpu"
-KINDS = ("DeprecationWarning", "FutureWarning")
+KINDS = (DeprecationWarning, FutureWarning)
 
 
 def from_logits(backend: str | None = BACKEND) -> None:
@@ -60,7 +60,7 @@ CALLS = (from_logits, from_hidden_states, compiled, trained)
 def test_no_call_warns_of_what_will_go(call) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for kind in (DeprecationWarning, FutureWarning):
+        for kind in KINDS:
             warnings.simplefilter("error", kind)
         # Triton's interpreter runs in tests only; that of 3.6 uses what numpy will drop
         warnings.filterwarnings("ignore", module=r"triton\.runtime\.interpreter")
@@ -69,7 +69,7 @@ def test_no_call_warns_of_what_will_go(call) -> None:
 
 def test_no_import_warns_of_what_will_go() -> None:
     """In a process that has imported nothing yet."""
-    strict = [f"-Werror::{kind}" for kind in KINDS]
+    strict = [f"-Werror::{kind.__name__}" for kind in KINDS]
     modules = ["grpo_core.loss.fused_loss", "grpo_core.linear.loss", "grpo_core.trainer.trainer"]
     modules += ["grpo_core.backends.triton"] if HAS_TRITON else []
     code = f"import {', '.join(modules)}"
