@@ -77,7 +77,7 @@ class Kernel(NamedTuple):
     gradient: float = 0  # of the loop that writes
 
 
-STATS, LOSS, DLOGITS = Kernel(52, 6.84), Kernel(106, 6.72, 5.72), Kernel(64, gradient=5.72)
+STATS, LOSS, DLOGITS = Kernel(64, 6.34), Kernel(100, 6.34, 5.44), Kernel(56, gradient=5.44)
 
 
 class Head(NamedTuple):
@@ -169,7 +169,7 @@ class Model(NamedTuple):
     def again(self, name: str) -> float:
         """TB/s of the one pass alone, by a way to read a row again."""
         way = CANDIDATES[name]
-        return 4e-12 * N * V / self.row_kernel(Kernel(way.registers or 56, 5.5, 6.2), V, way)
+        return 4e-12 * N * V / self.row_kernel(Kernel(way.registers or 56, 4.9, 5.7), V, way)
 
     def products(self, count: float, n: int = SCORED, V: int = V, D: int = D) -> float:
         """Milliseconds of bare products of 2·n·V·D operations."""

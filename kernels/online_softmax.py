@@ -24,7 +24,6 @@ unscaled logit as its anchor, and a negative `sum_others` as the sign of that.
 from .language import tl, triton
 from .row_tiles import (
     boundary,
-    is_whole,
     load_part,
     load_tile,
     load_whole,
@@ -128,19 +127,24 @@ def anchored_sums(
     ends = (lead, end, target_place)
     zeros = tl.zeros([THREADS, WIDTH], tl.float32)
     sums = add_tile((zeros, zeros, zeros, zeros), logits, ref_logits, scale, anchors, DIVERGENCE)
-    for first in range(tile, end, step):
-        others = (target_place < first) | (target_place >= first + step)
-        if is_whole(first, step, lead, end) & others:
+    # whole tiles up to the one with the target, that one masked; whole ones again, the last masked:
+    # a branch within a loop would cost moves of all sums, to where its two ways end alike
+    first, stop = tile, tl.maximum(target_place // tile, 1) * tile
+    for _ in range(2):
+        whole = first + (stop - first) // step * step
+        for start in range(first, whole, step):
             for k in tl.static_range(TILES):
                 sums = add_both(
-                    sums, pointers, first, k * tile, None, scale, anchors, DIVERGENCE,
+                    sums, pointers, start, k * tile, None, scale, anchors, DIVERGENCE,
                     THREADS, WIDTH,
                 )  # fmt: skip
-        else:
-            for start in range(first, tl.minimum(first + step, end), tile):
-                sums = add_both(
-                    sums, pointers, start, 0, ends, scale, anchors, DIVERGENCE, THREADS, WIDTH
-                )
+        for start in range(whole, stop, tile):
+            sums = add_both(
+                sums, pointers, start, 0, None, scale, anchors, DIVERGENCE, THREADS, WIDTH
+            )
+        sums = add_both(sums, pointers, stop, 0, ends, scale, anchors, DIVERGENCE, THREADS, WIDTH)
+        first = stop + tile
+        stop = tl.maximum(first, end // tile * tile)
     order = wide_order(lead, THREADS, WIDTH)
     total, moment, ref_total, cross = each_in_order(sums, order, ref_ptr is not None)
     return anchor, total, moment, ref_anchor, ref_total, cross

@@ -8,7 +8,7 @@ place when both pointers are the same. The formula: see `row_gradient`.
 import torch
 
 from .language import tl
-from .launch import READING_WARPS, WRITING_WARPS, launch, row_arguments, unspecialized
+from .launch import WRITING_WARPS, launch, row_arguments, unspecialized
 from .records import RowGradients, RowLoss, Rows, RowStats, place_of
 from .row_gradient import write_row_gradient, write_row_zeros
 from .row_tiles import row_start
@@ -117,8 +117,6 @@ def row_dlogits(
         dlogits_ptr=dlogits,
         out_batch_stride=out_strides[0],
         out_row_stride=out_strides[1],
-        **row_arguments(
-            rows.for_gradient(row_gradients), READING_WARPS if dentropy is None else WRITING_WARPS
-        ),
+        **row_arguments(rows.for_gradient(row_gradients), WRITING_WARPS),
     )
     return dlogits

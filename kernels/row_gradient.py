@@ -116,16 +116,18 @@ def write_wide(
     if ref_ptr is not None:
         ref_ptr = boundary(ref_ptr, lead)
     pointers = row_ptr, dlogits_ptr, ref_ptr
-    for first in range(0, end, step):
-        if is_whole(first, step, lead, end):
-            write_tiles(pointers, first + places, factors, ENTROPY, DIVERGENCE, tile, TILES)
+    # all steps of whole tiles, then the tiles before and after, of which two are masked
+    last = tl.maximum(end // tile, 1) * tile
+    whole = tile + (last - tile) // step * step
+    for first in range(tile, whole, step):
+        write_tiles(pointers, first + places, factors, ENTROPY, DIVERGENCE, tile, TILES)
+    for start in range(whole - tile, last + tile, tile):
+        first = tl.where(start < whole, 0, start)
+        if is_whole(first, tile, lead, end):
+            write_tiles(pointers, first + places, factors, ENTROPY, DIVERGENCE, tile, 1)
         else:
-            for start in range(first, tl.minimum(first + step, end), tile):
-                if is_whole(start, tile, lead, end):
-                    write_tiles(pointers, start + places, factors, ENTROPY, DIVERGENCE, tile, 1)
-                else:
-                    at = tile_places(THREADS, WIDTH, start)
-                    write_part(pointers, at, lead, end, factors, ENTROPY, DIVERGENCE)
+            at = tile_places(THREADS, WIDTH, first)
+            write_part(pointers, at, lead, end, factors, ENTROPY, DIVERGENCE)
 
 
 @triton.jit

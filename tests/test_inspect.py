@@ -125,6 +125,24 @@ def test_an_inner_loop_is_counted_by_itself() -> None:
     assert (inner.role, inner.instructions, inner.loads) == ("gradient", 5, (4,))
 
 
+def test_a_loop_is_found_behind_one_that_is_left_by_a_call() -> None:
+    """As the assembler writes for sm_80: with a guard, and nothing returns."""
+    text = """
+.L_x_0:
+    LDG.E.128 R4, desc[UR6][R2.64]
+    MUFU.EX2 R10, R4
+    @!P6 CALL.REL.NOINC `(.L_x_1)
+    BRA `(.L_x_0)
+.L_x_1:
+    STG.E.128 desc[UR6][R2.64], R4
+    @P0 BRA `(.L_x_1)
+    EXIT
+"""
+    first, second = loops(sass(assembly(text)))
+    assert (first.role, first.instructions) == ("forward", 4)
+    assert (second.role, second.instructions) == ("zeros", 2)
+
+
 KNOWN_LOOPS = """
 import json, sys, torch
 from grpo_core.inspect.compile_ahead import as_if_on, measure
@@ -193,12 +211,16 @@ class TestGate:
             ({"spills": 2}, {}, "2 registers spilled"),
             ({"registers": 129}, {}, "129 registers, more than 128"),
             ({"spills": None}, {}, "a tool is missing"),
-            ({"loops": []}, {}, "no loop over the vocabulary was found"),
+            ({"loops": []}, {}, "no gradient loop was found"),
             ({}, {"waits": 3}, "3 barriers or shuffles in the gradient loop"),
             ({}, {"loads": (8, 8)}, "the gradient loop loads 8 bytes at a time"),
             ({}, {"stores": (2,) * 8}, "the gradient loop stores 2 bytes at a time"),
-            ({}, {"opcodes": Counter(FFMA=49)}, "6.12 instructions in the gradient loop, limit 6"),
-            ({"card": "sm_120", "spills": 17}, {}, "17 registers spilled"),
+            (
+                {},
+                {"opcodes": Counter(FFMA=46)},
+                "5.75 instructions in the gradient loop, limit 5.6",
+            ),
+            ({"card": "sm_120", "spills": 5}, {}, "5 registers spilled"),
             ({"card": "sm_120", "spills": 1}, {"spills": 1}, "1 registers spilled"),
             ({"card": "gfx942", "registers": 129, "spills": 3, "loops": []}, {}, "3 registers"),
         ],
@@ -215,19 +237,18 @@ class TestGate:
         assert line.startswith(changes.get("card", "sm_90")) and complaint in line
 
     def test_another_assembler_has_leeway(self) -> None:
-        """A few values of a row beside the loops, and three instructions to eight logits."""
+        """A few values of a row beside the loops."""
         from grpo_core.inspect.__main__ import exceeded
 
-        loop = Loop(Counter(FFMA=49), loads=(16,), stores=(16,), special=8, waits=0)
-        kernel = self.kernel(card="sm_120", spills=16, loops=[loop])
+        kernel = self.kernel(card="sm_120", spills=4)
         assert not list(exceeded([kernel]))
-        assert len(list(exceeded([replace(kernel, card="sm_90")]))) == 2
+        assert len(list(exceeded([replace(kernel, card="sm_90")]))) == 1
 
     def test_float32_has_twice_the_instructions(self) -> None:
         """Its logits take twice as long to come; two rows are two logits."""
         from grpo_core.inspect.__main__ import exceeded
 
-        loop = Loop(Counter(FFMA=48), loads=(16,), stores=(16,), special=4, waits=0)
+        loop = Loop(Counter(FFMA=44), loads=(16,), stores=(16,), special=4, waits=0)
         of_four = self.kernel(loops=[loop], dtype="float32", itemsize=4)
         assert not list(exceeded([of_four]))
         assert of_four.logits(loop) == 4

@@ -26,7 +26,7 @@ from grpo_core.kernels.gradient_formula import gradient_of_others, row_factors
 from grpo_core.kernels.language import tl, triton
 from grpo_core.kernels.launch import LOAD_BYTES, launch, unspecialized
 from grpo_core.kernels.online_softmax import LN2, LOG2E, add_powers, row_anchor
-from grpo_core.kernels.row_tiles import is_whole, load_part, sum_in_order, tile_places, wide_order
+from grpo_core.kernels.row_tiles import load_part, sum_in_order, tile_places, wide_order
 from grpo_core.kernels.token_statistics import log_sides, target_gap
 
 
@@ -54,7 +54,7 @@ CANDIDATES = {
     # more tiles than these spill
     "9 % held, backwards": Candidate(8, registers=128, backwards=True, held=7),
     "19 % held, backwards": Candidate(16, registers=128, backwards=True, held=7),
-    "32 % held": Candidate(8, registers=255, held=24),
+    "31 % held": Candidate(8, registers=255, held=23),
 }
 
 
@@ -74,21 +74,27 @@ def load_tiles(
 def add_steps(
     sums, row, begin, until, places, tile: tl.constexpr, TILES: tl.constexpr, EVICT: tl.constexpr
 ):
-    """Adds the steps of a row that begin from `begin` on and before `until`."""
-    row_ptr, V, target_col, scale, anchor = row
+    """Adds the columns of a row from `begin` on and before `until`."""
+    row_ptr, target_col, scale, anchor = row
     total, moment = sums
-    for first in range(begin, until, TILES * tile):
-        others = (target_col < first) | (target_col >= first + TILES * tile)
-        if is_whole(first, TILES * tile, 0, V) & others:
-            tiles = load_tiles(row_ptr, first, tile, TILES, places, EVICT)
+    last = begin + tl.maximum(until - begin, 0) // tile * tile
+    first, stop = begin, tl.minimum(tl.maximum(target_col // tile * tile, begin), last)
+    # up to the target's tile, then behind it, without a branch in a loop
+    for _part in range(2):
+        whole = first + (stop - first) // (TILES * tile) * (TILES * tile)
+        for start in range(first, whole, TILES * tile):
+            tiles = load_tiles(row_ptr, start, tile, TILES, places, EVICT)
             for k in tl.static_range(TILES):
                 logits = tiles[k].to(tl.float32)
                 total, moment, _, _ = add_powers(total, moment, logits, scale, anchor)
-        else:
-            for start in range(first, tl.minimum(first + TILES * tile, V), tile):
-                logits = load_part(row_ptr, start + places, 0, V)
-                logits = tl.where(start + places == target_col, float("-inf"), logits)
-                total, moment, _, _ = add_powers(total, moment, logits, scale, anchor)
+        for start in range(whole, stop, tile):
+            (raw,) = load_tiles(row_ptr, start, tile, 1, places, EVICT)
+            total, moment, _, _ = add_powers(total, moment, raw.to(tl.float32), scale, anchor)
+        logits = load_part(row_ptr, stop + places, 0, until)
+        logits = tl.where(stop + places == target_col, float("-inf"), logits)
+        total, moment, _, _ = add_powers(total, moment, logits, scale, anchor)
+        first = stop + tile
+        stop = tl.maximum(first, last)
     return total, moment
 
 
@@ -131,7 +137,7 @@ def _second_reading_kernel(
             logits = tl.where(at == target_col, float("-inf"), logits)
             total, moment, _, _ = add_powers(total, moment, logits, scale, anchor)
     sums = total, moment
-    row_of = row_ptr, V, target_col, scale, anchor
+    row_of = row_ptr, target_col, scale, anchor
     kept = begin
     if KEPT > 0:
         kept = begin + tl.maximum(V - begin - KEPT * tile, 0) // step * step
@@ -151,23 +157,33 @@ def _second_reading_kernel(
     again: tl.constexpr = "evict_first" if KEPT > 0 else ""
     # in place, no thread may overwrite the target's logit before all have read it
     tl.debug_barrier()
-    steps = tl.cdiv(tl.maximum(V - begin, 0), step)
+    steps = tl.maximum(V - begin, 0) // step
+    rest = begin + steps * step
+    if BACKWARDS:
+        write_rest(row_ptr, out_ptr, rest, V, places, tile, factors, again)
     for index in range(0, steps):
         first = begin + (steps - 1 - index if BACKWARDS else index) * step
-        if is_whole(first, step, 0, V):
-            tiles = load_tiles(row_ptr, first, tile, TILES, places, again)
-            for k in tl.static_range(TILES):
-                write(out_ptr, first + k * tile + places, tiles[k], None, factors, again)
-        else:
-            for start in range(first, V, tile):
-                logits = load_part(row_ptr, start + places, 0, V)
-                write(out_ptr, start + places, logits, V, factors, again)
+        tiles = load_tiles(row_ptr, first, tile, TILES, places, again)
+        for k in tl.static_range(TILES):
+            write(out_ptr, first + k * tile + places, tiles[k], None, factors, again)
+    if not BACKWARDS:
+        write_rest(row_ptr, out_ptr, rest, V, places, tile, factors, again)
     if HELD > 0:
         for k in tl.static_range(HELD):
             write(out_ptr, (1 + k) * tile + places, held[k], None, factors, again)
     write(out_ptr, places, load_part(row_ptr, places, 0, V), V, factors, again)
     tl.debug_barrier()
     tl.store(out_ptr + target_col, at_target.to(out_ptr.dtype.element_ty))
+
+
+@triton.jit
+def write_rest(
+    row_ptr, out_ptr, begin, V, places, tile: tl.constexpr, factors, EVICT: tl.constexpr
+):
+    """The gradient of the tiles from `begin` on."""
+    for first in range(begin, V, tile):
+        logits = load_part(row_ptr, first + places, 0, V)
+        write(out_ptr, first + places, logits, V, factors, EVICT)
 
 
 @triton.jit

@@ -44,11 +44,12 @@ def sass(text: str) -> Iterator[str | Instruction]:
             guard, opcode, operands = found.groups(default="")
             name, *suffixes = opcode.split(".")
             width = next((BYTES[s] for s in suffixes if s in BYTES), 4)
-            # a warp rarely diverges: the common path does not take BRA.DIV
-            jumps = name in ("BRA", "JMP", "BRX", "BRXU") and "DIV" not in suffixes
+            # a warp rarely diverges: the common path does not take BRA.DIV. For sm_80 the assembler
+            # also leaves a loop by CALL.REL, from which nothing returns.
+            jumps = name in ("BRA", "JMP", "BRX", "BRXU", "CALL") and "DIV" not in suffixes
             # a predicate may also be an operand: BRA.U UP0, `(.L_x_3)
             certain = not guard and (operands.startswith("`") or "BRANCH_TARGETS" in operands)
-            ends = certain if jumps else name in ("EXIT", "RET") and not guard
+            ends = certain and name != "CALL" if jumps else name in ("EXIT", "RET") and not guard
             yield Instruction(
                 opcode,
                 operands,
