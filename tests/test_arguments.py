@@ -116,7 +116,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"objective": EXACT, "ref_logits": (B, T, V), "ref_logp": (B, T)},
-        "ref_logp: expected None for kl = 'exact', which takes ref_logits",
+        "ref_logp: expected None for kl = 'exact', got one (it takes ref_logits)",
     ),
     (
         {"objective": EXACT, "ref_logits": (B, T)},
@@ -128,7 +128,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"ref_logits": (B, T, V)},
-        "ref_logits: expected None for kl = None; use kl='exact', or give ref_logp=",
+        "ref_logits: expected None for kl = None, got one (use kl='exact', or give ref_logp=",
     ),
     ({"objective": SAMPLED}, "sampler_logp: expected a tensor for factor.sampler, got None"),
     (

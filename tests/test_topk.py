@@ -515,12 +515,12 @@ def test_unchecked_ids_are_absent() -> None:
 @pytest.mark.parametrize(
     ("changes", "arguments", "message"),
     [
-        ({"kl": None}, {}, "ref_topk: expected None for kl = None; use kl='topk_tail'"),
+        ({"kl": None}, {}, "ref_topk: expected None for kl = None, got one (use kl='topk_tail'"),
         ({"kl": "exact"}, {}, "ref_topk: expected None for kl = 'exact'"),
         (
             {"kl": "topk"},
             {"ref_logp": (2,)},
-            "ref_logp: expected None for kl = 'topk', which takes",
+            "ref_logp: expected None for kl = 'topk', got one (it takes",
         ),
         ({"kl": "topk"}, {"ref_logits": (2, V)}, "ref_logits: expected None for kl = 'topk'"),
         ({"kl": "topk"}, {"ref_hidden": (2, D)}, "ref_hidden: expected None for kl = 'topk'"),

@@ -191,12 +191,14 @@ class LossInputs(RowInputs):
             )
         policy = "ref_logp=token_logp(ref_logits, target, ...).logp"
         for other, instead in (
-            ("ref_logp", f", which takes {name}"),
-            ("ref_topk", "; use kl='topk_tail' or kl='topk'"),
-            ("ref_logits", f"; use kl='exact', or give {policy}"),
+            ("ref_logp", f"it takes {name}"),
+            ("ref_topk", "use kl='topk_tail' or kl='topk'"),
+            ("ref_logits", f"use kl='exact', or give {policy}"),
         ):
             if other != name and getattr(self, other) is not None:
-                raise ValueError(f"{other}: expected None for kl = {spec.kl!r}{instead}, got one")
+                raise ValueError(
+                    f"{other}: expected None for kl = {spec.kl!r}, got one ({instead})"
+                )
         if spec.factor.needs_sampler and self.sampler_logp is None:
             part = "sampler" if spec.factor.sampler is not None else "rejections"
             raise ValueError(f"sampler_logp: expected a tensor for factor.{part}, got None")
