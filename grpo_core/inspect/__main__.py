@@ -173,8 +173,11 @@ def limit(kernel: Compiled, loop: Loop) -> float:
 
 
 def hottest(loops: Iterable[Loop]) -> list[Loop]:
-    """The loop of each role that moves most bytes per iteration; the others handle remainders."""
-    ascending = sorted(loops, key=lambda loop: sum(loop.loads) + sum(loop.stores))
+    """The loop of each role that moves most bytes per iteration; the others handle remainders.
+
+    Among equals that with the fewest instructions: a loop over remainders may be unrolled.
+    """
+    ascending = sorted(loops, key=lambda x: (sum(x.loads) + sum(x.stores), -x.instructions))
     of_role = {loop.role: loop for loop in ascending}
     return [of_role[role] for role in ("forward", "gradient", "scale", "zeros") if role in of_role]
 
