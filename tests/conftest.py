@@ -23,9 +23,9 @@ except ImportError:
     HAS_TRITON = False
 
 if HAS_TRITON and not HAS_GPU:
-    from grpo_core.verify.interpreter_rounding import round_as_hardware_does
+    from grpo_core.verify.interpreter import prepare_interpreter
 
-    round_as_hardware_does()
+    prepare_interpreter()
 
 # the suite may share its two cores; a deadline would measure the neighbours
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True)

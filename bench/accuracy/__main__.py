@@ -13,7 +13,7 @@ from bench.accuracy.document import DOCUMENT, PICTURE, plot, write
 from bench.accuracy.measure import measure
 from bench.machine import versions
 from grpo_core.cli.options import Parser
-from grpo_core.verify.interpreter_rounding import round_as_hardware_does
+from grpo_core.verify.interpreter import prepare_interpreter
 
 # the versions that docs/accuracy.md speaks of
 PEERS = {"liger-kernel": "0.8.5", "trl": "1.16.0"}
@@ -29,7 +29,7 @@ def main() -> None:
             )
     # numpy reports what IEEE arithmetic defines
     warnings.filterwarnings("ignore", ".*encountered in.*", RuntimeWarning, "triton")
-    round_as_hardware_does()
+    prepare_interpreter()
     measured = [*measure(), *measure_divergences()]
     write(measured)
     plot(measured)

@@ -109,9 +109,9 @@ def _interpret() -> bool:
 
     if not triton.knobs.runtime.interpret:
         return False
-    from grpo_core.verify.interpreter_rounding import round_as_hardware_does
+    from grpo_core.verify.interpreter import prepare_interpreter
 
-    round_as_hardware_does()
+    prepare_interpreter()
     # numpy warns about results that IEEE arithmetic defines
     warnings.filterwarnings("ignore", ".*encountered in.*", RuntimeWarning, "triton")
     return True
