@@ -641,6 +641,33 @@ def test_the_command_trains_with_a_server_and_draws_again(
         assert again == found
 
 
+def test_a_server_that_is_restarted_ends_the_run_with_a_line(
+    vllm: None,
+    files: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its weights are then the checkpoint's; the same command resumes."""
+
+    def restarted(worker: Worker, weight_version: str | None = None) -> None:
+        finish(worker, weight_version)
+        if (weight_version or "").endswith("/1"):
+            worker.version = "default"
+
+    finish = Worker.finish_weight_update
+    worker = Worker(AutoModelForCausalLM.from_pretrained(files / "model").eval(), "nccl")
+    with server(worker) as url, monkeypatch.context() as patch:
+        patch.setattr(Worker, "finish_weight_update", restarted)
+        more = ["--rollout", "vllm-server", "--rollout_url", url, "--held_out", "0", *SHORT]
+        words = options(files, tmp_path / "run", *more)
+        assert main(words) == 1
+        assert "stopped: weight_version: expected completions" in capsys.readouterr().err
+        patch.undo()
+        assert main([*words, "--resume", "True"]) == 0
+    assert [record["step"] for record in records(tmp_path / "run")] == [0, 1, 2]
+
+
 def test_the_command_says_what_is_missing(
     files: Path,  # noqa: F811
     tmp_path: Path,

@@ -28,6 +28,7 @@ from grpo_core.runs.model import check_positions, from_hub, load_model, load_tea
 from grpo_core.runs.report import aligned, print_error, run_to_the_end, user_traceback
 from grpo_core.trainer.data import Epochs, fingerprint, problems_of, read_records
 from grpo_core.trainer.distributed import barrier, is_main, process_group, rank, world
+from grpo_core.trainer.engine import EngineError
 from grpo_core.trainer.environment import Episodes
 from grpo_core.trainer.evaluate import Evaluation, evaluate
 from grpo_core.trainer.monitor import Logger, Metrics, write_whole, writing
@@ -38,6 +39,9 @@ from grpo_core.trainer.samples import Samples, shortened
 from grpo_core.trainer.sharding import export
 from grpo_core.trainer.tasks import reasoning_gym_task
 from grpo_core.trainer.trainer import Trainer
+
+# that end a run with a line, without a traceback
+ERRORS = (EngineError, FloatingPointError, RewardError)
 
 
 def run(config: RunConfig, parser: Parser) -> int:
@@ -51,7 +55,7 @@ def run(config: RunConfig, parser: Parser) -> int:
             parser.error(str(error))
         hint = "the same command with --resume True continues"
         try:
-            return run_to_the_end(reinforcement.train, hint, (FloatingPointError, RewardError))
+            return run_to_the_end(reinforcement.train, hint, ERRORS)
         except OSError as error:
             # perhaps only in this process, whose exit must not wait for the others
             raise SystemExit(f"\nstopped: {error}") from error

@@ -46,6 +46,10 @@ class Engine(Protocol):
         ...
 
 
+class EngineError(RuntimeError):
+    """An engine whose completions the trainer must not use."""
+
+
 class EngineSync:
     """Samples from an engine and keeps its weights in sync with the model.
 
@@ -89,7 +93,7 @@ class EngineSync:
         Raises:
             ValueError: a prompt is too long for the model, or the engine does not return what the
                 filters kept.
-            RuntimeError: the engine has other weights, or could not load these.
+            EngineError: the engine has other weights, or could not load these.
         """
         if self.engine is None:
             return rollout(self.model, prompts, sampling)
@@ -114,9 +118,10 @@ class EngineSync:
     def _checked(self, sampled: Rollout, sampling: Sampling, version: int) -> Rollout:
         """Completions of this version, with what the filters kept."""
         if sampled.weight_version != version:
-            raise RuntimeError(
+            raise EngineError(
                 f"weight_version: expected completions by the weights of step {version}, got "
-                f"version {sampled.weight_version}; does another run update the same engine?"
+                f"version {sampled.weight_version}; does another run update the same engine, or "
+                "was it restarted?"
             )
         if sampling.keeps and sampled.kept is None:
             raise ValueError(
@@ -131,13 +136,13 @@ class EngineSync:
         Filters that are not replayed make a mismatch of their own, which tells nothing.
 
         Raises:
-            RuntimeError: it is far more than rounding.
+            EngineError: it is far more than rounding.
         """
         is_comparable = sampling.replay or not sampling.is_filtered
         if self.is_checked or mismatch is None or not is_comparable:
             return
         if mismatch > MISMATCH_REFUSED:
-            raise RuntimeError(
+            raise EngineError(
                 f"sampler_mismatch: expected at most {MISMATCH_REFUSED} nats after the engine got "
                 f"the weights, got {mismatch:.2f}; does it ignore a part of them, such as the head "
                 "of tied embeddings?"
@@ -159,7 +164,7 @@ class EngineSync:
                 pass
             any_failed = any(all_gather_object(failed))
         if any_failed:
-            raise RuntimeError("engine: rank 0 could not send the weights")
+            raise EngineError("engine: rank 0 could not send the weights")
         self.version = version
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from grpo_core.cli.options import check_package
 from grpo_core.trainer.distributed import all_gather_object
-from grpo_core.trainer.engine import in_background
+from grpo_core.trainer.engine import EngineError, in_background
 from grpo_core.trainer.generation import special_tokens
 from grpo_core.trainer.rollout import Rollout, Sampling, make_rollout
 from grpo_core.trainer.weights import ModelWeights
@@ -134,12 +134,12 @@ class Vllm:
                 call()
 
     def reset_cache(self) -> None:
-        """Discards keys and values of other weights; raises RuntimeError if vLLM keeps them."""
+        """Discards keys and values of other weights; raises EngineError if vLLM keeps them."""
         for _ in range(RESETS):
             if self.client.reset_prefix_cache():
                 return
             time.sleep(RESET_PAUSE)
-        raise RuntimeError(
+        raise EngineError(
             "reset_prefix_cache: expected success, got none; does vLLM serve others meanwhile?"
         )
 
@@ -192,20 +192,20 @@ def kept_sets(completions: Sequence[Completion]) -> list[list[list[int]]]:
     """What the filters kept, of each token of each completion.
 
     Raises:
-        RuntimeError: vLLM did not return it.
+        EngineError: vLLM did not return it.
     """
     if any(completion.kept is None for completion in completions):
-        raise RuntimeError("completion: expected the kept ids of every token, got no sampling_mask")
+        raise EngineError("completion: expected the kept ids of every token, got no sampling_mask")
     return [completion.kept or [] for completion in completions]
 
 
 def check_ends(completions: Sequence[Completion], ends: Sequence[int]) -> None:
-    """Raises RuntimeError unless each completion ends with an end token or at the limit."""
+    """Raises EngineError unless each completion ends with an end token or at the limit."""
     for ids, _, reason, _ in completions:
         ended = bool(ids) and ids[-1] in ends
         if not ids or reason not in ("stop", "length") or (reason == "stop" and not ended):
             last = ids[-1] if ids else None
-            raise RuntimeError(
+            raise EngineError(
                 f"completion: expected one of the end tokens {list(ends)}, or the length limit, "
                 f"got finish_reason {reason!r} after token {last}"
             )
