@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from bench import predict
 from tests.compiled import ROOT, Record, inspected
 from tests.conftest import HAS_TRITON
 from tests.test_formulas import KLS, SURROGATES
@@ -64,6 +65,8 @@ def test_no_limit_is_exceeded(card: str, layout: str) -> None:
         return
     check_counts_are_those_of_one_tile(found.records)
     check_table(found.printed, found.records[0])
+    if (card, layout) in COMMON:
+        check_counts_are_those_of_the_model(found.records)
 
 
 @pytest.mark.parametrize(
@@ -122,6 +125,17 @@ def check_counts_are_those_of_one_tile(records: list[Record]) -> None:
             assert roles["gradient"]["logits"] % width == 0, record
             assert plain <= (roles["gradient"]["special_per_logit"] == 1), record
             assert roles["zeros"]["special"] == 0, record
+
+
+def check_counts_are_those_of_the_model(records: list[Record]) -> None:
+    """`bench.predict`: registers to within a step of the allocation, instructions to a tenth."""
+    kernels = {"row_stats": predict.STATS, "row_loss": predict.LOSS, "row_dlogits": predict.DLOGITS}
+    for name, kernel in kernels.items():
+        (record,) = (one for one in records if one["name"] == name)
+        assert abs(record["registers"] - kernel.registers) <= 8
+        roles = {loop["role"]: loop["instructions_per_logit"] for loop in ascending(record)}
+        for role in ("forward", "gradient"):
+            assert roles.get(role, 0) == pytest.approx(getattr(kernel, role), abs=0.1)
 
 
 def ascending(record: Record) -> list[dict[str, Any]]:
