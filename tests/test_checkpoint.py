@@ -292,7 +292,14 @@ trainer(Path(sys.argv[1]), keep_checkpoints=1).train()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["inside", "before the rename", "after the rename"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "inside",
+        pytest.param("before the rename", marks=pytest.mark.rare),
+        "after the rename",
+    ],
+)
 def test_killed_in_the_middle_of_a_save(
     place: str, straight: tuple[Trainer, Path], tmp_path: Path
 ) -> None:

@@ -123,7 +123,15 @@ def test_wheel_and_sdist_hold_the_kernels_as_files(distributions: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["wheel", "sdist", "folder", "editable"])
+@pytest.mark.parametrize(
+    # the wheel is built from the sdist
+    "how",
+    [
+        "wheel",
+        "editable",
+        *(pytest.param(how, marks=pytest.mark.rare) for how in ("sdist", "folder")),
+    ],
+)
 def test_every_way_to_install_imports(
     checkout: Path, distributions: Path, tmp_path: Path, how: str
 ) -> None:

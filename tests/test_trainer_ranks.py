@@ -243,7 +243,7 @@ def test_processes_sample_one_step_ahead_and_resume(shard: str, ranks: Found) ->
 
 def test_an_update_that_fails_on_one_process_fails_on_all(ranks: Found) -> None:
     assert ranks[0]["failed"] == "OSError: half way"
-    assert ranks[1]["failed"].startswith("RuntimeError: engine: rank 0 could not send")
+    assert ranks[1]["failed"].startswith("EngineError: engine: rank 0 could not send")
 
 
 def test_an_adapter_on_shards_is_merged(ranks: Found) -> None:
