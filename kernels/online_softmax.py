@@ -127,8 +127,8 @@ def anchored_sums(
     ends = (lead, end, target_place)
     zeros = tl.zeros([THREADS, WIDTH], tl.float32)
     sums = add_tile((zeros, zeros, zeros, zeros), logits, ref_logits, scale, anchors, DIVERGENCE)
-    # Whole tiles up to the one with the target, that one masked, whole tiles again, the last masked,
-    # which may lie behind the row. A branch in a loop would move all sums to where its ways meet.
+    # Whole tiles up to the target's, that one masked, whole tiles again, the last masked, which may
+    # lie behind the row. A branch in a loop would move all sums to where its two ways meet.
     first, stop = tile, tl.maximum(target_place // tile, 1) * tile
     for _ in range(2):
         whole = first + (stop - first) // step * step
