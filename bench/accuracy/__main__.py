@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 
 # before the first import of a kernel: on every machine the tables are those of the interpreter
 os.environ["TRITON_INTERPRET"] = "1"
@@ -27,8 +26,6 @@ def main() -> None:
             raise SystemExit(
                 f"{name}: expected {wanted}, got {found}: pip install {name}=={wanted}"
             )
-    # numpy reports what IEEE arithmetic defines
-    warnings.filterwarnings("ignore", ".*encountered in.*", RuntimeWarning, "triton")
     prepare_interpreter()
     measured = [*measure(), *measure_divergences()]
     write(measured)

@@ -6,7 +6,6 @@ import json
 import shlex
 import sys
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -112,8 +111,6 @@ def _interpret() -> bool:
     from grpo_core.verify.interpreter import prepare_interpreter
 
     prepare_interpreter()
-    # numpy warns about results that IEEE arithmetic defines
-    warnings.filterwarnings("ignore", ".*encountered in.*", RuntimeWarning, "triton")
     return True
 
 
